@@ -1,0 +1,10 @@
+"""Measure what attention does: capture -> metrics -> report (definitions in ``docs/metrics.md``).
+
+``metrics`` needs torch only, ``capture`` transformers as well, ``report`` nothing but torch to encode maps.
+"""
+
+from softpick.analysis.capture import attention_maps, measure
+from softpick.analysis.metrics import Measurements, Meter
+from softpick.analysis.report import encode_maps, summary_rows, write_report
+
+__all__ = ["Measurements", "Meter", "attention_maps", "encode_maps", "measure", "summary_rows", "write_report"]

@@ -1,0 +1,282 @@
+"""Run a transformers model over batches and feed what its attention layers do to the metrics.
+
+Every attention module of transformers asks ``AttentionInterface.get_interface`` for its function at every call. While
+a model is measured, that method hands the modules *of this model* the same function in a wrapper, which passes the true
+weights on as soon as the layer has run: no second forward pass, no list of maps, and nothing of the model is touched
+but its training flags, which are put back.
+
+- ``eager`` returns its weights. Those of half-precision models are computed once more in fp32.
+- ``sdpa`` returns none: the model continues with the output of ``sdpa``, and the weights come from the eager function
+  of the same model file, in fp32, from the same queries, keys and mask.
+- any other registered function (softpick's) is called with ``output_attentions=True`` and must return weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from softpick.analysis.metrics import Measurements, Meter
+
+__all__ = ["BOS_POLICIES", "attention_maps", "measure"]
+
+BOS_POLICIES = ("auto", "bos", "none")
+"""``auto``: say what the samples start with; ``bos``: every sample must start with the model's BOS token; ``none``: the
+caller says that samples start without one."""
+
+_LOWEST = torch.finfo(torch.float32).min
+_FUSED = ("flash_attention", "flex_attention", "paged|")
+
+
+class _OnAttention(Protocol):
+    def __call__(
+        self, layer: int, weights: Tensor, outputs: Tensor, visible: Tensor, max_score: float | None
+    ) -> None: ...
+
+
+def measure(
+    model: nn.Module,
+    batches: Iterable[Mapping[str, Tensor]],
+    *,
+    bos_policy: str = "auto",
+    device: torch.device | str | None = None,
+    largest_score: bool = False,
+    progress: Callable[[int], None] | None = None,
+) -> Measurements:
+    """All metrics of ``docs/metrics.md`` for a transformers model over some batches, one forward pass each.
+
+    The model runs in evaluation mode, without gradients and without a cache; its modes and configuration are afterwards
+    as before, also after an error.
+
+    Args:
+        model: a decoder (Llama, GPT-2, ...) or encoder (BERT, ...) of transformers, with ``attn_implementation`` eager,
+            sdpa, or a registered one that returns weights.
+        batches: dicts with ``input_ids (B, T)``, optionally ``attention_mask (B, T)`` (0 marks padding) and other
+            arguments of the model; ``labels`` is ignored.
+        bos_policy: one of ``BOS_POLICIES``.
+        device: where the inputs go; by default where the model's parameters are.
+        largest_score: also find the largest scaled score ``q . k`` a layer (one more matrix product).
+        progress: called with the number of finished batches.
+
+    Raises:
+        ValueError: for an unknown policy, a sample that breaks it, a batch without ``input_ids``, a model in which no
+            attention layer is seen or whose implementation does not show its weights, and for NaN.
+    """
+    if bos_policy not in BOS_POLICIES:
+        raise ValueError(f"bos_policy: expected one of {', '.join(BOS_POLICIES)}; got {bos_policy!r}")
+    bos = getattr(getattr(model, "config", None), "bos_token_id", None)
+    if bos_policy == "bos" and bos is None:
+        raise ValueError("bos_policy: 'bos' needs a model whose config has a bos_token_id")
+    device = torch.device(device) if device is not None else next(model.parameters()).device
+    meter = Meter(bos_policy)
+
+    def on_attention(layer: int, weights: Tensor, outputs: Tensor, visible: Tensor, max_score: float | None) -> None:
+        above = visible.shape[-1] > 1 and bool(visible.triu(1).any())
+        meter.attention(layer, weights, outputs, visible, causal=not above, max_score=max_score)
+
+    with _tapped(model, on_attention, meter.hidden, largest_score) as run:
+        for done, batch in enumerate(batches, 1):
+            inputs, valid = _inputs(batch, device)
+            if bos_policy == "bos":
+                _check_bos(inputs["input_ids"], valid, bos)
+            meter.begin_batch(valid, inputs["input_ids"])
+            run(inputs)
+            if progress is not None:
+                progress(done)
+    return meter.result()
+
+
+def attention_maps(model: nn.Module, input_ids: Tensor, *, device: torch.device | str | None = None) -> Tensor:
+    """The attention weights of every layer for one short sample.
+
+    Args:
+        model: as for :func:`measure`.
+        input_ids: ``(T,)`` or ``(1, T)``, without padding.
+        device: as for :func:`measure`.
+
+    Returns:
+        ``(L, H, T, T)`` fp32 on the CPU; entries that are masked are 0.
+    """
+    if input_ids.dim() == 1:
+        input_ids = input_ids[None]
+    if input_ids.dim() != 2 or input_ids.shape[0] != 1:
+        raise ValueError(f"input_ids: expected one sample, (T,) or (1, T), got {tuple(input_ids.shape)}")
+    device = torch.device(device) if device is not None else next(model.parameters()).device
+    maps: list[Tensor] = []
+
+    def on_attention(layer: int, weights: Tensor, outputs: Tensor, visible: Tensor, max_score: float | None) -> None:
+        maps.append(torch.where(visible, weights.float(), 0.0)[0].cpu())
+
+    with _tapped(model, on_attention, lambda layer, hidden: None, False) as run:
+        run(_inputs({"input_ids": input_ids}, device)[0])
+    return torch.stack(maps)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _inputs(batch: Mapping[str, Tensor], device: torch.device) -> tuple[dict[str, Tensor], Tensor]:
+    """The model's arguments, and the ``(B, T)`` mask of real positions."""
+    if "input_ids" not in batch:
+        raise ValueError(f"batches: expected dicts with input_ids, got the keys {sorted(batch)}")
+    inputs = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items() if k != "labels"}
+    ids, mask = inputs["input_ids"], inputs.get("attention_mask")
+    if ids.dim() != 2:
+        raise ValueError(f"input_ids: expected (B, T), got {tuple(ids.shape)}")
+    if mask is None:
+        return inputs, torch.ones_like(ids, dtype=torch.bool)
+    if mask.shape != ids.shape:
+        raise ValueError(f"attention_mask: expected the shape of input_ids {tuple(ids.shape)}, got {tuple(mask.shape)}")
+    return inputs, mask.bool()
+
+
+def _check_bos(input_ids: Tensor, valid: Tensor, bos: Any) -> None:
+    allowed = set(bos) if isinstance(bos, list | tuple) else {bos}
+    first = input_ids.gather(1, valid.int().argmax(1, keepdim=True))[:, 0]
+    wrong = [int(t) for t, real in zip(first, valid.any(1), strict=True) if real and int(t) not in allowed]
+    if wrong:
+        raise ValueError(
+            f"bos_policy: 'bos' expects every sample to start with token {bos}; one starts with {wrong[0]}"
+        )
+
+
+def _visible(mask: Any, name: str, module: nn.Module, query: Tensor, key: Tensor, kwargs: dict[str, Any]) -> Tensor:
+    """Which keys each query may see, ``(B or 1, 1, T, T)``, from the mask the attention function was given."""
+    tq, tk = query.shape[2], key.shape[2]
+    if tq != tk:
+        raise ValueError(f"expected self-attention without a cache (as many keys as queries), got {tq} and {tk}")
+    if mask is None:
+        causal = kwargs.get("is_causal")
+        causal = getattr(module, "is_causal", True) if causal is None else causal
+        every = torch.ones(1, 1, tq, tk, dtype=torch.bool, device=query.device)
+        # eager functions know no other mask than the one they are given
+        return every.tril() if causal and name != "eager" else every
+    if not isinstance(mask, Tensor) or mask.dim() != 4:
+        raise ValueError(f"expected a mask (B, 1, T, T) or none, got {getattr(mask, 'shape', type(mask).__name__)}")
+    see = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
+    return see[..., :tk].any(1, keepdim=True).expand(-1, 1, tq, tk)
+
+
+def _is_additive(mask: Any) -> bool:
+    return isinstance(mask, Tensor) and mask.is_floating_point()
+
+
+def _fp32_weights(
+    function: Callable[..., Any], arguments: tuple[nn.Module, Tensor, Tensor, Tensor, Any], kwargs: dict[str, Any]
+) -> Tensor:
+    """The weights that an attention function returns for fp32 inputs."""
+    module, query, key, value, mask = arguments
+    mask = mask.float() if _is_additive(mask) else mask
+    with torch.autocast(query.device.type, enabled=False):
+        return function(module, query.float(), key.float(), value.float(), mask, **(kwargs | {"dropout": 0.0}))[1]
+
+
+def _max_score(query: Tensor, key: Tensor, visible: Tensor, kwargs: dict[str, Any]) -> float:
+    scaling = kwargs.get("scaling")
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    key = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
+    scores = (query.float() @ key.float().transpose(2, 3)) * scaling
+    return scores.masked_fill(~visible, -torch.inf).max().item()
+
+
+@contextmanager
+def _tapped(
+    model: nn.Module, on_attention: _OnAttention, on_hidden: Callable[[int, Tensor], None], largest_score: bool
+) -> Iterator[Callable[[dict[str, Tensor]], None]]:
+    """A function that runs the model once and reports every layer; everything is restored on leaving."""
+    try:
+        from transformers import AttentionInterface, PreTrainedModel
+    except ImportError as error:
+        raise ImportError("measuring a model needs transformers: pip install 'softpick[transformers]'") from error
+
+    model = getattr(model, "_orig_mod", model)  # of torch.compile
+    body = model.base_model if isinstance(model, PreTrainedModel) else model  # no vocabulary logits needed
+    mine = {id(m) for m in model.modules()}
+    # A layer is what a ModuleList holds and an attention module runs in; the outermost such list counts.
+    depth = attentions_in_layer = layers = hidden_seen = 0
+
+    def wrapped(name: str, function: Callable[..., Any], eager: Callable[..., Any]) -> Callable[..., Any]:
+        name = name or "eager"
+
+        def attention(
+            module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any = None, **kwargs: Any
+        ) -> Any:
+            nonlocal layers, attentions_in_layer
+            if id(module) not in mine:
+                return function(module, query, key, value, attention_mask, **kwargs)
+            if any(name.startswith(prefix) for prefix in _FUSED):
+                raise ValueError(f"attn_implementation {name!r} cannot show its weights: load the model with 'sdpa'")
+            visible = _visible(attention_mask, name, module, query, key, kwargs)
+            arguments = (module, query, key, value, attention_mask)
+            extra = {} if name in ("eager", "sdpa") else {"output_attentions": True}
+            result = function(*arguments, **(kwargs | extra))
+            outputs, weights = result[0], result[1]
+            if name == "sdpa":
+                bias = torch.zeros(visible.shape, device=query.device).masked_fill(~visible, _LOWEST)
+                mask = attention_mask if _is_additive(attention_mask) else bias
+                weights = _fp32_weights(eager, (module, query, key, value, mask), kwargs)
+            if weights is None:
+                raise ValueError(f"attn_implementation {name!r} returned no weights for output_attentions=True")
+            if weights.dtype not in (torch.float32, torch.float64):  # rounded on the way out: once more in fp32
+                weights = _fp32_weights(function, arguments, kwargs | extra)
+            score = _max_score(query, key, visible, kwargs) if largest_score else None
+            on_attention(layers, weights, outputs, visible, score)
+            layers += 1
+            attentions_in_layer += 1
+            return result
+
+        return attention
+
+    def enter(module: nn.Module, inputs: Any) -> None:
+        nonlocal depth, attentions_in_layer
+        depth += 1
+        if depth == 1:
+            attentions_in_layer = 0
+
+    def leave(module: nn.Module, inputs: Any, output: Any) -> None:
+        nonlocal depth, hidden_seen
+        depth -= 1
+        if depth == 0 and attentions_in_layer:
+            if attentions_in_layer > 1:
+                raise ValueError(
+                    f"{type(module).__name__}: expected one self-attention a layer, saw {attentions_in_layer}"
+                )
+            on_hidden(layers - 1, output if isinstance(output, Tensor) else output[0])
+            hidden_seen += 1
+
+    def run(inputs: dict[str, Tensor]) -> None:
+        nonlocal depth, layers, hidden_seen
+        depth = layers = hidden_seen = 0
+        with torch.no_grad():
+            body(**inputs)
+        if layers == 0 or hidden_seen != layers:
+            what = "no attention layers were seen" if layers == 0 else f"{hidden_seen} layers for {layers} attentions"
+            raise ValueError(
+                f"model: {what} in {type(model).__name__}: expected a transformers model whose attention goes through "
+                "AttentionInterface, in layers held by a ModuleList"
+            )
+
+    original = AttentionInterface.get_interface
+
+    def get_interface(self: Any, attn_implementation: str, default: Callable[..., Any]) -> Callable[..., Any]:
+        return wrapped(attn_implementation, original(self, attn_implementation, default), default)
+
+    training = [(m, m.training) for m in model.modules()]
+    held = {id(child): child for m in body.modules() if isinstance(m, nn.ModuleList) for child in m}
+    handles: list[Any] = []
+    try:
+        AttentionInterface.get_interface = get_interface
+        for child in held.values():
+            handles += [child.register_forward_pre_hook(enter), child.register_forward_hook(leave)]
+        model.eval()
+        yield run
+    finally:
+        AttentionInterface.get_interface = original
+        for handle in handles:
+            handle.remove()
+        for module, mode in training:
+            module.training = mode

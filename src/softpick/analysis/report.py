@@ -1,0 +1,515 @@
+"""From results to a table and to one HTML file.
+
+:data:`METRICS` is the single list of what a summary shows: the terminal table (:func:`summary_rows`), the table of the
+HTML file and its definitions come from it. :func:`write_report` fills ``report.html`` (a template beside this file,
+with all style and script in it) with the results as JSON; the file opens without a network.
+
+A report is a dict: ``title``, ``meta`` (task, data, created, ...), ``notes`` (plain statements) and ``runs``, each with
+``normalizer``, ``title``, ``seed``, ``validation_loss``, ``parameters``, ``seconds``, ``curves``, ``measurements``
+(:meth:`softpick.analysis.metrics.Measurements.to_dict`) and ``samples`` (tokens and :func:`encode_maps`). Only
+``normalizer`` is required of a run: what is missing shows as a dash.
+"""
+
+from __future__ import annotations
+
+import base64
+import html
+import json
+import math
+import os
+import statistics
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+__all__ = ["METRICS", "Metric", "data_statement", "decode_maps", "encode_maps", "summary_rows", "write_report"]
+
+DASH = "–"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The summary
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One row of the summary.
+
+    Attributes:
+        key: a stable name.
+        label: for people, with the unit's sign left out.
+        unit: ``"%"``, ``"nats"``, ... or empty.
+        group: the heading it stands under.
+        path: where the value is in a run.
+        style: a format specification; ``"d"`` for counts.
+        definition: what it is, in a sentence or two.
+        reading: how to read it (what low or high means).
+        sink: a sink figure, beside which T and the BOS policy are stated.
+    """
+
+    key: str
+    label: str
+    unit: str
+    group: str
+    path: tuple[str, ...]
+    style: str
+    definition: str
+    reading: str = ""
+    sink: bool = False
+
+    def value(self, run: Mapping[str, Any]) -> float | None:
+        """The number in a run, or None where it is missing or not finite."""
+        at: Any = run
+        for part in self.path:
+            at = at.get(part) if isinstance(at, Mapping) else None
+        if isinstance(at, bool) or not isinstance(at, int | float) or not math.isfinite(at):
+            return None
+        return at
+
+    def text(self, value: float | None) -> str:
+        """A value as text, with its unit."""
+        if value is None:
+            return DASH
+        if self.style == "d":
+            number = f"{value:,.0f}" if value == int(value) else f"{value:,.1f}"
+        elif self.style == "g":
+            number = f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+        else:
+            number = format(value, self.style)
+        return f"{number} {self.unit}".rstrip() if self.unit else number
+
+
+def _sink(token: str, normalized: bool, threshold: str) -> Metric:
+    words = {"first": "first token", "strongest": "strongest token"}[token]
+    key = "rate_normalized" if normalized else "rate"
+    which = (
+        "k is the first token of the sample"
+        if token == "first"
+        else "k is, for each sample and head, the key with the largest alpha among those that at least 16 queries see"
+    )
+    weight = (
+        "A[i,k] / Σ_j |A[i,j]| over rows with mass" if normalized else "A[i,k] over the queries i that may see key k"
+    )
+    return Metric(
+        key=f"sink_{token}{'_normalized' if normalized else ''}_{threshold}",
+        label=f"Sink rate > {threshold}, {words}" + (", share of row mass" if normalized else ""),
+        unit="%",
+        group="Attention sinks",
+        path=("measurements", "sink", token, key, threshold),
+        style=".1f",
+        definition=f"Share of (sample, layer, head) with alpha > {threshold}; alpha is the mean of {weight}; {which}.",
+        reading=(
+            "Lower: fewer heads park their attention on one token. Comparable across normalizers."
+            if normalized
+            else "Lower: fewer sinks. Softpick's rows sum to at most 1, which lowers it too: see the share of row mass."
+        ),
+        sink=True,
+    )
+
+
+def _tile(name: str) -> Metric:
+    rows, columns = name.split("x")
+    what = f"row blocks of {columns} keys" if rows == "1" else f"tiles of {rows} queries by {columns} keys"
+    return Metric(
+        f"tile_{name}",
+        f"Empty tiles {rows}×{columns}",
+        "%",
+        "Sparsity",
+        ("measurements", "sparsity", "tiles", name),
+        ".1f",
+        f"Share of {what} with a visible entry in which every weight is exactly 0. Complete tiles only; "
+        "a dash means that the samples are shorter than the tile.",
+        "Higher: more work that a kernel can skip without any loss.",
+    )
+
+
+_HIDDEN, _ROWS, _SPARSITY, _HEADS = (("measurements", name) for name in ("hidden", "rows", "sparsity", "heads"))
+
+METRICS: tuple[Metric, ...] = (
+    Metric(
+        "validation_loss",
+        "Validation loss",
+        "",
+        "Quality",
+        ("validation_loss",),
+        ".4f",
+        "Mean cross-entropy in nats per token on the validation data, after training.",
+        "Lower is better.",
+    ),
+    _sink("first", False, "0.3"),
+    _sink("first", False, "0.2"),
+    _sink("first", True, "0.3"),
+    _sink("first", True, "0.2"),
+    _sink("strongest", False, "0.3"),
+    _sink("strongest", True, "0.3"),
+    Metric(
+        "row_mass",
+        "Row mass",
+        "",
+        "Attention sinks",
+        (*_ROWS, "mass"),
+        ".3f",
+        "Mean over queries, heads and layers of Σ_j A[i,j].",
+        "Softmax always has 1. Below 1, a head may attend to little or nothing.",
+    ),
+    Metric(
+        "zero_rows",
+        "All-zero rows",
+        "%",
+        "Attention sinks",
+        (*_ROWS, "zero"),
+        ".2f",
+        "Share of queries (per head) whose weights are all exactly 0.",
+        "A head that is off for this token.",
+    ),
+    Metric(
+        "entropy",
+        "Attention entropy",
+        "nats",
+        "Attention sinks",
+        (*_ROWS, "entropy"),
+        ".2f",
+        "Mean over rows with mass of −Σ_j p_j ln p_j with p = A / Σ|A|.",
+        "Low: attention on few keys.",
+    ),
+    Metric(
+        "kurtosis",
+        "Kurtosis",
+        "",
+        "Hidden states",
+        (*_HIDDEN, "kurtosis"),
+        "g",
+        "μ₄/σ⁴ of all entries of the residual stream after every layer, samples and layers pooled (a Gaussian has 3).",
+        "Lower: fewer outliers, easier to quantize.",
+    ),
+    Metric(
+        "hidden_min",
+        "Smallest activation",
+        "",
+        "Hidden states",
+        (*_HIDDEN, "min"),
+        "g",
+        "Minimum of the residual stream after every layer.",
+    ),
+    Metric(
+        "hidden_max",
+        "Largest activation",
+        "",
+        "Hidden states",
+        (*_HIDDEN, "max"),
+        "g",
+        "Maximum of the residual stream after every layer.",
+    ),
+    Metric(
+        "massive",
+        "Massive activations",
+        "",
+        "Hidden states",
+        (*_HIDDEN, "massive", "count"),
+        "d",
+        "Entries with |x| > 100 and |x| ≥ 1000 × the median |x| of that hidden state (one sample, one layer).",
+        "Lower: fewer.",
+    ),
+    Metric(
+        "outlier_features",
+        "Outlier features",
+        "",
+        "Hidden states",
+        (*_HIDDEN, "outlier_features", "count"),
+        "d",
+        "Channels with |x| ≥ 6 in at least 25 % of the layers and at least 6 % of all positions (LLM.int8).",
+        "Lower: easier to quantize.",
+    ),
+    Metric(
+        "zero",
+        "Weights exactly 0",
+        "%",
+        "Sparsity",
+        (*_SPARSITY, "zero"),
+        ".1f",
+        "Share of visible weights (causal: lower triangle with diagonal) that are exactly 0.",
+        "Higher: sparser.",
+    ),
+    Metric(
+        "tiny",
+        "Weights ≤ 1e-5",
+        "%",
+        "Sparsity",
+        (*_SPARSITY, "tiny"),
+        ".1f",
+        "Share of visible weights with |a| ≤ 0.00001.",
+        "Softmax has near-zeros, but no zeros.",
+    ),
+    *(_tile(name) for name in ("1x16", "1x64", "16x64", "64x64", "128x128")),
+    Metric(
+        "dead_heads",
+        "Dead heads",
+        "%",
+        "Heads",
+        (*_HEADS, "dead_percent"),
+        ".1f",
+        "Heads whose output (before the output projection) has max|o| ≤ 1e-6 on at least 95 % of tokens.",
+        "Lower: less capacity is lost.",
+    ),
+    Metric(
+        "dormant_heads",
+        "Dormant heads",
+        "%",
+        "Heads",
+        (*_HEADS, "dormant_percent"),
+        ".1f",
+        "Heads with more than 0.9 of a row's mass on the first token for at least 95 % of queries.",
+        "Lower: softmax's way of switching a head off.",
+    ),
+    Metric("parameters", "Parameters", "", "Run", ("parameters",), "d", "Trainable parameters of the model."),
+    Metric("seconds", "Time", "s", "Run", ("seconds",), "d", "Seconds of training."),
+)
+"""Every row of the summary, in order."""
+
+
+def run_labels(report: Mapping[str, Any]) -> list[str]:
+    """A name for each run: its title, with the seed where a normalizer was run more than once."""
+    runs = report["runs"]
+    names = [str(run.get("title") or run["normalizer"]) for run in runs]
+    return [
+        f"{name} · seed {run.get('seed', i)}" if names.count(name) > 1 else name
+        for i, (name, run) in enumerate(zip(names, runs, strict=True))
+    ]
+
+
+def summary_rows(report: Mapping[str, Any], *, by: Literal["run", "normalizer"] = "run") -> list[tuple[str, list[str]]]:
+    """The summary as text, for a terminal.
+
+    Args:
+        report: as for :func:`write_report`.
+        by: one column a run, or one a normalizer (mean ± standard deviation over its seeds).
+
+    Returns:
+        ``(label, values)`` in the order of :data:`METRICS`; a metric that no run has is left out. The columns are those
+        of :func:`run_labels`, or the normalizers in order of appearance.
+    """
+    return [(row["label"], row["texts"]) for row in _summary(report, by)]
+
+
+def _summary(report: Mapping[str, Any], by: Literal["run", "normalizer"]) -> list[dict[str, Any]]:
+    if by not in ("run", "normalizer"):
+        raise ValueError(f"by: expected 'run' or 'normalizer', got {by!r}")
+    runs = report["runs"]
+    if by == "run":
+        groups = [[run] for run in runs]
+    else:
+        groups = [[run for run in runs if run["normalizer"] == n] for n in dict.fromkeys(r["normalizer"] for r in runs)]
+    rows = []
+    for metric in METRICS:
+        cells = [[v for v in (metric.value(run) for run in group) if v is not None] for group in groups]
+        if not any(cells):
+            continue
+        texts, values = [], []
+        for cell in cells:
+            values.append(statistics.fmean(cell) if cell else None)
+            text = metric.text(cell[0] if len(cell) == 1 else values[-1])
+            if len(cell) > 1:
+                spread = metric.text(statistics.stdev(cell)).removesuffix(metric.unit).rstrip()
+                text = text.removesuffix(metric.unit).rstrip() + f" ± {spread} {metric.unit}".rstrip()
+            texts.append(text)
+        row = {k: getattr(metric, k) for k in ("key", "label", "unit", "group", "definition", "reading", "sink")}
+        rows.append(row | {"values": values, "texts": texts})
+    return rows
+
+
+def data_statement(run: Mapping[str, Any]) -> str:
+    """What a run's figures were measured on: T, samples, and how samples start. Stated with every sink figure."""
+    data = (run.get("measurements") or {}).get("data")
+    if not data:
+        return "not measured"
+    length = data["sequence_length"]
+    t = (
+        f"T = {length['max']:,} tokens"
+        if length["min"] == length["max"]
+        else f"T = {length['min']:,} to {length['max']:,} tokens (mean {length['mean']:,.0f})"
+    )
+    bos = data["bos"]
+    share, token = bos["first_token_share"], bos["first_token_id"]
+    if bos["policy"] == "none":
+        start = "samples start without a BOS token"
+    elif bos["policy"] == "bos":
+        start = f"every sample starts with BOS (token {token})"
+    elif share is None:
+        start = "it is not known how samples start"
+    elif share == 100:
+        start = f"every sample starts with token {token}"
+    else:
+        start = f"samples start with different tokens (most often {token}, {share:.0f} %)"
+    view = "causal" if data["causal"] else "bidirectional"
+    return f"{t}, {data['samples']:,} samples, {view}, {start}"
+
+
+def _derived_notes(report: Mapping[str, Any]) -> list[str]:
+    """What a reader must know and the figures do not say by themselves."""
+    notes = []
+    rates = [
+        rate
+        for run in report["runs"]
+        if run["normalizer"] == "softmax"
+        and (rate := next(m for m in METRICS if m.key == "sink_first_0.3").value(run)) is not None
+    ]
+    if rates and statistics.fmean(rates) < 5:
+        notes.append(
+            f"Softmax itself has hardly any attention sinks here (sink rate {statistics.fmean(rates):.1f} % at 0.3, "
+            "first token), so this comparison says nothing about removing them. Longer training, more layers, a larger "
+            "weight decay and learning rate bring sinks about."
+        )
+    statements = {data_statement(run) for run in report["runs"] if run.get("measurements")}
+    if len(statements) > 1:
+        notes.append("The runs were measured on different data; their figures cannot be compared directly.")
+    return notes
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Attention maps as JSON
+
+
+def encode_maps(maps: Tensor, *, bits: Literal[8, 16] = 16, causal: bool | None = None) -> dict[str, Any]:
+    """Attention maps as a JSON-able dict, each map quantized to its own range, exact zeros apart.
+
+    Code 0 is an exact zero. Any other weight has ``code >= 1`` and is
+    ``min + (code - 1) / (2^bits - 2) * (max - min)``, with ``min = 0`` unless a map has negative weights.
+
+    Args:
+        maps: ``(L, H, T, T)``, as from :func:`softpick.analysis.capture.attention_maps`.
+        bits: of a code.
+        causal: whether the upper triangle is masked; by default, whether it is all zero.
+
+    Returns:
+        ``shape``, ``dtype`` (``uint8`` or ``uint16``, little-endian), ``causal``, ``min`` and ``max`` (one a map, flat)
+        and ``data`` (base64).
+    """
+    if maps.dim() != 4 or maps.shape[2] != maps.shape[3]:
+        raise ValueError(f"maps: expected (L, H, T, T), got {tuple(maps.shape)}")
+    if bits not in (8, 16):
+        raise ValueError(f"bits: expected 8 or 16, got {bits}")
+    x = maps.detach().cpu().double()
+    if not bool(torch.isfinite(x).all()):
+        raise ValueError("maps: expected finite weights, got NaN or infinity")
+    low, high = x.amin((2, 3)).clamp(max=0), x.amax((2, 3)).clamp(min=0)
+    levels = 2**bits - 2
+    width = torch.where(high > low, high - low, 1.0)[..., None, None]
+    codes = 1 + ((x - low[..., None, None]) / width * levels).round().long()
+    codes = torch.where(x == 0, 0, codes)
+    # bytes, low one first, without numpy
+    parts = [codes & 255, codes >> 8] if bits == 16 else [codes]
+    raw = bytes(torch.stack(parts, dim=-1).to(torch.uint8).flatten().tolist())
+    return {
+        "shape": list(maps.shape),
+        "dtype": f"uint{bits}",
+        "causal": not bool(x.triu(1).any()) if causal is None else causal,
+        "min": low.flatten().tolist(),
+        "max": high.flatten().tolist(),
+        "data": base64.b64encode(raw).decode("ascii"),
+    }
+
+
+def decode_maps(encoded: Mapping[str, Any]) -> Tensor:
+    """The maps of :func:`encode_maps`, ``(L, H, T, T)`` fp64, to within half a step of their range."""
+    raw = torch.frombuffer(bytearray(base64.b64decode(encoded["data"])), dtype=torch.uint8).long()
+    wide = encoded["dtype"] == "uint16"
+    codes = (raw[0::2] + 256 * raw[1::2] if wide else raw).view(encoded["shape"])
+    levels = 65534 if wide else 254
+    low, high = (
+        torch.tensor(encoded[k], dtype=torch.float64).view(encoded["shape"][:2])[..., None, None]
+        for k in ("min", "max")
+    )
+    return torch.where(codes == 0, 0.0, low + (codes - 1) / levels * (high - low))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The file
+
+
+def _plain(x: Any) -> Any:
+    """Numbers, strings, lists and dicts only; NaN and infinities as null, which is what JSON has."""
+    if isinstance(x, Mapping):
+        return {str(k): _plain(v) for k, v in x.items()}
+    if isinstance(x, list | tuple):
+        return [_plain(v) for v in x]
+    if isinstance(x, float):
+        return x if math.isfinite(x) else None
+    if x is None or isinstance(x, str | int):
+        return x
+    return str(x)
+
+
+def _script_json(x: Any) -> str:
+    """JSON that may stand in a script element: no character in it can end the element or start a comment."""
+    text = json.dumps(_plain(x), allow_nan=False, ensure_ascii=True, separators=(",", ":"))
+    for character in "<>&":
+        text = text.replace(character, f"\\u{ord(character):04x}")
+    return text
+
+
+def _check(report: Mapping[str, Any]) -> None:
+    runs = report.get("runs")
+    if not isinstance(runs, list) or not runs:
+        raise ValueError("report: expected a list 'runs' with at least one run")
+    for i, run in enumerate(runs):
+        if not isinstance(run, Mapping) or "normalizer" not in run:
+            raise ValueError(f"report: expected runs[{i}] to be a dict with a 'normalizer'")
+
+
+def render(report: Mapping[str, Any]) -> str:
+    """The HTML text that :func:`write_report` writes."""
+    _check(report)
+    title = str(report.get("title") or "softpick report")
+    runs = report["runs"]
+    payload = {
+        "title": title,
+        "meta": report.get("meta") or {},
+        "notes": [*(report.get("notes") or []), *_derived_notes(report)],
+        "runs": runs,
+        "labels": run_labels(report),
+        "statements": [data_statement(run) for run in runs],
+        "summary": {"run": _summary(report, "run"), "normalizer": _summary(report, "normalizer")},
+        "definitions": [
+            {k: getattr(m, k) for k in ("key", "label", "unit", "group", "definition", "reading")} for m in METRICS
+        ],
+    }
+    template = files("softpick.analysis").joinpath("report.html").read_text(encoding="utf-8")
+    # the marks are found before anything is filled in: a title may contain "__DATA__"
+    head, found_title, rest = template.partition("__TITLE__")
+    middle, found_data, tail = rest.partition("__DATA__")
+    assert found_title, "report.html lacks __TITLE__"
+    assert found_data, "report.html lacks __DATA__"
+    return head + html.escape(title) + middle + _script_json(payload) + tail
+
+
+def write_report(path: str | os.PathLike[str], report: Mapping[str, Any]) -> None:
+    """Write one self-contained HTML file: no network, no other file.
+
+    The file appears at ``path`` complete or not at all.
+
+    Args:
+        path: of the HTML file; its folder must exist.
+        report: see the module's docstring.
+
+    Raises:
+        ValueError: for a report without runs, or a run without a normalizer.
+    """
+    text = render(report)
+    path = Path(path)
+    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+        umask = os.umask(0)
+        os.umask(umask)
+        os.chmod(temporary, 0o666 & ~umask)  # mkstemp makes files that only their owner may read
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise

@@ -1,0 +1,299 @@
+"""The command line: ``softpick compare``, ``softpick normalizers``.
+
+Whatever is heavy or belongs to an extra is imported inside the functions, so that ``--help`` is quick and a missing
+extra gives one sentence.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import typer
+    from rich.console import Console
+
+__all__ = ["build_app", "main"]
+
+_INSTALL = "pip install 'softpick[compare]'"
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Entry point of ``softpick``."""
+    missing = [name for name in ("typer", "rich") if importlib.util.find_spec(name) is None]
+    if missing:
+        sys.exit(f"softpick: the command line needs {' and '.join(missing)}: {_INSTALL}")
+    build_app()(args=None if argv is None else list(argv), prog_name="softpick")
+
+
+def _require(*names: str) -> None:
+    missing = [name for name in names if importlib.util.find_spec(name) is None]
+    if missing:
+        _fail(f"this command needs {', '.join(missing)}: {_INSTALL}")
+
+
+def _fail(message: str) -> None:
+    sys.stderr.write(f"softpick: error: {message}\n")
+    raise SystemExit(2)
+
+
+def build_app() -> typer.Typer:
+    """The typer application."""
+    import typer
+
+    from softpick.compare import TASKS
+
+    app = typer.Typer(
+        name="softpick",
+        add_completion=False,
+        no_args_is_help=True,
+        pretty_exceptions_enable=False,
+        rich_markup_mode=None,
+    )
+    option = typer.Option
+
+    def of_task(name: str, text: str = "") -> Any:
+        """An option whose default depends on the task, and whose help says so."""
+        values = {task: defaults[name] for task, defaults in TASKS.items()}
+        alike = len(set(values.values())) == 1
+        default = str(values["text"]) if alike else ", ".join(f"{task} {value}" for task, value in values.items())
+        return option(None, help=f"{text}  [default: {default}]".strip())
+
+    def version(wanted: bool) -> None:
+        if wanted:
+            from softpick import __version__
+
+            typer.echo(f"softpick {__version__}")
+            raise typer.Exit
+
+    @app.callback(help="Attention without softmax: compare normalizers.")
+    def root(
+        version: bool = option(False, "--version", callback=version, is_eager=True, help="Print the version and exit."),
+    ) -> None:
+        pass
+
+    @app.command(help="List the normalizers.")
+    def normalizers() -> None:
+        _print_normalizers()
+
+    @app.command(
+        help="Train small Llama-style models that differ only in the normalizer, measure them, write a report. Running the "
+        "same command again continues an interrupted run."
+    )
+    def compare(
+        normalizers: str = option("softmax,softpick", help="Comma-separated names; `softpick normalizers` lists them."),
+        task: str = option("text", help="text: language modelling; backcopy: Bigram-Backcopy (Guo et al. 2024)."),
+        data: str = option(
+            None,
+            metavar="PATH",
+            help="Text, JSONL or parquet file, or a directory of them.  [default: sources of the Python standard library]",
+        ),
+        text_field: str = option("text", help="Field or column with the text in JSONL and parquet files."),
+        seed: int = option(None, help="Seed of initial weights and data order.  [default: 0]"),
+        seeds: str = option(None, metavar="0,1,2", help="Several seeds instead of one."),
+        steps: int = of_task("steps", "Training steps."),
+        layers: int = of_task("layers"),
+        heads: int = of_task("heads", "Attention heads a layer."),
+        width: int = of_task("width", "Of the residual stream."),
+        sequence_length: int = of_task("sequence_length", "Tokens a sequence, BOS included."),
+        batch_size: int = of_task("batch_size", "Sequences a step."),
+        learning_rate: float = of_task("learning_rate"),
+        warmup_steps: int = of_task("warmup_steps", "Steps of linear warm-up."),
+        weight_decay: float = of_task("weight_decay"),
+        vocab_size: int = of_task("vocab_size", "Of the byte-level BPE."),
+        output: str = option(None, metavar="DIR", help="Folder of the run.  [default: softpick-compare-TASK]"),
+        device: str = option("cpu", help="cpu, cuda or mps."),
+        resume: bool = option(
+            True, "--resume/--fresh", help="Continue the run in the folder, or rename it and start anew."
+        ),
+    ) -> None:
+        _require("transformers", "accelerate", "tokenizers", "numpy")
+        if seed is not None and seeds is not None:
+            _fail("seeds: give --seed or --seeds, not both")
+        _run_compare(
+            {
+                "task": task,
+                "normalizers": tuple(_split(normalizers)),
+                "seeds": _integers(seeds) if seeds is not None else None if seed is None else (seed,),
+                "data": data,
+                "text_field": text_field,
+                "steps": steps,
+                "layers": layers,
+                "heads": heads,
+                "width": width,
+                "sequence_length": sequence_length,
+                "batch_size": batch_size,
+                "learning_rate": learning_rate,
+                "warmup_steps": warmup_steps,
+                "weight_decay": weight_decay,
+                "vocab_size": vocab_size,
+                "device": device,
+            },
+            output or f"softpick-compare-{task}",
+            fresh=not resume,
+        )
+
+    return app
+
+
+def _split(text: str) -> list[str]:
+    return [part.strip() for part in text.split(",") if part.strip()]
+
+
+def _integers(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(part) for part in _split(text))
+    except ValueError:
+        _fail(f"seeds: expected integers separated by commas, got {text!r}")
+        raise
+
+
+def _print_normalizers() -> None:
+    from rich.table import Table
+
+    from softpick.normalizers import NORMALIZERS
+
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("name", no_wrap=True)
+    table.add_column("weight of key i", overflow="fold")
+    table.add_column("note", overflow="fold")
+    for norm in NORMALIZERS.values():
+        table.add_row(norm.name, norm.formula, f"{norm.note} {norm.citation}", end_section=True)
+    _console(wide=True).print(table, markup=False)
+
+
+def _run_compare(given: dict[str, Any], output: str, fresh: bool) -> None:
+    # nothing here needs the network; this also keeps the libraries below from looking
+    import os
+    import shlex
+
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    from softpick.compare import Settings, SettingsError
+    from softpick.compare import compare as run
+    from softpick.training.data import DataError
+    from softpick.training.engine import Interrupted, StopRequest
+
+    console = _console()
+    stop = StopRequest()
+    again = f"run the same command again to continue in {output}"
+    try:
+        settings = Settings.for_task(**given)
+        report = run(
+            settings,
+            output,
+            fresh=fresh,
+            command=" ".join(["softpick", *map(shlex.quote, sys.argv[1:])]),
+            reporter=_Reporter(console),
+            stop=stop,
+        )
+    except (SettingsError, DataError) as error:
+        _fail(str(error))
+    except Interrupted as reason:
+        console.print(f"{reason}; {again}", markup=False, highlight=False)
+        raise SystemExit(130) from None
+    except KeyboardInterrupt:
+        console.print(f"interrupted; {again}", markup=False, highlight=False)
+        raise SystemExit(130) from None
+    else:
+        _print_report(report, output, console)
+
+
+def _print_report(report: dict[str, Any], output: str, console: Console) -> None:
+    from pathlib import Path
+
+    from rich.table import Table
+
+    from softpick.analysis import summary_rows
+
+    runs = report["runs"]
+    titles = list(dict.fromkeys(run["title"] for run in runs))
+    seeds = len({run["seed"] for run in runs})
+    table = Table(box=None, pad_edge=False, header_style="bold", title_style="bold", title_justify="left")
+    table.add_column(f"mean ± standard deviation over {seeds} seeds" if seeds > 1 else "")
+    for title in titles:
+        table.add_column(title, justify="right", no_wrap=True)
+    for label, values in summary_rows(report, by="normalizer"):
+        table.add_row(label, *values)
+    console.print()
+    console.print(table, markup=False)
+    console.print()
+    for note in report["notes"]:
+        console.print(f"- {note}", markup=False, highlight=False)
+    folder = Path(output)
+    console.print(
+        f"\nreport:  {folder / 'report.html'}\nresults: {folder / 'results.json'}", markup=False, soft_wrap=True
+    )
+
+
+def _console(wide: bool = False) -> Console:
+    from rich.console import Console
+
+    console = Console(highlight=False)
+    # a log file or a pipe has no width of its own: do not fold tables at 80 columns there
+    return console if console.is_terminal else Console(highlight=False, width=160 if wide else 120)
+
+
+class _Reporter:
+    """Bars on a terminal, about ten lines a model in a log."""
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+
+    def say(self, text: str) -> None:
+        self.console.print(text, markup=False)
+
+    @contextmanager
+    def progress(self, label: str, total: int) -> Iterator[_Bar | _Lines]:
+        if not self.console.is_terminal:
+            yield _Lines(self.console, label, total)
+            return
+        from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+        columns = (
+            TextColumn("{task.description}", markup=False),
+            BarColumn(),
+            TextColumn("{task.completed}/{task.total} {task.fields[loss]}"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+        )
+        with Progress(*columns, console=self.console) as progress:
+            yield _Bar(progress, progress.add_task(label, total=total, loss=""))
+
+
+class _Bar:
+    def __init__(self, progress: Any, task: Any) -> None:
+        self._progress, self._task = progress, task
+
+    def update(self, step: int, loss: float | None) -> None:
+        fields = {} if loss is None else {"loss": f"loss {loss:.3f}"}
+        self._progress.update(self._task, completed=step, **fields)
+
+
+class _Lines:
+    def __init__(self, console: Console, label: str, total: int) -> None:
+        self._console, self._label, self._total = console, label, total
+        self._start, self._first, self._said = time.perf_counter(), 0, 0.0
+
+    def update(self, step: int, loss: float | None) -> None:
+        if loss is None:
+            return
+        now = time.perf_counter()
+        if self._first == 0:  # a resumed run begins in the middle: its pace counts from here
+            self._start, self._first = now, step
+        done = step / self._total
+        if done < 1 and done - self._said < 0.1:
+            return
+        self._said = done
+        pace = (now - self._start) / (step - self._first) if step > self._first else 0.0
+        left = f", {pace * (self._total - step):.0f} s left" if pace and step < self._total else ""
+        self._console.print(f"{self._label}: {step}/{self._total} steps, loss {loss:.3f}{left}", markup=False)
+
+
+if __name__ == "__main__":
+    main()

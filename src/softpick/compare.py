@@ -1,0 +1,588 @@
+"""``softpick compare``: models that differ only in the normalizer, trained on the same text and measured.
+
+:func:`compare` does the whole job; everything it needs to know is in :class:`Settings`. A run lives in one folder::
+
+    config.json                 the settings; another run does not enter this folder
+    tokenizer/
+    softmax-seed0/              a finished model: a transformers checkpoint with its tokenizer, and run.json
+    .training/softpick-seed0/   the Trainer's checkpoints of the model that is being trained
+    results.json  report.html
+
+Finished models are not trained again and a model in training goes on from its last checkpoint, so running the same
+settings again continues where it stopped. Nothing that a user had is deleted.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shutil
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from torch import Tensor
+
+from softpick.normalizers import get_normalizer
+from softpick.training.data import (
+    Corpus,
+    DataError,
+    SequenceDataset,
+    fingerprint,
+    make_backcopy,
+    make_sequences,
+    read_corpus,
+    split_documents,
+    standard_library,
+    train_tokenizer,
+)
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+    from softpick.training.engine import ProgressBar, StopRequest
+
+__all__ = ["TASKS", "Reporter", "Settings", "SettingsError", "compare"]
+
+_FORMAT = "softpick compare 1"
+_MEASURED = 512  # validation sequences that are measured, and evaluated during training
+_VALIDATED = 2048  # validation sequences of the final loss
+_MAPS = 3  # samples with attention maps in the report
+_BACKCOPY_SEQUENCES = 50_000
+_LARGEST_GAP = 0.03
+_FEWEST_SINKS = 5.0
+
+
+class SettingsError(ValueError):
+    """Settings that cannot work, or that do not fit the folder they are to run in."""
+
+
+TASKS: Mapping[str, Mapping[str, Any]] = {
+    # Sinks need weight decay, a large learning rate, short sequences and enough steps; softpick needs the warm-up to reach
+    # softmax's loss. docs/log.md has what was tried.
+    "text": {
+        "steps": 4000,
+        "layers": 2,
+        "heads": 4,
+        "width": 64,
+        "sequence_length": 64,
+        "batch_size": 16,
+        "learning_rate": 5e-3,
+        "warmup_steps": 100,
+        "weight_decay": 0.5,
+        "vocab_size": 512,
+    },
+    # one layer and one head, as in Guo et al. 2024
+    "backcopy": {
+        "steps": 1500,
+        "layers": 1,
+        "heads": 1,
+        "width": 64,
+        "sequence_length": 64,
+        "batch_size": 32,
+        "learning_rate": 1e-2,
+        "warmup_steps": 0,
+        "weight_decay": 0.1,
+        "vocab_size": 512,
+    },
+}
+"""The tasks and the defaults that show the phenomenon."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """All that determines the result. :meth:`for_task` fills in a task's defaults.
+
+    Attributes:
+        task: a key of :data:`TASKS`.
+        normalizers: names of ``softpick.NORMALIZERS``; each is trained once a seed.
+        seeds: of initial weights and data order.
+        data: file or folder; None is the Python standard library.
+        text_field: of JSONL and parquet files.
+        steps: optimizer steps.
+        layers: of the model.
+        heads: attention heads a layer.
+        width: of the residual stream.
+        sequence_length: tokens a sequence, BOS included.
+        batch_size: sequences a step.
+        learning_rate: the largest; cosine to 10 % of it.
+        warmup_steps: of linear warm-up (at most ``steps``).
+        weight_decay: of AdamW.
+        vocab_size: of the byte-level BPE.
+        device: ``cpu``, ``cuda`` or ``mps``.
+    """
+
+    task: str
+    normalizers: tuple[str, ...]
+    seeds: tuple[int, ...]
+    data: str | None
+    text_field: str
+    steps: int
+    layers: int
+    heads: int
+    width: int
+    sequence_length: int
+    batch_size: int
+    learning_rate: float
+    warmup_steps: int
+    weight_decay: float
+    vocab_size: int
+    device: str
+
+    @classmethod
+    def for_task(cls, task: str = "text", **given: Any) -> Settings:
+        """Settings of a task; what is given and not None replaces the default.
+
+        Raises:
+            SettingsError: for anything that cannot work.
+        """
+        if task not in TASKS:
+            raise SettingsError(f"task: expected one of {', '.join(TASKS)}; got {task!r}")
+        values: dict[str, Any] = {
+            "task": task,
+            "normalizers": ("softmax", "softpick"),
+            "seeds": (0,),
+            "data": None,
+            "text_field": "text",
+            "device": "cpu",
+            **TASKS[task],
+        }
+        values |= {name: value for name, value in given.items() if value is not None}
+        settings = cls(**values)
+        settings.check()
+        return settings
+
+    def check(self) -> None:
+        """Raise :class:`SettingsError` for settings that cannot work, before any work is done."""
+        for name in self.normalizers:
+            try:
+                get_normalizer(name)
+            except ValueError as error:
+                raise SettingsError(str(error)) from None
+        for what, items in (("normalizers", self.normalizers), ("seeds", self.seeds)):
+            if not items:
+                raise SettingsError(f"{what}: expected at least one")
+            if len(set(items)) < len(items):
+                raise SettingsError(f"{what}: {', '.join(map(str, items))} names one twice")
+        if min(self.seeds) < 0:
+            raise SettingsError(f"seeds: expected integers >= 0, got {min(self.seeds)}")
+        for name, least in (
+            ("steps", 1),
+            ("layers", 1),
+            ("heads", 1),
+            ("width", 1),
+            ("sequence_length", 2),
+            ("batch_size", 1),
+            ("warmup_steps", 0),
+            ("vocab_size", 258),
+        ):
+            value = getattr(self, name)
+            if value < least:
+                why = " (256 bytes, BOS, EOS)" if name == "vocab_size" else ""
+                raise SettingsError(f"{name.replace('_', '-')}: expected at least {least}{why}, got {value}")
+        if self.width % self.heads:
+            raise SettingsError(f"heads: expected a divisor of the width {self.width}, got {self.heads}")
+        if self.width // self.heads % 2:
+            raise SettingsError(
+                f"heads: rotary positions need an even head dimension; width {self.width} / heads {self.heads} "
+                f"is {self.width // self.heads}"
+            )
+        if not self.learning_rate > 0:
+            raise SettingsError(f"learning-rate: expected a number > 0, got {self.learning_rate}")
+        if not self.weight_decay >= 0:
+            raise SettingsError(f"weight-decay: expected a number >= 0, got {self.weight_decay}")
+        if self.device not in ("cpu", "cuda", "mps"):
+            raise SettingsError(f"device: expected cpu, cuda or mps; got {self.device!r}")
+        if self.device == "cuda" and not torch.cuda.is_available():
+            raise SettingsError("device: 'cuda' asked for, but torch finds no usable GPU")
+        if self.device == "mps" and not torch.backends.mps.is_available():
+            raise SettingsError("device: 'mps' asked for, but torch finds none")
+
+    def to_json(self) -> dict[str, Any]:
+        """As read back from JSON: tuples are lists, the path of the data absolute."""
+        data = None if self.data is None else str(Path(self.data).resolve())
+        return json.loads(json.dumps(asdict(replace(self, data=data))))
+
+
+class Reporter(Protocol):
+    """Whom :func:`compare` tells what it does."""
+
+    def say(self, text: str) -> None:
+        """One line for people."""
+
+    def progress(self, label: str, total: int) -> AbstractContextManager[ProgressBar]:
+        """A bar over ``total`` training steps."""
+
+
+class _Silent:
+    def say(self, text: str) -> None:
+        pass
+
+    @contextmanager
+    def progress(self, label: str, total: int) -> Iterator[_Silent]:
+        yield self
+
+    def update(self, step: int, loss: float | None) -> None:
+        pass
+
+
+@dataclass(frozen=True)
+class _Data:
+    train: Tensor
+    validation: Tensor
+    tokenizer: PreTrainedTokenizerFast
+    description: str
+    split: str
+
+
+def compare(
+    settings: Settings,
+    output: str | Path,
+    *,
+    fresh: bool = False,
+    command: str = "",
+    reporter: Reporter | None = None,
+    stop: StopRequest | None = None,
+) -> dict[str, Any]:
+    """Train, measure, report: ``report.html`` and ``results.json`` in ``output``.
+
+    Args:
+        settings: what to compare.
+        output: folder of the run; one that holds an unfinished run of the same settings is continued.
+        fresh: start anew; a run that is there is renamed, never deleted.
+        command: as typed, for the report.
+        reporter: told what happens.
+        stop: asked during training whether to stop at a checkpoint.
+
+    Returns:
+        The report, as for ``softpick.analysis.write_report``.
+
+    Raises:
+        SettingsError: ``output`` holds something else.
+        DataError: the data cannot be used.
+        softpick.training.engine.Interrupted: after ``stop`` was requested and the checkpoint written.
+    """
+    from softpick.analysis import write_report
+    from softpick.training.engine import write_json
+
+    settings.check()
+    reporter = reporter if reporter is not None else _Silent()
+    output = Path(output)
+    _enter(output, settings, fresh, reporter)
+    data = _prepare(settings, output, reporter)
+    _remember(output, settings, data)
+
+    plan = [(seed, name) for seed in settings.seeds for name in settings.normalizers]
+    runs = []
+    for number, (seed, name) in enumerate(plan, 1):
+        title = get_normalizer(name).title
+        label = f"[{number}/{len(plan)}] {title}" + (f", seed {seed}" if len(settings.seeds) > 1 else "")
+        folder = output / f"{name}-seed{seed}"
+        if (folder / "run.json").exists():
+            reporter.say(f"{label}: already trained")
+        else:
+            _train_one(settings, data, name, seed, output, folder, label, reporter, stop)
+        runs.append(json.loads((folder / "run.json").read_text(encoding="utf-8")))
+
+    report = {
+        "title": f"softpick compare: {', '.join(get_normalizer(name).title for name in settings.normalizers)}",
+        "meta": _meta(settings, data, command),
+        "notes": _notes(settings, data, runs),
+        "runs": runs,
+    }
+    write_report(output / "report.html", report)
+    report["notes"] = [*report["notes"], *_sink_notes(runs)]  # write_report makes this remark by itself
+    bare = [{key: value for key, value in run.items() if key != "samples"} for run in runs]
+    write_json(output / "results.json", {**report, "settings": settings.to_json(), "runs": bare})
+    return report
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The folder
+
+
+def _enter(output: Path, settings: Settings, fresh: bool, reporter: Reporter) -> None:
+    """Make sure that the folder is new, or holds a run of these settings."""
+    if output.exists() and not output.is_dir():
+        raise SettingsError(f"output: {output} is a file; choose another --output")
+    if not output.exists() or not any(output.iterdir()):
+        output.mkdir(parents=True, exist_ok=True)
+        return
+    config = _read_config(output)
+    if config is None:
+        raise SettingsError(
+            f"output: {output} is not empty and holds no run of softpick compare; choose another --output"
+        )
+    if fresh:
+        stamp = time.strftime("%Y%m%d-%H%M%S")
+        old = output.with_name(f"{output.resolve().name}.old-{stamp}")
+        number = 1
+        while old.exists():
+            number += 1
+            old = output.with_name(f"{output.resolve().name}.old-{stamp}-{number}")
+        output.rename(old)
+        output.mkdir()
+        reporter.say(f"the run that was in {output} is now in {old}")
+        return
+    now, then = settings.to_json(), config["settings"]
+    differences = [f"{key}: {then.get(key)!r} there, {now[key]!r} now" for key in now if now[key] != then.get(key)]
+    if differences:
+        raise SettingsError(
+            f"output: {output} holds a run with other settings ({'; '.join(differences)}); choose another --output, or "
+            "--fresh to rename that run and start anew"
+        )
+
+
+def _read_config(output: Path) -> dict[str, Any] | None:
+    try:
+        config = json.loads((output / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return config if isinstance(config, dict) and config.get("format") == _FORMAT else None
+
+
+def _remember(output: Path, settings: Settings, data: _Data) -> None:
+    """Make the folder this run's, or check that the data are those of the run that is continued."""
+    from softpick.training.engine import write_json
+
+    key = fingerprint(data.train, data.validation)
+    config = _read_config(output)
+    if config is None:
+        write_json(output / "config.json", {"format": _FORMAT, "settings": settings.to_json(), "data": key})
+    elif config["data"] != key:
+        raise SettingsError(
+            f"output: the data changed since the run in {output} was started; choose another --output, or --fresh to "
+            "rename that run and start anew"
+        )
+    if not (output / "tokenizer").exists():
+        temporary = output / ".tokenizer.tmp"
+        data.tokenizer.save_pretrained(temporary)
+        os.replace(temporary, output / "tokenizer")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The data
+
+
+def _prepare(settings: Settings, output: Path, reporter: Reporter) -> _Data:
+    from transformers import PreTrainedTokenizerFast
+
+    corpus: Corpus = (
+        standard_library() if settings.data is None else read_corpus(settings.data, text_field=settings.text_field)
+    )
+    train, validation, split = split_documents(corpus.documents)
+    saved = output / "tokenizer"
+    if saved.exists():
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(saved)
+    else:
+        tokenizer = train_tokenizer(train, settings.vocab_size)
+    length = settings.sequence_length
+    training = make_sequences(tokenizer, train, length, "training data")
+    held = make_sequences(tokenizer, validation, length, "validation data")[:_VALIDATED]
+    description = corpus.description
+    if settings.task == "backcopy":
+        chain = make_backcopy(training, len(tokenizer), tokenizer.bos_token_id)
+        triggers = ", ".join(repr(tokenizer.decode([token])) for token in chain.triggers)
+        training = chain.sample(min(_BACKCOPY_SEQUENCES, settings.steps * settings.batch_size), length, seed=1)
+        held = chain.sample(_VALIDATED, length, seed=2)
+        description = f"Bigram-Backcopy (triggers {triggers}), bigrams of {corpus.description}"
+        split = "training and validation sequences are drawn separately"
+    reporter.say(f"data: {description}")
+    reporter.say(
+        f"      {len(training):,} sequences of {length} tokens, BOS first, vocabulary {len(tokenizer)}; {split}"
+    )
+    if len(training) < settings.batch_size:
+        raise DataError(
+            f"data: {len(training)} training sequences of {length} tokens are fewer than one batch of "
+            f"{settings.batch_size}; give more text, or a smaller --batch-size or --sequence-length"
+        )
+    return _Data(training, held, tokenizer, description, split)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# One model
+
+
+def _train_one(
+    settings: Settings,
+    data: _Data,
+    name: str,
+    seed: int,
+    output: Path,
+    folder: Path,
+    label: str,
+    reporter: Reporter,
+    stop: StopRequest | None,
+) -> None:
+    from softpick.training import engine
+
+    model = engine.build_model(
+        name,
+        vocab_size=len(data.tokenizer),
+        layers=settings.layers,
+        heads=settings.heads,
+        width=settings.width,
+        sequence_length=settings.sequence_length,
+        seed=seed,
+        bos=data.tokenizer.bos_token_id,
+        eos=data.tokenizer.eos_token_id,
+    )
+    working = output / ".training" / folder.name
+    log_every = max(1, min(25, settings.steps // 20))
+    arguments = engine.training_arguments(
+        working,
+        steps=settings.steps,
+        batch_size=settings.batch_size,
+        learning_rate=settings.learning_rate,
+        warmup_steps=min(settings.warmup_steps, settings.steps),
+        weight_decay=settings.weight_decay,
+        seed=seed,
+        device=settings.device,
+        log_every=log_every,
+        evaluate_every=max(1, settings.steps // 10),
+        save_every=max(1, settings.steps // 5),
+    )
+    with _threads(settings), reporter.progress(label, settings.steps) as progress:
+        outcome = engine.train(
+            model,
+            arguments,
+            SequenceDataset(data.train),
+            SequenceDataset(data.validation),
+            tokenizer=data.tokenizer,
+            evaluation_data=SequenceDataset(data.validation[:_MEASURED]),
+            stop=stop,
+            progress=progress,
+        )
+    run = {
+        "normalizer": name,
+        "title": get_normalizer(name).title,
+        "seed": seed,
+        "validation_loss": outcome.validation_loss,
+        "parameters": engine.parameter_count(model),
+        "seconds": outcome.seconds,
+        "curves": outcome.curves,
+        **_measure(model, data),
+    }
+    temporary = output / ".training" / f"{folder.name}.tmp"
+    if temporary.exists():
+        shutil.rmtree(temporary)  # of a crash while writing; nothing but ours has this name
+    with engine.quiet_transformers():
+        model.save_pretrained(temporary)
+    data.tokenizer.save_pretrained(temporary)
+    engine.write_json(temporary / "run.json", run)
+    os.replace(temporary, folder)
+    shutil.rmtree(working, ignore_errors=True)  # the checkpoints of a model that is finished
+
+
+@contextmanager
+def _threads(settings: Settings) -> Iterator[None]:
+    """As many threads as the tensors are worth.
+
+    At the default sizes a second thread gains a quarter on an idle machine; on a busy one its waiting at every barrier
+    made training ten times slower.
+    """
+    before = torch.get_num_threads()
+    elements = settings.batch_size * settings.sequence_length * settings.width
+    torch.set_num_threads(min(before, max(1, elements >> 17)))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _measure(model: Any, data: _Data) -> dict[str, Any]:
+    from softpick.analysis import attention_maps, encode_maps, measure
+
+    held = data.validation[:_MEASURED]
+    measurements = measure(model, ({"input_ids": batch} for batch in held.split(32)), bos_policy="bos")
+    samples = [
+        {
+            "text_tokens": [data.tokenizer.decode([token]) for token in row.tolist()],
+            "maps": encode_maps(attention_maps(model, row)),
+        }
+        for row in held[:_MAPS]
+    ]
+    return {"measurements": measurements.to_dict(), "samples": samples}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The report
+
+
+def _meta(settings: Settings, data: _Data, command: str) -> dict[str, Any]:
+    import transformers
+
+    from softpick import __version__
+
+    shape = {field.name: getattr(settings, field.name) for field in fields(settings)}
+    for key in ("task", "normalizers", "seeds", "data", "text_field", "device", "sequence_length"):
+        shape.pop(key)
+    return {
+        "task": settings.task,
+        "data": data.description,
+        "split": data.split,
+        "sequence_length": settings.sequence_length,
+        "bos": "every sequence starts with BOS",
+        "seeds": ", ".join(map(str, settings.seeds)),
+        "settings": ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in shape.items()),
+        "created": time.strftime("%Y-%m-%d %H:%M"),
+        "versions": f"softpick {__version__}, torch {torch.__version__}, transformers {transformers.__version__}, "
+        f"Python {platform.python_version()}",
+        "hardware": _hardware(settings.device),
+        "command": command or " ".join(["softpick", *sys.argv[1:]]),
+    }
+
+
+def _hardware(device: str) -> str:
+    if device == "cuda":
+        return torch.cuda.get_device_name()
+    name = platform.processor() or platform.machine()
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        name = next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        pass
+    return f"{name}, {os.cpu_count()} CPUs"
+
+
+def _notes(settings: Settings, data: _Data, runs: list[dict[str, Any]]) -> list[str]:
+    """What a reader must know: the data, and every loss gap to softmax."""
+    notes = [f"Data: {data.description}. Split {data.split}. Every sequence starts with BOS."]
+    bases = {run["seed"]: run["validation_loss"] for run in runs if run["normalizer"] == "softmax"}
+    for name in settings.normalizers:
+        mine = {run["seed"]: run["validation_loss"] for run in runs if run["normalizer"] == name}
+        title = get_normalizer(name).title
+        broken = [seed for seed, loss in mine.items() if not loss < float("inf")]
+        if broken:
+            notes.append(
+                f"{title}: the loss is not finite at seed {', '.join(map(str, broken))}: training failed there."
+            )
+        gaps = {seed: loss / bases[seed] - 1 for seed, loss in mine.items() if seed in bases and seed not in broken}
+        if name == "softmax" or not gaps:
+            continue
+        mean = sum(gaps.values()) / len(gaps)
+        each = f" (seeds {', '.join(f'{seed}: {gap:+.1%}' for seed, gap in gaps.items())})" if len(gaps) > 1 else ""
+        notes.append(f"{title}: validation loss {mean:+.1%} against softmax{each}.")
+        worse = [seed for seed, gap in gaps.items() if gap > _LARGEST_GAP]
+        if worse:
+            notes.append(
+                f"{title} is more than {_LARGEST_GAP:.0%} worse than softmax at seed {', '.join(map(str, worse))}: "
+                "its other figures come at that price."
+            )
+    return notes
+
+
+def _sink_notes(runs: list[dict[str, Any]]) -> list[str]:
+    rates = [run["measurements"]["sink"]["first"]["rate"]["0.3"] for run in runs if run["normalizer"] == "softmax"]
+    if not rates or sum(rates) / len(rates) >= _FEWEST_SINKS:
+        return []
+    return [
+        f"Softmax itself has hardly any attention sinks here (sink rate {sum(rates) / len(rates):.1f} % at 0.3), so this "
+        "comparison says nothing about removing them."
+    ]

@@ -1,0 +1,161 @@
+"""Full-matrix attention in plain torch operations: the oracle, and the only backend that can return weights.
+
+Works in fp64 for fp64 inputs and in fp32 otherwise. Autograd differentiates it as written, except for the weights
+themselves, whose gradient is the closed form of ``normalizers.py`` (so that the stop-gradient variant and the
+conventions at score 0 are the stated ones). Memory is O(Tq x Tk) a head.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from softpick.normalizers import Normalizer, get_normalizer
+
+__all__ = ["attention_reference", "normalize"]
+
+
+class _Normalize(torch.autograd.Function):
+    """``(scores, keep, sink) -> weights, lse, row mass, largest score`` over the last dimension, any normalizer.
+
+    The backward pass is made of differentiable operations, so gradients of gradients are right too.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(
+        scores: Tensor, keep: Tensor | None, sink: Tensor | None, name: str, eps: float
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        norm = get_normalizer(name)
+        s, rowmax = _masked(scores, keep, norm)
+        m = norm.row_constant(rowmax, sink)
+        f = _excluded(norm.f(s, m), keep)
+        g = _excluded(norm.g(s, m), keep)
+        total = g.sum(-1, keepdim=True) + norm.c(m, sink) + eps
+        weights = f * _reciprocal(total)
+        lse = (m + torch.log(total)).squeeze(-1)
+        return weights, lse, weights.sum(-1), rowmax.squeeze(-1)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        scores, keep, sink, name, eps = inputs
+        _, lse, mass, rowmax = output
+        ctx.save_for_backward(scores, keep, sink)
+        ctx.mark_non_differentiable(lse, mass, rowmax)
+        ctx.name, ctx.eps = name, eps
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, None, Tensor | None, None, None]:
+        scores, keep, sink = ctx.saved_tensors
+        norm = get_normalizer(ctx.name)
+        s, rowmax = _masked(scores, keep, norm)
+        m = norm.row_constant(rowmax, sink).detach()
+        f = _excluded(norm.f(s, m), keep)
+        g = _excluded(norm.g(s, m), keep)
+        inverse = _reciprocal(g.sum(-1, keepdim=True) + norm.c(m, sink) + ctx.eps)
+        inner = (grad * f).sum(-1, keepdim=True) * inverse  # D of the design notes: sum_i grad_i a_i
+        ds = _excluded((norm.df(s, m) * grad - norm.dg(s, m) * inner) * inverse, keep)
+        dsink = None
+        if sink is not None:
+            dsink = (-inner * inverse * norm.c(m, sink)).sum_to_size(sink.shape)
+        return ds, None, dsink, None, None
+
+
+def _masked(scores: Tensor, keep: Tensor | None, norm: Normalizer) -> tuple[Tensor, Tensor]:
+    """Scores with masked entries at 0 (finite, so no NaN can pass a where), and the largest kept score of each row."""
+    visible = scores if keep is None else torch.where(keep, scores, -math.inf)
+    if scores.shape[-1] == 0:
+        rowmax = scores.new_full((*scores.shape[:-1], 1), -math.inf)
+    else:
+        rowmax = visible.detach().amax(-1, keepdim=True)
+    return (scores if keep is None else torch.where(keep, scores, 0.0)), rowmax
+
+
+def _excluded(x: Tensor, keep: Tensor | None) -> Tensor:
+    return x if keep is None else torch.where(keep, x, 0.0)
+
+
+def _reciprocal(total: Tensor) -> Tensor:
+    """``1 / total``, and 0 where the total is 0 (an empty row has output 0)."""
+    empty = total == 0
+    return torch.where(empty, 0.0, 1.0 / torch.where(empty, 1.0, total))
+
+
+def normalize(
+    scores: Tensor,
+    normalizer: str | Normalizer = "softpick",
+    *,
+    keep: Tensor | None = None,
+    sink: Tensor | None = None,
+    eps: float | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Weights of a normalizer over the last dimension of ``scores``.
+
+    Args:
+        scores: ``(..., n)``, fp32 or fp64.
+        normalizer: name or record.
+        keep: boolean, broadcastable to ``scores``; False excludes an entry from both sums.
+        sink: logits of the learned sink, broadcastable to ``scores`` with last dimension 1.
+        eps: added to the anchored denominator; the table's value if None.
+
+    Returns:
+        weights ``(..., n)``, and the row statistics lse (log of the denominator with its constant and eps), row mass
+        (sum of the weights) and largest kept score, each ``(...)``. The statistics carry no gradient.
+    """
+    norm = get_normalizer(normalizer)
+    if keep is not None:
+        keep = keep.expand(scores.shape) if keep.shape != scores.shape else keep
+    return _Normalize.apply(scores, keep, sink, norm.name, norm.eps if eps is None else eps)
+
+
+def attention_reference(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    normalizer: str | Normalizer,
+    scale: float,
+    eps: float,
+    keep: Tensor | None = None,
+    bias: Tensor | None = None,
+    softcap: float | None = None,
+    sink: Tensor | None = None,
+    dropout_p: float = 0.0,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Attention by the full score matrix.
+
+    Args:
+        query: ``(B, H, Tq, D)``.
+        key: ``(B, Hkv, Tk, D)`` with ``H`` a multiple of ``Hkv``.
+        value: ``(B, Hkv, Tk, Dv)``.
+        normalizer: name or record.
+        scale: multiplies ``query @ key^T``.
+        eps: added to the anchored denominator.
+        keep: boolean, broadcastable to ``(B, H, Tq, Tk)``.
+        bias: added to the scaled scores, broadcastable to ``(B, H, Tq, Tk)``.
+        softcap: scores become ``softcap * tanh(score / softcap)`` before the bias.
+        sink: ``(H,)`` logits for the learned sink.
+        dropout_p: probability with which a weight is dropped (the kept ones are scaled up).
+
+    Returns:
+        output ``(B, H, Tq, Dv)`` in the query's dtype, lse, row mass and largest score ``(B, H, Tq)`` and the weights
+        ``(B, H, Tq, Tk)`` before dropout, in fp32 (fp64 for fp64 inputs).
+    """
+    work = torch.float64 if query.dtype == torch.float64 else torch.float32
+    groups = query.shape[1] // key.shape[1] if key.shape[1] else 1
+    q, k, v = query.to(work), key.to(work), value.to(work)
+    if groups != 1:
+        k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
+    scores = (q * scale) @ k.transpose(-2, -1)
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    if bias is not None:
+        scores = scores + bias.to(work)
+    sink_bh11 = None if sink is None else sink.to(work).view(1, -1, 1, 1)
+    weights, lse, mass, largest = normalize(scores, normalizer, keep=keep, sink=sink_bh11, eps=eps)
+    dropped = torch.nn.functional.dropout(weights, dropout_p) if dropout_p > 0 else weights
+    return (dropped @ v).to(query.dtype), lse, mass, largest, weights

@@ -1,0 +1,32 @@
+import os
+
+import pytest
+import torch
+
+# Many small tensors: threads would only wait for one another.
+torch.set_num_threads(int(os.environ.get("SOFTPICK_TEST_THREADS", "1")))
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+def pytest_collection_modifyitems(items):
+    if not torch.cuda.is_available():
+        for item in items:
+            if "gpu" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU"))
+
+
+@pytest.fixture
+def poisoned(monkeypatch):
+    """Fill new_empty and torch.empty with NaN, so that an element nobody writes is seen."""
+    for owner, name in ((torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty")):
+        original = getattr(owner, name)
+
+        def filled(*args, _original=original, **kwargs):
+            out = _original(*args, **kwargs)
+            return out.fill_(float("nan")) if out.is_floating_point() else out
+
+        monkeypatch.setattr(owner, name, filled)

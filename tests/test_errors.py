@@ -1,0 +1,155 @@
+"""Bad input gets a clear error: which argument, what was expected, what came."""
+
+import pytest
+import torch
+
+import softpick
+from softpick import scaled_dot_product_attention as attend
+from softpick import varlen_attention
+
+Q, K, V = torch.randn(2, 4, 5, 8), torch.randn(2, 4, 6, 8), torch.randn(2, 4, 6, 8)
+PACKED = (torch.randn(9, 4, 8), torch.randn(9, 2, 8), torch.randn(9, 2, 8))
+CU = torch.tensor([0, 4, 9], dtype=torch.int32)
+BOOL = torch.ones(5, 6, dtype=torch.bool)
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "says"),
+    [
+        (lambda: attend(Q[0, 0, 0], K, V), ValueError, r"query: expected \(\.\.\., H, T, D\), got 1 dimensions \(8,\)"),
+        (lambda: attend(Q, K[0], V), ValueError, r"key: expected 4 dimensions like the query, got \(4, 6, 8\)"),
+        (lambda: attend(Q, K[..., :7], V), ValueError, "key: expected the query's head dimension 8 .*got 7"),
+        (lambda: attend(Q, K, V[:, :, :5]), ValueError, "value: expected as many positions as the key .*got 5"),
+        (lambda: attend(Q, K[:, :3], V[:, :3]), ValueError, "key: expected the query's 4 heads .*got 3"),
+        (lambda: attend(Q, K[:, :2], V[:, :2]), ValueError, "grouped-query attention pass enable_gqa=True"),
+        (
+            lambda: attend(Q, K[:, :3], V[:, :3], enable_gqa=True),
+            ValueError,
+            "key: expected a divisor of the query's 4",
+        ),
+        (
+            lambda: attend(Q.transpose(1, 2), K.transpose(1, 2), V.transpose(1, 2)),
+            ValueError,
+            r"Are heads and positions swapped\? The layout is \(batch, heads, positions, head dim\)",
+        ),
+        (lambda: attend(Q[:1].expand(3, 4, 5, 8), K, V), ValueError, "leading dimensions that broadcast"),
+        (lambda: attend(Q.int(), K.int(), V.int()), TypeError, "query: expected a floating-point tensor .*torch.int32"),
+        (
+            lambda: attend(Q, K.double(), V),
+            TypeError,
+            "key: expected the query's dtype torch.float32, got torch.float64",
+        ),
+        (lambda: attend(Q, K, V.to("meta")), ValueError, "value: expected the query's device cpu, got meta"),
+        (lambda: attend(Q, K, [1.0]), TypeError, "value: expected a tensor, got list"),
+        (lambda: attend(Q, K, V, BOOL.int()), TypeError, "attn_mask: expected bool, float32 or .*got torch.int32"),
+        (lambda: attend(Q, K, V, BOOL.double()), TypeError, "attn_mask: expected bool, .*got torch.float64"),
+        (lambda: attend(Q, K, V, BOOL.T), ValueError, r"attn_mask: expected .*\(2, 4, 5, 6\), got \(6, 5\)"),
+        (lambda: attend(Q, K, V, BOOL[0]), ValueError, r"attn_mask: .*got \(6,\)"),
+        (lambda: attend(Q, K, V, BOOL.expand(2, 5, 6)), ValueError, r"needs a head dimension: mask\[:, None\]"),
+        (lambda: attend(Q, K, V, BOOL[:2]), ValueError, r"padding mask .* mask\[:, None, None\]"),
+        (
+            lambda: attend(Q, K, V, BOOL.expand(3, 1, 1, 5, 6)),
+            ValueError,
+            "attn_mask: expected a shape that broadcasts",
+        ),
+        (lambda: attend(Q, K, V, [[True]]), TypeError, "attn_mask: expected a tensor, got list"),
+        (lambda: attend(Q, K, V, BOOL.to("meta")), ValueError, "attn_mask: expected the query's device"),
+        (
+            lambda: attend(Q, K, V, normalizer="sotfmax"),
+            ValueError,
+            "normalizer: expected one of softmax, softpick, .*'sotfmax'",
+        ),
+        (lambda: attend(Q, K, V, normalizer=3), TypeError, "normalizer: expected a name or a Normalizer, got int"),
+        (
+            lambda: attend(Q, K, V, backend="cuda"),
+            ValueError,
+            "backend: expected one of auto, reference, tiled, sdpa; got 'cuda'",
+        ),
+        (lambda: attend(Q, K, V, backend="sdpa"), ValueError, "backend: 'sdpa' is torch's softmax kernel"),
+        (
+            lambda: attend(Q, K, V, backend="sdpa", normalizer="softmax", softcap=2.0),
+            ValueError,
+            "backend: 'sdpa' is torch's softmax kernel",
+        ),
+        (
+            lambda: attend(Q, K, V, backend="tiled", return_weights=True),
+            ValueError,
+            "return_weights: the 'tiled' backend",
+        ),
+        (lambda: attend(Q, K, V, dropout_p=1.5), ValueError, r"dropout_p: expected a probability in \[0, 1\], got 1.5"),
+        (lambda: attend(Q, K, V, causal_alignment="left"), ValueError, "causal_alignment: expected 'top_left' or"),
+        (lambda: attend(Q, K, V, window=0), ValueError, "window: expected at least 1 key, got 0"),
+        (lambda: attend(Q, K, V, window=(1, 2, 3)), ValueError, r"window: expected an integer or \(left, right\)"),
+        (lambda: attend(Q, K, V, softcap=0.0), ValueError, "softcap: expected a number > 0, got 0.0"),
+        (lambda: attend(Q, K, V, eps=-1), ValueError, "eps: expected a number >= 0, got -1"),
+        (lambda: attend(Q, K, V, sink=torch.zeros(4)), ValueError, "sink: the normalizer 'softpick' has none"),
+        (lambda: attend(Q, K, V, normalizer="learned_sink"), ValueError, r"needs one logit a head, shape \(4,\)"),
+        (
+            lambda: attend(Q, K, V, normalizer="learned_sink", sink=torch.zeros(2)),
+            ValueError,
+            r"sink: expected shape \(4,\), one logit a query head; got \(2,\)",
+        ),
+        (
+            lambda: attend(Q, K, V, normalizer="learned_sink", sink=0.0),
+            TypeError,
+            "sink: expected a floating-point tensor",
+        ),
+        (lambda: attend(Q, K, V, causal=True), TypeError, "causal"),
+        (
+            lambda: varlen_attention(*PACKED, CU.float(), CU),
+            TypeError,
+            "cu_seqlens_q: expected an int32 or int64 tensor",
+        ),
+        (
+            lambda: varlen_attention(*PACKED, CU, CU[None]),
+            ValueError,
+            r"cu_seqlens_k: expected shape \(sequences \+ 1,\)",
+        ),
+        (
+            lambda: varlen_attention(*PACKED, CU + 1, CU),
+            ValueError,
+            "cu_seqlens_q: expected offsets that rise from 0 to",
+        ),
+        (
+            lambda: varlen_attention(*PACKED, CU, CU[[0, 2]]),
+            ValueError,
+            r"as many sequences as cu_seqlens_q \(2\), got 1",
+        ),
+        (
+            lambda: varlen_attention(*PACKED, CU, CU, 4, 5),
+            ValueError,
+            "max_seqlen_q: expected at least the longest sequence 5",
+        ),
+        (lambda: varlen_attention(*PACKED, CU, CU, backend="sdpa"), ValueError, "'sdpa' has no packed sequences"),
+        (lambda: varlen_attention(Q, K, V, CU, CU), ValueError, r"query: expected \(total, H, D\), got 4 dimensions"),
+        (lambda: softpick.get_normalizer("Softpick"), ValueError, "normalizer: expected one of"),
+        (lambda: softpick.nn.Attention(10, 3), ValueError, "num_heads: expected a divisor of embed_dim=10, got 3"),
+        (lambda: softpick.nn.Attention(12, 3, 2), ValueError, "num_kv_heads: expected a divisor of num_heads=3, got 2"),
+        (
+            lambda: softpick.nn.SequenceEncoder(7, 16)(torch.ones(2, 7)),
+            ValueError,
+            r"x: expected \(batch, time >= 1, 7\)",
+        ),
+    ],
+)
+def test_errors(call, error, says):
+    with pytest.raises(error, match=says):
+        call()
+
+
+def test_every_option_reaches_the_computation():
+    """No argument is swallowed: changing any of them changes the result."""
+    base = attend(Q, K, V)
+    changed = {
+        "attn_mask": BOOL.tril(),
+        "is_causal": True,
+        "scale": 2.0,
+        "window": (1, 0),
+        "softcap": 0.5,
+        "eps": 1.0,
+        "dropout_p": 0.5,
+    }
+    for name, value in changed.items():
+        assert not torch.allclose(attend(Q, K, V, **{name: value}), base), name
+    causal = attend(Q, K, V, is_causal=True)
+    assert not torch.allclose(attend(Q, K, V, is_causal=True, causal_alignment="bottom_right"), causal)

@@ -1,0 +1,83 @@
+"""The house: imports point one way, and importing softpick needs nothing but torch."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import softpick
+
+ROOT = Path(softpick.__file__).parent
+
+# A module may import from itself and from these; the first matching prefix counts.
+ALLOWED = {
+    "softpick.normalizers": set(),
+    "softpick.ops": {"softpick.normalizers"},
+    "softpick.functional": {"softpick.normalizers", "softpick.ops"},
+    "softpick.nn": {"softpick.normalizers", "softpick.functional"},
+    "softpick.integrations": {"softpick.normalizers", "softpick.functional", "softpick.nn"},
+    "softpick.training": {"softpick.normalizers", "softpick.integrations"},
+    "softpick.analysis": {"softpick.normalizers", "softpick.functional", "softpick.integrations"},
+    "softpick.compare": {"softpick.normalizers", "softpick.training", "softpick.analysis", "softpick.integrations"},
+    "softpick.cli": {"softpick.normalizers", "softpick.compare", "softpick.training", "softpick.analysis"},
+}
+
+
+def modules():
+    for path in sorted(ROOT.rglob("*.py")):
+        name = "softpick." + ".".join(path.relative_to(ROOT).with_suffix("").parts)
+        yield name.removesuffix(".__init__"), path
+
+
+@pytest.mark.parametrize(("name", "path"), list(modules()), ids=lambda x: x if isinstance(x, str) else "")
+def test_imports_point_one_way(name, path):
+    if name == "softpick":
+        return
+    home = next((home for home in ALLOWED if name == home or name.startswith(home + ".")), None)
+    assert home, f"{name} has no place in the house: add it to ALLOWED"
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{name}: relative import"
+            found = [
+                f"{node.module}.{alias.name}" if node.module == "softpick" else node.module for alias in node.names
+            ]
+        elif isinstance(node, ast.Import):
+            found = [alias.name for alias in node.names]
+        else:
+            continue
+        for target in found:
+            if not target.startswith("softpick.") or target == "softpick.__version__":
+                continue
+            fine = target == home or target.startswith((home + ".", *(a + "." for a in ALLOWED[home])))
+            assert fine or target in ALLOWED[home], f"{name} imports {target}"
+
+
+def test_import_needs_only_torch():
+    code = (
+        "import sys, softpick; "
+        "heavy = {'transformers', 'tokenizers', 'typer', 'rich', 'pyarrow', 'accelerate', 'matplotlib'} & set(sys.modules); "
+        "assert not heavy, heavy"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_typed_and_versioned():
+    from importlib.metadata import version
+
+    assert (ROOT / "py.typed").exists()
+    assert softpick.__version__ == version("softpick")
+    assert set(softpick.__all__) <= set(dir(softpick))
+
+
+def test_every_normalizer_has_words():
+    for norm in softpick.NORMALIZERS.values():
+        assert all((norm.title, norm.formula, norm.citation, norm.note))
+
+
+def test_readme_lists_every_normalizer():
+    readme = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+    for norm in softpick.NORMALIZERS.values():
+        assert f"| `{norm.name}` |" in readme
+        assert norm.citation in readme

@@ -232,6 +232,19 @@ def opened(browser, tmp_path, report):
     return path
 
 
+def in_view(browser, element_id):
+    """The element, scrolled to and settled: scrolling hides the tip, and its event comes a frame after the scroll."""
+    from selenium.webdriver.common.by import By
+
+    element = browser.find_element(By.ID, element_id)
+    browser.execute_async_script(
+        "const [element, done] = arguments; element.scrollIntoView({block: 'center'});"
+        "requestAnimationFrame(() => requestAnimationFrame(() => requestAnimationFrame(done)))",
+        element,
+    )
+    return element
+
+
 def pixels(browser, canvas):
     """``[query][key]`` to RGBA."""
     flat = browser.execute_script(
@@ -372,8 +385,7 @@ def test_hover_and_keyboard_name_the_weight(browser, tmp_path):
     from selenium.webdriver.common.by import By
 
     opened(browser, tmp_path, make_report())
-    canvas = browser.find_element(By.ID, "map-0")
-    browser.execute_script("arguments[0].scrollIntoView({block: 'center'})", canvas)
+    canvas = in_view(browser, "map-0")
     size = canvas.size["width"]
     query, key = 7, 0
     ActionChains(browser).move_to_element_with_offset(
@@ -400,7 +412,7 @@ def test_a_weight_below_the_quantization_is_not_called_zero(browser, tmp_path):
     maps = make_maps("softmax", 0)
     maps[0, 0, 2, 0], maps[0, 0, 3, 0] = 1e-9, 0.0
     opened(browser, tmp_path, make_report(make_run("softmax", maps=maps)))
-    canvas = browser.find_element(By.ID, "map-0")  # the cursor starts at query 1, key 0
+    canvas = in_view(browser, "map-0")  # the cursor starts at query 1, key 0
     for expected in (r"below 1\.\de-5, not 0", "weight: exactly 0"):
         canvas.send_keys(Keys.ARROW_DOWN)
         assert re.search(expected, browser.find_element(By.ID, "tip").text)

@@ -1,0 +1,63 @@
+"""The softmax attention of torch on this GPU: FlexAttention, FA2 and cuDNN, forward and backward. Imported by the others."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+SHAPES = {  # batch, positions, query heads, key heads, head dim
+    "4,4096,16,64": (4, 4096, 16, 16, 64),
+    "4,4096,16,128": (4, 4096, 16, 16, 128),
+    "1,16384,16,128": (1, 16384, 16, 16, 128),
+    "8,2048,16,64": (8, 2048, 16, 16, 64),
+    "4,4096,32/8,128": (4, 4096, 32, 8, 128),
+}
+
+
+@functools.cache
+def _flex(t: int):
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    torch._dynamo.config.cache_size_limit = 64
+    mask = create_block_mask(lambda b, h, i, j: i >= j, None, None, t, t, device="cuda")
+    return functools.partial(torch.compile(flex_attention, dynamic=False), block_mask=mask)
+
+
+def flex(q, k, v):
+    return _flex(q.shape[2])(q, k, v, enable_gqa=q.shape[1] != k.shape[1])
+
+
+def _sdpa(backend):
+    def call(q, k, v):
+        with sdpa_kernel(backend):
+            return torch.nn.functional.scaled_dot_product_attention(
+                q, k, v, is_causal=q.shape[2] > 1, enable_gqa=q.shape[1] != k.shape[1]
+            )
+
+    return call
+
+
+fa2, cudnn = _sdpa(SDPBackend.FLASH_ATTENTION), _sdpa(SDPBackend.CUDNN_ATTENTION)
+PEERS = {"flex": flex, "fa2": fa2, "cudnn": cudnn}
+
+
+def times(call, q, k, v, grad) -> tuple[float, float]:
+    """Median milliseconds of forward and of backward."""
+    import triton
+
+    forward = triton.testing.do_bench(lambda: call(q, k, v), warmup=20, rep=100, return_mode="median")
+    leaves = [x.detach().requires_grad_() for x in (q, k, v)]
+    out = call(*leaves)
+    backward = triton.testing.do_bench(
+        lambda: torch.autograd.grad(out, leaves, grad, retain_graph=True), warmup=20, rep=100, return_mode="median"
+    )
+    return forward, backward
+
+
+if __name__ == "__main__":
+    for name, (b, t, h, hkv, d) in SHAPES.items():
+        q, grad = (torch.randn(b, h, t, d, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+        k, v = (torch.randn(b, hkv, t, d, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+        print(name, {peer: tuple(round(x, 3) for x in times(call, q, k, v, grad)) for peer, call in PEERS.items()}, flush=True)

@@ -1,0 +1,232 @@
+"""Times block sizes of the GPU kernels, dense and with empty tiles: what src/softpick/ops/triton/tuning.py is chosen from.
+
+    python benchmarks/tune_gpu.py [--output tune.csv] [--kinds forward,keys,queries,decode] [--dims 64,128] [--budget 400]
+
+Every variant is compiled in parallel first, then checked against fp64 on a small awkward shape, then timed (median).
+Rows go to a CSV with the GPU and the versions. A variant that fails the check is reported and not timed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import datetime
+import itertools
+import math
+import multiprocessing
+import os
+import time
+
+import torch
+
+NORMALIZER = "softpick"
+
+
+def candidates(kind: str, dim: int) -> list[tuple[int, int, int, int]]:
+    if kind == "forward":
+        wide = itertools.product([128], [32, 64, 128], [4, 8], [2, 3, 4])
+        return [*wide, *itertools.product([64], [64, 128], [4], [2, 3])]
+    if kind == "queries":
+        return [*itertools.product([64, 128], [32, 64, 128], [4, 8], [2, 3])]
+    if kind == "keys":
+        return [*itertools.product([32, 64, 128], [64, 128], [4, 8], [2, 3])]
+    return [*itertools.product([16], [32, 64, 128], [2, 4, 8], [2, 3, 4])]
+
+
+def run(kind: str, dim: int, skip: bool, blocks, tensors) -> None:
+    from softpick.normalizers import NORMALIZERS
+    from softpick.ops.triton import launch, tuning
+
+    norm = NORMALIZERS[NORMALIZER]
+    q, k, v, out, lse, grad, dq, dk, dv = tensors
+    options = launch.Options(norm, dim**-0.5, norm.eps, -1, 0, False, 0.0, 0.0, skip)
+    tuning.OVERRIDE.clear()
+    tuning.OVERRIDE[kind] = tuning.Blocks(*blocks)
+    if kind == "forward":
+        launch.forward(options, q, k, v, None, None, None, None, None, 0, out, lse, None, None)
+    elif kind == "decode":
+        one = options._replace(bottom_right=True)
+        launch.decode(one, q[:, :, -1:], k, v, None, None, None, None, out[:, :, -1:], lse[:, :, -1:])
+    else:
+        only = {"keys": "attention_backward_keys", "queries": "attention_backward_queries"}
+        saved = {name: getattr(launch, name) for other, name in only.items() if other != kind}
+        for name in saved:
+            setattr(launch, name, Nothing())
+        try:
+            launch.backward(
+                options, q, k, v, None, None, None, None, None, 0, 0, out, lse, grad, dq, dk, dv, None
+            )  # fmt: skip
+        finally:
+            for name, kernel in saved.items():
+                setattr(launch, name, kernel)
+
+
+class Nothing:
+    def __getitem__(self, grid):
+        return lambda *args, **kwargs: None
+
+
+def compile_one(job) -> str | None:
+    """In a process without the GPU: fill the compile cache."""
+    kind, dim, skip, blocks = job
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.runtime import driver, jit
+
+    if "fake" not in globals():
+
+        class Fake:
+            def get_current_target(self):
+                return GPUTarget("cuda", 90, 32)
+
+            def get_current_device(self):
+                return 0
+
+            def get_current_stream(self, device=None):
+                return 0
+
+            def get_active_torch_device(self):
+                return torch.device("cpu")
+
+        driver.set_active(Fake())
+        original = jit.JITFunction.run
+        jit.JITFunction.run = lambda self, *a, grid=None, warmup=False, **kw: original(self, *a, grid=grid, warmup=True, **kw)
+        torch.cuda.get_device_capability = lambda *a: (9, 0)
+        globals()["fake"] = triton
+    shape = (1, 16, 4096, dim)
+    tensors = [torch.empty(shape, dtype=torch.bfloat16) for _ in range(4)]
+    try:
+        q, k, v, out = tensors
+        run(kind, dim, skip, blocks, (q, k, v, out, torch.empty(shape[:3]), out, q, k, v))
+    except Exception as error:
+        return f"{type(error).__name__}: {str(error)[:80]}"
+    return None
+
+
+def structured(b: int, h: int, t: int, d: int, empty: float, seed: int = 0) -> list[torch.Tensor]:
+    """Queries, keys and values for which a share of the 64x64 score tiles has no positive score, at random places."""
+    g = torch.Generator(device="cuda").manual_seed(seed)
+    noise = [torch.randn(b, h, t, d, device="cuda", generator=g) for _ in range(3)]
+    if empty == 0:
+        return [x.bfloat16() for x in noise]
+    code = torch.zeros(t // 64, d, device="cuda")
+    code[torch.arange(t // 64), torch.arange(t // 64) % d] = 4.0
+    live = torch.rand(b, h, t // 64, d, device="cuda", generator=g) >= empty
+    q = code.repeat_interleave(64, 0) + 0.02 * noise[0]
+    k = (torch.where(live, 4.0, -4.0)).repeat_interleave(64, 2) + 0.3 * noise[1]
+    return [q.bfloat16(), k.bfloat16(), noise[2].bfloat16()]
+
+
+def check(kind: str, dim: int, skip: bool, blocks) -> float:
+    """Relative error against fp64 on 777 positions, poisoned outputs."""
+    from softpick.ops.reference import attention_reference
+
+    torch.manual_seed(1)
+    t = 777
+    q, k, v, grad = (torch.randn(1, 2, t, dim, device="cuda", dtype=torch.bfloat16) for _ in range(4))
+    leaves = [x.double().requires_grad_() for x in (q, k, v)]
+    keep = torch.ones(t, t, dtype=torch.bool, device="cuda").tril()
+    want, want_lse, *_ = attention_reference(*leaves, normalizer=NORMALIZER, scale=dim**-0.5, eps=1e-6, keep=keep)
+    grads = torch.autograd.grad(want, leaves, grad.double())
+    want = want.detach()
+    nan = [torch.full_like(q, math.nan) for _ in range(3)]
+    if kind in ("forward", "decode"):
+        out, lse = torch.full_like(q, math.nan), torch.full((1, 2, t), math.nan, device="cuda")
+        run(kind, dim, skip, blocks, (q, k, v, out, lse, grad, *nan))
+        if kind == "decode":
+            out, want = out[:, :, -1:], want[:, :, -1:]
+        pairs = [(out, want)]
+    else:
+        run(kind, dim, skip, blocks, (q, k, v, want.bfloat16(), want_lse.float(), grad, *nan))
+        pairs = [(nan[0], grads[0])] if kind == "queries" else [(nan[1], grads[1]), (nan[2], grads[2])]
+    return max(float((a.double() - b).norm() / b.norm()) for a, b in pairs)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", default="tune.csv")
+    parser.add_argument("--kinds", default="forward,keys,queries,decode")
+    parser.add_argument("--dims", default="64,128")
+    parser.add_argument("--budget", type=float, default=400.0, help="seconds after which nothing new is timed")
+    options = parser.parse_args()
+    began = time.time()
+    dims = [int(d) for d in options.dims.split(",")]
+    jobs = [
+        (kind, dim, skip, blocks)
+        for kind in options.kinds.split(",")
+        for dim in dims
+        for blocks in candidates(kind, dim)
+        for skip in (False, True)
+        if kind != "decode" or dim == 128
+    ]
+    with multiprocessing.get_context("spawn").Pool(min(16, os.cpu_count() or 1)) as pool:
+        failures = dict(zip(jobs, pool.map(compile_one, jobs, chunksize=2), strict=True))
+    print(f"{len(jobs)} variants compiled in {time.time() - began:.0f} s", flush=True)
+
+    import triton
+
+    where = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "triton": triton.__version__}
+    where["date"] = datetime.date.today().isoformat()
+    data = {}
+    for dim in dims:
+        for empty in (0.0, 0.9):
+            q, k, v = structured(4, 16, 4096, dim, empty)
+            out, grad, lse = torch.empty_like(q), torch.randn_like(q), torch.empty(4, 16, 4096, device="cuda")
+            grads = [torch.empty_like(q) for _ in range(3)]
+            run("forward", dim, False, (128, 64, 8, 2), (q, k, v, out, lse, grad, *grads))
+            data[dim, empty] = (q, k, v, out, lse, grad, *grads)
+    for empty in (0.0, 0.75):
+        q, k, v = structured(8, 8, 32768, 128, 0.0)
+        if empty:  # the last query sees positive scores in a quarter of the 64-key blocks
+            keep = torch.rand(8, 8, 512, device="cuda") >= empty
+            q = torch.ones_like(q)
+            k = torch.where(keep, 0.5, -0.5).repeat_interleave(64, 2)[..., None].bfloat16() + 0.1 * k
+        data["decode", empty] = (q[:, :, -1:].repeat(1, 4, 1, 1), k, v)
+    rows = []
+    for job in jobs:
+        kind, dim, skip, blocks = job
+        if time.time() - began > options.budget:
+            print("budget spent", flush=True)
+            break
+        if failures[job]:
+            continue
+        try:
+            error = check(kind, dim, skip, blocks)
+            if not error < 1e-2:
+                print("WRONG", job, error, flush=True)
+                continue
+            times = []
+            for empty in (0.0, 0.9 if kind != "decode" else 0.75):
+                if kind == "decode":
+                    q, k, v = data["decode", empty]
+                    out = torch.empty_like(q)
+                    tensors = (q, k, v, out, torch.empty(8, 32, 1, device="cuda"), None, None, None, None)
+                else:
+                    tensors = data[dim, empty]
+                times.append(
+                    triton.testing.do_bench(
+                        lambda tensors=tensors: run(kind, dim, skip, blocks, tensors), warmup=10, rep=40, return_mode="median"
+                    )
+                )
+        except Exception as failure:
+            print("FAILED", job, type(failure).__name__, str(failure)[:100], flush=True)
+            torch.cuda.synchronize()
+            continue
+        rows.append({"kind": kind, "dim": dim, "skip": skip, **dict(zip(("m", "n", "warps", "stages"), blocks, strict=True))})
+        rows[-1] |= {"dense_ms": round(times[0], 4), "sparse_ms": round(times[1], 4), "error": f"{error:.2e}", **where}
+    if rows:
+        with open(options.output, "w", newline="") as file:
+            writer = csv.DictWriter(file, rows[0].keys())
+            writer.writeheader()
+            writer.writerows(rows)
+    for kind, dim, skip in sorted({(r["kind"], r["dim"], r["skip"]) for r in rows}):
+        group = [r for r in rows if (r["kind"], r["dim"], r["skip"]) == (kind, dim, skip)]
+        print(f"{kind} D{dim} skip={skip}")
+        for by in ("dense_ms", "sparse_ms"):
+            for r in sorted(group, key=lambda r: r[by])[:4]:
+                shape = tuple(r[x] for x in ("m", "n", "warps", "stages"))
+                print(f"   by {by:9s} {shape!s:20s} dense {r['dense_ms']:7.4f} sparse {r['sparse_ms']:7.4f} error {r['error']}")
+
+
+if __name__ == "__main__":
+    main()

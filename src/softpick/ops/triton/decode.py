@@ -1,0 +1,198 @@
+"""Attention of few queries against a long cache: the keys are split over programs, the partial results merged.
+
+The queries of a group of heads that share a key head are rows of one tile, so each key is read once. The cache is
+contiguous or paged (``block_table``). With SKIP the values of a key tile that keeps no score are not read.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from softpick.ops.triton.tile import (
+    EXP,
+    LINEAR,
+    NONE,
+    ONE,
+    POSITIVE,
+    SINK,
+    any_kept,
+    finish_scores,
+    kept_scores,
+    keys_of_queries,
+    load_rows,
+    narrow,
+    numerators,
+)
+
+_LN2 = tl.constexpr(0.6931471805599453)
+_LOG2E = tl.constexpr(1.4426950408889634)
+_INF = tl.constexpr(float("inf"))
+
+__all__ = ["decode_merge", "decode_split"]
+
+
+@triton.jit
+def _load_keys(
+    base, j, n, d, tk, stride_block, stride_t, stride_d, table, PAGE: tl.constexpr, width,
+    EDGE: tl.constexpr, PAD: tl.constexpr,
+):  # fmt: skip
+    if PAGE == 0:
+        return load_rows(base + tl.cast(j, tl.int64) * stride_t, n, d, stride_t, stride_d, tk - j, width, EDGE, PAD)
+    else:
+        block = tl.load(table + (j + n) // PAGE, mask=j + n < tk, other=0).to(tl.int64)
+        at = base + (block * stride_block + ((j + n) % PAGE) * stride_t)[:, None] + d[None, :] * stride_d
+        return tl.load(at, mask=(j + n < tk)[:, None] & (d[None, :] < width), other=0.0)
+
+
+@triton.jit
+def _sweep(
+    acc, total, m, q, key, value, mask, table, i2, lo, hi, tq, tk, width, v_width, offset, left, right, unit, softcap,
+    k_b, k_t, k_d, v_b, v_t, v_d, m_q, m_k,
+    BASE: tl.constexpr, RECTIFY: tl.constexpr, ABSOLUTE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr, PAD_D: tl.constexpr, PAD_DV: tl.constexpr, MASK: tl.constexpr, MASK_ROWS: tl.constexpr,
+    LEFT: tl.constexpr, RIGHT: tl.constexpr, SOFTCAP: tl.constexpr, PAGE: tl.constexpr, EDGE: tl.constexpr,
+    EXACT: tl.constexpr, SKIP: tl.constexpr, RELU_ASM: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    d, dv, n = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV), tl.arange(0, BLOCK_N)
+    for j in tl.range(lo, hi, BLOCK_N):
+        k = _load_keys(key, j, n, d, tk, k_b, k_t, k_d, table, PAGE, width, EDGE, PAD_D)
+        if not SKIP:
+            v = _load_keys(value, j, n, dv, tk, v_b, v_t, v_d, table, PAGE, v_width, EDGE, PAD_DV)
+        s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+        s, keep, _ = finish_scores(
+            s, i2, (j + n)[None, :], mask, m_q, m_k, tq, tk, offset, left, right, unit, softcap,
+            BASE, MASK, MASK_ROWS, LEFT, RIGHT, SOFTCAP, EDGE,
+        )  # fmt: skip
+        if EDGE or MASK != 0:
+            s = tl.where(keep, s, -_INF if BASE == EXP else 0.0)
+        if BASE != LINEAR:
+            high = tl.maximum(m, tl.max(s, 1))
+            fresh = tl.where(high == -_INF, 0.0, high)
+            factor = tl.exp2(m - fresh)
+            total *= factor
+            acc *= factor[:, None]
+            m = high
+            p = numerators(s, fresh[:, None], BASE, True, EXACT)
+        else:
+            p = s
+        if ABSOLUTE:
+            total += tl.sum(tl.abs(p), 1)
+            RELU: tl.constexpr = RECTIFY == POSITIVE
+        else:
+            p = kept_scores(p, s, RECTIFY)
+            total += tl.sum(p, 1)
+            RELU: tl.constexpr = False
+        if SKIP:
+            if any_kept(s, RECTIFY):
+                v = _load_keys(value, j, n, dv, tk, v_b, v_t, v_d, table, PAGE, v_width, EDGE, PAD_DV)
+                acc = tl.dot(narrow(p, v, RELU, RELU_ASM and RELU), v, acc, input_precision=PRECISION)
+        else:
+            acc = tl.dot(narrow(p, v, RELU, RELU_ASM and RELU), v, acc, input_precision=PRECISION)
+    return acc, total, m
+
+
+@triton.jit
+def decode_split(
+    query, key, value, part_out, part_total, part_m, mask, sink, lengths, table,
+    q_b, q_h, q_t, q_d, k_b, k_h, k_t, k_d, v_b, v_h, v_t, v_d, m_b, m_h, m_q, m_k, t_b,
+    kv_heads, groups, tq, tk, width, v_width, left, right, unit, softcap, chunk,
+    BASE: tl.constexpr, RECTIFY: tl.constexpr, ABSOLUTE: tl.constexpr, CONSTANT: tl.constexpr,
+    NEGATIVE_GRADIENT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr, PAD_D: tl.constexpr, PAD_DV: tl.constexpr, MASK: tl.constexpr, MASK_ROWS: tl.constexpr,
+    LEFT: tl.constexpr, RIGHT: tl.constexpr, BOTTOM_RIGHT: tl.constexpr, SOFTCAP: tl.constexpr, PAGE: tl.constexpr,
+    LENGTHS: tl.constexpr, EXACT: tl.constexpr, SKIP: tl.constexpr, RELU_ASM: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Keys ``[split * chunk, (split + 1) * chunk)`` of one sequence and key head. Grid: (splits, Hkv, B).
+
+    Writes the unnormalized output, the sum of ``g`` and ``m`` of every row, contiguous ``(B, Hkv, splits, BLOCK_M, ...)``.
+    """
+    split, kv, b = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
+    r, d, dv = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
+    if LENGTHS:
+        tk = tl.minimum(tk, tl.load(lengths + b).to(tl.int32))
+    offset = 0
+    if BOTTOM_RIGHT:
+        offset = tk - tq
+    rows = r < groups * tq
+    head, i = kv * groups + tl.minimum(r // tq, groups - 1), r % tq  # rows beyond the last repeat a head
+    q = tl.load(
+        query + b * q_b + (head * q_h + i * q_t)[:, None] + d[None, :] * q_d,
+        mask=rows[:, None] & (d[None, :] < width),
+        other=0.0,
+    )
+    table_of = table
+    if PAGE == 0:
+        key += b * k_b
+        value += b * v_b
+    else:
+        table_of = table + b * t_b
+    key += kv * k_h
+    value += kv * v_h
+    if MASK != 0:
+        mask += b * m_b + (head * m_h)[:, None]
+    lo, full_lo, full_hi, hi = keys_of_queries(0, tq, tk, offset, left, right, BLOCK_N, LEFT, RIGHT)
+    lo, hi = tl.maximum(lo, split * chunk), tl.minimum(hi, (split + 1) * chunk)
+    hi = tl.maximum(lo, hi)
+    full_lo = tl.minimum(tl.maximum(full_lo, lo), hi)
+    full_hi = tl.maximum(tl.minimum(full_hi, hi), full_lo)
+    acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    ANCHORED: tl.constexpr = BASE != EXP or RECTIFY != NONE or CONSTANT != 0
+    m = tl.zeros([BLOCK_M], tl.float32) + (0.0 if ANCHORED else -_INF)
+    if CONSTANT == SINK:
+        m = tl.maximum(m, tl.load(sink + head, mask=rows, other=0.0).to(tl.float32) * _LOG2E)
+    if LEFT:
+        acc, total, m = _sweep(
+            acc, total, m, q, key, value, mask, table_of, i[:, None], lo, full_lo, tq, tk, width, v_width, offset, left,
+            right, unit, softcap, k_b, k_t, k_d, v_b, v_t, v_d, m_q, m_k,
+            BASE, RECTIFY, ABSOLUTE, BLOCK_N, BLOCK_D, BLOCK_DV, PAD_D, PAD_DV, MASK, MASK_ROWS, LEFT, RIGHT, SOFTCAP,
+            PAGE, True, EXACT, SKIP, RELU_ASM, PRECISION,
+        )  # fmt: skip
+    acc, total, m = _sweep(
+        acc, total, m, q, key, value, mask, table_of, i[:, None], full_lo, full_hi, tq, tk, width, v_width, offset, left,
+        right, unit, softcap, k_b, k_t, k_d, v_b, v_t, v_d, m_q, m_k,
+        BASE, RECTIFY, ABSOLUTE, BLOCK_N, BLOCK_D, BLOCK_DV, PAD_D, PAD_DV, MASK, MASK_ROWS, LEFT, RIGHT, SOFTCAP,
+        PAGE, False, EXACT, SKIP, RELU_ASM, PRECISION,
+    )  # fmt: skip
+    acc, total, m = _sweep(
+        acc, total, m, q, key, value, mask, table_of, i[:, None], full_hi, hi, tq, tk, width, v_width, offset, left,
+        right, unit, softcap, k_b, k_t, k_d, v_b, v_t, v_d, m_q, m_k,
+        BASE, RECTIFY, ABSOLUTE, BLOCK_N, BLOCK_D, BLOCK_DV, PAD_D, PAD_DV, MASK, MASK_ROWS, LEFT, RIGHT, SOFTCAP,
+        PAGE, True, EXACT, SKIP, RELU_ASM, PRECISION,
+    )  # fmt: skip
+    part = ((b * kv_heads + kv) * tl.num_programs(0) + split) * BLOCK_M + r
+    tl.store(part_total + part, total, mask=rows)
+    tl.store(part_m + part, m, mask=rows)
+    tl.store(part_out + part[:, None] * BLOCK_DV + dv[None, :], acc, mask=rows[:, None])
+
+
+@triton.jit
+def decode_merge(
+    part_out, part_total, part_m, sink, out, lse, o_b, o_h, o_t, o_d, l_b, l_h, l_t,
+    kv_heads, groups, tq, v_width, splits, eps,
+    BASE: tl.constexpr, CONSTANT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_DV: tl.constexpr, SPLITS: tl.constexpr,
+):  # fmt: skip
+    """Partial results relative to their ``m`` into one, in the order of the splits. Grid: (queries, heads, B)."""
+    i, h, b = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
+    p, dv = tl.arange(0, SPLITS), tl.arange(0, BLOCK_DV)
+    kv, r = h // groups, (h % groups) * tq + i
+    part = ((b * kv_heads + kv) * splits + p) * BLOCK_M + r
+    m = tl.load(part_m + part, mask=p < splits, other=-_INF)
+    total = tl.load(part_total + part, mask=p < splits, other=0.0)
+    acc = tl.load(part_out + part[:, None] * BLOCK_DV + dv[None, :], mask=(p < splits)[:, None], other=0.0)
+    high = tl.max(m, 0)
+    high = tl.where(high == -_INF, 0.0, high)
+    factor = tl.exp2(m - high)
+    one = tl.sum(total * factor, 0)
+    o = tl.sum(acc * factor[:, None], 0)
+    if CONSTANT == ONE:
+        one += 1.0 if BASE == LINEAR else tl.exp2(-high)
+    elif CONSTANT == SINK:
+        one += tl.exp2(tl.load(sink + h).to(tl.float32) * _LOG2E - high)
+    one += eps
+    inverse = tl.where(one == 0, 0.0, 1.0 / one)
+    tl.store(
+        out + b * o_b + h * o_h + i * o_t + dv * o_d, (o * inverse).to(out.dtype.element_ty), mask=dv < v_width
+    )
+    tl.store(lse + b * l_b + h * l_h + i * l_t, (high + tl.log2(one)) * _LN2)

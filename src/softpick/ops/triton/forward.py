@@ -1,0 +1,243 @@
+"""Attention forward: one program a query tile and head, key tiles in a loop, nothing of size T x T in memory.
+
+Without SHIFT exponentials are taken relative to 0 and no row maximum is kept: for every anchored normalizer that is the
+same number as long as nothing overflows. OPTIMISTIC does that, looks at the result, and goes through the keys again with
+a running maximum where a sum left the safe range (any score above about 44).
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from softpick.ops.triton.tile import (
+    EXP,
+    LINEAR,
+    NONE,
+    ONE,
+    POSITIVE,
+    SINK,
+    any_kept,
+    dropout_factor,
+    finish_scores,
+    kept_scores,
+    keys_of_queries,
+    load_rows,
+    narrow,
+    numerators,
+)
+
+_LN2 = tl.constexpr(0.6931471805599453)
+_LOG2E = tl.constexpr(1.4426950408889634)
+_INF = tl.constexpr(float("inf"))
+_LARGEST = tl.constexpr(2.0**64)  # sums beyond this are computed again with a shift
+_SMALLEST = tl.constexpr(2.0**-64)  # likewise below, for the normalizer without an anchor
+
+__all__ = ["attention_forward"]
+
+
+@triton.jit
+def _sweep(
+    acc, total, kept, m, top, q, key, value, mask, i2, lo, hi, tq, tk, width, v_width, offset, left, right,
+    unit, softcap, dropout_p, seed, start, k_t, k_d, v_t, v_d, m_q, m_k,
+    BASE: tl.constexpr, RECTIFY: tl.constexpr, ABSOLUTE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr, PAD_D: tl.constexpr, PAD_DV: tl.constexpr, MASK: tl.constexpr, MASK_ROWS: tl.constexpr,
+    LEFT: tl.constexpr, RIGHT: tl.constexpr, SOFTCAP: tl.constexpr, DROPOUT: tl.constexpr, STATS: tl.constexpr,
+    EDGE: tl.constexpr, SHIFT: tl.constexpr, EXACT: tl.constexpr, SKIP: tl.constexpr, RELU_ASM: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Take the key tiles from ``lo`` to ``hi`` into the accumulators."""
+    d, dv, n = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV), tl.arange(0, BLOCK_N)
+    key += tl.cast(lo, tl.int64) * k_t
+    value += tl.cast(lo, tl.int64) * v_t
+    for j in tl.range(lo, hi, BLOCK_N):
+        k = load_rows(key, n, d, k_t, k_d, tk - j, width, EDGE, PAD_D)
+        # before the product: with SKIP the load is not part of the software pipeline and is best issued early
+        v = load_rows(value, n, dv, v_t, v_d, tk - j, v_width, EDGE, PAD_DV)
+        s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+        s, keep, _ = finish_scores(
+            s, i2, (j + n)[None, :], mask, m_q, m_k, tq, tk, offset, left, right, unit, softcap,
+            BASE, MASK, MASK_ROWS, LEFT, RIGHT, SOFTCAP, EDGE,
+        )  # fmt: skip
+        if EDGE or MASK != 0:
+            s = tl.where(keep, s, -_INF if BASE == EXP else 0.0)
+        if STATS:
+            seen = s
+            if (EDGE or MASK != 0) and BASE != EXP:
+                seen = tl.where(keep, s, -_INF)
+            top = tl.maximum(top, tl.max(seen, 1))
+        if SHIFT and BASE != LINEAR:
+            high = tl.maximum(m, tl.max(s, 1))
+            # only softmax starts at minus infinity; a row that saw nothing yet stays at a finite m
+            fresh = tl.where(high == -_INF, 0.0, high)
+            factor = tl.exp2(m - fresh)
+            total *= factor
+            acc *= factor[:, None]
+            if STATS:
+                kept *= factor
+            m = high
+            p = numerators(s, fresh[:, None], BASE, True, EXACT)
+        else:
+            p = numerators(s, 0.0, BASE, False, EXACT)
+        if ABSOLUTE:
+            total += tl.sum(tl.abs(p), 1)
+            if STATS:
+                kept += tl.sum(kept_scores(p, s, RECTIFY), 1)
+            RELU: tl.constexpr = RECTIFY == POSITIVE
+        else:
+            p = kept_scores(p, s, RECTIFY)
+            total += tl.sum(p, 1)
+            if STATS:
+                kept += tl.sum(p, 1)
+            RELU: tl.constexpr = False
+        if DROPOUT:
+            p *= dropout_factor(seed, start, i2, (j + n)[None, :], tk, dropout_p)
+        if SKIP:
+            if any_kept(s, RECTIFY):
+                acc = tl.dot(narrow(p, v, RELU, RELU_ASM and RELU), v, acc, input_precision=PRECISION)
+        else:
+            acc = tl.dot(narrow(p, v, RELU, RELU_ASM and RELU), v, acc, input_precision=PRECISION)
+        key += BLOCK_N * k_t
+        value += BLOCK_N * v_t
+    return acc, total, kept, m, top
+
+
+@triton.jit
+def _all_keys(
+    q, key, value, mask, i2, lo, full_lo, full_hi, hi, anchor, tq, tk, width, v_width, offset, left, right,
+    unit, softcap, dropout_p, seed, start, k_t, k_d, v_t, v_d, m_q, m_k,
+    BASE: tl.constexpr, RECTIFY: tl.constexpr, ABSOLUTE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, PAD_D: tl.constexpr, PAD_DV: tl.constexpr, MASK: tl.constexpr,
+    MASK_ROWS: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, SOFTCAP: tl.constexpr, DROPOUT: tl.constexpr,
+    STATS: tl.constexpr, SHIFT: tl.constexpr, EXACT: tl.constexpr, SKIP: tl.constexpr, RELU_ASM: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """All visible keys of the query tile: the edge before (window), the full tiles, the edge behind (diagonal, end)."""
+    acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    kept = tl.zeros([BLOCK_M], tl.float32)
+    m = tl.zeros([BLOCK_M], tl.float32) + anchor
+    top = tl.full([BLOCK_M], -_INF, tl.float32)
+    if LEFT:
+        acc, total, kept, m, top = _sweep(
+            acc, total, kept, m, top, q, key, value, mask, i2, lo, full_lo, tq, tk, width, v_width, offset, left, right,
+            unit, softcap, dropout_p, seed, start, k_t, k_d, v_t, v_d, m_q, m_k,
+            BASE, RECTIFY, ABSOLUTE, BLOCK_N, BLOCK_D, BLOCK_DV, PAD_D, PAD_DV, MASK, MASK_ROWS, LEFT, RIGHT, SOFTCAP,
+            DROPOUT, STATS, True, SHIFT, EXACT, SKIP, RELU_ASM, PRECISION,
+        )  # fmt: skip
+    acc, total, kept, m, top = _sweep(
+        acc, total, kept, m, top, q, key, value, mask, i2, full_lo, full_hi, tq, tk, width, v_width, offset, left, right,
+        unit, softcap, dropout_p, seed, start, k_t, k_d, v_t, v_d, m_q, m_k,
+        BASE, RECTIFY, ABSOLUTE, BLOCK_N, BLOCK_D, BLOCK_DV, PAD_D, PAD_DV, MASK, MASK_ROWS, LEFT, RIGHT, SOFTCAP,
+        DROPOUT, STATS, False, SHIFT, EXACT, SKIP, RELU_ASM, PRECISION,
+    )  # fmt: skip
+    return _sweep(
+        acc, total, kept, m, top, q, key, value, mask, i2, full_hi, hi, tq, tk, width, v_width, offset, left, right,
+        unit, softcap, dropout_p, seed, start, k_t, k_d, v_t, v_d, m_q, m_k,
+        BASE, RECTIFY, ABSOLUTE, BLOCK_N, BLOCK_D, BLOCK_DV, PAD_D, PAD_DV, MASK, MASK_ROWS, LEFT, RIGHT, SOFTCAP,
+        DROPOUT, STATS, True, SHIFT, EXACT, SKIP, RELU_ASM, PRECISION,
+    )  # fmt: skip
+
+
+@triton.jit
+def attention_forward(
+    query, key, value, out, lse, mass, largest, mask, sink, cu_q, cu_k, seed_at,
+    q_b, q_h, q_t, q_d, k_b, k_h, k_t, k_d, v_b, v_h, v_t, v_d, o_b, o_h, o_t, o_d, l_b, l_h, l_t, m_b, m_h, m_q, m_k,
+    heads, groups, tq, tk, width, v_width, left, right, unit, eps, softcap, dropout_p,
+    BASE: tl.constexpr, RECTIFY: tl.constexpr, ABSOLUTE: tl.constexpr, CONSTANT: tl.constexpr,
+    NEGATIVE_GRADIENT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr, PAD_D: tl.constexpr, PAD_DV: tl.constexpr, MASK: tl.constexpr, MASK_ROWS: tl.constexpr,
+    LEFT: tl.constexpr, RIGHT: tl.constexpr, BOTTOM_RIGHT: tl.constexpr, SOFTCAP: tl.constexpr, DROPOUT: tl.constexpr,
+    STATS: tl.constexpr, VARLEN: tl.constexpr, OPTIMISTIC: tl.constexpr, EXACT: tl.constexpr, SKIP: tl.constexpr,
+    RELU_ASM: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Grid: (query tiles, heads, batch or sequences). Writes ``out``, ``lse`` (natural), with STATS mass and largest."""
+    h, b = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
+    start = (b * heads + h) * 1_000_003
+    if VARLEN:
+        q0, k0 = tl.load(cu_q + b).to(tl.int64), tl.load(cu_k + b).to(tl.int64)
+        tq, tk = (tl.load(cu_q + b + 1) - q0).to(tl.int32), (tl.load(cu_k + b + 1) - k0).to(tl.int32)
+        query += q0 * q_t
+        key += k0 * k_t
+        value += k0 * v_t
+        out += q0 * o_t
+        lse += q0 * l_t
+        if STATS:
+            mass += q0 * l_t
+            largest += q0 * l_t
+        b *= 0
+    # the longest rows first: under a causal mask the last programs to start are then the shortest
+    i0 = (tl.num_programs(0) - 1 - tl.program_id(0)) * BLOCK_M
+    if i0 >= tq:
+        return
+    offset = 0
+    if BOTTOM_RIGHT:
+        offset = tk - tq
+    kv = h // groups
+    i, d, dv = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
+    query += b * q_b + h * q_h + i0.to(tl.int64) * q_t
+    key += b * k_b + kv * k_h
+    value += b * v_b + kv * v_h
+    if MASK != 0:
+        mask += b * m_b + h * m_h
+    seed = 0
+    if DROPOUT:
+        seed = tl.load(seed_at)
+    q = load_rows(query, i, d, q_t, q_d, tq - i0, width, True, PAD_D)
+    i2 = (i0 + i)[:, None]
+    lo, full_lo, full_hi, hi = keys_of_queries(
+        i0, tl.minimum(i0 + BLOCK_M, tq), tk, offset, left, right, BLOCK_N, LEFT, RIGHT
+    )
+    ANCHORED: tl.constexpr = BASE != EXP or RECTIFY != NONE or CONSTANT != 0
+    anchor = 0.0 if ANCHORED else -_INF
+    logit = 0.0
+    if CONSTANT == SINK:
+        logit = tl.load(sink + h).to(tl.float32) * _LOG2E
+        anchor = tl.maximum(anchor, logit)
+    acc, total, kept, m, top = _all_keys(
+        q, key, value, mask, i2, lo, full_lo, full_hi, hi, anchor, tq, tk, width, v_width, offset, left, right,
+        unit, softcap, dropout_p, seed, start, k_t, k_d, v_t, v_d, m_q, m_k,
+        BASE, RECTIFY, ABSOLUTE, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, PAD_D, PAD_DV, MASK, MASK_ROWS, LEFT, RIGHT,
+        SOFTCAP, DROPOUT, STATS, not OPTIMISTIC, EXACT, SKIP, RELU_ASM, PRECISION,
+    )  # fmt: skip
+    if OPTIMISTIC:
+        m = tl.zeros([BLOCK_M], tl.float32)
+        sound = total < _LARGEST
+        if not ANCHORED:
+            sound = sound & ((total > _SMALLEST) | (hi <= lo))
+        if CONSTANT == SINK:
+            sound = sound & (tl.zeros([BLOCK_M], tl.float32) + logit < 64.0)
+        trouble = tl.max(tl.where(sound, 0, 1)) + tl.max(tl.where(tl.abs(acc) < 3.0e38, 0, 1))
+        if trouble > 0:
+            acc, total, kept, m, top = _all_keys(
+                q, key, value, mask, i2, lo, full_lo, full_hi, hi, anchor, tq, tk, width, v_width, offset, left, right,
+                unit, softcap, dropout_p, seed, start, k_t, k_d, v_t, v_d, m_q, m_k,
+                BASE, RECTIFY, ABSOLUTE, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, PAD_D, PAD_DV, MASK, MASK_ROWS, LEFT, RIGHT,
+                SOFTCAP, DROPOUT, STATS, True, EXACT, SKIP, RELU_ASM, PRECISION,
+            )  # fmt: skip
+    if BASE == LINEAR:
+        m = tl.zeros([BLOCK_M], tl.float32)
+        if CONSTANT == ONE:
+            total += 1.0
+    else:
+        m = tl.where(m == -_INF, 0.0, m)
+        if CONSTANT == ONE:
+            total += tl.exp2(-m)
+        elif CONSTANT == SINK:
+            total += tl.exp2(logit - m)
+    total += eps  # relative to m
+    inverse = tl.where(total == 0, 0.0, 1.0 / total)
+    rows = i0 + i < tq
+    out += b * o_b + h * o_h + i0.to(tl.int64) * o_t
+    tl.store(
+        out + i[:, None] * o_t + dv[None, :] * o_d,
+        (acc * inverse[:, None]).to(out.dtype.element_ty),
+        mask=rows[:, None] & (dv[None, :] < v_width),
+    )
+    at = b * l_b + h * l_h + (i0 + i) * l_t
+    tl.store(lse + at, (m + tl.log2(total)) * _LN2, mask=rows)
+    if STATS:
+        tl.store(mass + at, kept * inverse, mask=rows)
+        if BASE != LINEAR:
+            top *= _LN2
+        tl.store(largest + at, top, mask=rows)

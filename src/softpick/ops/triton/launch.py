@@ -1,0 +1,310 @@
+"""Calls of the kernels: tensors to strides, options to compile-time switches, blocks from the table."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from softpick.normalizers import Normalizer
+from softpick.ops.triton.backward import attention_backward_keys, attention_backward_queries, row_statistics
+from softpick.ops.triton.decode import decode_merge, decode_split
+from softpick.ops.triton.forward import attention_forward
+from softpick.ops.triton.rows import rows_backward, rows_backward_long, rows_forward, rows_forward_long
+from softpick.ops.triton.tile import LOG2E, switches
+from softpick.ops.triton.tuning import blocks, multiprocessors
+
+__all__ = ["Options", "backward", "decode", "forward", "softpick_backward", "softpick_forward"]
+
+_LONGEST_ROW = 16384  # elements of a row that one program holds in registers
+_LARGEST_OPTIMISTIC_EPS = 1e-5  # eps is relative to e^m; without m it is off by a factor of at most 1 + eps
+
+
+class Options(NamedTuple):
+    """What a call computes, as :class:`softpick.ops.tiled.TileSpec`; ``softcap`` 0 is none."""
+
+    norm: Normalizer
+    scale: float
+    eps: float
+    left: int
+    right: int
+    bottom_right: bool
+    softcap: float
+    dropout_p: float
+    skip: bool = False
+
+
+def _interpreted() -> bool:
+    return bool(triton.knobs.runtime.interpret)
+
+
+def _optimistic(dtype: torch.dtype, options: Options) -> bool:
+    """Whether to try without a running maximum: not in fp16, whose range is small, nor in fp32, which is for precision."""
+    return dtype == torch.bfloat16 and options.norm.base != "linear" and options.eps <= _LARGEST_OPTIMISTIC_EPS
+
+
+def _padded(width: int) -> int:
+    return max(16, triton.next_power_of_2(width))
+
+
+def _precision(dtype: torch.dtype) -> str:
+    """fp32 products as torch's own: exact unless ``torch.set_float32_matmul_precision`` allows tf32."""
+    return "ieee" if dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest" else "tf32"
+
+
+def _unit(options: Options) -> float:
+    """Factor on the product ``q k``: to the tile's units, or to natural ones where the softcap is applied first."""
+    return options.scale if options.softcap or options.norm.base == "linear" else options.scale * LOG2E
+
+
+def _common(options: Options, query: Tensor, value: Tensor, mask: Tensor | None) -> dict[str, Any]:
+    width, v_width = query.shape[-1], value.shape[-1]
+    return {
+        **switches(options.norm),
+        "BLOCK_D": _padded(width),
+        "BLOCK_DV": _padded(v_width),
+        "PAD_D": _padded(width) != width,
+        "PAD_DV": _padded(v_width) != v_width,
+        "MASK": 0 if mask is None else 1 if mask.dtype == torch.bool else 2,
+        "MASK_ROWS": mask is not None and mask.shape[2] != 1,
+        "LEFT": options.left >= 0,
+        "RIGHT": options.right >= 0,
+        "BOTTOM_RIGHT": options.bottom_right,
+        "SOFTCAP": options.softcap > 0,
+        "EXACT": query.dtype == torch.float32,
+        "PRECISION": _precision(query.dtype),
+    }
+
+
+def _relu_asm(query: Tensor) -> bool:
+    """Whether relu and the conversion to 16 bits are one instruction (NVIDIA, compute capability 8.0 and later)."""
+    return (
+        query.dtype in (torch.bfloat16, torch.float16)
+        and not _interpreted()
+        and torch.version.hip is None
+        and torch.cuda.get_device_capability(query.device)[0] >= 8
+    )
+
+
+def _mask_arguments(mask: Tensor | None) -> tuple[Tensor | None, tuple[int, int, int, int]]:
+    if mask is None:
+        return None, (0, 0, 0, 0)
+    strides = [0 if n == 1 else s for n, s in zip(mask.shape, mask.stride(), strict=True)]
+    return (mask.view(torch.uint8) if mask.dtype == torch.bool else mask), tuple(strides)  # type: ignore[return-value]
+
+
+def _sequences(query: Tensor, cu_q: Tensor | None, longest: int) -> tuple[int, int]:
+    """(sequences in the batch, queries of the longest)."""
+    return (query.shape[0], query.shape[2]) if cu_q is None else (cu_q.numel() - 1, longest)
+
+
+def forward(
+    options: Options,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    sink: Tensor | None,
+    cu_q: Tensor | None,
+    cu_k: Tensor | None,
+    seed: Tensor | None,
+    longest_q: int,
+    out: Tensor,
+    lse: Tensor,
+    mass: Tensor | None,
+    largest: Tensor | None,
+) -> None:
+    """Attention into ``out`` and the row statistics. ``(B, H, T, D)``, any strides; packed: ``B = 1`` and ``cu``."""
+    b, longest = _sequences(query, cu_q, longest_q)
+    heads = query.shape[1]
+    if not (b and heads and longest):
+        return
+    common = _common(options, query, value, mask)
+    tile = blocks("forward", max(common["BLOCK_D"], common["BLOCK_DV"]), query.dtype, query.device)
+    pointer, mask_strides = _mask_arguments(mask)
+    attention_forward[triton.cdiv(longest, tile.m), heads, b](
+        query, key, value, out, lse, mass, largest, pointer, sink, cu_q, cu_k, seed,
+        *query.stride(), *key.stride(), *value.stride(), *out.stride(), *lse.stride(), *mask_strides,
+        heads, heads // key.shape[1], query.shape[2], key.shape[2], query.shape[-1], value.shape[-1],
+        options.left, options.right, _unit(options), options.eps, options.softcap, options.dropout_p,
+        **common,
+        BLOCK_M=tile.m,
+        BLOCK_N=tile.n,
+        DROPOUT=options.dropout_p > 0,
+        STATS=mass is not None,
+        VARLEN=cu_q is not None,
+        OPTIMISTIC=_optimistic(query.dtype, options),
+        SKIP=options.skip and options.norm.sparse,
+        RELU_ASM=_relu_asm(query),
+        num_warps=tile.warps,
+        num_stages=tile.stages,
+    )  # fmt: skip
+
+
+def backward(
+    options: Options,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    sink: Tensor | None,
+    cu_q: Tensor | None,
+    cu_k: Tensor | None,
+    seed: Tensor | None,
+    longest_q: int,
+    longest_k: int,
+    out: Tensor,
+    lse: Tensor,
+    grad_out: Tensor,
+    dquery: Tensor,
+    dkey: Tensor,
+    dvalue: Tensor,
+    dmask: Tensor | None,
+) -> Tensor | None:
+    """Gradients into ``dquery``, ``dkey``, ``dvalue`` and ``dmask`` (contiguous ``(B, H, Tq, Tk)``, zeroed); returns dsink."""
+    rows, heads, total_q = query.shape[0], query.shape[1], query.shape[2]
+    b, longest = _sequences(query, cu_q, longest_q)
+    kv_heads = key.shape[1]
+    if key.shape[2] == 0 or total_q == 0 or not rows * heads:
+        for grad in (dquery, dkey, dvalue):
+            grad.zero_()
+        return None if sink is None else torch.zeros_like(sink)
+    delta = torch.empty(rows, heads, total_q, dtype=torch.float32, device=query.device)
+    row_lse = torch.empty_like(delta)
+    common = _common(options, query, value, mask)
+    widest = max(common["BLOCK_D"], common["BLOCK_DV"])
+    lines = 64 if widest <= 128 else 32
+    row_statistics[triton.cdiv(total_q, lines), heads, rows](
+        out, grad_out, lse, delta, row_lse,
+        *out.stride(), *grad_out.stride(), *lse.stride(), heads, total_q, value.shape[-1],
+        BASE=common["BASE"], BLOCK_M=lines, BLOCK_DV=common["BLOCK_DV"], num_warps=4,
+    )  # fmt: skip
+    pointer, mask_strides = _mask_arguments(mask)
+    shared = {
+        **common,
+        "DROPOUT": options.dropout_p > 0,
+        "VARLEN": cu_q is not None,
+        "SKIP": options.skip and options.norm.sparse,
+    }
+    numbers = (
+        heads, heads // kv_heads, total_q, key.shape[2], query.shape[-1], value.shape[-1],
+        options.left, options.right, _unit(options), options.scale, options.softcap, options.dropout_p,
+    )  # fmt: skip
+    strides = (*query.stride(), *key.stride(), *value.stride(), *grad_out.stride())
+    tile = blocks("keys", widest, query.dtype, query.device)
+    attention_backward_keys[triton.cdiv(key.shape[2] if cu_k is None else longest_k, tile.n), kv_heads, b](
+        query, key, value, grad_out, row_lse, delta, dkey, dvalue, pointer, cu_q, cu_k, seed,
+        *strides, *dkey.stride(), *dvalue.stride(), *mask_strides, *numbers,
+        **shared, BLOCK_M=tile.m, BLOCK_N=tile.n, RELU_ASM=_relu_asm(query), num_warps=tile.warps, num_stages=tile.stages,
+    )  # fmt: skip
+    tile = blocks("queries", widest, query.dtype, query.device)
+    attention_backward_queries[triton.cdiv(longest, tile.m), heads, b](
+        query, key, value, grad_out, row_lse, delta, dquery, dmask, pointer, cu_q, cu_k, seed,
+        *strides, *dquery.stride(), *mask_strides, *numbers,
+        **shared, BLOCK_M=tile.m, BLOCK_N=tile.n, BIAS_GRADIENT=dmask is not None, num_warps=tile.warps,
+        num_stages=tile.stages,
+    )  # fmt: skip
+    if sink is None:
+        return None
+    return -(delta * torch.exp2(sink.float().view(1, -1, 1) * LOG2E - row_lse)).sum((0, 2))
+
+
+def decode(
+    options: Options,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    sink: Tensor | None,
+    lengths: Tensor | None,
+    table: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+) -> None:
+    """Few queries against a cache: ``(B, Hkv, Tk, D)``, or with ``table`` pages ``(blocks, Hkv, page, D)``."""
+    b, heads, tq, _ = query.shape
+    kv_heads = key.shape[1]
+    if not (b and heads and tq):
+        return
+    groups = heads // kv_heads
+    page = 0 if table is None else key.shape[2]
+    tk = key.shape[2] if table is None else table.shape[1] * page
+    common = _common(options, query, value, mask)
+    widest = max(common["BLOCK_D"], common["BLOCK_DV"])
+    tile = blocks("decode", widest, query.dtype, query.device)
+    rows = _padded(groups * tq)
+    splits, chunk = _splits(b * kv_heads, tk, tile.n, query.device)
+    shape = (b, kv_heads, splits, rows)
+    part_out = torch.empty(*shape, common["BLOCK_DV"], dtype=torch.float32, device=query.device)
+    part_total, part_m = (torch.empty(shape, dtype=torch.float32, device=query.device) for _ in range(2))
+    pointer, mask_strides = _mask_arguments(mask)
+    decode_split[splits, kv_heads, b](
+        query, key, value, part_out, part_total, part_m, pointer, sink, lengths, table,
+        *query.stride(), *key.stride(), *value.stride(), *mask_strides, 0 if table is None else table.stride(0),
+        kv_heads, groups, tq, tk, query.shape[-1], value.shape[-1],
+        options.left, options.right, _unit(options), options.softcap, chunk,
+        **common,
+        BLOCK_M=rows,
+        BLOCK_N=tile.n,
+        PAGE=page,
+        LENGTHS=lengths is not None,
+        SKIP=options.skip and options.norm.sparse,
+        RELU_ASM=_relu_asm(query),
+        num_warps=tile.warps,
+        num_stages=tile.stages,
+    )  # fmt: skip
+    decode_merge[tq, heads, b](
+        part_out, part_total, part_m, sink, out, lse, *out.stride(), *lse.stride(),
+        kv_heads, groups, tq, value.shape[-1], splits, options.eps,
+        BASE=common["BASE"], CONSTANT=common["CONSTANT"], BLOCK_M=rows, BLOCK_DV=common["BLOCK_DV"],
+        SPLITS=triton.next_power_of_2(splits), num_warps=4,
+    )  # fmt: skip
+
+
+def _splits(pairs: int, tk: int, block_n: int, device: torch.device) -> tuple[int, int]:
+    """(programs a sequence and key head, keys of each): enough programs to fill the device, none with too few keys."""
+    programs = 4 * (multiprocessors(device.index or 0) if device.type == "cuda" else 2)
+    tiles = max(1, triton.cdiv(tk, block_n))
+    wanted = max(1, min(128, triton.cdiv(programs, pairs), triton.cdiv(tiles, 4)))
+    chunk = triton.cdiv(tiles, wanted) * block_n
+    return max(1, triton.cdiv(tk, chunk)), chunk
+
+
+def softpick_forward(x: Tensor, eps: float, y: Tensor, lse: Tensor) -> None:
+    """Softpick over the rows of a matrix ``(rows, n)`` with unit stride in a row, into contiguous ``y`` and ``lse``."""
+    rows, n = x.shape
+    if rows == 0 or n == 0:
+        return
+    if n > _LONGEST_ROW:
+        rows_forward_long[(rows,)](x, y, lse, n, x.stride(0), eps, N=_LONG_BLOCK, num_warps=_LONG_WARPS)
+        return
+    block = triton.next_power_of_2(n)
+    together = max(1, _ROW_ELEMENTS // block)
+    rows_forward[(triton.cdiv(rows, together),)](
+        x, y, lse, rows, n, x.stride(0), eps, ROWS=together, N=block, num_warps=_row_warps(block)
+    )
+
+
+def softpick_backward(x: Tensor, lse: Tensor, grad: Tensor, dx: Tensor) -> None:
+    """Gradient of :func:`softpick_forward` into contiguous ``dx``; ``grad`` with unit stride in a row."""
+    rows, n = x.shape
+    if rows == 0 or n == 0:
+        return
+    if n > _LONGEST_ROW:
+        rows_backward_long[(rows,)](x, lse, grad, dx, n, x.stride(0), grad.stride(0), N=_LONG_BLOCK, num_warps=_LONG_WARPS)
+        return
+    block = triton.next_power_of_2(n)
+    together = max(1, _ROW_ELEMENTS // block)
+    rows_backward[(triton.cdiv(rows, together),)](
+        x, lse, grad, dx, rows, n, x.stride(0), grad.stride(0), ROWS=together, N=block, num_warps=_row_warps(block)
+    )
+
+
+_ROW_ELEMENTS = 2048  # of short rows that one program takes together
+_LONG_BLOCK, _LONG_WARPS = 4096, 8
+
+
+def _row_warps(block: int) -> int:
+    return 4 if block <= 2048 else 8 if block <= 8192 else 16

@@ -1,0 +1,219 @@
+"""What the kernels share: the normalizers, the scores of a tile, and which keys a query sees.
+
+Scores of the exponential normalizers are in base 2 (``s log2 e``), those of the linear one natural. Index tensors are
+two-dimensional and broadcast (``i2`` queries, ``j2`` keys), so the same functions serve a tile and its transpose.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from softpick.normalizers import Normalizer
+
+__all__ = ["LOG2E", "switches"]
+
+LOG2E = 1.4426950408889634
+_LN2 = tl.constexpr(0.6931471805599453)
+_LOG2E = tl.constexpr(LOG2E)
+_INF = tl.constexpr(float("inf"))
+
+EXP, EXPM1, LINEAR = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
+NONE, POSITIVE, NONNEGATIVE = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
+BOOLEAN, ADDITIVE = tl.constexpr(1), tl.constexpr(2)  # kinds of mask; 0 is no mask
+ONE, SINK = tl.constexpr(1), tl.constexpr(2)  # constants of the denominator; 0 is none
+
+
+def switches(norm: Normalizer) -> dict[str, int | bool]:
+    """A record of the table as compile-time arguments."""
+    return {
+        "BASE": {"exp": 0, "expm1": 1, "linear": 2}[norm.base],
+        "RECTIFY": {"none": 0, "positive": 1, "nonnegative": 2}[norm.rectify],
+        "ABSOLUTE": norm.absolute_denominator,
+        "CONSTANT": {0: 0, 1: 1, "sink": 2}[norm.constant],
+        "NEGATIVE_GRADIENT": norm.negative_gradient,
+    }
+
+
+@triton.jit
+def expm1_exp2(x):
+    """``2^x - 1`` for ``x <= 0`` without cancellation."""
+    y = x * _LN2
+    series = y * (1.0 + y * (0.5 + y * (1 / 6 + y * (1 / 24 + y * (1 / 120 + y * (1 / 720))))))
+    return tl.where(y > -0.25, series, tl.exp2(x) - 1.0)
+
+
+@triton.jit
+def numerators(s, m, BASE: tl.constexpr, SHIFT: tl.constexpr, EXACT: tl.constexpr):
+    """The base function of the scores relative to ``m`` (0 unless SHIFT), before the rectification."""
+    if BASE == LINEAR:
+        return s
+    elif BASE == EXP:
+        if SHIFT:
+            return tl.exp2(s - m)
+        else:
+            return tl.exp2(s)
+    elif EXACT:
+        # sign(s) 2^(max(s, 0) - m) (1 - 2^-|s|): neither cancellation nor overflow
+        magnitude = tl.exp2(tl.maximum(s, 0.0) - m) * -expm1_exp2(-tl.abs(s))
+        return tl.where(s < 0, -magnitude, magnitude)
+    elif SHIFT:
+        return tl.exp2(s - m) - tl.exp2(-m)
+    else:
+        return tl.exp2(s) - 1.0
+
+
+@triton.jit
+def kept_scores(x, s, RECTIFY: tl.constexpr):
+    """``x`` where the numerator keeps the score, else 0."""
+    if RECTIFY == POSITIVE:
+        return tl.where(s > 0, x, 0.0)
+    elif RECTIFY == NONNEGATIVE:
+        return tl.where(s >= 0, x, 0.0)
+    else:
+        return x
+
+
+@triton.jit
+def any_kept(s, RECTIFY: tl.constexpr):
+    """Whether the numerator keeps any score of the tile."""
+    if RECTIFY == POSITIVE:
+        return tl.max(s) > 0
+    else:
+        return tl.max(s) >= 0
+
+
+@triton.jit
+def narrow(p, like, RELU: tl.constexpr, RELU_ASM: tl.constexpr):
+    """To the dtype of ``like``, with relu in the same instruction where the hardware has it."""
+    if RELU_ASM and like.dtype == tl.bfloat16:
+        return tl.inline_asm_elementwise(
+            "cvt.rn.relu.bf16x2.f32 $0, $2, $1;", "=r,r,r", [p], dtype=tl.bfloat16, is_pure=True, pack=2
+        )
+    elif RELU_ASM and like.dtype == tl.float16:
+        return tl.inline_asm_elementwise(
+            "cvt.rn.relu.f16x2.f32 $0, $2, $1;", "=r,r,r", [p], dtype=tl.float16, is_pure=True, pack=2
+        )
+    elif RELU:
+        return tl.maximum(p, 0.0).to(like.dtype)
+    else:
+        return p.to(like.dtype)
+
+
+@triton.jit
+def tanh(x):
+    return 2.0 / (1.0 + tl.exp2(-2.0 * _LOG2E * x)) - 1.0
+
+
+@triton.jit
+def visible(i2, j2, offset, left, right, tk, LEFT: tl.constexpr, RIGHT: tl.constexpr):
+    """Which keys of an edge tile the queries see: inside the sequence and the window."""
+    keep = j2 < tk
+    if RIGHT:
+        keep = keep & (j2 <= i2 + (offset + right))
+    if LEFT:
+        keep = keep & (j2 >= i2 + (offset - left))
+    return keep
+
+
+@triton.jit
+def load_mask(mask, m_q, m_k, i2, j2, tq, tk, MASK: tl.constexpr, MASK_ROWS: tl.constexpr):
+    """The mask of a tile: boolean (in bounds and True) or additive (minus infinity out of bounds)."""
+    if MASK_ROWS:
+        at = mask + i2.to(tl.int64) * m_q + j2 * m_k
+        inside = (i2 < tq) & (j2 < tk)
+    else:
+        at = mask + j2 * m_k
+        inside = j2 < tk
+    if MASK == BOOLEAN:
+        return tl.load(at, mask=inside, other=0) != 0
+    else:
+        return tl.load(at, mask=inside, other=-_INF).to(tl.float32)
+
+
+@triton.jit
+def finish_scores(
+    s, i2, j2, mask, m_q, m_k, tq, tk, offset, left, right, unit, softcap,
+    BASE: tl.constexpr, MASK: tl.constexpr, MASK_ROWS: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr,
+    SOFTCAP: tl.constexpr, EDGE: tl.constexpr,
+):  # fmt: skip
+    """Scores in the tile's units from the product ``query key^T``, which of them are visible, and the softcap's slope.
+
+    What is returned for "visible" and "slope" is meaningless unless EDGE or MASK, or SOFTCAP.
+    """
+    slope = s
+    if SOFTCAP:
+        bent = tanh(s * (unit / softcap))  # unit is the scale here: the cap is in natural units
+        slope = 1.0 - bent * bent
+        s = softcap * bent
+        if BASE != LINEAR:
+            s *= _LOG2E
+    else:
+        s *= unit
+    keep = s == s
+    if EDGE:
+        keep = visible(i2, j2, offset, left, right, tk, LEFT, RIGHT)
+    if MASK != 0:
+        tile = load_mask(mask, m_q, m_k, i2, j2, tq, tk, MASK, MASK_ROWS)
+        if MASK == BOOLEAN:
+            keep = keep & tile
+        else:
+            keep = keep & (tile != -_INF)
+            tile = tl.where(tile == -_INF, 0.0, tile)
+            if BASE != LINEAR:
+                tile *= _LOG2E
+            s += tile
+    return s, keep, slope
+
+
+@triton.jit
+def dropout_factor(seed, start, i2, j2, tk, dropout_p):
+    """0 where a weight is dropped, else ``1 / (1 - p)``: a function of seed, head and position only."""
+    kept = tl.rand(seed + start, i2 * tk + j2) >= dropout_p
+    return tl.where(kept, 1.0 / (1.0 - dropout_p), 0.0)
+
+
+@triton.jit
+def load_rows(base, rows, columns, stride_t, stride_d, length, width, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """A tile of rows, zero beyond ``length`` (if ROWS) and beyond ``width`` columns (if COLUMNS)."""
+    at = base + rows[:, None] * stride_t + columns[None, :] * stride_d
+    if ROWS and COLUMNS:
+        return tl.load(at, mask=(rows[:, None] < length) & (columns[None, :] < width), other=0.0)
+    elif ROWS:
+        return tl.load(at, mask=rows[:, None] < length, other=0.0)
+    elif COLUMNS:
+        return tl.load(at, mask=columns[None, :] < width, other=0.0)
+    else:
+        return tl.load(at)
+
+
+@triton.jit
+def keys_of_queries(i0, i1, tk, offset, left, right, BLOCK_N: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr):
+    """For queries ``i0 .. i1 - 1``: start of the visible keys, start and end of the fully visible tiles, end."""
+    lo, hi = 0, tk
+    full_lo, full_hi = 0, tk // BLOCK_N * BLOCK_N
+    if RIGHT:
+        hi = tl.maximum(0, tl.minimum(tk, i1 + offset + right))
+        full_hi = tl.maximum(0, tl.minimum(tk, i0 + offset + right + 1)) // BLOCK_N * BLOCK_N
+    if LEFT:
+        lo = tl.maximum(0, i0 + offset - left) // BLOCK_N * BLOCK_N
+        full_lo = tl.cdiv(tl.maximum(0, i1 - 1 + offset - left), BLOCK_N) * BLOCK_N
+        full_lo = tl.maximum(lo, tl.minimum(full_lo, hi))
+    full_hi = tl.maximum(full_lo, full_hi)
+    return lo, full_lo, full_hi, hi
+
+
+@triton.jit
+def queries_of_keys(j0, j1, tq, offset, left, right, BLOCK_M: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr):
+    """For keys ``j0 .. j1 - 1``: start of the queries that see one, start and end of the full tiles, end."""
+    lo, hi = 0, tq
+    full_lo, full_hi = 0, tq // BLOCK_M * BLOCK_M
+    if RIGHT:
+        lo = tl.maximum(0, j0 - offset - right) // BLOCK_M * BLOCK_M
+        full_lo = tl.cdiv(tl.maximum(0, j1 - 1 - offset - right), BLOCK_M) * BLOCK_M
+    if LEFT:
+        hi = tl.maximum(0, tl.minimum(tq, j1 - offset + left))
+        full_hi = tl.maximum(0, tl.minimum(tq, j0 - offset + left + 1)) // BLOCK_M * BLOCK_M
+    full_lo = tl.maximum(lo, tl.minimum(full_lo, hi))
+    full_hi = tl.maximum(full_lo, full_hi)
+    return lo, full_lo, full_hi, hi

@@ -60,4 +60,8 @@ if __name__ == "__main__":
     for name, (b, t, h, hkv, d) in SHAPES.items():
         q, grad = (torch.randn(b, h, t, d, device="cuda", dtype=torch.bfloat16) for _ in range(2))
         k, v = (torch.randn(b, hkv, t, d, device="cuda", dtype=torch.bfloat16) for _ in range(2))
-        print(name, {peer: tuple(round(x, 3) for x in times(call, q, k, v, grad)) for peer, call in PEERS.items()}, flush=True)
+        print(
+            name,
+            {peer: tuple(round(x, 3) for x in times(call, q, k, v, grad)) for peer, call in PEERS.items()},
+            flush=True,
+        )

@@ -20,17 +20,30 @@ import time
 import torch
 
 NORMALIZER = "softpick"
+HEADS = ((16, 16), (32, 8))  # query and key heads, of decode the second: the check must not compile another variant
+
+
+# (query rows, key rows, warps, stages); the first round (docs/log.md) tried all combinations, these were in front
+CANDIDATES = {
+    ("forward", 64): [(128, 64, 4, 3), (128, 64, 4, 4), (128, 64, 8, 3), (64, 64, 4, 3)],
+    ("forward", 128): [(128, 64, 8, 3), (128, 64, 8, 4), (64, 64, 4, 3)],
+    ("queries", 64): [
+        (64, 32, 4, 3),
+        (64, 64, 4, 3),
+        (64, 64, 4, 4),
+        (128, 32, 8, 3),
+        (128, 64, 8, 3),
+        (128, 64, 4, 3),
+    ],
+    ("queries", 128): [(128, 64, 8, 3), (128, 64, 8, 2), (64, 32, 4, 3), (64, 64, 4, 2), (128, 32, 8, 3)],
+    ("keys", 64): [(64, 64, 4, 3), (64, 64, 4, 4), (64, 128, 8, 3), (64, 128, 8, 2), (32, 64, 4, 3), (128, 64, 8, 2)],
+    ("keys", 128): [(64, 128, 8, 3), (64, 128, 8, 2), (32, 64, 4, 3), (32, 128, 8, 3), (32, 128, 8, 4), (64, 64, 4, 2)],
+    ("decode", 128): [(16, 32, 2, 3), (16, 32, 2, 4), (16, 64, 2, 3), (16, 64, 2, 4), (16, 64, 4, 3), (16, 32, 1, 3)],
+}
 
 
 def candidates(kind: str, dim: int) -> list[tuple[int, int, int, int]]:
-    if kind == "forward":
-        wide = itertools.product([128], [32, 64, 128], [4, 8], [2, 3, 4])
-        return [*wide, *itertools.product([64], [64, 128], [4], [2, 3])]
-    if kind == "queries":
-        return [*itertools.product([64, 128], [32, 64, 128], [4, 8], [2, 3])]
-    if kind == "keys":
-        return [*itertools.product([32, 64, 128], [64, 128], [4, 8], [2, 3])]
-    return [*itertools.product([16], [32, 64, 128], [2, 4, 8], [2, 3, 4])]
+    return CANDIDATES.get((kind, dim), [])
 
 
 def run(kind: str, dim: int, skip: bool, blocks, tensors) -> None:
@@ -38,12 +51,13 @@ def run(kind: str, dim: int, skip: bool, blocks, tensors) -> None:
     from softpick.ops.triton import launch, tuning
 
     norm = NORMALIZERS[NORMALIZER]
-    q, k, v, out, lse, grad, dq, dk, dv = tensors
+    q, k, v, out, lse, grad, dq, dk, dv, live = tensors
+    live = live if skip else None
     options = launch.Options(norm, dim**-0.5, norm.eps, -1, 0, False, 0.0, 0.0, skip)
     tuning.OVERRIDE.clear()
     tuning.OVERRIDE[kind] = tuning.Blocks(*blocks)
     if kind == "forward":
-        launch.forward(options, q, k, v, None, None, None, None, None, 0, out, lse, None, None)
+        launch.forward(options, q, k, v, None, None, None, None, None, 0, out, lse, None, None, live)
     elif kind == "decode":
         one = options._replace(bottom_right=True)
         launch.decode(one, q[:, :, -1:], k, v, None, None, None, None, out[:, :, -1:], lse[:, :, -1:])
@@ -54,11 +68,16 @@ def run(kind: str, dim: int, skip: bool, blocks, tensors) -> None:
             setattr(launch, name, Nothing())
         try:
             launch.backward(
-                options, q, k, v, None, None, None, None, None, 0, 0, out, lse, grad, dq, dk, dv, None
+                options, q, k, v, None, None, None, None, None, 0, 0, out, lse, grad, dq, dk, dv, None, live
             )  # fmt: skip
         finally:
             for name, kernel in saved.items():
                 setattr(launch, name, kernel)
+
+
+def empty_map(q) -> torch.Tensor:
+    b, h, t, _ = q.shape
+    return torch.zeros(b, h, t // 64 + 1, t // 2048 + 1, dtype=torch.int32, device=q.device)
 
 
 class Nothing:
@@ -90,14 +109,16 @@ def compile_one(job) -> str | None:
 
         driver.set_active(Fake())
         original = jit.JITFunction.run
-        jit.JITFunction.run = lambda self, *a, grid=None, warmup=False, **kw: original(self, *a, grid=grid, warmup=True, **kw)
+        jit.JITFunction.run = lambda self, *a, grid=None, warmup=False, **kw: original(
+            self, *a, grid=grid, warmup=True, **kw
+        )
         torch.cuda.get_device_capability = lambda *a: (9, 0)
         globals()["fake"] = triton
-    shape = (1, 16, 4096, dim)
-    tensors = [torch.empty(shape, dtype=torch.bfloat16) for _ in range(4)]
+    heads, kv_heads = HEADS[kind == "decode"]
+    q, out = (torch.empty(1, heads, 4096, dim, dtype=torch.bfloat16) for _ in range(2))
+    k, v = (torch.empty(1, kv_heads, 4096, dim, dtype=torch.bfloat16) for _ in range(2))
     try:
-        q, k, v, out = tensors
-        run(kind, dim, skip, blocks, (q, k, v, out, torch.empty(shape[:3]), out, q, k, v))
+        run(kind, dim, skip, blocks, (q, k, v, out, torch.empty(out.shape[:3]), out, q, k, v, empty_map(q)))
     except Exception as error:
         return f"{type(error).__name__}: {str(error)[:80]}"
     return None
@@ -118,28 +139,120 @@ def structured(b: int, h: int, t: int, d: int, empty: float, seed: int = 0) -> l
 
 
 def check(kind: str, dim: int, skip: bool, blocks) -> float:
-    """Relative error against fp64 on 777 positions, poisoned outputs."""
+    """Relative error against fp64 on a length that is no multiple of a tile, poisoned outputs."""
     from softpick.ops.reference import attention_reference
 
     torch.manual_seed(1)
-    t = 777
-    q, k, v, grad = (torch.randn(1, 2, t, dim, device="cuda", dtype=torch.bfloat16) for _ in range(4))
+    t = 784
+    heads, kv_heads = HEADS[kind == "decode"]
+    q, grad = (torch.randn(1, heads, t, dim, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    k, v = (torch.randn(1, kv_heads, t, dim, device="cuda", dtype=torch.bfloat16) for _ in range(2))
     leaves = [x.double().requires_grad_() for x in (q, k, v)]
     keep = torch.ones(t, t, dtype=torch.bool, device="cuda").tril()
     want, want_lse, *_ = attention_reference(*leaves, normalizer=NORMALIZER, scale=dim**-0.5, eps=1e-6, keep=keep)
     grads = torch.autograd.grad(want, leaves, grad.double())
     want = want.detach()
-    nan = [torch.full_like(q, math.nan) for _ in range(3)]
+    nan = [torch.full_like(x, math.nan) for x in (q, k, v)]
     if kind in ("forward", "decode"):
-        out, lse = torch.full_like(q, math.nan), torch.full((1, 2, t), math.nan, device="cuda")
-        run(kind, dim, skip, blocks, (q, k, v, out, lse, grad, *nan))
+        out, lse = torch.full_like(q, math.nan), torch.full((1, heads, t), math.nan, device="cuda")
+        run(kind, dim, skip, blocks, (q, k, v, out, lse, grad, *nan, empty_map(q)))
         if kind == "decode":
             out, want = out[:, :, -1:], want[:, :, -1:]
         pairs = [(out, want)]
     else:
-        run(kind, dim, skip, blocks, (q, k, v, want.bfloat16(), want_lse.float(), grad, *nan))
+        live, out, lse = empty_map(q), want.bfloat16(), want_lse.float()
+        run("forward", dim, True, (128, 64, 8, 3), (q, k, v, out.clone(), lse.clone(), grad, *nan, live))
+        run(kind, dim, skip, blocks, (q, k, v, out, lse, grad, *nan, live))
         pairs = [(nan[0], grads[0])] if kind == "queries" else [(nan[1], grads[1]), (nan[2], grads[2])]
     return max(float((a.double() - b).norm() / b.norm()) for a, b in pairs)
+
+
+def tune_rows() -> None:
+    """Bandwidth of softpick over rows, by elements a program and warps."""
+    import triton
+
+    from softpick.ops.triton import launch
+
+    copy = torch.empty(2**30, dtype=torch.bfloat16, device="cuda").normal_()
+    other = torch.empty_like(copy)
+    ms = triton.testing.do_bench(lambda: other.copy_(copy), return_mode="median")
+    print(f"copy {4 * 2**30 / ms / 1e9:.2f} TB/s", flush=True)
+    for dtype in (torch.bfloat16, torch.float32):
+        for n in (128, 1024, 8192, 131072):
+            x = torch.randn(2**28 // n, n, device="cuda", dtype=dtype)
+            y, g, dx = torch.empty_like(x), torch.randn_like(x), torch.empty_like(x)
+            lse = torch.empty(x.shape[0], device="cuda")
+            best = {}
+            long = n > 16384
+            for size, warps in itertools.product((4096, 8192, 16384) if long else (1024, 2048, 4096, 8192), (4, 8, 16)):
+                if long:
+                    launch._LONG_BLOCK, launch._LONG_WARPS = size, warps
+                else:
+                    launch._ROW_ELEMENTS = size
+                    launch._row_warps = lambda block, warps=warps: warps
+                f = triton.testing.do_bench(
+                    lambda: launch.softpick_forward(x, 1e-6, y, lse), 5, 20, return_mode="median"
+                )
+                b = triton.testing.do_bench(
+                    lambda: launch.softpick_backward(x, lse, g, dx), 5, 20, return_mode="median"
+                )
+                size_in_bytes = x.numel() * x.element_size()
+                best[size, warps] = (2 * size_in_bytes / f / 1e9, 3 * size_in_bytes / b / 1e9)
+            top = [max(best.items(), key=lambda item, i=i: item[1][i]) for i in (0, 1)]
+            print(
+                dtype,
+                n,
+                "forward",
+                top[0][0],
+                f"{top[0][1][0]:.2f} TB/s; backward",
+                top[1][0],
+                f"{top[1][1][1]:.2f} TB/s",
+            )
+
+
+def tune_splits() -> None:
+    """Decode against cuDNN, graph replays, by programs a multiprocessor."""
+    import triton
+
+    from softpick.normalizers import NORMALIZERS
+    from softpick.ops.triton import launch, tuning
+
+    for b, t in ((1, 8192), (1, 32768), (1, 131072), (8, 32768), (64, 8192)):
+        q = torch.randn(b, 32, 1, 128, device="cuda", dtype=torch.bfloat16)
+        k, v = (torch.randn(b, 8, t, 128, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+        keep = torch.rand(b, 8, t // 64, device="cuda") >= 0.75
+        sparse_q = torch.ones_like(q)
+        sparse_k = torch.where(keep, 0.5, -0.5).repeat_interleave(64, 2)[..., None].bfloat16() + 0.1 * k
+        out, lse = torch.empty_like(q), torch.empty(b, 32, 1, device="cuda")
+        norm = NORMALIZERS[NORMALIZER]
+        options = launch.Options(norm, 128**-0.5, norm.eps, -1, 0, True, 0.0, 0.0)
+
+        def peer(q=q, k=k, v=v):
+            with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.CUDNN_ATTENTION):
+                torch.nn.functional.scaled_dot_product_attention(q, k, v, enable_gqa=True)
+
+        bench = triton.testing.do_bench_cudagraph
+        line = [f"{b}x{t} cudnn {1e3 * bench(peer, rep=30, return_mode='median'):.0f}"]
+        for programs, blocks, skip in itertools.product((2, 4, 8, 12), CANDIDATES["decode", 128][:4], (False, True)):
+            tuning.OVERRIDE["decode"] = tuning.OVERRIDE["decode_skip"] = tuning.Blocks(*blocks)
+            launch.PROGRAMS["decode_skip" if skip else "decode"] = programs
+            ours = [
+                1e3
+                * bench(
+                    lambda q=q, k=k, skip=skip: launch.decode(
+                        options._replace(skip=skip), q, k, v, None, None, None, None, out, lse
+                    ),
+                    rep=30,
+                    return_mode="median",
+                )
+                for q, k in ((q, k), (sparse_q, sparse_k))
+            ]
+            line.append((programs, blocks, skip, [round(x, 1) for x in ours]))
+        print(line[0])
+        for skip in (False, True):
+            for i in (0, 1):
+                top = sorted((x for x in line[1:] if x[2] == skip), key=lambda x, i=i: x[3][i])[:3]
+                print("   ", "skip" if skip else "all ", ("dense", "75 % empty")[i], *top, flush=True)
 
 
 def main() -> None:
@@ -173,8 +286,9 @@ def main() -> None:
             q, k, v = structured(4, 16, 4096, dim, empty)
             out, grad, lse = torch.empty_like(q), torch.randn_like(q), torch.empty(4, 16, 4096, device="cuda")
             grads = [torch.empty_like(q) for _ in range(3)]
-            run("forward", dim, False, (128, 64, 8, 2), (q, k, v, out, lse, grad, *grads))
-            data[dim, empty] = (q, k, v, out, lse, grad, *grads)
+            live = empty_map(q)
+            run("forward", dim, True, (128, 64, 8, 3), (q, k, v, out, lse, grad, *grads, live))
+            data[dim, empty] = (q, k, v, out, lse, grad, *grads, live)
     for empty in (0.0, 0.75):
         q, k, v = structured(8, 8, 32768, 128, 0.0)
         if empty:  # the last query sees positive scores in a quarter of the 64-key blocks
@@ -182,7 +296,7 @@ def main() -> None:
             q = torch.ones_like(q)
             k = torch.where(keep, 0.5, -0.5).repeat_interleave(64, 2)[..., None].bfloat16() + 0.1 * k
         data["decode", empty] = (q[:, :, -1:].repeat(1, 4, 1, 1), k, v)
-    rows = []
+    rows: list[dict] = []
     for job in jobs:
         kind, dim, skip, blocks = job
         if time.time() - began > options.budget:
@@ -200,32 +314,43 @@ def main() -> None:
                 if kind == "decode":
                     q, k, v = data["decode", empty]
                     out = torch.empty_like(q)
-                    tensors = (q, k, v, out, torch.empty(8, 32, 1, device="cuda"), None, None, None, None)
+                    tensors = (q, k, v, out, torch.empty(8, 32, 1, device="cuda"), None, None, None, None, None)
                 else:
                     tensors = data[dim, empty]
                 times.append(
                     triton.testing.do_bench(
-                        lambda tensors=tensors: run(kind, dim, skip, blocks, tensors), warmup=10, rep=40, return_mode="median"
+                        lambda tensors=tensors: run(kind, dim, skip, blocks, tensors),
+                        warmup=10,
+                        rep=40,
+                        return_mode="median",
                     )
                 )
         except Exception as failure:
             print("FAILED", job, type(failure).__name__, str(failure)[:100], flush=True)
             torch.cuda.synchronize()
             continue
-        rows.append({"kind": kind, "dim": dim, "skip": skip, **dict(zip(("m", "n", "warps", "stages"), blocks, strict=True))})
+        rows.append(
+            {"kind": kind, "dim": dim, "skip": skip, **dict(zip(("m", "n", "warps", "stages"), blocks, strict=True))}
+        )
         rows[-1] |= {"dense_ms": round(times[0], 4), "sparse_ms": round(times[1], 4), "error": f"{error:.2e}", **where}
     if rows:
         with open(options.output, "w", newline="") as file:
             writer = csv.DictWriter(file, rows[0].keys())
             writer.writeheader()
             writer.writerows(rows)
+    if "rows" in options.kinds:
+        tune_rows()
+    if "splits" in options.kinds:
+        tune_splits()
     for kind, dim, skip in sorted({(r["kind"], r["dim"], r["skip"]) for r in rows}):
         group = [r for r in rows if (r["kind"], r["dim"], r["skip"]) == (kind, dim, skip)]
         print(f"{kind} D{dim} skip={skip}")
         for by in ("dense_ms", "sparse_ms"):
             for r in sorted(group, key=lambda r: r[by])[:4]:
                 shape = tuple(r[x] for x in ("m", "n", "warps", "stages"))
-                print(f"   by {by:9s} {shape!s:20s} dense {r['dense_ms']:7.4f} sparse {r['sparse_ms']:7.4f} error {r['error']}")
+                print(
+                    f"   by {by:9s} {shape!s:20s} dense {r['dense_ms']:7.4f} sparse {r['sparse_ms']:7.4f} error {r['error']}"
+                )
 
 
 if __name__ == "__main__":

@@ -3,6 +3,10 @@ import os
 import pytest
 import torch
 
+# Before anything imports Triton: without a GPU its kernels run in its interpreter, on tensors of the CPU.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+
 # Many small tensors: threads would only wait for one another.
 torch.set_num_threads(int(os.environ.get("SOFTPICK_TEST_THREADS", "1")))
 

@@ -463,11 +463,32 @@ def test_reference_is_differentiable_twice(name):
     assert torch.autograd.gradgradcheck(f, inputs, atol=2e-4)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_activation_checkpointing(backend):
+    from torch.utils.checkpoint import checkpoint
+
+    q, k, v = make()
+    sink = sink_for("learned_sink", 4)
+
+    def f(q, k, v):
+        return scaled_dot_product_attention(
+            q * 2, k, v, dropout_p=0.2, enable_gqa=True, normalizer="learned_sink", sink=sink, backend=backend
+        )
+
+    results = []
+    for run in (f, lambda *x: checkpoint(f, *x, use_reentrant=False)):
+        torch.manual_seed(0)
+        results.append(torch.autograd.grad(run(q, k, v).sum(), (q, k, v, sink)))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
 def test_tiled_refuses_double_backward():
     q, k, v = make()
     out = scaled_dot_product_attention(q, k, v, enable_gqa=True, backend="tiled")
     (g,) = torch.autograd.grad(out.sum(), q, create_graph=True)
-    with pytest.raises(NotImplementedError, match="backend='reference'"):
+    with pytest.raises(
+        NotImplementedError, match="the tiled backend has no gradient of gradients; use backend='reference'"
+    ):
         g.sum().backward()
 
 
@@ -476,11 +497,12 @@ def test_opcheck(pattern):
     q, k, v = make(dtype=torch.float32)
     mask, _ = arguments(pattern, 2, 4, 9, 13)
     mask = mask.detach().float() if mask is not None and mask.dtype != torch.bool else mask
-    args = (q, k, v, mask, None, None, None, None, "softpick", 0.3, 1e-6, -1, 0, False, 0.0, 0.0, True)
-    torch.library.opcheck(torch.ops.softpick.tiled_forward.default, args)
+    tail = ("tiled", 0, 0, False)
+    args = (q, k, v, mask, None, None, None, None, "softpick", 0.3, 1e-6, -1, 0, False, 0.0, 0.0, True, *tail)
+    torch.library.opcheck(torch.ops.softpick.attention_forward.default, args)
     sink = torch.randn(4, requires_grad=True)
-    args = (q, k, v, mask, sink, None, None, None, "learned_sink", 0.3, 0.0, -1, -1, False, 0.0, 0.0, False)
-    torch.library.opcheck(torch.ops.softpick.tiled_forward.default, args)
+    args = (q, k, v, mask, sink, None, None, None, "learned_sink", 0.3, 0.0, -1, -1, False, 0.0, 0.0, False, *tail)
+    torch.library.opcheck(torch.ops.softpick.attention_forward.default, args)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

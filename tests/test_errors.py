@@ -63,7 +63,7 @@ BOOL = torch.ones(5, 6, dtype=torch.bool)
         (
             lambda: attend(Q, K, V, backend="cuda"),
             ValueError,
-            "backend: expected one of auto, reference, tiled, sdpa; got 'cuda'",
+            "backend: expected one of auto, reference, tiled, triton, sdpa; got 'cuda'",
         ),
         (lambda: attend(Q, K, V, backend="sdpa"), ValueError, "backend: 'sdpa' is torch's softmax kernel"),
         (

@@ -8,6 +8,7 @@ from softpick import nn
 from softpick.functional import (
     BACKENDS,
     AttentionOutput,
+    decode_attention,
     linear_softpick,
     scaled_dot_product_attention,
     softpick,
@@ -22,6 +23,7 @@ __all__ = [
     "NORMALIZERS",
     "AttentionOutput",
     "Normalizer",
+    "decode_attention",
     "get_normalizer",
     "linear_softpick",
     "nn",

@@ -67,15 +67,15 @@ TASKS: Mapping[str, Mapping[str, Any]] = {
     # Sinks need weight decay, a large learning rate, short sequences and enough steps; softpick needs the warm-up to reach
     # softmax's loss. docs/log.md has what was tried.
     "text": {
-        "steps": 4000,
-        "layers": 2,
-        "heads": 4,
+        "steps": 3000,
+        "layers": 3,
+        "heads": 8,
         "width": 64,
         "sequence_length": 64,
         "batch_size": 16,
         "learning_rate": 5e-3,
         "warmup_steps": 100,
-        "weight_decay": 0.5,
+        "weight_decay": 1.0,
         "vocab_size": 512,
     },
     # one layer and one head, as in Guo et al. 2024

@@ -2,29 +2,37 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+import warnings
 from typing import Any, Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor
 
 from softpick.normalizers import Normalizer, get_normalizer
-from softpick.ops.library import tiled_attention
+from softpick.ops.library import HAS_TRITON, attention, decode, interpreted, rows_forward
 from softpick.ops.reference import attention_reference, normalize
 
 __all__ = [
     "BACKENDS",
     "AttentionOutput",
+    "decode_attention",
     "linear_softpick",
     "scaled_dot_product_attention",
     "softpick",
     "varlen_attention",
 ]
 
-BACKENDS = ("auto", "reference", "tiled", "sdpa")
-"""``auto`` chooses; ``reference``: full matrix, can return weights; ``tiled``: O(T) memory; ``sdpa``: torch's softmax."""
+BACKENDS = ("auto", "reference", "tiled", "triton", "sdpa")
+"""``auto`` chooses; ``reference``: full matrix, can return weights; ``tiled``: O(T) memory, for the CPU; ``triton``: GPU
+kernels; ``sdpa``: torch's softmax."""
 
 _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+_TRITON_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+_TRITON_WIDEST = 256  # head dimension
+# Up to here a group's queries are one tile that every key is read once for; with more, tiles over queries are faster.
+_DECODE_ROWS, _DECODE_QUERIES = 128, 16
 
 
 class AttentionOutput(NamedTuple):
@@ -55,7 +63,8 @@ def softpick(
     """Softpick over one dimension: ``relu(e^x_i - 1) / (sum_j |e^x_j - 1| + eps)``, numerically safe.
 
     Drop-in for ``torch.softmax(x, dim)``; paper eq. (1)-(2), evaluated relative to ``m = max(0, max_j x_j)`` so that every
-    finite input has a finite value and gradient. Computed in fp32 (fp64 for fp64), differentiable twice.
+    finite input has a finite value and gradient. Computed in fp32 (fp64 for fp64), differentiable twice, except where one
+    GPU kernel does it: CUDA tensors in fp32, bf16 or fp16 without ``where`` whose ``dim`` is contiguous in memory.
 
     Args:
         x: any shape, floating point. Entries of minus infinity are excluded, as masks for softmax expect.
@@ -105,6 +114,10 @@ def _over_dim(name: str, x: Tensor, dim: int, eps: float, where: Tensor | None, 
         raise ValueError(f"eps: expected a number >= 0, got {eps}")
     if not -max(x.dim(), 1) <= dim < max(x.dim(), 1):
         raise IndexError(f"dim: expected a dimension of a {x.dim()}-dimensional tensor, got {dim}")
+    if name == "softpick" and where is None and _rows_kernel(x, dim):
+        rows = x.transpose(dim, -1)
+        y, _ = rows_forward(rows.reshape(-1, rows.shape[-1]), eps)
+        return y.view(rows.shape).transpose(dim, -1)
     keep = x != -math.inf
     if where is not None:
         if not isinstance(where, Tensor) or where.dtype != torch.bool:
@@ -121,6 +134,22 @@ def _over_dim(name: str, x: Tensor, dim: int, eps: float, where: Tensor | None, 
     last = x.dim() - 1
     out = _weights(name, work.transpose(dim, last), keep.transpose(dim, last), eps)
     return out.transpose(dim, last).to(x.dtype)
+
+
+_ROWS_INTERPRETED = False  # tests set it: the rows kernel in Triton's interpreter, for tensors on the CPU
+
+
+def _rows_kernel(x: Tensor, dim: int) -> bool:
+    """Whether the kernel over rows can take ``x``: on a GPU, unit stride in ``dim``, and no transform of torch.func."""
+    return (
+        (x.is_cuda or _ROWS_INTERPRETED)
+        and HAS_TRITON
+        and x.dtype in _TRITON_FLOATS
+        and x.dim() > 0
+        and x.numel() > 0
+        and x.stride(dim) == 1
+        and not torch._C._are_functorch_transforms_active()
+    )
 
 
 class _Widen(torch.autograd.Function):
@@ -239,8 +268,10 @@ def scaled_dot_product_attention(
         enable_gqa: allow fewer key than query heads (grouped-query attention); nothing is repeated in memory.
         normalizer: a name of ``softpick.NORMALIZERS`` or a record of it.
         backend: ``"auto"``, or exactly this one or an error: ``"reference"`` (full matrix, differentiable twice),
-            ``"tiled"`` (O(T) memory), ``"sdpa"`` (torch's own kernels; softmax only). Auto takes the reference where
-            weights are asked for, torch's kernels for plain softmax, and the tiles for everything else.
+            ``"tiled"`` (O(T) memory, for the CPU), ``"triton"`` (GPU kernels: CUDA tensors in fp32, bf16 or fp16, head
+            dimensions up to 256), ``"sdpa"`` (torch's own kernels; softmax only). Auto takes the reference where
+            weights are asked for, torch's kernels for plain softmax, Triton on a GPU (the tiles, with a warning, for
+            what it cannot take) and the tiles on the CPU.
         causal_alignment: for ``Tq != Tk``: ``"top_left"`` as torch has it, or ``"bottom_right"``: the last query sees the
             last key, as decoding with a cache needs it. Also places ``window``.
         window: sliding window: ``(left, right)`` keys around the query's own position (-1: unbounded), or an integer ``w``
@@ -286,16 +317,20 @@ def scaled_dot_product_attention(
     if backend == "sdpa" and not plain:
         raise ValueError(
             "backend: 'sdpa' is torch's softmax kernel; it has no other normalizer, no eps, softcap, window, mask beside "
-            "is_causal, bottom-right alignment of different lengths, statistics or weights. Choose 'tiled' or 'reference'"
+            "is_causal, bottom-right alignment of different lengths, statistics or weights. Choose 'triton', 'tiled' or "
+            "'reference'"
         )
     if backend in ("auto", "sdpa") and plain:
         return torch.nn.functional.scaled_dot_product_attention(
             query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
         )
-    if return_weights and backend == "tiled":
-        raise ValueError("return_weights: the 'tiled' backend never forms the weights; choose 'reference' or 'auto'")
+    if return_weights and backend in ("tiled", "triton"):
+        raise ValueError(
+            f"return_weights: the {backend!r} backend never forms the weights; choose 'reference' or 'auto'"
+        )
+    backend = "reference" if return_weights else _choose(backend, q, v, "tiled")
 
-    if backend == "reference" or return_weights:
+    if backend == "reference":
         keep, bias = _keep_and_bias(mask, q, k, left, right, causal_alignment == "bottom_right")
         with torch.autocast(q.device.type, enabled=False):
             out, lse, mass, largest, weights = attention_reference(
@@ -311,12 +346,18 @@ def scaled_dot_product_attention(
                 sink=sink,
                 dropout_p=dropout_p,
             )
+    elif backend == "triton" and dropout_p == 0.0 and not return_stats and _few_queries(q, k, v, mask, sink):
+        bottom_right = causal_alignment == "bottom_right"
+        cap = softcap or 0.0
+        out, _ = decode(q, k, v, mask, sink, None, None, norm.name, scale, eps, left, right, bottom_right, cap)
+        return _restore(out, lead, query.dim())
     else:
         weights = None
-        out, lse, mass, largest = tiled_attention(
+        out, lse, mass, largest = attention(
             q,
             k,
             v,
+            backend=backend,
             normalizer=norm.name,
             scale=scale,
             eps=eps,
@@ -369,13 +410,14 @@ def varlen_attention(
         value: ``(total_k, Hkv, Dv)``.
         cu_seqlens_q: ``(N + 1,)`` int32 or int64: starts of the sequences and their end, from 0.
         cu_seqlens_k: the same for the keys.
-        max_seqlen_q: longest query sequence; a hint for kernels, checked if given.
+        max_seqlen_q: longest query sequence, checked if given. If None it is taken from ``cu_seqlens_q``; inside
+            ``torch.compile`` and CUDA graphs, where that cannot be read, ``total_q``: right, but give it there for speed.
         max_seqlen_k: longest key sequence; likewise.
         dropout_p: probability with which a weight is dropped.
         scale: factor on the scores; ``1 / sqrt(D)`` if None.
         is_causal: causal within each sequence.
         normalizer: a name of ``softpick.NORMALIZERS`` or a record of it.
-        backend: ``"auto"``, ``"tiled"`` or ``"reference"``.
+        backend: ``"auto"``, ``"triton"``, ``"tiled"`` or ``"reference"``, as in :func:`scaled_dot_product_attention`.
         causal_alignment: ``"bottom_right"`` as FlashAttention has it, or ``"top_left"``.
         window: as in :func:`scaled_dot_product_attention`.
         softcap: as in :func:`scaled_dot_product_attention`.
@@ -393,13 +435,13 @@ def varlen_attention(
     norm = get_normalizer(normalizer)
     _check_backend(backend)
     if backend == "sdpa":
-        raise ValueError("backend: 'sdpa' has no packed sequences; choose 'tiled' or 'reference'")
+        raise ValueError("backend: 'sdpa' has no packed sequences; choose 'triton', 'tiled' or 'reference'")
     query, key, value = _autocast(_check_qkv(query, key, value, packed=True))
     _check_probability(dropout_p)
     if causal_alignment not in ("top_left", "bottom_right"):
         raise ValueError(f"causal_alignment: expected 'top_left' or 'bottom_right', got {causal_alignment!r}")
-    _check_offsets("cu_seqlens_q", cu_seqlens_q, query, max_seqlen_q, "max_seqlen_q")
-    _check_offsets("cu_seqlens_k", cu_seqlens_k, key, max_seqlen_k, "max_seqlen_k")
+    longest_q = _check_offsets("cu_seqlens_q", cu_seqlens_q, query, max_seqlen_q, "max_seqlen_q")
+    longest_k = _check_offsets("cu_seqlens_k", cu_seqlens_k, key, max_seqlen_k, "max_seqlen_k")
     if cu_seqlens_q.shape != cu_seqlens_k.shape:
         raise ValueError(
             f"cu_seqlens_k: expected as many sequences as cu_seqlens_q ({cu_seqlens_q.numel() - 1}), "
@@ -410,6 +452,7 @@ def varlen_attention(
     _check_sink(sink, norm, q.shape[1], q)
     bottom_right = causal_alignment == "bottom_right"
     scale, softcap, eps = _scale(scale, q.shape[-1]), _softcap(softcap), _eps(eps, norm)
+    backend = _choose(backend, q, v, "tiled")
     if backend == "reference":
         parts = []
         for q0, q1, k0, k1 in zip(
@@ -438,16 +481,19 @@ def varlen_attention(
                 )
         out, lse, mass, largest = (torch.cat([part[i] for part in parts], dim=2) for i in range(4))
     else:
-        out, lse, mass, largest = tiled_attention(
+        out, lse, mass, largest = attention(
             q,
             k,
             v,
+            backend=backend,
             normalizer=norm.name,
             scale=scale,
             eps=eps,
             sink=sink,
             cu_seqlens_q=cu_seqlens_q,
             cu_seqlens_k=cu_seqlens_k,
+            max_seqlen_q=longest_q,
+            max_seqlen_k=longest_k,
             left=left,
             right=right,
             bottom_right=bottom_right,
@@ -461,6 +507,120 @@ def varlen_attention(
     return AttentionOutput(out, lse[0], mass[0], largest[0])
 
 
+def decode_attention(
+    query: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    *,
+    cache_seqlens: Tensor | None = None,
+    block_table: Tensor | None = None,
+    is_causal: bool = True,
+    scale: float | None = None,
+    normalizer: str | Normalizer = "softpick",
+    backend: str = "auto",
+    window: int | tuple[int, int] | None = None,
+    softcap: float | None = None,
+    sink: Tensor | None = None,
+    eps: float | None = None,
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Attention of few queries against a cache of keys and values that is partly filled, contiguous or in pages.
+
+    The last query stands at the last filled position (it is that position's own query). Fewer key than query heads are
+    grouped-query attention. For generation: there is no gradient.
+
+    Args:
+        query: ``(B, H, Tq, D)``, fp64, fp32, bf16 or fp16.
+        key_cache: ``(B, Hkv, S, D)``; with ``block_table`` pages ``(num_blocks, page_size, Hkv, D)``, FlashAttention's
+            layout. Any strides: slices and transposed views are not copied.
+        value_cache: as ``key_cache``, with ``Dv`` for ``D``.
+        cache_seqlens: ``(B,)`` int32 or int64: how many positions are filled, the new ones included; all if None. What
+            lies beyond is never read. Checked against the room in the cache, which waits for the GPU, except inside
+            ``torch.compile`` and while a CUDA graph is captured; lengths beyond the room count as the room there.
+        block_table: ``(B, max_blocks)`` int32: the pages of each sequence in order. Entries beyond the filled positions
+            may be anything; the others are not checked.
+        is_causal: each query sees keys up to its own position; False lets every query see all filled positions.
+        scale: factor on the scores; ``1 / sqrt(D)`` if None.
+        normalizer: a name of ``softpick.NORMALIZERS`` or a record of it.
+        backend: ``"auto"``, or exactly this one or an error: ``"triton"`` (CUDA tensors in fp32, bf16 or fp16, head
+            dimensions up to 256, ``H / Hkv * Tq`` up to 128), ``"reference"`` (copies the cache; any device). Auto takes
+            Triton on a GPU (the reference, with a warning, for what it cannot take) and the reference on the CPU.
+        window: as in :func:`scaled_dot_product_attention`, around each query's position.
+        softcap: as in :func:`scaled_dot_product_attention`.
+        sink: as in :func:`scaled_dot_product_attention`.
+        eps: as in :func:`scaled_dot_product_attention`.
+        return_lse: also return the log of the denominators.
+
+    Returns:
+        ``(B, H, Tq, Dv)`` in the query's dtype; with ``return_lse`` also ``(B, H, Tq)`` in fp32 (fp64 for fp64). A query
+        that sees no key is 0.
+
+    Raises:
+        TypeError: for wrong types and dtypes.
+        ValueError: for wrong shapes, devices, lengths, unknown names, inputs that require a gradient while gradients are
+            recorded, or an input that the named backend does not take.
+    """
+    norm = get_normalizer(normalizer)
+    if backend not in ("auto", "triton", "reference"):
+        raise ValueError(f"backend: expected one of auto, triton, reference for decoding; got {backend!r}")
+    room = _check_cache(query, key_cache, value_cache, block_table)
+    query, key_cache, value_cache = _autocast((query, key_cache, value_cache))
+    if cache_seqlens is not None:
+        _check_lengths(cache_seqlens, query, room)
+    left, right = _window(window, is_causal)
+    heads = query.shape[1]
+    _check_sink(sink, norm, heads, query)
+    for name, x in (("query", query), ("key_cache", key_cache), ("value_cache", value_cache), ("sink", sink)):
+        if torch.is_grad_enabled() and x is not None and x.requires_grad:
+            raise ValueError(
+                f"{name}: requires a gradient, which decode_attention does not have; call it under torch.no_grad(), or call "
+                "scaled_dot_product_attention"
+            )
+    scale, softcap, eps = _scale(scale, query.shape[-1]), _softcap(softcap), _eps(eps, norm)
+    # views (B or num_blocks, Hkv, S or page, D)
+    key, value = (x if block_table is None else x.transpose(1, 2) for x in (key_cache, value_cache))
+    groups = heads // key.shape[1] if key.shape[1] else 1
+    backend = _choose(backend, query, value, "reference", groups * query.shape[2])
+    if backend == "triton":
+        cap = softcap or 0.0
+        out, lse = decode(
+            query, key, value, None, sink, cache_seqlens, block_table, norm.name, scale, eps, left, right, True, cap
+        )
+        return (out, lse) if return_lse else out
+    if block_table is not None:
+        page = key.shape[2]
+        if cache_seqlens is not None:  # entries beyond the filled pages may be anything
+            starts = torch.arange(block_table.shape[1], device=query.device) * page
+            block_table = block_table.masked_fill(starts >= cache_seqlens[:, None], 0)
+        key, value = (x[block_table.long()].transpose(1, 2).flatten(2, 3) for x in (key, value))
+    j = torch.arange(room, device=query.device)
+    keep = torch.ones(1, 1, query.shape[2], room, dtype=torch.bool, device=query.device)
+    filled = torch.full((1, 1, 1, 1), room, device=query.device)
+    if cache_seqlens is not None:
+        filled = cache_seqlens.clamp(max=room)[:, None, None, None]
+        keep = keep & (j < filled)
+        # what was never written may be NaN, and 0 * NaN is NaN
+        key, value = (x.masked_fill((j >= filled[:, 0])[:, :, :, None], 0.0) for x in (key, value))
+    behind = torch.arange(query.shape[2], device=query.device)[:, None] + (filled - query.shape[2]) - j
+    if right >= 0:
+        keep = keep & (behind >= -right)
+    if left >= 0:
+        keep = keep & (behind <= left)
+    with torch.autocast(query.device.type, enabled=False):
+        out, lse, *_ = attention_reference(
+            query,
+            key,
+            value,
+            normalizer=norm,
+            scale=scale,
+            eps=eps,
+            keep=keep.expand(query.shape[0], heads, query.shape[2], room),
+            softcap=softcap,
+            sink=sink,
+        )
+    return (out, lse) if return_lse else out
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Arguments
 
@@ -468,6 +628,56 @@ def varlen_attention(
 def _check_backend(backend: str) -> None:
     if backend not in BACKENDS:
         raise ValueError(f"backend: expected one of {', '.join(BACKENDS)}; got {backend!r}")
+
+
+def _triton_refuses(q: Tensor, v: Tensor, rows: int = 0) -> str | None:
+    """Why the Triton backend cannot take ``(B, H, T, D)`` queries and values; None if it can. ``rows`` counts in decoding."""
+    if not HAS_TRITON:
+        return (
+            "backend: 'triton' needs the package triton, which is not installed; torch for CUDA on Linux brings it, else: "
+            "pip install 'triton>=3.6'"
+        )
+    # while compiling the environment cannot be read; there the operator refuses when it runs
+    if not q.is_cuda and not torch.compiler.is_compiling() and not interpreted():
+        return f"query: expected a CUDA tensor for the 'triton' backend, got one on {q.device}; choose 'auto'"
+    if q.dtype not in _TRITON_FLOATS:
+        return f"query: expected fp32, bf16 or fp16 for the 'triton' backend, got {q.dtype}"
+    for name, x in (("query", q), ("value", v)):
+        if not 1 <= x.shape[-1] <= _TRITON_WIDEST:
+            return f"{name}: expected a head dimension from 1 to {_TRITON_WIDEST} for the 'triton' backend, got {x.shape[-1]}"
+    if rows > _DECODE_ROWS:
+        return (
+            f"query: expected at most {_DECODE_ROWS} rows (queries times query heads of a key head) for decoding with the "
+            f"'triton' backend, got {rows}; use scaled_dot_product_attention"
+        )
+    return None
+
+
+_warned: set[str] = set()
+
+
+def _choose(backend: str, q: Tensor, v: Tensor, otherwise: str, rows: int = 0) -> str:
+    """The backend that runs: what was named or an error; for ``"auto"`` Triton on a GPU, else ``otherwise``."""
+    if backend == "triton" or (backend == "auto" and q.is_cuda):
+        reason = _triton_refuses(q, v, rows)
+        if reason is None:
+            return "triton"
+        if backend == "triton":
+            raise ValueError(reason)
+        if q.dtype != torch.float64 and reason not in _warned:  # fp64 on a GPU is for tests
+            _warned.add(reason)
+            warnings.warn(
+                f"{reason}. backend='auto' takes {otherwise!r} here, which is slow", UserWarning, stacklevel=3
+            )
+    return otherwise if backend == "auto" else backend
+
+
+def _few_queries(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, sink: Tensor | None) -> bool:
+    """Whether this is decoding: few rows a key head, and no gradient to record, which the decode kernel does not have."""
+    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k, v, mask, sink)):
+        return False
+    groups = q.shape[1] // k.shape[1] if k.shape[1] else 1
+    return q.shape[2] <= _DECODE_QUERIES and groups * q.shape[2] <= _DECODE_ROWS
 
 
 def _check_probability(dropout_p: float) -> None:
@@ -644,22 +854,90 @@ def _check_sink(sink: Tensor | None, norm: Normalizer, heads: int, query: Tensor
         raise ValueError(f"sink: expected the query's device {query.device}, got {sink.device}")
 
 
-def _check_offsets(name: str, offsets: Tensor, packed: Tensor, longest: int | None, longest_name: str) -> None:
+def _check_cache(query: Tensor, key: Tensor, value: Tensor, table: Tensor | None) -> int:
+    """How many positions of a sequence the cache has room for."""
+    layout = "(B, Hkv, S, D)" if table is None else "pages (num_blocks, page_size, Hkv, D)"
+    for name, x in (("query", query), ("key_cache", key), ("value_cache", value)):
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{name}: expected a tensor, got {type(x).__name__}")
+        if x.dtype not in _FLOATS:
+            raise TypeError(f"{name}: expected a floating-point tensor (fp64, fp32, bf16, fp16), got {x.dtype}")
+        if x.dim() != 4:
+            expected = "(B, H, Tq, D)" if name == "query" else layout
+            raise ValueError(f"{name}: expected {expected}, got {x.dim()} dimensions {tuple(x.shape)}")
+        if x.device != query.device:
+            raise ValueError(f"{name}: expected the query's device {query.device}, got {x.device}")
+        if x.dtype != query.dtype and not torch.is_autocast_enabled(query.device.type):
+            raise TypeError(f"{name}: expected the query's dtype {query.dtype}, got {x.dtype}")
+    if key.shape[-1] != query.shape[-1]:
+        raise ValueError(
+            f"key_cache: expected the query's head dimension {query.shape[-1]} (last), got {key.shape[-1]}"
+        )
+    if value.shape[:3] != key.shape[:3]:
+        raise ValueError(
+            f"value_cache: expected the shape of key_cache {tuple(key.shape)} up to the last dimension, got "
+            f"{tuple(value.shape)}"
+        )
+    batch, heads = query.shape[:2]
+    kv_heads = key.shape[1 if table is None else 2]
+    if kv_heads == 0 or heads % kv_heads:
+        raise ValueError(
+            f"key_cache: expected a divisor of the query's {heads} heads in {layout}, got {kv_heads} of {tuple(key.shape)}"
+        )
+    if table is None:
+        if key.shape[0] != batch:
+            raise ValueError(f"key_cache: expected the query's batch {batch} in {layout}, got {key.shape[0]}")
+        return key.shape[2]
+    if not isinstance(table, Tensor) or table.dtype != torch.int32:
+        raise TypeError(f"block_table: expected an int32 tensor, got {getattr(table, 'dtype', type(table).__name__)}")
+    if table.dim() != 2 or table.shape[0] != batch:
+        raise ValueError(f"block_table: expected shape ({batch}, max_blocks), got {tuple(table.shape)}")
+    if table.device != query.device:
+        raise ValueError(f"block_table: expected the query's device {query.device}, got {table.device}")
+    if key.shape[0] == 0 or key.shape[1] == 0:
+        raise ValueError(f"key_cache: expected at least one page of at least one position, got {tuple(key.shape)}")
+    return table.shape[1] * key.shape[1]
+
+
+def _check_lengths(lengths: Tensor, query: Tensor, room: int) -> None:
+    if not isinstance(lengths, Tensor) or lengths.dtype not in (torch.int32, torch.int64):
+        raise TypeError(
+            f"cache_seqlens: expected an int32 or int64 tensor, got {getattr(lengths, 'dtype', type(lengths).__name__)}"
+        )
+    if tuple(lengths.shape) != (query.shape[0],):
+        raise ValueError(f"cache_seqlens: expected shape ({query.shape[0]},), got {tuple(lengths.shape)}")
+    if lengths.device != query.device:
+        raise ValueError(f"cache_seqlens: expected the query's device {query.device}, got {lengths.device}")
+    if _readable(lengths) and not all(0 <= n <= room for n in lengths.tolist()):
+        raise ValueError(f"cache_seqlens: expected lengths from 0 to the cache's {room}, got {lengths.tolist()}")
+
+
+def _readable(x: Tensor) -> bool:
+    """Whether values can be looked at: not while tracing, nor while a CUDA graph is captured."""
+    return not torch.compiler.is_compiling() and not (x.is_cuda and torch.cuda.is_current_stream_capturing())
+
+
+def _check_offsets(name: str, offsets: Tensor, packed: Tensor, longest: int | None, longest_name: str) -> int:
+    """The longest sequence, or what is said to be that; where it can be neither read nor was given, the total."""
     if not isinstance(offsets, Tensor) or offsets.dtype not in (torch.int32, torch.int64):
         raise TypeError(
             f"{name}: expected an int32 or int64 tensor, got {getattr(offsets, 'dtype', type(offsets).__name__)}"
         )
     if offsets.dim() != 1 or offsets.numel() < 2:
         raise ValueError(f"{name}: expected shape (sequences + 1,), got {tuple(offsets.shape)}")
-    if torch.compiler.is_compiling():
-        return  # the values are not known while tracing
-    lengths = offsets.diff()
-    if int(offsets[0]) != 0 or int(offsets[-1]) != packed.shape[0] or bool((lengths < 0).any()):
+    if offsets.device != packed.device:
+        raise ValueError(f"{name}: expected the query's device {packed.device}, got {offsets.device}")
+    if not _readable(offsets):
+        return packed.shape[0] if longest is None else longest
+    starts = offsets.tolist()  # one wait for the device
+    lengths = [end - start for start, end in itertools.pairwise(starts)]
+    if starts[0] != 0 or starts[-1] != packed.shape[0] or min(lengths) < 0:
         raise ValueError(
-            f"{name}: expected offsets that rise from 0 to the total of {packed.shape[0]} positions, got {offsets.tolist()}"
+            f"{name}: expected offsets that rise from 0 to the total of {packed.shape[0]} positions, got {starts}"
         )
-    if longest is not None and longest < int(lengths.max()):
-        raise ValueError(f"{longest_name}: expected at least the longest sequence {int(lengths.max())}, got {longest}")
+    if longest is not None and longest < max(lengths):
+        raise ValueError(f"{longest_name}: expected at least the longest sequence {max(lengths)}, got {longest}")
+    return max(lengths) if longest is None else longest
 
 
 def _scale(scale: float | None, head_dim: int) -> float:

@@ -1,12 +1,16 @@
-"""Operators of the tiled backend in ``torch.library``: schemas, shapes for tracing, and autograd.
+"""Operators in ``torch.library``: schemas, shapes for tracing, and autograd, for the tiled and the Triton backend.
 
-``torch.ops.softpick.tiled_forward`` and ``tiled_backward`` are opaque to ``torch.compile``: a compiled graph calls them
-as one node. Packed sequences go through the same operators with ``cu_seqlens``.
+``torch.ops.softpick.attention_forward`` and its siblings are opaque to ``torch.compile``: a compiled graph calls them as
+one node. Packed sequences go through the same operators with ``cu_seqlens``. Triton is imported where a kernel is called
+and nowhere else, because torch for the CPU comes without it.
 """
 
 from __future__ import annotations
 
-from typing import Any
+import contextlib
+import importlib.util
+import math
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -14,11 +18,39 @@ from torch import Tensor
 from softpick.normalizers import get_normalizer
 from softpick.ops import tiled
 
-__all__ = ["tiled_attention"]
+if TYPE_CHECKING:
+    from softpick.ops.triton.launch import Options
+
+__all__ = ["HAS_TRITON", "attention", "decode", "interpreted", "rows_forward"]
+
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+"""Whether Triton is installed; finding it does not import it."""
+
+
+def interpreted() -> bool:
+    """Whether Triton runs kernels in its interpreter (``TRITON_INTERPRET=1``), which takes tensors on the CPU."""
+    if not HAS_TRITON:
+        return False
+    import triton
+
+    return bool(triton.knobs.runtime.interpret)
 
 
 def _accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _on(x: Tensor) -> Any:
+    """Triton launches on the current device, which need not be the tensor's."""
+    if x.is_cuda:
+        return torch.cuda.device(x.device)
+    if not interpreted():  # the public functions say so earlier, except in compiled code
+        raise ValueError(f"expected CUDA tensors for the 'triton' backend, got one on {x.device}")
+    return contextlib.nullcontext()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Attention
 
 
 def _sequences(
@@ -34,8 +66,8 @@ def _sequences(
     ]
 
 
-@torch.library.custom_op("softpick::tiled_forward", mutates_args=())
-def tiled_forward(
+@torch.library.custom_op("softpick::attention_forward", mutates_args=())
+def attention_forward(
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -53,9 +85,41 @@ def tiled_forward(
     softcap: float,
     dropout_p: float,
     stats: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Output, lse, row mass and largest score (the last two empty unless ``stats``). Shapes as in ``tiled.forward``."""
-    out, lse, mass, largest = _empty_outputs(query, value, stats)
+    backend: str,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    track: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Output, lse, row mass, largest score (these two empty unless ``stats``), and Triton's map of live tiles.
+
+    Shapes as in ``tiled.forward``. ``backend`` is ``"tiled"`` or ``"triton"``; the longest sequences count for packed
+    ones only. The map (empty unless ``track`` and Triton) saves the backward pass looking for tiles that keep no score.
+    """
+    out, lse, mass, largest, live = _empty_outputs(
+        query, key, value, cu_seqlens_q, stats, backend, max_seqlen_q, max_seqlen_k, track
+    )
+    if backend == "triton":
+        from softpick.ops.triton import launch
+
+        with _on(query):
+            launch.forward(
+                _options(normalizer, scale, eps, left, right, bottom_right, softcap, dropout_p),
+                query,
+                key,
+                value,
+                mask,
+                _dense(sink),
+                _dense(cu_seqlens_q),
+                _dense(cu_seqlens_k),
+                seed,
+                max_seqlen_q,
+                out,
+                lse,
+                mass if stats else None,
+                largest if stats else None,
+                live if live.numel() else None,
+            )
+        return out, lse, mass, largest, live
     for index, (rows, keys) in enumerate(_sequences(query, key, cu_seqlens_q, cu_seqlens_k)):
         spec = _spec(normalizer, scale, eps, left, right, bottom_right, softcap, dropout_p, seed, index)
         tiled.forward(
@@ -70,17 +134,46 @@ def tiled_forward(
             mass[:, :, rows] if stats else None,
             largest[:, :, rows] if stats else None,
         )
-    return out, lse, mass, largest
+    return out, lse, mass, largest, live
 
 
-def _empty_outputs(query: Tensor, value: Tensor, stats: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _empty_outputs(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seqlens_q: Tensor | None,
+    stats: bool,
+    backend: str,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    track: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     b, h, t, _ = query.shape
-    # (B, T, H, D) in memory: what models reshape the output to, and contiguous for packed sequences
-    out = query.new_empty(b, t, h, value.shape[-1]).transpose(1, 2)
+    out = _empty_heads_last(query, value)
     dtype = _accumulation_dtype(query.dtype)
     lse = query.new_empty(b, h, t, dtype=dtype)
     shape = (b, h, t) if stats else (0,)
-    return out, lse, query.new_empty(shape, dtype=dtype), query.new_empty(shape, dtype=dtype)
+    tiles: tuple[int, ...] = (0,)
+    if backend == "triton" and track:
+        from softpick.ops.triton import launch
+
+        sizes = (b, t, key.shape[2])
+        if cu_seqlens_q is not None:
+            sizes = (cu_seqlens_q.shape[0] - 1, max_seqlen_q, max_seqlen_k)
+        tiles = launch.live_shape(query, value, *sizes)
+    return (
+        out,
+        lse,
+        query.new_empty(shape, dtype=dtype),
+        query.new_empty(shape, dtype=dtype),
+        query.new_empty(tiles, dtype=torch.int32),
+    )
+
+
+def _empty_heads_last(query: Tensor, value: Tensor) -> Tensor:
+    """``(B, H, T, Dv)``, but (B, T, H, Dv) in memory: what models reshape to, and contiguous for packed sequences."""
+    b, h, t, _ = query.shape
+    return query.new_empty(b, t, h, value.shape[-1]).transpose(1, 2)
 
 
 def _spec(
@@ -99,13 +192,35 @@ def _spec(
     return tiled.TileSpec(get_normalizer(normalizer), scale, eps, left, right, bottom_right, softcap, dropout_p, start)
 
 
-@tiled_forward.register_fake
-def _(query: Tensor, key: Tensor, value: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return _empty_outputs(query, value, bool(args[-1]))
+def _options(
+    normalizer: str,
+    scale: float,
+    eps: float,
+    left: int,
+    right: int,
+    bottom_right: bool,
+    softcap: float,
+    dropout_p: float,
+) -> Options:
+    from softpick.ops.triton.launch import Options
+
+    return Options(get_normalizer(normalizer), scale, eps, left, right, bottom_right, softcap, dropout_p)
 
 
-@torch.library.custom_op("softpick::tiled_backward", mutates_args=())
-def tiled_backward(
+def _dense(x: Tensor | None) -> Tensor | None:
+    """The kernels step through vectors by one."""
+    return None if x is None else x.contiguous()
+
+
+@attention_forward.register_fake
+def _(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, sink: Tensor | None, cu_q: Tensor | None, *args: Any
+) -> tuple[Tensor, ...]:
+    return _empty_outputs(query, key, value, cu_q, *args[-5:])
+
+
+@torch.library.custom_op("softpick::attention_backward", mutates_args=())
+def attention_backward(
     grad_out: Tensor,
     query: Tensor,
     key: Tensor,
@@ -117,6 +232,7 @@ def tiled_backward(
     seed: Tensor | None,
     out: Tensor,
     lse: Tensor,
+    live: Tensor,
     normalizer: str,
     scale: float,
     eps: float,
@@ -125,44 +241,80 @@ def tiled_backward(
     bottom_right: bool,
     softcap: float,
     dropout_p: float,
+    backend: str,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
     mask_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of query, key, value, mask (empty unless ``mask_grad``) and sink (empty without one)."""
     dquery, dkey, dvalue = (torch.empty_like(x) for x in (query, key, value))
-    dmask = torch.zeros_like(mask, dtype=lse.dtype) if mask_grad and mask is not None else None
-    dsink = torch.zeros_like(sink, dtype=lse.dtype) if sink is not None else None
     if cu_seqlens_q is not None:
         for grad in (dquery, dkey, dvalue):  # rows beyond the last sequence belong to none
             grad.zero_()
-    for index, (rows, keys) in enumerate(_sequences(query, key, cu_seqlens_q, cu_seqlens_k)):
-        spec = _spec(normalizer, scale, eps, left, right, bottom_right, softcap, dropout_p, seed, index)
-        tiled.backward(
-            spec,
-            query[:, :, rows],
-            key[:, :, keys],
-            value[:, :, keys],
-            mask,
-            sink,
-            out[:, :, rows],
-            lse[:, :, rows],
-            grad_out[:, :, rows],
-            dquery[:, :, rows],
-            dkey[:, :, keys],
-            dvalue[:, :, keys],
-            dmask,
-            dsink,
-        )
-    nothing = query.new_empty(0)
-    return (
-        dquery,
-        dkey,
-        dvalue,
-        nothing if dmask is None or mask is None else dmask.to(mask.dtype),
-        nothing.clone() if dsink is None or sink is None else dsink.to(sink.dtype),
-    )
+    dmask: Tensor | None = None
+    dsink: Tensor | None = None
+    if backend == "triton":
+        from softpick.ops.triton import launch
+
+        if mask_grad and mask is not None:
+            full = (*query.shape[:3], key.shape[2])
+            dmask = torch.zeros(full, dtype=torch.float32, device=query.device)
+        with _on(query):
+            dsink = launch.backward(
+                _options(normalizer, scale, eps, left, right, bottom_right, softcap, dropout_p),
+                query,
+                key,
+                value,
+                mask,
+                _dense(sink),
+                _dense(cu_seqlens_q),
+                _dense(cu_seqlens_k),
+                seed,
+                max_seqlen_q,
+                max_seqlen_k,
+                out,
+                lse,
+                grad_out,
+                dquery,
+                dkey,
+                dvalue,
+                dmask,
+                live if live.numel() else None,
+            )
+        if dmask is not None and mask is not None:
+            dmask = dmask.sum_to_size(mask.shape)
+    else:
+        dmask = torch.zeros_like(mask, dtype=lse.dtype) if mask_grad and mask is not None else None
+        dsink = torch.zeros_like(sink, dtype=lse.dtype) if sink is not None else None
+        for index, (rows, keys) in enumerate(_sequences(query, key, cu_seqlens_q, cu_seqlens_k)):
+            spec = _spec(normalizer, scale, eps, left, right, bottom_right, softcap, dropout_p, seed, index)
+            tiled.backward(
+                spec,
+                query[:, :, rows],
+                key[:, :, keys],
+                value[:, :, keys],
+                mask,
+                sink,
+                out[:, :, rows],
+                lse[:, :, rows],
+                grad_out[:, :, rows],
+                dquery[:, :, rows],
+                dkey[:, :, keys],
+                dvalue[:, :, keys],
+                dmask,
+                dsink,
+            )
+    # the gradients get the layout of their inputs, as the fake kernel says
+    mask_out = torch.empty_like(mask) if dmask is not None and mask is not None else query.new_empty(0)
+    sink_out = torch.empty_like(sink) if sink is not None else query.new_empty(0)
+    if dmask is not None:
+        mask_out.copy_(dmask)
+    if dsink is not None:
+        sink_out.copy_(dsink)
+    return dquery, dkey, dvalue, mask_out, sink_out
 
 
-@tiled_backward.register_fake
+@attention_backward.register_fake
 def _(
     grad_out: Tensor, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, sink: Tensor | None, *args: Any
 ) -> tuple[Tensor, ...]:
@@ -172,49 +324,51 @@ def _(
     return (*grads, dmask, dsink)
 
 
+_TENSORS = 8  # arguments of attention_forward up to and including seed
+
+
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    query, key, value, mask, sink, cu_seqlens_q, cu_seqlens_k, seed, *options, _stats = inputs
-    out, lse, mass, largest = output
-    ctx.save_for_backward(query, key, value, mask, sink, cu_seqlens_q, cu_seqlens_k, seed, out, lse)
-    ctx.mark_non_differentiable(lse, mass, largest)
-    ctx.options = options
+    tensors, options = inputs[:_TENSORS], inputs[_TENSORS:]
+    *numbers, _stats, backend, max_seqlen_q, max_seqlen_k, _track = options
+    out, lse, mass, largest, live = output
+    ctx.save_for_backward(*tensors, out, lse, live)
+    ctx.mark_non_differentiable(lse, mass, largest, live)
+    ctx.options = (*numbers, backend, max_seqlen_q, max_seqlen_k)
+    ctx.inputs = len(inputs)
     ctx.set_materialize_grads(False)
 
 
 def _backward(ctx: Any, grad_out: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
-    nones = (None,) * 17
     if grad_out is None:
-        return nones
-    query, key, value, mask, sink, cu_seqlens_q, cu_seqlens_k, seed, out, lse = ctx.saved_tensors
+        return (None,) * ctx.inputs
     mask_grad = bool(ctx.needs_input_grad[3])
-    dquery, dkey, dvalue, dmask, dsink = tiled_backward(
-        grad_out, query, key, value, mask, sink, cu_seqlens_q, cu_seqlens_k, seed, out, lse, *ctx.options, mask_grad
-    )
-    return (
-        dquery,
-        dkey,
-        dvalue,
-        dmask if mask_grad else None,
-        dsink if sink is not None else None,
-        *nones[5:],
-    )
+    saved = ctx.saved_tensors  # once: activation checkpointing refuses a second look
+    dquery, dkey, dvalue, dmask, dsink = attention_backward(grad_out, *saved, *ctx.options, mask_grad)
+    grads = (dquery, dkey, dvalue, dmask if mask_grad else None, dsink if saved[4] is not None else None)
+    return (*grads, *(None,) * (ctx.inputs - len(grads)))
+
+
+def _setup_backend(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.backend = inputs[-4]
 
 
 def _no_double_backward(ctx: Any, *grads: Any) -> Any:
     raise NotImplementedError(
-        "the tiled backend has no gradient of gradients; use backend='reference', whose backward pass is differentiable"
+        f"the {ctx.backend} backend has no gradient of gradients; use backend='reference', whose backward pass is "
+        "differentiable"
     )
 
 
-tiled_forward.register_autograd(_backward, setup_context=_setup_context)
-tiled_backward.register_autograd(_no_double_backward)
+attention_forward.register_autograd(_backward, setup_context=_setup_context)
+attention_backward.register_autograd(_no_double_backward, setup_context=_setup_backend)
 
 
-def tiled_attention(
+def attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
     *,
+    backend: str,
     normalizer: str,
     scale: float,
     eps: float,
@@ -222,6 +376,8 @@ def tiled_attention(
     sink: Tensor | None = None,
     cu_seqlens_q: Tensor | None = None,
     cu_seqlens_k: Tensor | None = None,
+    max_seqlen_q: int = 0,
+    max_seqlen_k: int = 0,
     left: int = -1,
     right: int = -1,
     bottom_right: bool = False,
@@ -231,7 +387,17 @@ def tiled_attention(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Call the operator; see :func:`softpick.ops.tiled.forward` for shapes. Draws the dropout seed from torch's generator."""
     seed = torch.randint(2**62, (), device=query.device) if dropout_p else None
-    return tiled_forward(
+    trained = torch.is_grad_enabled() and any(
+        x is not None and x.requires_grad for x in (query, key, value, mask, sink)
+    )
+    # the gradient of an additive mask needs every tile, live or not
+    whole = mask is not None and mask.requires_grad
+    track = False
+    if backend == "triton" and trained and not whole:
+        from softpick.ops.triton.tuning import TRACKED
+
+        track = normalizer in TRACKED
+    return attention_forward(
         query,
         key,
         value,
@@ -249,4 +415,153 @@ def tiled_attention(
         softcap or 0.0,
         dropout_p,
         stats,
+        backend,
+        max_seqlen_q,
+        max_seqlen_k,
+        track,
+    )[:4]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Decoding
+
+
+@torch.library.custom_op("softpick::decode", mutates_args=())
+def decode(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    sink: Tensor | None,
+    lengths: Tensor | None,
+    block_table: Tensor | None,
+    normalizer: str,
+    scale: float,
+    eps: float,
+    left: int,
+    right: int,
+    bottom_right: bool,
+    softcap: float,
+) -> tuple[Tensor, Tensor]:
+    """Output ``(B, H, Tq, Dv)`` and lse ``(B, H, Tq)`` of few queries, by Triton.
+
+    ``key`` is ``(B, Hkv, S, D)``, or with ``block_table`` ``(B, max_blocks)`` a view ``(num_blocks, Hkv, page, D)`` of
+    pages. ``lengths`` ``(B,)`` says how many positions are filled.
+    """
+    from softpick.ops.triton import launch
+
+    out, lse = _empty_decoded(query, value)
+    if block_table is not None and block_table.stride(-1) != 1:
+        block_table = block_table.contiguous()
+    with _on(query):
+        launch.decode(
+            _options(normalizer, scale, eps, left, right, bottom_right, softcap, 0.0),
+            query,
+            key,
+            value,
+            mask,
+            _dense(sink),
+            _dense(lengths),
+            block_table,
+            out,
+            lse,
+        )
+    return out, lse
+
+
+def _empty_decoded(query: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    return _empty_heads_last(query, value), query.new_empty(query.shape[:3], dtype=torch.float32)
+
+
+@decode.register_fake
+def _(query: Tensor, key: Tensor, value: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+    return _empty_decoded(query, value)
+
+
+def _no_backward(ctx: Any, *grads: Any) -> Any:
+    raise NotImplementedError(
+        "softpick::decode has no gradient; call softpick.scaled_dot_product_attention, which has one"
     )
+
+
+decode.register_autograd(_no_backward)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Softpick over the rows of a matrix
+
+
+@torch.library.custom_op("softpick::rows_forward", mutates_args=())
+def rows_forward(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """Softpick over the last dimension of ``(rows, n)``, and the lse of each row (fp32), by Triton."""
+    from softpick.ops.triton import launch
+
+    y, lse = _empty_rows(x)
+    if x.shape[1] == 0:
+        return y, lse.fill_(math.log(eps) if eps else -math.inf)
+    with _on(x):
+        launch.softpick_forward(_unit_stride(x), eps, y, lse)
+    return y, lse
+
+
+def _empty_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape), x.new_empty(x.shape[:1], dtype=torch.float32)
+
+
+def _unit_stride(x: Tensor) -> Tensor:
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+@rows_forward.register_fake
+def _(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    return _empty_rows(x)
+
+
+@torch.library.custom_op("softpick::rows_backward", mutates_args=())
+def rows_backward(grad: Tensor, x: Tensor, lse: Tensor) -> Tensor:
+    """Gradient of :func:`rows_forward`."""
+    from softpick.ops.triton import launch
+
+    # near zero the gradient reaches 1 / eps, beyond fp16's range: saturate, as the CPU path does
+    half = x.dtype == torch.float16
+    dx = x.new_empty(x.shape, dtype=torch.float32 if half else x.dtype)
+    with _on(x):
+        launch.softpick_backward(_unit_stride(x), lse, _unit_stride(grad), dx)
+    limit = torch.finfo(torch.float16).max
+    return dx.clamp_(-limit, limit).to(x.dtype) if half else dx
+
+
+@rows_backward.register_fake
+def _(grad: Tensor, x: Tensor, lse: Tensor) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+def _setup_rows(ctx: Any, inputs: tuple[Tensor, float], output: tuple[Tensor, Tensor]) -> None:
+    ctx.save_for_backward(inputs[0], output[1])
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
+
+
+def _rows_gradient(ctx: Any, grad: Tensor | None, _: Any) -> tuple[Tensor | None, None]:
+    return (None if grad is None else rows_backward(grad, *ctx.saved_tensors)), None
+
+
+def _no_double_rows(ctx: Any, grad: Any) -> Any:
+    raise NotImplementedError(
+        "softpick has no gradient of gradients on a GPU in fp32, bf16 and fp16 (one kernel computes the gradient); pass x in "
+        "fp64, or pass where=, either of which takes differentiable torch operations"
+    )
+
+
+rows_forward.register_autograd(_rows_gradient, setup_context=_setup_rows)
+rows_backward.register_autograd(_no_double_rows)
+
+
+@rows_forward.register_vmap
+def _(
+    info: Any, in_dims: tuple[int | None, None], x: Tensor, eps: float
+) -> tuple[tuple[Tensor, Tensor], tuple[int, int]]:
+    # transforms traced by torch.compile come here; others take the torch operations
+    batched = x.movedim(in_dims[0], 0) if in_dims[0] is not None else x[None]
+    y, lse = rows_forward(batched.reshape(-1, batched.shape[-1]), eps)
+    return (y.view(batched.shape), lse.view(batched.shape[:-1])), (0, 0)

@@ -18,6 +18,7 @@ from softpick.ops.triton.tile import (
     SINK,
     any_kept,
     finish_scores,
+    fp16_scale,
     kept_scores,
     keys_of_queries,
     load_rows,
@@ -83,6 +84,8 @@ def _sweep(
             p = kept_scores(p, s, RECTIFY)
             total += tl.sum(p, 1)
             RELU: tl.constexpr = False
+        if k.dtype == tl.float16:
+            p *= fp16_scale(k)
         if SKIP:
             if any_kept(s, RECTIFY):
                 v = _load_keys(value, j, n, dv, tk, v_b, v_t, v_d, table, PAGE, v_width, EDGE, PAD_DV)
@@ -92,7 +95,7 @@ def _sweep(
     return acc, total, m
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["kv_heads", "tq", "tk", "left", "right", "chunk", "t_b"])
 def decode_split(
     query, key, value, part_out, part_total, part_m, mask, sink, lengths, table,
     q_b, q_h, q_t, q_d, k_b, k_h, k_t, k_d, v_b, v_h, v_t, v_d, m_b, m_h, m_q, m_k, t_b,
@@ -161,13 +164,15 @@ def decode_split(
         BASE, RECTIFY, ABSOLUTE, BLOCK_N, BLOCK_D, BLOCK_DV, PAD_D, PAD_DV, MASK, MASK_ROWS, LEFT, RIGHT, SOFTCAP,
         PAGE, True, EXACT, SKIP, RELU_ASM, PRECISION,
     )  # fmt: skip
+    if q.dtype == tl.float16:
+        acc *= 1.0 / fp16_scale(q)
     part = ((b * kv_heads + kv) * tl.num_programs(0) + split) * BLOCK_M + r
     tl.store(part_total + part, total, mask=rows)
     tl.store(part_m + part, m, mask=rows)
     tl.store(part_out + part[:, None] * BLOCK_DV + dv[None, :], acc, mask=rows[:, None])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["kv_heads", "tq", "splits"])
 def decode_merge(
     part_out, part_total, part_m, sink, out, lse, o_b, o_h, o_t, o_d, l_b, l_h, l_t,
     kv_heads, groups, tq, v_width, splits, eps,
@@ -192,7 +197,5 @@ def decode_merge(
         one += tl.exp2(tl.load(sink + h).to(tl.float32) * _LOG2E - high)
     one += eps
     inverse = tl.where(one == 0, 0.0, 1.0 / one)
-    tl.store(
-        out + b * o_b + h * o_h + i * o_t + dv * o_d, (o * inverse).to(out.dtype.element_ty), mask=dv < v_width
-    )
+    tl.store(out + b * o_b + h * o_h + i * o_t + dv * o_d, (o * inverse).to(out.dtype.element_ty), mask=dv < v_width)
     tl.store(lse + b * l_b + h * l_h + i * l_t, (high + tl.log2(one)) * _LN2)

@@ -17,9 +17,10 @@ from softpick.ops.triton.tile import (
     ONE,
     POSITIVE,
     SINK,
-    any_kept,
     dropout_factor,
+    either,
     finish_scores,
+    fp16_scale,
     kept_scores,
     keys_of_queries,
     load_rows,
@@ -38,13 +39,13 @@ __all__ = ["attention_forward"]
 
 @triton.jit
 def _sweep(
-    acc, total, kept, m, top, q, key, value, mask, i2, lo, hi, tq, tk, width, v_width, offset, left, right,
+    acc, total, kept, m, top, bits, q, key, value, mask, i2, lo, hi, tq, tk, width, v_width, offset, left, right,
     unit, softcap, dropout_p, seed, start, k_t, k_d, v_t, v_d, m_q, m_k,
     BASE: tl.constexpr, RECTIFY: tl.constexpr, ABSOLUTE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr, PAD_D: tl.constexpr, PAD_DV: tl.constexpr, MASK: tl.constexpr, MASK_ROWS: tl.constexpr,
     LEFT: tl.constexpr, RIGHT: tl.constexpr, SOFTCAP: tl.constexpr, DROPOUT: tl.constexpr, STATS: tl.constexpr,
-    EDGE: tl.constexpr, SHIFT: tl.constexpr, EXACT: tl.constexpr, SKIP: tl.constexpr, RELU_ASM: tl.constexpr,
-    PRECISION: tl.constexpr,
+    EDGE: tl.constexpr, SHIFT: tl.constexpr, EXACT: tl.constexpr, TRACK: tl.constexpr, RELU_ASM: tl.constexpr,
+    PRECISION: tl.constexpr, SIGNED: tl.constexpr,
 ):  # fmt: skip
     """Take the key tiles from ``lo`` to ``hi`` into the accumulators."""
     d, dv, n = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV), tl.arange(0, BLOCK_N)
@@ -52,15 +53,18 @@ def _sweep(
     value += tl.cast(lo, tl.int64) * v_t
     for j in tl.range(lo, hi, BLOCK_N):
         k = load_rows(key, n, d, k_t, k_d, tk - j, width, EDGE, PAD_D)
-        # before the product: with SKIP the load is not part of the software pipeline and is best issued early
         v = load_rows(value, n, dv, v_t, v_d, tk - j, v_width, EDGE, PAD_DV)
-        s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+        product = tl.dot(q, tl.trans(k), input_precision=PRECISION)
         s, keep, _ = finish_scores(
-            s, i2, (j + n)[None, :], mask, m_q, m_k, tq, tk, offset, left, right, unit, softcap,
+            product, i2, (j + n)[None, :], mask, m_q, m_k, tq, tk, offset, left, right, unit, softcap,
             BASE, MASK, MASK_ROWS, LEFT, RIGHT, SOFTCAP, EDGE,
         )  # fmt: skip
         if EDGE or MASK != 0:
             s = tl.where(keep, s, -_INF if BASE == EXP else 0.0)
+        if TRACK:
+            # the product has the sign of the scores unless something SIGNED comes between
+            best = tl.max(s if SIGNED or EDGE or MASK != 0 else product, 1)
+            bits |= ((best > 0) if RECTIFY == POSITIVE else (best >= 0)).to(tl.int32) << ((j // BLOCK_N) % 32)
         if STATS:
             seen = s
             if (EDGE or MASK != 0) and BASE != EXP:
@@ -92,68 +96,111 @@ def _sweep(
             RELU: tl.constexpr = False
         if DROPOUT:
             p *= dropout_factor(seed, start, i2, (j + n)[None, :], tk, dropout_p)
-        if SKIP:
-            if any_kept(s, RECTIFY):
-                acc = tl.dot(narrow(p, v, RELU, RELU_ASM and RELU), v, acc, input_precision=PRECISION)
-        else:
-            acc = tl.dot(narrow(p, v, RELU, RELU_ASM and RELU), v, acc, input_precision=PRECISION)
+        if v.dtype == tl.float16:
+            p *= fp16_scale(v)
+        acc = tl.dot(narrow(p, v, RELU, RELU_ASM and RELU), v, acc, input_precision=PRECISION)
         key += BLOCK_N * k_t
         value += BLOCK_N * v_t
-    return acc, total, kept, m, top
+    return acc, total, kept, m, top, bits
 
 
 @triton.jit
 def _all_keys(
-    q, key, value, mask, i2, lo, full_lo, full_hi, hi, anchor, tq, tk, width, v_width, offset, left, right,
-    unit, softcap, dropout_p, seed, start, k_t, k_d, v_t, v_d, m_q, m_k,
+    q, key, value, mask, live, i0, i2, lo, full_lo, full_hi, hi, anchor, tq, tk, width, v_width, offset, left, right,
+    unit, softcap, dropout_p, seed, start, k_t, k_d, v_t, v_d, m_q, m_k, live_r,
     BASE: tl.constexpr, RECTIFY: tl.constexpr, ABSOLUTE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, PAD_D: tl.constexpr, PAD_DV: tl.constexpr, MASK: tl.constexpr,
     MASK_ROWS: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, SOFTCAP: tl.constexpr, DROPOUT: tl.constexpr,
-    STATS: tl.constexpr, SHIFT: tl.constexpr, EXACT: tl.constexpr, SKIP: tl.constexpr, RELU_ASM: tl.constexpr,
-    PRECISION: tl.constexpr,
+    STATS: tl.constexpr, SHIFT: tl.constexpr, EXACT: tl.constexpr, TRACK: tl.constexpr, RELU_ASM: tl.constexpr,
+    PRECISION: tl.constexpr, SIGNED: tl.constexpr,
 ):  # fmt: skip
-    """All visible keys of the query tile: the edge before (window), the full tiles, the edge behind (diagonal, end)."""
+    """All visible keys of the query tile: the edge before (window), the full tiles, the edge behind (diagonal, end).
+
+    TRACK records which tiles keep a score, a bit each: 32 tiles at a time, so that rows meet once in 32 tiles.
+    """
     acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     kept = tl.zeros([BLOCK_M], tl.float32)
     m = tl.zeros([BLOCK_M], tl.float32) + anchor
     top = tl.full([BLOCK_M], -_INF, tl.float32)
-    if LEFT:
-        acc, total, kept, m, top = _sweep(
-            acc, total, kept, m, top, q, key, value, mask, i2, lo, full_lo, tq, tk, width, v_width, offset, left, right,
-            unit, softcap, dropout_p, seed, start, k_t, k_d, v_t, v_d, m_q, m_k,
+    bits = tl.zeros([BLOCK_M], tl.int32)
+    if TRACK:
+        ROWS: tl.constexpr = BLOCK_M // BLOCK_N
+        for word in range(lo // (32 * BLOCK_N), tl.cdiv(hi, 32 * BLOCK_N)):
+            a, b = word * 32 * BLOCK_N, (word + 1) * 32 * BLOCK_N
+            bits = tl.zeros([BLOCK_M], tl.int32)
+            if LEFT:
+                acc, total, kept, m, top, bits = _sweep(
+                    acc, total, kept, m, top, bits, q, key, value, mask, i2, tl.maximum(lo, a),
+                    tl.minimum(full_lo, b), tq, tk, width, v_width,
+                    offset, left, right, unit, softcap, dropout_p, seed, start, k_t, k_d, v_t, v_d, m_q, m_k,
+                    BASE, RECTIFY, ABSOLUTE, BLOCK_N, BLOCK_D, BLOCK_DV, PAD_D, PAD_DV, MASK, MASK_ROWS, LEFT, RIGHT, SOFTCAP,
+                    DROPOUT, STATS, True, SHIFT, EXACT, TRACK, RELU_ASM, PRECISION, SIGNED,
+                )  # fmt: skip
+            acc, total, kept, m, top, bits = _sweep(
+                acc, total, kept, m, top, bits, q, key, value, mask, i2, tl.maximum(full_lo, a),
+                tl.minimum(full_hi, b), tq, tk, width, v_width,
+                offset, left, right, unit, softcap, dropout_p, seed, start, k_t, k_d, v_t, v_d, m_q, m_k,
+                BASE, RECTIFY, ABSOLUTE, BLOCK_N, BLOCK_D, BLOCK_DV, PAD_D, PAD_DV, MASK, MASK_ROWS, LEFT, RIGHT, SOFTCAP,
+                DROPOUT, STATS, False, SHIFT, EXACT, TRACK, RELU_ASM, PRECISION, SIGNED,
+            )  # fmt: skip
+            acc, total, kept, m, top, bits = _sweep(
+                acc, total, kept, m, top, bits, q, key, value, mask, i2, tl.maximum(full_hi, a),
+                tl.minimum(hi, b), tq, tk, width, v_width,
+                offset, left, right, unit, softcap, dropout_p, seed, start, k_t, k_d, v_t, v_d, m_q, m_k,
+                BASE, RECTIFY, ABSOLUTE, BLOCK_N, BLOCK_D, BLOCK_DV, PAD_D, PAD_DV, MASK, MASK_ROWS, LEFT, RIGHT, SOFTCAP,
+                DROPOUT, STATS, True, SHIFT, EXACT, TRACK, RELU_ASM, PRECISION, SIGNED,
+            )  # fmt: skip
+            r = tl.arange(0, ROWS)
+            tl.store(
+                live + (i0 // BLOCK_N + r) * live_r + word,
+                tl.reduce(tl.reshape(bits, [ROWS, BLOCK_N]), 1, either),
+                mask=i0 + r * BLOCK_N < tq,
+            )
+    else:
+        if LEFT:
+            acc, total, kept, m, top, bits = _sweep(
+                acc, total, kept, m, top, bits, q, key, value, mask, i2, lo, full_lo, tq, tk, width, v_width,
+                offset, left, right, unit, softcap, dropout_p, seed, start, k_t, k_d, v_t, v_d, m_q, m_k,
+                BASE, RECTIFY, ABSOLUTE, BLOCK_N, BLOCK_D, BLOCK_DV, PAD_D, PAD_DV, MASK, MASK_ROWS, LEFT, RIGHT, SOFTCAP,
+                DROPOUT, STATS, True, SHIFT, EXACT, TRACK, RELU_ASM, PRECISION, SIGNED,
+            )  # fmt: skip
+        acc, total, kept, m, top, bits = _sweep(
+            acc, total, kept, m, top, bits, q, key, value, mask, i2, full_lo, full_hi, tq, tk, width, v_width,
+            offset, left, right, unit, softcap, dropout_p, seed, start, k_t, k_d, v_t, v_d, m_q, m_k,
             BASE, RECTIFY, ABSOLUTE, BLOCK_N, BLOCK_D, BLOCK_DV, PAD_D, PAD_DV, MASK, MASK_ROWS, LEFT, RIGHT, SOFTCAP,
-            DROPOUT, STATS, True, SHIFT, EXACT, SKIP, RELU_ASM, PRECISION,
+            DROPOUT, STATS, False, SHIFT, EXACT, TRACK, RELU_ASM, PRECISION, SIGNED,
         )  # fmt: skip
-    acc, total, kept, m, top = _sweep(
-        acc, total, kept, m, top, q, key, value, mask, i2, full_lo, full_hi, tq, tk, width, v_width, offset, left, right,
-        unit, softcap, dropout_p, seed, start, k_t, k_d, v_t, v_d, m_q, m_k,
-        BASE, RECTIFY, ABSOLUTE, BLOCK_N, BLOCK_D, BLOCK_DV, PAD_D, PAD_DV, MASK, MASK_ROWS, LEFT, RIGHT, SOFTCAP,
-        DROPOUT, STATS, False, SHIFT, EXACT, SKIP, RELU_ASM, PRECISION,
-    )  # fmt: skip
-    return _sweep(
-        acc, total, kept, m, top, q, key, value, mask, i2, full_hi, hi, tq, tk, width, v_width, offset, left, right,
-        unit, softcap, dropout_p, seed, start, k_t, k_d, v_t, v_d, m_q, m_k,
-        BASE, RECTIFY, ABSOLUTE, BLOCK_N, BLOCK_D, BLOCK_DV, PAD_D, PAD_DV, MASK, MASK_ROWS, LEFT, RIGHT, SOFTCAP,
-        DROPOUT, STATS, True, SHIFT, EXACT, SKIP, RELU_ASM, PRECISION,
-    )  # fmt: skip
+        acc, total, kept, m, top, bits = _sweep(
+            acc, total, kept, m, top, bits, q, key, value, mask, i2, full_hi, hi, tq, tk, width, v_width,
+            offset, left, right, unit, softcap, dropout_p, seed, start, k_t, k_d, v_t, v_d, m_q, m_k,
+            BASE, RECTIFY, ABSOLUTE, BLOCK_N, BLOCK_D, BLOCK_DV, PAD_D, PAD_DV, MASK, MASK_ROWS, LEFT, RIGHT, SOFTCAP,
+            DROPOUT, STATS, True, SHIFT, EXACT, TRACK, RELU_ASM, PRECISION, SIGNED,
+        )  # fmt: skip
+    return acc, total, kept, m, top
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["heads", "tq", "tk", "left", "right", "live_b", "live_h", "live_r"])
 def attention_forward(
-    query, key, value, out, lse, mass, largest, mask, sink, cu_q, cu_k, seed_at,
+    query, key, value, out, lse, mass, largest, live, mask, sink, cu_q, cu_k, seed_at,
     q_b, q_h, q_t, q_d, k_b, k_h, k_t, k_d, v_b, v_h, v_t, v_d, o_b, o_h, o_t, o_d, l_b, l_h, l_t, m_b, m_h, m_q, m_k,
-    heads, groups, tq, tk, width, v_width, left, right, unit, eps, softcap, dropout_p,
+    live_b, live_h, live_r, heads, groups, tq, tk, width, v_width, left, right, unit, eps, softcap, dropout_p,
     BASE: tl.constexpr, RECTIFY: tl.constexpr, ABSOLUTE: tl.constexpr, CONSTANT: tl.constexpr,
     NEGATIVE_GRADIENT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr, PAD_D: tl.constexpr, PAD_DV: tl.constexpr, MASK: tl.constexpr, MASK_ROWS: tl.constexpr,
     LEFT: tl.constexpr, RIGHT: tl.constexpr, BOTTOM_RIGHT: tl.constexpr, SOFTCAP: tl.constexpr, DROPOUT: tl.constexpr,
-    STATS: tl.constexpr, VARLEN: tl.constexpr, OPTIMISTIC: tl.constexpr, EXACT: tl.constexpr, SKIP: tl.constexpr,
-    RELU_ASM: tl.constexpr, PRECISION: tl.constexpr,
+    STATS: tl.constexpr, VARLEN: tl.constexpr, OPTIMISTIC: tl.constexpr, EXACT: tl.constexpr, TRACK: tl.constexpr,
+    RELU_ASM: tl.constexpr, PRECISION: tl.constexpr, SIGNED: tl.constexpr,
 ):  # fmt: skip
-    """Grid: (query tiles, heads, batch or sequences). Writes ``out``, ``lse`` (natural), with STATS mass and largest."""
+    """Grid: (query tiles, heads, batch or sequences). Writes ``out``, ``lse`` (natural), with STATS mass and largest.
+
+    With TRACK also ``live``: bit ``c % 32`` of word ``c // 32`` of row ``r`` says whether the numerator keeps a score of
+    query tile ``r`` and key tile ``c``, both of BLOCK_N positions. Words that no query of the row sees are not written.
+    """
     h, b = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
     start = (b * heads + h) * 1_000_003
+    if TRACK:
+        live += b * live_b + h * live_h
     if VARLEN:
         q0, k0 = tl.load(cu_q + b).to(tl.int64), tl.load(cu_k + b).to(tl.int64)
         tq, tk = (tl.load(cu_q + b + 1) - q0).to(tl.int32), (tl.load(cu_k + b + 1) - k0).to(tl.int32)
@@ -195,10 +242,10 @@ def attention_forward(
         logit = tl.load(sink + h).to(tl.float32) * _LOG2E
         anchor = tl.maximum(anchor, logit)
     acc, total, kept, m, top = _all_keys(
-        q, key, value, mask, i2, lo, full_lo, full_hi, hi, anchor, tq, tk, width, v_width, offset, left, right,
-        unit, softcap, dropout_p, seed, start, k_t, k_d, v_t, v_d, m_q, m_k,
+        q, key, value, mask, live, i0, i2, lo, full_lo, full_hi, hi, anchor, tq, tk, width, v_width, offset, left,
+        right, unit, softcap, dropout_p, seed, start, k_t, k_d, v_t, v_d, m_q, m_k, live_r,
         BASE, RECTIFY, ABSOLUTE, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, PAD_D, PAD_DV, MASK, MASK_ROWS, LEFT, RIGHT,
-        SOFTCAP, DROPOUT, STATS, not OPTIMISTIC, EXACT, SKIP, RELU_ASM, PRECISION,
+        SOFTCAP, DROPOUT, STATS, not OPTIMISTIC, EXACT, TRACK, RELU_ASM, PRECISION, SIGNED,
     )  # fmt: skip
     if OPTIMISTIC:
         m = tl.zeros([BLOCK_M], tl.float32)
@@ -210,10 +257,10 @@ def attention_forward(
         trouble = tl.max(tl.where(sound, 0, 1)) + tl.max(tl.where(tl.abs(acc) < 3.0e38, 0, 1))
         if trouble > 0:
             acc, total, kept, m, top = _all_keys(
-                q, key, value, mask, i2, lo, full_lo, full_hi, hi, anchor, tq, tk, width, v_width, offset, left, right,
-                unit, softcap, dropout_p, seed, start, k_t, k_d, v_t, v_d, m_q, m_k,
+                q, key, value, mask, live, i0, i2, lo, full_lo, full_hi, hi, anchor, tq, tk, width, v_width, offset, left,
+                right, unit, softcap, dropout_p, seed, start, k_t, k_d, v_t, v_d, m_q, m_k, live_r,
                 BASE, RECTIFY, ABSOLUTE, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, PAD_D, PAD_DV, MASK, MASK_ROWS, LEFT, RIGHT,
-                SOFTCAP, DROPOUT, STATS, True, EXACT, SKIP, RELU_ASM, PRECISION,
+                SOFTCAP, DROPOUT, STATS, True, EXACT, TRACK, RELU_ASM, PRECISION, SIGNED,
             )  # fmt: skip
     if BASE == LINEAR:
         m = tl.zeros([BLOCK_M], tl.float32)
@@ -227,6 +274,8 @@ def attention_forward(
             total += tl.exp2(logit - m)
     total += eps  # relative to m
     inverse = tl.where(total == 0, 0.0, 1.0 / total)
+    if q.dtype == tl.float16:
+        acc *= 1.0 / fp16_scale(q)
     rows = i0 + i < tq
     out += b * o_b + h * o_h + i0.to(tl.int64) * o_t
     tl.store(

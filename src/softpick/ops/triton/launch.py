@@ -9,16 +9,31 @@ import triton
 from torch import Tensor
 
 from softpick.normalizers import Normalizer
-from softpick.ops.triton.backward import attention_backward_keys, attention_backward_queries, row_statistics
+from softpick.ops.triton.backward import (
+    attention_backward_keys,
+    attention_backward_queries,
+    live_segments,
+    row_statistics,
+)
 from softpick.ops.triton.decode import decode_merge, decode_split
 from softpick.ops.triton.forward import attention_forward
 from softpick.ops.triton.rows import rows_backward, rows_backward_long, rows_forward, rows_forward_long
 from softpick.ops.triton.tile import LOG2E, switches
-from softpick.ops.triton.tuning import blocks, multiprocessors
+from softpick.ops.triton.tuning import PROGRAMS, SHORTEST_SKIP, blocks, multiprocessors
 
-__all__ = ["Options", "backward", "decode", "forward", "softpick_backward", "softpick_forward"]
+__all__ = [
+    "Options",
+    "backward",
+    "decode",
+    "forward",
+    "live_shape",
+    "skippable",
+    "softpick_backward",
+    "softpick_forward",
+]
 
 _LONGEST_ROW = 16384  # elements of a row that one program holds in registers
+_LONGEST_MAP = 65536  # keys; beyond, the runs of the map would take more memory than they are worth
 _LARGEST_OPTIMISTIC_EPS = 1e-5  # eps is relative to e^m; without m it is off by a factor of at most 1 + eps
 
 
@@ -33,7 +48,8 @@ class Options(NamedTuple):
     bottom_right: bool
     softcap: float
     dropout_p: float
-    skip: bool = False
+    skip: bool | None = None
+    """Decoding: whether values of key tiles without a kept score are left unread; None: where it pays (``tuning.py``)."""
 
 
 def _interpreted() -> bool:
@@ -57,6 +73,11 @@ def _precision(dtype: torch.dtype) -> str:
 def _unit(options: Options) -> float:
     """Factor on the product ``q k``: to the tile's units, or to natural ones where the softcap is applied first."""
     return options.scale if options.softcap or options.norm.base == "linear" else options.scale * LOG2E
+
+
+def _dropped(options: Options) -> float:
+    """The probability of dropping, short of 1: the kernels divide by what is left."""
+    return min(options.dropout_p, 1.0 - 1e-9)
 
 
 def _common(options: Options, query: Tensor, value: Tensor, mask: Tensor | None) -> dict[str, Any]:
@@ -100,6 +121,26 @@ def _sequences(query: Tensor, cu_q: Tensor | None, longest: int) -> tuple[int, i
     return (query.shape[0], query.shape[2]) if cu_q is None else (cu_q.numel() - 1, longest)
 
 
+def skippable(norm: Normalizer) -> bool:
+    """Whether the backward pass has nothing to do for a tile in which the numerator keeps no score."""
+    return norm.sparse and not (norm.absolute_denominator and norm.negative_gradient)
+
+
+def _grain(query: Tensor, value: Tensor) -> int:
+    """Positions a side of a tile in the map of live tiles: the key tile of the forward kernel; 0 if its tiles have no map."""
+    widest = max(_padded(query.shape[-1]), _padded(value.shape[-1]))
+    tile = blocks("forward", widest, query.dtype, query.device)
+    return 0 if tile.m % tile.n else tile.n
+
+
+def live_shape(query: Tensor, value: Tensor, sequences: int, longest_q: int, longest_k: int) -> tuple[int, ...]:
+    """Shape of the int32 map of live tiles that :func:`forward` writes: a bit for each pair of tiles; ``(0,)``: no map."""
+    grain = _grain(query, value)
+    if longest_k > _LONGEST_MAP or grain == 0:
+        return (0,)
+    return sequences, query.shape[1], triton.cdiv(longest_q, grain), triton.cdiv(triton.cdiv(longest_k, grain), 32)
+
+
 def forward(
     options: Options,
     query: Tensor,
@@ -115,8 +156,12 @@ def forward(
     lse: Tensor,
     mass: Tensor | None,
     largest: Tensor | None,
+    live: Tensor | None = None,
 ) -> None:
-    """Attention into ``out`` and the row statistics. ``(B, H, T, D)``, any strides; packed: ``B = 1`` and ``cu``."""
+    """Attention into ``out`` and the row statistics. ``(B, H, T, D)``, any strides; packed: ``B = 1`` and ``cu``.
+
+    ``live`` (:func:`live_shape`, contiguous) receives the map of live tiles, for :func:`backward`.
+    """
     b, longest = _sequences(query, cu_q, longest_q)
     heads = query.shape[1]
     if not (b and heads and longest):
@@ -125,10 +170,11 @@ def forward(
     tile = blocks("forward", max(common["BLOCK_D"], common["BLOCK_DV"]), query.dtype, query.device)
     pointer, mask_strides = _mask_arguments(mask)
     attention_forward[triton.cdiv(longest, tile.m), heads, b](
-        query, key, value, out, lse, mass, largest, pointer, sink, cu_q, cu_k, seed,
+        query, key, value, out, lse, mass, largest, live, pointer, sink, cu_q, cu_k, seed,
         *query.stride(), *key.stride(), *value.stride(), *out.stride(), *lse.stride(), *mask_strides,
+        *(live.stride()[:3] if live is not None else (0, 0, 0)),
         heads, heads // key.shape[1], query.shape[2], key.shape[2], query.shape[-1], value.shape[-1],
-        options.left, options.right, _unit(options), options.eps, options.softcap, options.dropout_p,
+        options.left, options.right, _unit(options), options.eps, options.softcap, _dropped(options),
         **common,
         BLOCK_M=tile.m,
         BLOCK_N=tile.n,
@@ -136,11 +182,28 @@ def forward(
         STATS=mass is not None,
         VARLEN=cu_q is not None,
         OPTIMISTIC=_optimistic(query.dtype, options),
-        SKIP=options.skip and options.norm.sparse,
+        TRACK=live is not None,
+        SIGNED=options.scale <= 0 or (mask is not None and mask.dtype != torch.bool),
         RELU_ASM=_relu_asm(query),
         num_warps=tile.warps,
         num_stages=tile.stages,
     )  # fmt: skip
+
+
+def _segments(
+    live: Tensor, keys: bool, block: int, grain: int, cu_q: Tensor | None, cu_k: Tensor | None, tq: int, tk: int
+) -> Tensor:
+    """Runs of live and dead tiles, for each key tile (``keys``) or query tile of ``block`` positions."""
+    sequences, heads = live.shape[:2]
+    across, along = (tk, tq) if keys else (tq, tk)
+    lines, length = triton.cdiv(across, block), triton.cdiv(along, grain)
+    out = torch.empty(sequences, heads, lines, length + 4, dtype=torch.int16, device=live.device)
+    live_segments[lines, heads, sequences](
+        live, out, cu_q, cu_k, *live.stride()[:3], *out.stride()[:3], tq, tk,
+        KEYS=keys, GRAIN=grain, TOGETHER=max(1, block // grain), N=max(32, triton.next_power_of_2(length)),
+        VARLEN=cu_q is not None, num_warps=1,
+    )  # fmt: skip
+    return out
 
 
 def backward(
@@ -162,6 +225,7 @@ def backward(
     dkey: Tensor,
     dvalue: Tensor,
     dmask: Tensor | None,
+    live: Tensor | None = None,
 ) -> Tensor | None:
     """Gradients into ``dquery``, ``dkey``, ``dvalue`` and ``dmask`` (contiguous ``(B, H, Tq, Tk)``, zeroed); returns dsink."""
     rows, heads, total_q = query.shape[0], query.shape[1], query.shape[2]
@@ -171,44 +235,47 @@ def backward(
         for grad in (dquery, dkey, dvalue):
             grad.zero_()
         return None if sink is None else torch.zeros_like(sink)
-    delta = torch.empty(rows, heads, total_q, dtype=torch.float32, device=query.device)
-    row_lse = torch.empty_like(delta)
+    statistics = torch.empty(rows, heads, total_q, 4, dtype=torch.float32, device=query.device)
     common = _common(options, query, value, mask)
     widest = max(common["BLOCK_D"], common["BLOCK_DV"])
     lines = 64 if widest <= 128 else 32
     row_statistics[triton.cdiv(total_q, lines), heads, rows](
-        out, grad_out, lse, delta, row_lse,
+        out, grad_out, lse, statistics,
         *out.stride(), *grad_out.stride(), *lse.stride(), heads, total_q, value.shape[-1],
         BASE=common["BASE"], BLOCK_M=lines, BLOCK_DV=common["BLOCK_DV"], num_warps=4,
     )  # fmt: skip
     pointer, mask_strides = _mask_arguments(mask)
-    shared = {
-        **common,
-        "DROPOUT": options.dropout_p > 0,
-        "VARLEN": cu_q is not None,
-        "SKIP": options.skip and options.norm.sparse,
-    }
+    shared = {**common, "DROPOUT": options.dropout_p > 0, "VARLEN": cu_q is not None}
     numbers = (
         heads, heads // kv_heads, total_q, key.shape[2], query.shape[-1], value.shape[-1],
-        options.left, options.right, _unit(options), options.scale, options.softcap, options.dropout_p,
+        options.left, options.right, _unit(options), options.scale, options.softcap, _dropped(options),
     )  # fmt: skip
     strides = (*query.stride(), *key.stride(), *value.stride(), *grad_out.stride())
+    # the bias gradient of a tile that is left out would not be written
+    skip = live is not None and skippable(options.norm) and dmask is None
+    grain = _grain(query, value)
+    span = (cu_q, cu_k, longest, key.shape[2] if cu_k is None else longest_k)
     tile = blocks("keys", widest, query.dtype, query.device)
-    attention_backward_keys[triton.cdiv(key.shape[2] if cu_k is None else longest_k, tile.n), kv_heads, b](
-        query, key, value, grad_out, row_lse, delta, dkey, dvalue, pointer, cu_q, cu_k, seed,
-        *strides, *dkey.stride(), *dvalue.stride(), *mask_strides, *numbers,
-        **shared, BLOCK_M=tile.m, BLOCK_N=tile.n, RELU_ASM=_relu_asm(query), num_warps=tile.warps, num_stages=tile.stages,
+    runs = _segments(live, True, tile.n, grain, *span) if skip and live is not None else None
+    attention_backward_keys[triton.cdiv(span[3], tile.n), kv_heads, b](
+        query, key, value, grad_out, statistics, dkey, dvalue, runs, pointer, cu_q, cu_k, seed,
+        *strides, *dkey.stride(), *dvalue.stride(), *mask_strides, *(runs.stride()[:3] if runs is not None else (0, 0, 0)),
+        *numbers,
+        **shared, BLOCK_M=tile.m, BLOCK_N=tile.n, SKIP=skip, GRAIN=grain, RELU_ASM=_relu_asm(query),
+        num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     tile = blocks("queries", widest, query.dtype, query.device)
+    runs = _segments(live, False, tile.m, grain, *span) if skip and live is not None else None
     attention_backward_queries[triton.cdiv(longest, tile.m), heads, b](
-        query, key, value, grad_out, row_lse, delta, dquery, dmask, pointer, cu_q, cu_k, seed,
-        *strides, *dquery.stride(), *mask_strides, *numbers,
-        **shared, BLOCK_M=tile.m, BLOCK_N=tile.n, BIAS_GRADIENT=dmask is not None, num_warps=tile.warps,
-        num_stages=tile.stages,
+        query, key, value, grad_out, statistics, dquery, dmask, runs, pointer, cu_q, cu_k, seed,
+        *strides, *dquery.stride(), *mask_strides, *(runs.stride()[:3] if runs is not None else (0, 0, 0)), *numbers,
+        **shared, BLOCK_M=tile.m, BLOCK_N=tile.n, SKIP=skip, GRAIN=grain, BIAS_GRADIENT=dmask is not None,
+        num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     if sink is None:
         return None
-    return -(delta * torch.exp2(sink.float().view(1, -1, 1) * LOG2E - row_lse)).sum((0, 2))
+    level, delta = statistics[..., 0], statistics[..., 2]
+    return -(delta * torch.exp2(sink.float().view(1, -1, 1) * LOG2E - level)).sum((0, 2))
 
 
 def decode(
@@ -233,9 +300,11 @@ def decode(
     tk = key.shape[2] if table is None else table.shape[1] * page
     common = _common(options, query, value, mask)
     widest = max(common["BLOCK_D"], common["BLOCK_DV"])
-    tile = blocks("decode", widest, query.dtype, query.device)
+    skip = options.norm.sparse and (tk >= SHORTEST_SKIP if options.skip is None else options.skip)
+    kind = "decode_skip" if skip else "decode"
+    tile = blocks(kind, widest, query.dtype, query.device)
     rows = _padded(groups * tq)
-    splits, chunk = _splits(b * kv_heads, tk, tile.n, query.device)
+    splits, chunk = _splits(PROGRAMS[kind], b * kv_heads, tk, tile.n, query.device)
     shape = (b, kv_heads, splits, rows)
     part_out = torch.empty(*shape, common["BLOCK_DV"], dtype=torch.float32, device=query.device)
     part_total, part_m = (torch.empty(shape, dtype=torch.float32, device=query.device) for _ in range(2))
@@ -250,7 +319,7 @@ def decode(
         BLOCK_N=tile.n,
         PAGE=page,
         LENGTHS=lengths is not None,
-        SKIP=options.skip and options.norm.sparse,
+        SKIP=skip,
         RELU_ASM=_relu_asm(query),
         num_warps=tile.warps,
         num_stages=tile.stages,
@@ -263,9 +332,9 @@ def decode(
     )  # fmt: skip
 
 
-def _splits(pairs: int, tk: int, block_n: int, device: torch.device) -> tuple[int, int]:
+def _splits(programs: int, pairs: int, tk: int, block_n: int, device: torch.device) -> tuple[int, int]:
     """(programs a sequence and key head, keys of each): enough programs to fill the device, none with too few keys."""
-    programs = 4 * (multiprocessors(device.index or 0) if device.type == "cuda" else 2)
+    programs *= multiprocessors(device.index or 0) if device.type == "cuda" else 2
     tiles = max(1, triton.cdiv(tk, block_n))
     wanted = max(1, min(128, triton.cdiv(programs, pairs), triton.cdiv(tiles, 4)))
     chunk = triton.cdiv(tiles, wanted) * block_n
@@ -278,12 +347,24 @@ def softpick_forward(x: Tensor, eps: float, y: Tensor, lse: Tensor) -> None:
     if rows == 0 or n == 0:
         return
     if n > _LONGEST_ROW:
-        rows_forward_long[(rows,)](x, y, lse, n, x.stride(0), eps, N=_LONG_BLOCK, num_warps=_LONG_WARPS)
+        rows_forward_long[(rows,)](
+            x, y, lse, n, x.stride(0), eps, N=_LONG_BLOCK, EXACT=x.dtype == torch.float32, num_warps=_LONG_WARPS
+        )
         return
     block = triton.next_power_of_2(n)
     together = max(1, _ROW_ELEMENTS // block)
     rows_forward[(triton.cdiv(rows, together),)](
-        x, y, lse, rows, n, x.stride(0), eps, ROWS=together, N=block, num_warps=_row_warps(block)
+        x,
+        y,
+        lse,
+        rows,
+        n,
+        x.stride(0),
+        eps,
+        ROWS=together,
+        N=block,
+        EXACT=x.dtype == torch.float32,
+        num_warps=_row_warps(block),
     )
 
 
@@ -293,17 +374,39 @@ def softpick_backward(x: Tensor, lse: Tensor, grad: Tensor, dx: Tensor) -> None:
     if rows == 0 or n == 0:
         return
     if n > _LONGEST_ROW:
-        rows_backward_long[(rows,)](x, lse, grad, dx, n, x.stride(0), grad.stride(0), N=_LONG_BLOCK, num_warps=_LONG_WARPS)
+        rows_backward_long[(rows,)](
+            x,
+            lse,
+            grad,
+            dx,
+            n,
+            x.stride(0),
+            grad.stride(0),
+            N=_LONG_BLOCK,
+            EXACT=x.dtype == torch.float32,
+            num_warps=_LONG_WARPS,
+        )
         return
     block = triton.next_power_of_2(n)
     together = max(1, _ROW_ELEMENTS // block)
     rows_backward[(triton.cdiv(rows, together),)](
-        x, lse, grad, dx, rows, n, x.stride(0), grad.stride(0), ROWS=together, N=block, num_warps=_row_warps(block)
+        x,
+        lse,
+        grad,
+        dx,
+        rows,
+        n,
+        x.stride(0),
+        grad.stride(0),
+        ROWS=together,
+        N=block,
+        EXACT=x.dtype == torch.float32,
+        num_warps=_row_warps(block),
     )
 
 
-_ROW_ELEMENTS = 2048  # of short rows that one program takes together
-_LONG_BLOCK, _LONG_WARPS = 4096, 8
+_ROW_ELEMENTS = 4096  # of short rows that one program takes together
+_LONG_BLOCK, _LONG_WARPS = 4096, 16
 
 
 def _row_warps(block: int) -> int:

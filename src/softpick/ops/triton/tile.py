@@ -101,6 +101,28 @@ def narrow(p, like, RELU: tl.constexpr, RELU_ASM: tl.constexpr):
 
 
 @triton.jit
+def fp16_scale(x):
+    """Factor on unnormalized weights: fp16 has few bits below 6e-5, and weights relative to ``m`` are at most 1."""
+    return 1024.0 if x.dtype == tl.float16 else 1.0
+
+
+@triton.jit
+def narrow_gradient(ds, like):
+    """``ds`` to the dtype of ``like``; near zero the gradient of softpick reaches 1/eps, beyond the range of fp16."""
+    if like.dtype == tl.float16:
+        return tl.minimum(tl.maximum(ds, -65504.0), 65504.0).to(tl.float16)
+    else:
+        return ds.to(like.dtype)
+
+
+@triton.jit
+def signed(e, by):
+    """``e >= 0`` with the sign of ``by``."""
+    bits = e.to(tl.int32, bitcast=True) | (by.to(tl.int32, bitcast=True) & -2147483648)
+    return bits.to(tl.float32, bitcast=True)
+
+
+@triton.jit
 def tanh(x):
     return 2.0 / (1.0 + tl.exp2(-2.0 * _LOG2E * x)) - 1.0
 
@@ -164,6 +186,11 @@ def finish_scores(
                 tile *= _LOG2E
             s += tile
     return s, keep, slope
+
+
+@triton.jit
+def either(a, b):
+    return a | b
 
 
 @triton.jit

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import torch
 
-__all__ = ["OVERRIDE", "Blocks", "blocks", "multiprocessors"]
+__all__ = ["OVERRIDE", "PROGRAMS", "SHORTEST_SKIP", "TRACKED", "Blocks", "blocks", "multiprocessors"]
 
 
 class Blocks(NamedTuple):
@@ -25,18 +25,21 @@ class Blocks(NamedTuple):
 
 # 16-bit inputs: (kernel, head dim up to) -> blocks
 _HOPPER = {
-    ("forward", 64): Blocks(128, 128, 8, 3),
+    ("forward", 64): Blocks(128, 64, 4, 3),
     ("forward", 128): Blocks(128, 64, 8, 3),
     ("forward", 256): Blocks(64, 64, 8, 2),
-    ("queries", 64): Blocks(128, 64, 8, 3),
-    ("queries", 128): Blocks(128, 64, 8, 2),
+    ("queries", 64): Blocks(64, 64, 4, 3),
+    ("queries", 128): Blocks(128, 64, 8, 3),
     ("queries", 256): Blocks(64, 32, 8, 2),
-    ("keys", 64): Blocks(64, 128, 8, 3),
-    ("keys", 128): Blocks(64, 128, 8, 2),
+    ("keys", 64): Blocks(64, 64, 4, 3),
+    ("keys", 128): Blocks(64, 128, 8, 3),
     ("keys", 256): Blocks(32, 64, 8, 2),
-    ("decode", 64): Blocks(16, 128, 4, 3),
-    ("decode", 128): Blocks(16, 64, 4, 3),
+    ("decode", 64): Blocks(16, 64, 2, 3),
+    ("decode_skip", 64): Blocks(16, 64, 2, 3),
+    ("decode", 128): Blocks(16, 32, 2, 3),
+    ("decode_skip", 128): Blocks(16, 64, 2, 3),
     ("decode", 256): Blocks(16, 32, 4, 2),
+    ("decode_skip", 256): Blocks(16, 32, 4, 2),
 }
 _PORTABLE = {
     ("forward", 64): Blocks(128, 64, 4, 2),
@@ -49,8 +52,11 @@ _PORTABLE = {
     ("keys", 128): Blocks(32, 64, 4, 2),
     ("keys", 256): Blocks(32, 32, 8, 1),
     ("decode", 64): Blocks(16, 64, 4, 2),
+    ("decode_skip", 64): Blocks(16, 64, 4, 2),
     ("decode", 128): Blocks(16, 64, 4, 2),
+    ("decode_skip", 128): Blocks(16, 64, 4, 2),
     ("decode", 256): Blocks(16, 32, 4, 1),
+    ("decode_skip", 256): Blocks(16, 32, 4, 1),
 }
 # fp32 products take no tensor cores unless tf32 is allowed, and twice the room
 _SINGLE = {
@@ -64,9 +70,25 @@ _SINGLE = {
     ("keys", 128): Blocks(16, 32, 4, 1),
     ("keys", 256): Blocks(16, 16, 4, 1),
     ("decode", 64): Blocks(16, 64, 4, 2),
+    ("decode_skip", 64): Blocks(16, 64, 4, 2),
     ("decode", 128): Blocks(16, 32, 4, 1),
+    ("decode_skip", 128): Blocks(16, 32, 4, 1),
     ("decode", 256): Blocks(16, 16, 4, 1),
+    ("decode_skip", 256): Blocks(16, 16, 4, 1),
 }
+
+# Skipping costs where nothing is empty. On an H200 (docs/kernels.md has the figures):
+#   decode: 2 to 10 % on dense caches, a third less time with 75 % empty 64-key blocks; at 8k keys launches dominate and
+#   nothing is won. A trained model has 40 % of these blocks empty, so it pays on long caches.
+SHORTEST_SKIP = 16384
+#   backward: about 10 % on dense inputs. Where negative scores have no gradient (softpick_stop_gradient, relu_softpick,
+#   rectified) an empty tile is no work at all, but a trained model had 11 % of its 64x64 tiles empty, which does not pay:
+#   add the name of the normalizer here if yours has more. For softpick itself, whose empty tiles still cost two products
+#   of five, skipping won 3 to 15 % at 90 % empty tiles and was removed; its name has no effect here.
+TRACKED: set[str] = set()
+
+# Decoding programs a multiprocessor: many hide the latency of values that are read only when they are needed.
+PROGRAMS = {"decode": 2, "decode_skip": 12}
 
 OVERRIDE: dict[str, Blocks] = {}
 """Kernel kind to blocks, before every table: for tests and for tuning."""
@@ -90,6 +112,8 @@ def blocks(kind: str, head_dim: int, dtype: torch.dtype, device: torch.device) -
     if dtype == torch.float32:
         table = _SINGLE
     else:
-        hopper = device.type == "cuda" and _is_hopper(torch.cuda.current_device() if device.index is None else device.index)
+        hopper = device.type == "cuda" and _is_hopper(
+            torch.cuda.current_device() if device.index is None else device.index
+        )
         table = _HOPPER if hopper else _PORTABLE
     return table[kind, 64 if head_dim <= 64 else 128 if head_dim <= 128 else 256]

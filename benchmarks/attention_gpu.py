@@ -1,0 +1,290 @@
+"""GPU attention, side by side with torch's softmax kernels in one run: prefill, empty tiles, decode, rows, a training step.
+
+    python benchmarks/attention_gpu.py [--sections prefill,sparse,decode,rows,step] [--output benchmarks/results]
+
+Before anything is timed it must pass its gate in the same process: the relative error against fp64 (a slice of the heads) at
+most 1.5 times that of torch's FlashAttention-2 softmax on the same inputs. Prefill and training times are medians of
+``triton.testing.do_bench``, decode times of CUDA graph replays (launches would hide the kernels). Rows go to
+``attention_gpu.csv`` with the GPU, the versions and the date; ``--plot`` draws them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import datetime
+import time
+from pathlib import Path
+
+import torch
+from peers_gpu import PEERS, SHAPES, fa2, times
+from tune_gpu import structured
+
+import softpick
+from softpick.ops.triton import launch, tuning
+
+ROWS: list[dict] = []
+
+
+def record(section: str, shape: str, contestant: str, what: str, value: float, unit: str = "ms") -> None:
+    ROWS.append({"section": section, "shape": shape, "contestant": contestant, "what": what, "value": round(value, 5)})
+    ROWS[-1]["unit"] = unit
+
+
+def ours(normalizer: str = "softpick"):
+    def call(q, k, v):
+        return softpick.scaled_dot_product_attention(
+            q, k, v, is_causal=q.shape[2] > 1, enable_gqa=q.shape[1] != k.shape[1], normalizer=normalizer
+        )
+
+    return call
+
+
+def gate(section: str, shape: str, normalizer: str, q, k, v, grad=None) -> None:
+    """Raise unless the error of output and gradients is within the budget, on the first heads of the first sequence."""
+    groups = q.shape[1] // k.shape[1]
+    t = min(2048, q.shape[2])
+    slices = [q[:1, :groups, -t:], k[:1, :1, : max(t, 2048)], v[:1, :1, : max(t, 2048)]]
+    inputs = [x.contiguous().detach().requires_grad_(grad is not None) for x in slices]
+    exact = [x.detach().double().requires_grad_(grad is not None) for x in inputs]
+
+    def error(call, reference) -> list[float]:
+        got, want = [call(*inputs)], [reference(*exact)]
+        if grad is not None:
+            g = grad[:1, :groups, -t:]
+            got += torch.autograd.grad(got[0], inputs, g)
+            want += torch.autograd.grad(want[0], exact, g.double())
+        return [float((a.double() - b).norm() / b.norm()) for a, b in zip(got, want, strict=True)]
+
+    def reference(name):
+        return lambda q, k, v: softpick.scaled_dot_product_attention(
+            q, k, v, is_causal=q.shape[2] > 1, enable_gqa=True, normalizer=name, backend="reference"
+        )
+
+    mine, budget = error(ours(normalizer), reference(normalizer)), error(fa2, reference("softmax"))
+    for name, a, b in zip(("out", "dq", "dk", "dv"), mine, budget, strict=False):
+        record(section, shape, normalizer, f"error {name} over that of FA2 softmax", a / b, "ratio")
+    if not all(a <= 1.5 * b for a, b in zip(mine, budget, strict=True)):
+        raise SystemExit(f"gate failed for {normalizer} {shape}: {mine} against {budget}")
+
+
+def prefill() -> None:
+    for shape, (b, t, h, hkv, d) in SHAPES.items():
+        q, grad = (torch.randn(b, h, t, d, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+        k, v = (torch.randn(b, hkv, t, d, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+        gate("prefill", shape, "softpick", q, k, v, grad)
+        line = []
+        for name, call in {"softpick": ours(), "softmax, our kernel": _our_softmax, **PEERS}.items():
+            forward, backward = times(call, q, k, v, grad)
+            record("prefill", shape, name, "forward", forward)
+            record("prefill", shape, name, "backward", backward)
+            line.append(f"{name} {forward:.3f} / {backward:.3f}")
+        print(f"prefill {shape}: " + "; ".join(line), flush=True)
+
+
+def _our_softmax(q, k, v):
+    return softpick.scaled_dot_product_attention(
+        q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1], normalizer="softmax", backend="triton"
+    )
+
+
+def sparse() -> None:
+    """Empty 64x64 tiles, where negative scores have no gradient: with the map of live tiles and without."""
+    name = "softpick_stop_gradient"
+    for d in (64, 128):
+        for empty in (0.0, 0.25, 0.5, 0.75, 0.9, 0.95):
+            q, k, v = structured(4, 16, 4096, d, empty)
+            grad = torch.randn_like(q)
+            leaves = [x.clone().requires_grad_() for x in (q, k, v)]
+            results, line = [], []
+            for tracked in (False, True):
+                tuning.TRACKED.clear()
+                if tracked:
+                    tuning.TRACKED.add(name)
+                out = ours(name)(*leaves)
+                results.append((out, *torch.autograd.grad(out, leaves, grad)))
+                forward, backward = _with_gradient(name, leaves, grad)
+                what = "skipping" if tracked else "all tiles"
+                record("sparse", f"4,4096,16,{d}", f"{name}, {what}", f"forward at {empty:.2f} empty", forward)
+                record("sparse", f"4,4096,16,{d}", f"{name}, {what}", f"backward at {empty:.2f} empty", backward)
+                line.append(f"{what} {forward:.3f} / {backward:.3f}")
+            tuning.TRACKED.clear()
+            if not all(torch.equal(a, b) for a, b in zip(*results, strict=True)):
+                raise SystemExit(f"skipping changed a bit at D {d}, {empty} empty")
+            print(f"sparse D{d} {empty:.2f} empty: " + "; ".join(line), flush=True)
+
+
+def _with_gradient(name: str, leaves, grad) -> tuple[float, float]:
+    import triton
+
+    bench = triton.testing.do_bench
+    forward = bench(lambda: ours(name)(*leaves), warmup=10, rep=40, return_mode="median")
+    out = ours(name)(*leaves)
+    backward = bench(
+        lambda: torch.autograd.grad(out, leaves, grad, retain_graph=True), warmup=10, rep=40, return_mode="median"
+    )
+    return forward, backward
+
+
+def decode() -> None:
+    import triton
+
+    bench = triton.testing.do_bench_cudagraph
+    for b, t in ((1, 8192), (1, 32768), (1, 131072), (8, 32768), (64, 8192)):
+        shape = f"{b}x{t}"
+        q = torch.randn(b, 32, 1, 128, device="cuda", dtype=torch.bfloat16)
+        k, v = (torch.randn(b, 8, t, 128, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+        keep = torch.rand(b, 8, t // 64, device="cuda") >= 0.75
+        empty_q = torch.ones_like(q)
+        empty_k = torch.where(keep, 0.5, -0.5).repeat_interleave(64, 2)[..., None].bfloat16() + 0.1 * k
+        gate("decode", shape, "softpick", q, k, v)
+        found = {}
+        with torch.no_grad():
+            for name in ("cudnn", "fa2"):
+                found[name] = 1e3 * bench(lambda name=name: PEERS[name](q, k, v), rep=40, return_mode="median")
+            for skip, inputs in ((False, "dense"), (True, "dense"), (False, "75 % empty"), (True, "75 % empty")):
+                shortest = launch.SHORTEST_SKIP
+                launch.SHORTEST_SKIP = 0 if skip else 2**40
+                pair = (q, k) if inputs == "dense" else (empty_q, empty_k)
+                name = f"softpick, {'skipping' if skip else 'all values'}, {inputs}"
+                found[name] = 1e3 * bench(lambda pair=pair: ours()(*pair, v), rep=40, return_mode="median")
+                launch.SHORTEST_SKIP = shortest
+        for name, microseconds in found.items():
+            record("decode", shape, name, "time", microseconds, "us")
+        print(f"decode {shape}: " + "; ".join(f"{name} {value:.1f}" for name, value in found.items()), flush=True)
+
+
+def rows() -> None:
+    import triton
+
+    copy = torch.empty(2**29, dtype=torch.bfloat16, device="cuda").normal_()
+    other = torch.empty_like(copy)
+    bench = triton.testing.do_bench
+    bandwidth = 4 * 2**29 / bench(lambda: other.copy_(copy), return_mode="median") / 1e9
+    record("rows", "1 GiB", "copy", "bandwidth", bandwidth, "TB/s")
+    print(f"copy {bandwidth:.2f} TB/s")
+    for dtype in (torch.bfloat16, torch.float32):
+        for n in (128, 1024, 8192, 131072):
+            x = torch.randn(2**28 // n, n, device="cuda", dtype=dtype).requires_grad_()
+            grad = torch.randn_like(x)
+            part = x.detach()[:64].double()
+            error = float((softpick.softpick(x.detach()[:64]).double() - softpick.softpick(part)).norm())
+            if not error < (1e-5 if dtype == torch.float32 else 1e-2) * float(softpick.softpick(part).norm()):
+                raise SystemExit(f"gate failed for rows of {n} {dtype}: {error}")
+            line = []
+            for name, f in (("softpick", softpick.softpick), ("torch.softmax", torch.softmax)):
+                out = f(x, -1)
+                forward = bench(lambda f=f: f(x.detach(), -1), warmup=5, rep=20, return_mode="median")
+                backward = bench(
+                    lambda out=out: torch.autograd.grad(out, x, grad, retain_graph=True), 5, 20, return_mode="median"
+                )
+                moved = x.numel() * x.element_size() / 1e9
+                speeds = 2 * moved / forward, 3 * moved / backward
+                for what, speed in zip(("forward", "backward"), speeds, strict=True):
+                    record("rows", f"{n} {str(dtype).removeprefix('torch.')}", name, what, speed, "TB/s")
+                line.append(f"{name} {speeds[0]:.2f} / {speeds[1]:.2f}")
+            print(f"rows of {n} {dtype}: " + "; ".join(line), flush=True)
+
+
+def step() -> None:
+    """A training step of a 340M Llama: forward, backward, AdamW; eager, bf16, T 4096."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from softpick.integrations.transformers import register
+
+    register()
+
+    config = LlamaConfig(
+        hidden_size=1024, num_hidden_layers=24, num_attention_heads=16, num_key_value_heads=16, intermediate_size=2816,
+        vocab_size=32000, max_position_embeddings=4096, tie_word_embeddings=False,
+    )  # fmt: skip
+    tokens = torch.randint(0, 32000, (4, 4096), device="cuda")
+    found: dict[str, list[float]] = {"sdpa": [], "softpick": []}
+    models = {}
+    for name in found:
+        torch.manual_seed(0)
+        model = LlamaForCausalLM._from_config(config, attn_implementation=name, dtype=torch.bfloat16).cuda()
+        models[name] = model, torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+    for repetition in range(9):
+        for name, (model, optimizer) in models.items():  # alternating
+            torch.cuda.synchronize()
+            start = time.perf_counter()
+            model(input_ids=tokens, labels=tokens, use_cache=False).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            torch.cuda.synchronize()
+            if repetition >= 3:
+                found[name].append(time.perf_counter() - start)
+    medians = {name: 1e3 * sorted(values)[len(values) // 2] for name, values in found.items()}
+    for name, value in medians.items():
+        record("step", "340M, 4x4096", name, "time", value)
+    print(f"step: {medians}, ratio {medians['softpick'] / medians['sdpa']:.3f}")
+
+
+def plot(rows: list[dict], path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, 3, figsize=(17, 4.6))
+    for axis, what in zip(axes, ("forward", "backward"), strict=False):
+        part = [r for r in rows if r["section"] == "prefill" and r["what"] == what]
+        shapes = list(dict.fromkeys(r["shape"] for r in part))
+        names = list(dict.fromkeys(r["contestant"] for r in part))
+        for i, name in enumerate(names):
+            values = {r["shape"]: float(r["value"]) for r in part if r["contestant"] == name}
+            base = {r["shape"]: float(r["value"]) for r in part if r["contestant"] == "flex"}
+            axis.bar(
+                [x + 0.16 * i for x in range(len(shapes))], [values[s] / base[s] for s in shapes], 0.16, label=name
+            )
+        axis.set_xticks([x + 0.32 for x in range(len(shapes))], shapes, fontsize=8)
+        axis.set_ylabel(f"{what} time / FlexAttention softmax")
+        axis.axhline(1, color="gray", linewidth=0.8)
+    axes[0].legend(fontsize=8)
+    part = [r for r in rows if r["section"] == "decode"]
+    shapes = list(dict.fromkeys(r["shape"] for r in part))
+    base = {r["shape"]: float(r["value"]) for r in part if r["contestant"] == "cudnn"}
+    for name in dict.fromkeys(r["contestant"] for r in part):
+        if (
+            name != "fa2"
+            and "all values, 75" not in name
+            and "ratio" not in {r["unit"] for r in part if r["contestant"] == name}
+        ):
+            values = {r["shape"]: float(r["value"]) for r in part if r["contestant"] == name}
+            axes[2].plot(shapes, [values[s] / base[s] for s in shapes], marker="o", label=name)
+    axes[2].set_ylabel("decode time / cuDNN softmax")
+    axes[2].legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+
+
+SECTIONS = {"prefill": prefill, "sparse": sparse, "decode": decode, "rows": rows, "step": step}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sections", default=",".join(SECTIONS))
+    parser.add_argument("--output", type=Path, default=Path("benchmarks/results"))
+    parser.add_argument("--plot", type=Path, help="only draw this CSV, beside it")
+    options = parser.parse_args()
+    if options.plot:
+        with open(options.plot, newline="") as file:
+            plot(list(csv.DictReader(file)), options.plot.with_suffix(".png"))
+        return
+    import triton
+
+    where = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "triton": triton.__version__}
+    where["date"] = datetime.date.today().isoformat()
+    options.output.mkdir(parents=True, exist_ok=True)
+    path = options.output / "attention_gpu.csv"
+    for name in options.sections.split(","):
+        SECTIONS[name]()
+        with open(path, "w", newline="") as file:  # after every section: a run that is cut short keeps what it has
+            writer = csv.DictWriter(file, [*ROWS[0], *where])
+            writer.writeheader()
+            writer.writerows({**row, **where} for row in ROWS)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,747 @@
+"""The Triton kernels in Triton's interpreter, on tensors of the CPU, against the fp64 oracle. test_triton_gpu.py: on a GPU."""
+
+import math
+import warnings
+
+import pytest
+import torch
+from oracle import attention as oracle
+from test_attention import PATTERNS, arguments, oracle_options, sink_for
+
+import softpick
+from softpick import NORMALIZERS, decode_attention, functional, scaled_dot_product_attention, varlen_attention
+from softpick.ops.library import attention, interpreted
+
+pytest.importorskip("triton")
+if not interpreted():
+    pytest.skip("the kernels run on the GPU here", allow_module_level=True)
+
+from softpick.ops.triton import launch, tuning
+
+NAMES = list(NORMALIZERS)
+FEW = ["softmax", "softpick", "softpick_stop_gradient", "learned_sink", "linear_softpick"]
+
+
+@pytest.fixture(autouse=True)
+def _small_tiles(monkeypatch):
+    """Tiles so small that short sequences cross several: full ones, ones on the diagonal, ones at the end."""
+    for kind in ("forward", "queries", "keys", "decode", "decode_skip"):
+        monkeypatch.setitem(tuning.OVERRIDE, kind, tuning.Blocks(16, 16, 4, 1))
+
+
+def make(b=2, h=2, hkv=1, tq=21, tk=37, d=8, dv=5, scale=1.0, dtype=torch.float32):
+    q = torch.randn(b, h, tq, d) * scale
+    k, v = torch.randn(b, hkv, tk, d), torch.randn(b, hkv, tk, dv)
+    return [t.to(dtype).requires_grad_() for t in (q, k, v)]
+
+
+def close(got, want, tolerance=1e-5):
+    """Relative to the size of the whole, and nothing may be NaN."""
+    got, want = got.detach().double(), want.detach().double()
+    assert got.shape == want.shape
+    same = got == want  # infinities
+    difference = torch.where(same, 0.0, got - want)
+    size = torch.where(want.isfinite(), want, 0.0).norm()
+    assert difference.norm() <= tolerance * (size + 0.1), (float(difference.norm()), float(size))
+
+
+def exact(*tensors):
+    return [None if t is None else t.detach().double().requires_grad_(t.requires_grad) for t in tensors]
+
+
+def check(name, q, k, v, mask=None, sink=None, tolerance=1e-5, **options):
+    """Output, statistics and gradients of the kernels against the reference in fp64, itself tested against the oracle."""
+    truth = exact(q, k, v, sink)
+    true_mask = mask if mask is None or mask.dtype == torch.bool else exact(mask)[0]
+    common = {"enable_gqa": True, "normalizer": name, "return_stats": True, **options}
+    want = scaled_dot_product_attention(*truth[:3], true_mask, sink=truth[3], backend="reference", **common)
+    got = scaled_dot_product_attention(q, k, v, mask, sink=sink, backend="triton", **common)
+    for one, other in zip(got[:4], want[:4], strict=True):
+        close(one, other, tolerance)
+    leaves = [x for x in (q, k, v, sink, mask) if x is not None and x.requires_grad]
+    true_leaves = [x for x in (*truth, true_mask) if x is not None and x.requires_grad]
+    if leaves:
+        grad = torch.randn_like(got.output)
+        got_grads = torch.autograd.grad(got.output, leaves, grad)
+        want_grads = torch.autograd.grad(want.output, true_leaves, grad.double())
+        for one, other in zip(got_grads, want_grads, strict=True):
+            close(one, other, 5 * tolerance)
+    return got
+
+
+# ------------------------------------------------------------------------------------------------------------ attention
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+@pytest.mark.parametrize("name", NAMES)
+def test_matches_the_oracle_forward_and_backward(name, pattern, poisoned):
+    q, k, v = make()
+    mask, options = arguments(pattern, 2, 2, 21, 37)
+    if mask is not None and mask.dtype != torch.bool:
+        mask = mask.detach().float().requires_grad_()
+    sink = sink_for(name, 2, torch.float32)
+    leaves = [x for x in (q, k, v, sink, mask) if x is not None and x.requires_grad]
+    want, weights = oracle(q, k, v, name, mask=mask, sink=sink, **oracle_options(options))
+    grad = torch.randn_like(want)
+    want_grads = torch.autograd.grad(want, leaves, grad)
+    got = scaled_dot_product_attention(
+        q, k, v, mask, enable_gqa=True, normalizer=name, sink=sink, backend="triton", return_stats=True, **options
+    )
+    assert got.output.dtype == torch.float32
+    close(got.output, want)
+    close(got.row_mass, weights.sum(-1))
+    for one, other in zip(torch.autograd.grad(got.output, leaves, grad.float()), want_grads, strict=True):
+        close(one, other, 5e-5)
+    truth = exact(q, k, v, sink)
+    stats = scaled_dot_product_attention(
+        *truth[:3],
+        mask if mask is None or mask.dtype == torch.bool else mask.double(),
+        enable_gqa=True,
+        normalizer=name,
+        sink=truth[3],
+        backend="reference",
+        return_stats=True,
+        **options,
+    )
+    close(got.lse, stats.lse)
+    close(got.max_score, stats.max_score)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(("tq", "tk"), [(1, 1), (1, 40), (33, 1), (16, 32), (5, 0), (0, 5)], ids=lambda t: str(t))
+def test_awkward_lengths(name, tq, tk, poisoned):
+    q, k, v = make(b=1, tq=tq, tk=tk)
+    sink = sink_for(name, 2, torch.float32)
+    check(name, q, k, v, sink=sink, is_causal=True, causal_alignment="bottom_right")
+
+
+@pytest.mark.parametrize("name", ["softpick", "linear_softpick"])
+@pytest.mark.parametrize(("d", "dv"), [(80, 5), (5, 80), (16, 16), (1, 1)])
+def test_head_dimensions_and_groups(name, d, dv, poisoned):
+    q, k, v = make(b=1, h=4, hkv=2, tq=18, tk=19, d=d, dv=dv)
+    check(name, q, k, v, is_causal=True)
+
+
+@pytest.mark.parametrize("layout", ["heads last", "every second", "expanded", "transposed head dim"])
+def test_strides(layout, poisoned):
+    def strided(x):
+        if layout == "heads last":
+            x = x.transpose(1, 2).contiguous().transpose(1, 2)
+        elif layout == "every second":
+            x = x.repeat_interleave(2, 2)[:, :, ::2]
+        elif layout == "expanded":
+            x = x[:, :1, :, :1].expand(*x.shape[:1], 2, *x.shape[2:])
+        else:
+            x = x.transpose(2, 3).contiguous().transpose(2, 3)
+        assert not x.is_contiguous()
+        return x
+
+    q, k, v = (strided(t.detach()).requires_grad_() for t in make(h=2, hkv=2))
+    mask = torch.rand(2, 1, 21, 37).transpose(2, 3).contiguous().transpose(2, 3) > 0.3
+    check("softpick", q, k, v, mask, is_causal=True)
+    # the gradient of an expanded output: strides 0
+    out = scaled_dot_product_attention(q, k, v, mask, backend="triton")
+    want = scaled_dot_product_attention(*exact(q, k, v), mask, backend="reference")
+    close(out, want)
+    grads = torch.autograd.grad(out.sum(), (q, k, v))
+    truth = exact(q, k, v)
+    wanted = torch.autograd.grad(scaled_dot_product_attention(*truth, mask, backend="reference").sum(), truth)
+    for one, other in zip(grads, wanted, strict=True):
+        close(one, other, 5e-5)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_rows_that_hurt(name, poisoned):
+    """All negative, all zero, huge, one key, all masked: in one call, finite, and as the oracle says."""
+    scores = torch.tensor([-30.0, 0.0, 1e4, -1e4, 1e-6, 2.0, 3.0])
+    q = scores[None, None, :, None].repeat(1, 1, 1, 4)
+    k = torch.tensor([1.0, 2.0, 0.5, 1.5, 1.0, 3.0])[:, None].repeat(1, 1, 1, 4).clone()
+    v = torch.randn(1, 1, 6, 3)
+    mask = torch.ones(7, 6, dtype=torch.bool)
+    mask[5] = False
+    mask[6, 1:] = False
+    q, k, v = (t.requires_grad_() for t in (q, k, v))
+    sink = sink_for(name, 1, torch.float32)
+    got = scaled_dot_product_attention(q, k, v, mask, normalizer=name, sink=sink, backend="triton", return_stats=True)
+    want, _ = oracle(q, k, v, name, mask=mask, sink=sink)
+    torch.testing.assert_close(got.output.double(), want, rtol=1e-4, atol=1e-5)
+    assert (got.output[0, 0, 5] == 0).all()
+    assert got.max_score[0, 0, 5] == -math.inf
+    if NORMALIZERS[name].sparse:
+        assert (got.output[0, 0, [0, 3]] == 0).all()
+        assert (got.row_mass[0, 0, [0, 3]] == 0).all()
+    assert all(g.isfinite().all() for g in torch.autograd.grad(got.output.sum(), (q, k, v)))
+
+
+def test_a_row_without_a_positive_score_has_no_gradient():
+    q, k, v = make(b=1, h=1, tq=20, tk=20)
+    with torch.no_grad():
+        k.copy_(k.abs())
+        q.copy_(q.abs())
+        q[:, :, 3:18] *= -1
+    out = scaled_dot_product_attention(q, k, v, backend="triton")
+    (dq,) = torch.autograd.grad(out.square().sum(), q)
+    assert (out[:, :, 3:18] == 0).all()
+    assert (dq[:, :, 3:18] == 0).all()
+    assert (dq[:, :, :3] != 0).any()
+
+
+def test_half_precision_inputs():
+    q, k, v = make(dtype=torch.float16)
+    got = check("softpick", q, k, v, is_causal=True, tolerance=2e-3)
+    assert got.output.dtype == torch.float16
+    assert got.lse.dtype == torch.float32
+
+
+@pytest.mark.parametrize("name", [n for n in NAMES if n != "linear_softpick"])
+@pytest.mark.parametrize("scale", [0.3, 60.0], ids=["as hoped", "overflow"])
+def test_without_a_running_maximum(name, scale, monkeypatch, poisoned):
+    """The optimistic path, which is for bf16 on a GPU: right where nothing overflows, and does it again where it does."""
+    q, k, v = make(b=1, scale=scale)
+    sink = sink_for(name, 2, torch.float32)
+    honest = scaled_dot_product_attention(q, k, v, enable_gqa=True, normalizer=name, sink=sink, backend="triton")
+    monkeypatch.setattr(launch, "_optimistic", lambda dtype, options: True)
+    hoped = scaled_dot_product_attention(q, k, v, enable_gqa=True, normalizer=name, sink=sink, backend="triton")
+    assert not torch.equal(honest, hoped) or scale > 1 or not NORMALIZERS[name].sparse  # the path is another one
+    check(name, q, k, v, sink=sink, is_causal=True, tolerance=1e-4)
+
+
+@pytest.mark.parametrize("name", ["softpick", "relu_softpick"])
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        {"forward": (32, 16), "queries": (32, 16), "keys": (16, 32)},
+        {"forward": (16, 32), "queries": (16, 32), "keys": (32, 16)},
+    ],
+    ids=["wide", "tall"],
+)
+def test_tiles_of_other_shapes(name, sizes, monkeypatch, poisoned):
+    monkeypatch.setattr(tuning, "TRACKED", {"relu_softpick"})
+    for kind, (m, n) in sizes.items():
+        monkeypatch.setitem(tuning.OVERRIDE, kind, tuning.Blocks(m, n, 4, 1))
+    check(name, *make(b=1, tq=50, tk=65), is_causal=True)
+    check(name, *make(b=1, tq=1, tk=1), is_causal=True)
+
+
+@pytest.mark.parametrize("name", [n for n in NAMES if launch.skippable(NORMALIZERS[n])])
+@pytest.mark.parametrize("packed", [False, True], ids=["one sequence", "packed"])
+def test_skipping_dead_tiles_changes_no_bit(name, packed):
+    """The map of live tiles only saves work; and it is used, for a map of zeros changes the gradient."""
+    q, k, v = (t.detach() for t in make(b=1, h=2, tq=90, tk=90, d=16, dv=16))
+    direction = torch.randn(16)
+    q = q * 0.1 + direction
+    k = k * 0.1 + direction * torch.where(torch.arange(90) % 40 < 18, 1.0, -1.0)[:, None]
+    cu = torch.tensor([0, 50, 50, 90], dtype=torch.int32) if packed else None
+    longest = 50 if packed else 0
+    norm = NORMALIZERS[name]
+    options = launch.Options(norm, 0.25, norm.eps, -1, 0, True, 0.0, 0.0)
+    out, lse = torch.empty_like(q), torch.empty(q.shape[:3])
+    sizes = (3, 50, 50) if packed else (1, 90, 90)
+    live = torch.empty(launch.live_shape(q, v, *sizes), dtype=torch.int32)
+    launch.forward(options, q, k, v, None, None, cu, cu, None, longest, out, lse, None, None, live)
+    grad = torch.randn_like(out)
+    results = []
+    for tracked in (None, live, torch.zeros_like(live)):
+        grads = [torch.full_like(t, math.nan) for t in (q, k, v)]
+        launch.backward(
+            options, q, k, v, None, None, cu, cu, None, longest, longest, out, lse, grad, *grads, None, tracked
+        )
+        results.append(grads)
+    for one, other in zip(results[0], results[1], strict=True):
+        assert torch.equal(one, other)
+    assert any(not torch.equal(one, other) for one, other in zip(results[0], results[2], strict=True))
+    again = torch.empty_like(out)
+    launch.forward(options, q, k, v, None, None, cu, cu, None, longest, again, lse, None, None)
+    assert torch.equal(out, again)
+
+
+@pytest.mark.parametrize("length", [1, 16])
+def test_a_map_of_one_tile(length, monkeypatch, poisoned):
+    monkeypatch.setattr(tuning, "TRACKED", {"softpick_stop_gradient"})
+    check("softpick_stop_gradient", *make(tq=length, tk=length), is_causal=True)
+
+
+@pytest.mark.parametrize("name", ["softpick", "relu_softpick"])
+def test_fp16_at_tiny_scores(name, poisoned):
+    """Weights relative to m are near 1e-5 here, where fp16 has hardly a bit; and the gradient leaves the range of fp16."""
+    q, k, v = make(b=1, scale=1e-5, dtype=torch.float16)
+    truth = exact(q, k, v)
+    options = {"enable_gqa": True, "normalizer": name}
+    want = scaled_dot_product_attention(*truth, backend="reference", **options)
+    got = scaled_dot_product_attention(q, k, v, backend="triton", **options)
+    close(got, want, 2e-2)
+    for g in torch.autograd.grad(got.sum(), (q, k, v)):
+        assert g.isfinite().all()
+
+
+def test_dropping_everything():
+    q, k, v = make()
+    out = scaled_dot_product_attention(q, k, v, dropout_p=1.0, enable_gqa=True, backend="triton")
+    assert (out == 0).all()
+    assert all((g == 0).all() for g in torch.autograd.grad(out.sum(), (q, k, v)))
+
+
+# ----------------------------------------------------------------------------------------------------- packed sequences
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("causal", [False, True])
+def test_packed_sequences_equal_separate_ones(name, causal, poisoned):
+    lengths_q, lengths_k = [18, 1, 0, 7], [5, 1, 20, 6]
+    q, k, v = (torch.randn(n, h, d) for n, h, d in ((26, 4, 8), (32, 2, 8), (32, 2, 6)))
+    q, k, v = (t.requires_grad_() for t in (q, k, v))
+    sink = sink_for(name, 4, torch.float32)
+    cu_q, cu_k = (torch.tensor([0, *n]).cumsum(0).int() for n in (lengths_q, lengths_k))
+    more = {"is_causal": causal, "normalizer": name, "return_stats": True}
+    got = varlen_attention(q, k, v, cu_q, cu_k, sink=sink, backend="triton", **more)
+    truth = exact(q, k, v, sink)
+    want = varlen_attention(*truth[:3], cu_q, cu_k, sink=truth[3], backend="reference", **more)
+    for one, other in zip(got[:4], want[:4], strict=True):
+        close(one, other)
+    leaves, true_leaves = ([x for x in xs if x is not None] for xs in ((q, k, v, sink), truth))
+    grad = torch.randn_like(got.output)
+    for one, other in zip(
+        torch.autograd.grad(got.output, leaves, grad),
+        torch.autograd.grad(want.output, true_leaves, grad.double()),
+        strict=True,
+    ):
+        close(one, other, 5e-5)
+    given = varlen_attention(q, k, v, cu_q.long(), cu_k.long(), 18, 20, sink=sink, backend="triton", **more)
+    assert torch.equal(given.output, got.output)
+
+
+def test_rows_beyond_the_last_sequence_get_no_gradient():
+    q, k, v = make(b=1, tq=30, tk=30)
+    cu = torch.tensor([0, 9, 20], dtype=torch.int32)
+    options = {"normalizer": "softpick", "scale": 1.0, "eps": 1e-6, "cu_seqlens_q": cu, "cu_seqlens_k": cu}
+    out = attention(q, k, v, backend="triton", max_seqlen_q=30, max_seqlen_k=30, **options)[0]
+    grads = torch.autograd.grad(out[:, :, :20].sum(), (q, k, v))
+    for g in grads:
+        assert (g[:, :, 20:] == 0).all()
+        assert (g[:, :, :20] != 0).any()
+
+
+# -------------------------------------------------------------------------------------------------------------- dropout
+
+
+def test_dropout():
+    q, k = torch.randn(1, 2, 40, 8), torch.randn(1, 2, 60, 8)
+    v = torch.eye(60).expand(1, 2, 60, 60)  # the output is the weights
+    options = {"backend": "triton"}
+    plain = scaled_dot_product_attention(q, k, v, **options)
+    torch.manual_seed(1)
+    dropped = [scaled_dot_product_attention(q, k, v, dropout_p=0.25, **options) for _ in range(3)]
+    seen = plain > 0
+    for one in dropped:
+        zero = (one == 0) & seen
+        assert abs(zero.sum() / seen.sum() - 0.25) < 0.04
+        torch.testing.assert_close(one[seen & ~zero], plain[seen & ~zero] / 0.75)
+    assert not torch.equal(dropped[0], dropped[1])
+    assert not torch.equal(dropped[0][0, 0] == 0, dropped[0][0, 1] == 0)  # heads differ
+    torch.manual_seed(1)
+    assert torch.equal(scaled_dot_product_attention(q, k, v, dropout_p=0.25, **options), dropped[0])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_dropout_gradient_uses_the_same_mask(name):
+    q, k, _ = make(b=1, h=2, hkv=2, tq=18, tk=20)
+    eye, v = torch.eye(20).expand(1, 2, 20, 20), torch.randn(1, 2, 20, 20, requires_grad=True)
+    sink = sink_for(name, 2, torch.float32)
+
+    def run(v):
+        torch.manual_seed(3)
+        return scaled_dot_product_attention(q, k, v, dropout_p=0.4, normalizer=name, sink=sink, backend="triton")
+
+    truth = exact(q, k, v, sink)
+    weights = scaled_dot_product_attention(*truth[:3], normalizer=name, sink=truth[3], return_weights=True).weights
+    kept = (run(eye).double() / weights.detach()).nan_to_num().round(decimals=3)
+    assert set(kept.unique().tolist()) <= {0.0, 1.667}
+    want = (weights * (kept > 0) / 0.6) @ truth[2]
+    got = run(v)
+    close(got, want)
+    leaves, true_leaves = ([x for x in xs if x is not None] for xs in ((q, k, v, sink), truth))
+    grad = torch.randn_like(got)
+    for one, other in zip(
+        torch.autograd.grad(got, leaves, grad), torch.autograd.grad(want, true_leaves, grad.double()), strict=True
+    ):
+        close(one, other, 5e-5)
+
+
+# ------------------------------------------------------------------------------------------------------------- decoding
+
+CACHES = {
+    "full": {},
+    "lengths": {"lengths": [29, 0]},
+    "one length": {"lengths": [1, 45]},
+    "window": {"lengths": [45, 20], "window": (7, 0)},
+    "softcap": {"softcap": 1.5},
+    "all keys": {"lengths": [33, 17], "is_causal": False},
+    "pages of 16": {"lengths": [40, 3], "page": 16},
+    "pages of 7": {"lengths": [40, 8], "page": 7},
+    "full pages": {"page": 5},
+}
+
+
+def paged(x, page):
+    """``(B, Hkv, S, D)`` as shuffled pages ``(num_blocks, page, Hkv, D)`` with some to spare, and the table."""
+    b, hkv, s, d = x.shape
+    count = -(-s // page)
+    padded = torch.full((b, hkv, count * page, d), math.nan)
+    padded[:, :, :s] = x
+    blocks = padded.view(b, hkv, count, page, d).permute(0, 2, 3, 1, 4).reshape(b * count, page, hkv, d)
+    order = torch.randperm(b * count + 2, generator=torch.Generator().manual_seed(5))[: b * count]
+    pages = torch.full((b * count + 2, page, hkv, d), math.nan)
+    pages[order] = blocks
+    return pages, order.view(b, count).int()
+
+
+@pytest.mark.parametrize("case", CACHES)
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("backend", ["triton", "reference"])
+def test_decoding_matches_the_oracle(backend, name, case, poisoned):
+    options = dict(CACHES[case])
+    lengths, page = options.pop("lengths", None), options.pop("page", None)
+    tq = 1 + NAMES.index(name) % 5
+    h, hkv = ((4, 2), (2, 2), (6, 1))[NAMES.index(name) % 3]
+    q, k, v = (t.detach() for t in make(h=h, hkv=hkv, tq=tq, tk=45))
+    sink = sink_for(name, h, torch.float32)
+    window = options.get("window", (-1, -1))
+    wants = [
+        oracle(
+            q[i : i + 1],
+            k[i : i + 1, :, :n],
+            v[i : i + 1, :, :n],
+            name,
+            causal="bottom_right" if options.get("is_causal", True) else None,
+            left=window[0],
+            softcap=options.get("softcap"),
+            sink=sink,
+        )[0]
+        for i, n in enumerate(lengths or [45, 45])
+    ]
+    seqlens = None if lengths is None else torch.tensor(lengths, dtype=torch.int32)
+    if lengths is not None:  # what is not filled must not be read
+        empty = (torch.arange(45) >= seqlens[:, None])[:, None, :, None]
+        k, v = (x.masked_fill(empty, math.nan) for x in (k, v))
+    table = None
+    if page is not None:
+        (k, table), (v, _) = paged(k, page), paged(v, page)
+        if lengths is not None:
+            table = table.masked_fill(torch.arange(table.shape[1]) * page >= seqlens[:, None], -7)
+    with torch.no_grad():
+        out, lse = decode_attention(
+            q,
+            k,
+            v,
+            cache_seqlens=seqlens,
+            block_table=table,
+            normalizer=name,
+            sink=sink,
+            backend=backend,
+            return_lse=True,
+            **options,
+        )
+    close(out, torch.cat(wants))
+    assert lse.shape == (2, h, tq)
+    assert not lse.isnan().any()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_decoding_over_several_splits_of_the_keys(name, monkeypatch, poisoned):
+    monkeypatch.setattr(launch, "_splits", lambda programs, pairs, tk, block_n, device: (-(-tk // 32), 32))
+    q, k, v = (t.detach() for t in make(h=4, hkv=2, tq=2, tk=150))
+    sink = sink_for(name, 4, torch.float32)
+    with torch.no_grad():
+        lengths = torch.tensor([150, 37])
+        options = {"normalizer": name, "cache_seqlens": lengths, "return_lse": True}
+        got = decode_attention(q, k, v, sink=sink, backend="triton", **options)
+        true = exact(q, k, v, sink)
+        want = decode_attention(*true[:3], sink=true[3], backend="reference", **options)
+    for one, other in zip(got, want, strict=True):
+        close(one, other)
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+@pytest.mark.parametrize("name", FEW)
+def test_few_queries_without_gradient_are_decoded(name, pattern, monkeypatch, poisoned):
+    calls = []
+    original = functional.decode
+    monkeypatch.setattr(functional, "decode", lambda *args: calls.append(args) or original(*args))
+    q, k, v = make(tq=3)
+    mask, options = arguments(pattern, 2, 2, 3, 37)
+    if mask is not None and mask.dtype != torch.bool:
+        mask = mask.detach().float()
+    sink = sink_for(name, 2, torch.float32)
+    common = {"enable_gqa": True, "normalizer": name, "sink": sink, **options}
+    with torch.no_grad():
+        got = scaled_dot_product_attention(q, k, v, mask, backend="triton", **common)
+    assert len(calls) == 1
+    want, _ = oracle(q, k, v, name, mask=mask, sink=sink, **oracle_options(options))
+    close(got, want)
+    scaled_dot_product_attention(q, k, v, mask, backend="triton", **common)  # a gradient is recorded
+    assert len(calls) == 1
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_decoding_with_skipping_changes_no_bit(name):
+    norm = NORMALIZERS[name]
+    q, k, v = (t.detach() for t in make(tq=1, tk=100))
+    k = torch.where(torch.arange(100)[:, None] < 50, -q.mean(1, keepdim=True) * k.abs(), k)
+    sink = sink_for(name, 2, torch.float32)
+    results = []
+    for skip in (False, True):
+        out, lse = torch.full((2, 2, 1, 5), math.nan), torch.full((2, 2, 1), math.nan)
+        options = launch.Options(norm, 0.3, norm.eps, -1, -1, True, 0.0, 0.0, skip)
+        launch.decode(options, q, k, v, None, sink, None, None, out, lse)
+        results.append((out, lse))
+    assert not results[0][0].isnan().any()
+    for one, other in zip(*results, strict=True):
+        assert torch.equal(one, other)
+
+
+# ----------------------------------------------------------------------------------------------- softpick over a vector
+
+
+@pytest.fixture
+def rows(monkeypatch):
+    """Send ``softpick`` on the CPU through the kernel over rows, and count the calls."""
+    calls = []
+    original = functional.rows_forward
+    monkeypatch.setattr(functional, "_ROWS_INTERPRETED", True)
+    monkeypatch.setattr(functional, "rows_forward", lambda *args: calls.append(args) or original(*args))
+    return calls
+
+
+@pytest.mark.parametrize("n", [1, 7, 300, 20000])
+@pytest.mark.parametrize("eps", [1e-6, 0.0])
+def test_rows(n, eps, rows, poisoned):
+    x = torch.randn(4, n) * 3
+    x[0] = -x[0].abs()
+    x[1] = 0.0
+    x[2, n // 2] = 1e4
+    if n > 1:
+        x[:, n - 1] = -math.inf
+    x.requires_grad_()
+    y = softpick.softpick(x, eps=eps)
+    assert len(rows) == 1
+    truth = x.detach().double().requires_grad_()
+    want = softpick.softpick(truth, eps=eps)
+    assert len(rows) == 1
+    close(y, want)
+    if n > 1:
+        assert (y[:, n - 1] == 0).all()
+    grad = torch.randn(4, n)
+    keep = torch.tensor([True, eps > 0, True, True])  # with eps 0 the gradient of a row of zeros is not defined
+    got, other = torch.autograd.grad(y, x, grad)[0][keep], torch.autograd.grad(want, truth, grad.double())[0][keep]
+    for one, two in zip(got, other, strict=True):
+        close(one, two, 5e-5)  # a row each: the gradients of the huge one are tiny
+
+
+def test_rows_layouts(rows):
+    x = torch.randn(2, 3, 7)
+    for view, dim in ((x, -1), (x.transpose(0, 2), 0), (x.transpose(1, 2), 1), (x[:, :, 2:], 2), (x[0, 0], 0)):
+        torch.testing.assert_close(softpick.softpick(view, dim), softpick.softpick(view.double(), dim).float())
+    assert len(rows) == 5
+    torch.testing.assert_close(softpick.softpick(x, 1), softpick.softpick(x.double(), 1).float())
+    softpick.softpick(x, where=x > 0)
+    softpick.softpick(torch.tensor(1.0))
+    softpick.softpick(x[:, :, :0])
+    assert len(rows) == 5  # not contiguous in dim, where, scalars and empty rows take torch operations
+
+
+def test_rows_half_precision(rows):
+    x = (torch.randn(3, 40) * 1e-4).half().requires_grad_()
+    y = softpick.softpick(x)
+    assert y.dtype == torch.float16
+    (grad,) = torch.autograd.grad(y[:, 0].sum() * 100, x)
+    assert grad.isfinite().all()
+    close(y, softpick.softpick(x.double()), 1e-3)
+
+
+def test_rows_under_transforms(rows):
+    x = torch.randn(5, 7)
+    want = softpick.softpick(x)
+    assert len(rows) == 1
+    torch.testing.assert_close(torch.vmap(softpick.softpick)(x), want)
+    jacobian = torch.func.jacrev(softpick.softpick)(x[0])
+    torch.testing.assert_close(jacobian, torch.autograd.functional.jacobian(softpick.softpick, x[0].double()).float())
+    compiled = torch.compile(torch.vmap(softpick.softpick), backend="eager")
+    torch.testing.assert_close(compiled(x), want)
+
+
+def test_rows_refuse_double_backward(rows):
+    x = torch.randn(3, 7, requires_grad=True)
+    (g,) = torch.autograd.grad(softpick.softpick(x).square().sum(), x, create_graph=True)
+    with pytest.raises(NotImplementedError, match="fp64, or pass where="):
+        g.sum().backward()
+
+
+# ------------------------------------------------------------------------------------------------------ torch machinery
+
+
+@pytest.mark.parametrize("pattern", ["causal", "additive"])
+def test_opcheck(pattern):
+    q, k, v = make(tq=9, tk=13)
+    mask, _ = arguments(pattern, 2, 2, 9, 13)
+    mask = mask.detach().float() if mask is not None and mask.dtype != torch.bool else mask
+    tail = ("triton", 0, 0)
+    op = torch.ops.softpick.attention_forward.default
+    args = (q, k, v, mask, None, None, None, None, "softpick", 0.3, 1e-6, -1, 0, False, 0.0, 0.0, True, *tail, True)
+    torch.library.opcheck(op, args)
+    sink = torch.randn(2, requires_grad=True)
+    args = (
+        q,
+        k,
+        v,
+        mask,
+        sink,
+        None,
+        None,
+        None,
+        "learned_sink",
+        0.3,
+        0.0,
+        -1,
+        0,
+        False,
+        0.0,
+        0.0,
+        False,
+        *tail,
+        False,
+    )
+    torch.library.opcheck(op, args)
+
+
+def test_opcheck_of_the_other_operators():
+    q, k, v = (t.detach() for t in make(tq=2, tk=13))
+    lengths = torch.tensor([13, 5], dtype=torch.int32)
+    args = (q, k, v, None, None, lengths, None, "softpick", 0.3, 1e-6, -1, 0, True, 0.0)
+    torch.library.opcheck(torch.ops.softpick.decode.default, args)
+    cu = torch.tensor([0, 5, 9], dtype=torch.int32)
+    q, k, v = make(b=1, tq=9, tk=9)
+    tail = (0.3, 1e-6, -1, 0, True, 0.0, 0.0, False, "triton", 5, 5, True)
+    op = torch.ops.softpick.attention_forward.default
+    torch.library.opcheck(op, (q, k, v, None, None, cu, cu, None, "softpick", *tail))
+    x = torch.randn(3, 7, requires_grad=True)
+    torch.library.opcheck(torch.ops.softpick.rows_forward.default, (x, 1e-6))
+    torch.library.opcheck(torch.ops.softpick.rows_backward.default, (x.detach(), x.detach(), torch.zeros(3)))
+
+
+def test_compiles_to_one_graph():
+    q, k, v = make(tq=17)
+    cu = torch.tensor([0, 9, 17], dtype=torch.int32)
+
+    def whole(q, k, v):
+        return scaled_dot_product_attention(q * 1.0, k, v, is_causal=True, enable_gqa=True, backend="triton")
+
+    def packed(q, k, v):
+        q, k, v = (x[0, :, :17].transpose(0, 1) for x in (q, k, v))
+        return varlen_attention(q, k, v, cu, cu, is_causal=True, backend="triton")
+
+    for f in (whole, packed):
+        compiled = torch.compile(f, fullgraph=True, backend="aot_eager", dynamic=True)
+        torch.testing.assert_close(compiled(q, k, v), f(q, k, v))
+        for one, other in zip(
+            torch.autograd.grad(compiled(q, k, v).sum(), (q, k, v)),
+            torch.autograd.grad(f(q, k, v).sum(), (q, k, v)),
+            strict=True,
+        ):
+            torch.testing.assert_close(one, other)
+
+
+def test_decoding_compiles_to_one_graph(rows):
+    q, k, v = (t.detach() for t in make(tq=1))
+    lengths = torch.tensor([37, 5], dtype=torch.int32)
+
+    def f(q, k, v, lengths):
+        return softpick.softpick(decode_attention(q, k, v, cache_seqlens=lengths, backend="triton").contiguous())
+
+    compiled = torch.compile(f, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(q, k, v, lengths), f(q, k, v, lengths))
+
+
+def test_double_backward_is_refused():
+    q, k, v = make()
+    out = scaled_dot_product_attention(q, k, v, enable_gqa=True, backend="triton")
+    (g,) = torch.autograd.grad(out.sum(), q, create_graph=True)
+    with pytest.raises(NotImplementedError, match="the triton backend has no gradient of gradients"):
+        g.sum().backward()
+    args = (None, None, None, None, "softpick", 0.3, 1e-6, -1, 0, True, 0.0)
+    with pytest.raises(NotImplementedError, match="softpick::decode has no gradient"):
+        torch.ops.softpick.decode(q[:, :, :1], k, v, *args)[0].sum().backward()
+
+
+# -------------------------------------------------------------------------------------------------- choice of a backend
+
+
+def test_auto_stays_with_the_tiles_on_the_cpu(monkeypatch):
+    chosen = []
+    original = functional.attention
+    monkeypatch.setattr(functional, "attention", lambda *a, **k: chosen.append(k["backend"]) or original(*a, **k))
+    q, k, v = make()
+    scaled_dot_product_attention(q, k, v, enable_gqa=True)
+    assert chosen == ["tiled"]
+
+
+def test_auto_on_a_gpu(monkeypatch):
+    from torch._subclasses import FakeTensorMode
+
+    monkeypatch.setattr(functional, "_warned", set())
+    with FakeTensorMode(allow_non_fake_inputs=True), warnings.catch_warnings():
+        warnings.simplefilter("error")
+
+        def choose(dtype=torch.bfloat16, d=64, backend="auto", rows=0):
+            x = torch.empty(1, 1, 2, d, device="cuda", dtype=dtype)
+            return functional._choose(backend, x, x, "tiled", rows)
+
+        assert choose() == "triton"
+        assert choose(d=256) == "triton"
+        assert choose(torch.float64) == "tiled"
+        assert choose(backend="reference") == "reference"
+        with pytest.raises(
+            UserWarning, match=r"head dimension from 1 to 256 for the 'triton' backend, got 257.*'tiled'"
+        ):
+            choose(d=257)
+        assert choose(d=257) == "tiled"  # said once
+        with pytest.raises(UserWarning, match=r"at most 128 rows .* got 129"):
+            choose(rows=129)
+        monkeypatch.setattr(functional, "HAS_TRITON", False)
+        with pytest.raises(UserWarning, match="needs the package triton, which is not installed"):
+            choose()
+        assert choose() == "tiled"
+        with pytest.raises(ValueError, match=r"pip install 'triton>=3\.6'"):
+            choose(backend="triton")
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"dtype": torch.float64}, "query: expected fp32, bf16 or fp16 for the 'triton' backend, got torch.float64"),
+        ({"d": 257}, "query: expected a head dimension from 1 to 256 for the 'triton' backend, got 257"),
+        ({"dv": 300}, "value: expected a head dimension from 1 to 256 for the 'triton' backend, got 300"),
+    ],
+)
+def test_what_triton_cannot_take(changes, says):
+    q, k, v = (t.detach() for t in make(**changes))
+    with pytest.raises(ValueError, match=says):
+        scaled_dot_product_attention(q, k, v, enable_gqa=True, backend="triton")
+    q, k, v = (t[0].transpose(0, 1) for t in (q, k, v))
+    with pytest.raises(ValueError, match=says):
+        varlen_attention(q, k[:21], v[:21], *(torch.tensor([0, 21]),) * 2, backend="triton")
+    with pytest.raises(ValueError, match=says):
+        decode_attention(*(t.transpose(0, 1)[None] for t in (q, k, v)), backend="triton")
+
+
+def test_without_the_interpreter_the_cpu_is_refused(monkeypatch):
+    import triton
+
+    monkeypatch.setattr(triton.knobs.runtime, "interpret", False)
+    q, k, v = make()
+    with pytest.raises(ValueError, match="query: expected a CUDA tensor for the 'triton' backend, got one on cpu"):
+        scaled_dot_product_attention(q, k, v, enable_gqa=True, backend="triton")
+    compiled = torch.compile(
+        lambda q, k, v: scaled_dot_product_attention(q, k, v, enable_gqa=True, backend="triton"), backend="aot_eager"
+    )
+    with pytest.raises(ValueError, match="expected CUDA tensors for the 'triton' backend, got one on cpu"):
+        compiled(q, k, v)

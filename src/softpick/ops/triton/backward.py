@@ -306,7 +306,7 @@ def attention_backward_queries(
     )  # fmt: skip
     tl.store(
         dquery + i[:, None] * dq_t + d[None, :] * dq_d,
-        (dq * scale).to(dquery.dtype.element_ty),
+        narrow_gradient(dq * scale, q),
         mask=(i0 + i[:, None] < tq) & (d[None, :] < width),
     )
 
@@ -475,11 +475,11 @@ def attention_backward_keys(
     inside = j0 + n[:, None] < tk
     tl.store(
         dkey + n[:, None] * dk_t + d[None, :] * dk_d,
-        (dk * scale).to(dkey.dtype.element_ty),
+        narrow_gradient(dk * scale, k),
         mask=inside & (d[None, :] < width),
     )
     tl.store(
         dvalue + n[:, None] * dv_t + dv[None, :] * dv_d,
-        dv_acc.to(dvalue.dtype.element_ty),
+        narrow_gradient(dv_acc, v),
         mask=inside & (dv[None, :] < v_width),
     )

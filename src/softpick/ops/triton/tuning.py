@@ -28,7 +28,7 @@ _HOPPER = {
     ("forward", 64): Blocks(128, 64, 4, 3),
     ("forward", 128): Blocks(128, 64, 8, 3),
     ("forward", 256): Blocks(64, 64, 8, 2),
-    ("queries", 64): Blocks(64, 64, 4, 3),
+    ("queries", 64): Blocks(64, 32, 4, 3),
     ("queries", 128): Blocks(128, 64, 8, 3),
     ("queries", 256): Blocks(64, 32, 8, 2),
     ("keys", 64): Blocks(64, 64, 4, 3),

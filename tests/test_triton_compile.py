@@ -1,0 +1,55 @@
+"""The interpreter runs kernels as Python; this compiles them for GPUs that are not there, with the block sizes of the table."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from softpick import NORMALIZERS
+
+pytest.importorskip("triton")
+
+KIBIBYTE = 1024
+# capability, shared memory a program may have, and what is compiled: normalizer, head dim, dtype, extra
+TARGETS = {
+    "Hopper": (
+        90,
+        227 * KIBIBYTE,
+        [
+            *(f"{name},64,bfloat16,none" for name in NORMALIZERS),
+            "softpick,128,bfloat16,bias",
+            "softpick_stop_gradient,128,bfloat16,map",
+            "softpick,256,float16,none",
+            "softpick,80,float32,none",
+        ],
+    ),
+    "Ampere and the smallest consumer GPUs": (
+        86,
+        99 * KIBIBYTE,
+        [f"softpick,{d},bfloat16,none" for d in (64, 128, 256)] + ["softpick,256,float32,none"],
+    ),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", TARGETS)
+def test_kernels_compile_and_fit(target, tmp_path):
+    capability, room, cases = TARGETS[target]
+    environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path), "OMP_NUM_THREADS": "1"}
+    script = Path(__file__).with_name("compile_kernels.py")
+    done = subprocess.run(
+        [sys.executable, str(script), str(capability), *cases], env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    results = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [r["case"] for r in results] == cases
+    for result in results:
+        assert {"attention_forward", "attention_backward_keys", "attention_backward_queries", "decode_split"} <= set(
+            result["kernels"]
+        )
+        for name, taken in result["kernels"].items():
+            assert taken["cubin"] > 0
+            assert taken["shared"] <= room, (result["case"], name, taken)

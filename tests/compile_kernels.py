@@ -1,4 +1,4 @@
-"""Compiles kernels for a GPU that is not there and prints what each takes. Run by test_triton_compile.py, in its own process."""
+"""Compiles kernels for a GPU that is not there and prints what each takes. test_triton_compile.py runs it in a process."""
 
 import json
 import sys

@@ -176,7 +176,8 @@ def _blocks(query: Tensor, key: Tensor) -> tuple[int, int, Iterator[_Chunk]]:
     """Tile sizes and the chunks of heads for these shapes."""
     (b, h, tq, _), (_, hkv, tk, _) = query.shape, key.shape
     groups = h // hkv if hkv else 1
-    bq = max(1, min(BLOCK_Q // groups, tq))
+    # of short sequences a causal mask leaves out more if the tiles are smaller
+    bq = max(1, min((BLOCK_Q if tq > 2 * BLOCK_Q else BLOCK_Q // 2) // groups, tq))
     rows = bq * groups
     bk = max(1, min(tk, max(BLOCK_K, TILE_SCORES // (rows * max(1, min(b * hkv, 2))))))
     together = max(1, TILE_SCORES // (rows * bk))

@@ -21,7 +21,14 @@ ALLOWED = {
     "softpick.training": {"softpick.normalizers", "softpick.integrations"},
     "softpick.analysis": {"softpick.normalizers", "softpick.functional", "softpick.integrations"},
     "softpick.compare": {"softpick.normalizers", "softpick.training", "softpick.analysis", "softpick.integrations"},
-    "softpick.cli": {"softpick.normalizers", "softpick.compare", "softpick.training", "softpick.analysis"},
+    "softpick.audit": {"softpick.training", "softpick.analysis", "softpick.integrations"},
+    "softpick.cli": {
+        "softpick.normalizers",
+        "softpick.compare",
+        "softpick.audit",
+        "softpick.training",
+        "softpick.analysis",
+    },
 }
 
 

@@ -1,4 +1,4 @@
-"""The command line: ``softpick compare``, ``softpick normalizers``.
+"""The command line: ``softpick compare``, ``softpick analyze``, ``softpick normalizers``.
 
 Whatever is heavy or belongs to an extra is imported inside the functions, so that ``--help`` is quick and a missing
 extra gives one sentence.
@@ -70,7 +70,7 @@ def build_app() -> typer.Typer:
             typer.echo(f"softpick {__version__}")
             raise typer.Exit
 
-    @app.callback(help="Attention without softmax: compare normalizers.")
+    @app.callback(help="Attention without softmax: compare normalizers, analyze models.")
     def root(
         version: bool = option(False, "--version", callback=version, is_eager=True, help="Print the version and exit."),
     ) -> None:
@@ -137,6 +137,45 @@ def build_app() -> typer.Typer:
             fresh=not resume,
         )
 
+    @app.command(
+        help="Measure attention sinks, outliers, sparsity and dead heads of any transformers model (softmax or not) and "
+        "write a report."
+    )
+    def analyze(
+        model: str = typer.Argument(..., help="Hub name, directory, or GGUF file."),
+        against: str = option(None, metavar="MODEL", help="A second model, put beside it."),
+        data: str = option(
+            None,
+            metavar="PATH",
+            help="Text, JSONL or parquet file, or a directory of them.  [default: sources of the Python standard library]",
+        ),
+        text_field: str = option("text", help="Field or column with the text in JSONL and parquet files."),
+        text: list[str] | None = option(  # noqa: B008
+            None, help="Text of an attention map; may be given again.  [default: three samples]"
+        ),
+        samples: int = option(64, help="Sequences that are measured."),
+        sequence_length: int = option(256, help="Tokens a sequence, special tokens included."),
+        batch_size: int = option(8, help="Sequences a forward pass."),
+        knockout: bool = option(True, help="Also the perplexity without the first token's key."),
+        device: str = option("cpu", help="cpu, cuda or mps."),
+        dtype: str = option("auto", help="auto (as saved), float32, bfloat16 or float16."),
+        output: str = option("softpick-analyze", metavar="DIR", help="Folder of report.html and results.json."),
+    ) -> None:
+        _require("transformers", "accelerate", "tokenizers", "numpy")
+        given = {
+            "model": model,
+            "against": against,
+            "data": data,
+            "text_field": text_field,
+            "samples": samples,
+            "sequence_length": sequence_length,
+            "batch_size": batch_size,
+            "knockout": knockout,
+            "device": device,
+            "dtype": dtype,
+        }
+        _run_audit(given | ({"texts": tuple(text)} if text else {}), output)
+
     return app
 
 
@@ -201,6 +240,39 @@ def _run_compare(given: dict[str, Any], output: str, fresh: bool) -> None:
         raise SystemExit(130) from None
     else:
         _print_report(report, output, console)
+
+
+def _run_audit(given: dict[str, Any], output: str) -> None:
+    import shlex
+    from pathlib import Path
+
+    from softpick.analysis import write_report
+    from softpick.audit import AuditError, AuditSettings, audit
+    from softpick.training.data import DataError
+    from softpick.training.engine import quiet_transformers, write_json
+
+    folder = Path(output)
+    for name in ("report.html", "results.json"):
+        if (folder / name).exists():
+            _fail(f"output: {folder / name} is there already; choose another --output")
+    console = _console()
+    try:
+        with quiet_transformers():
+            report = audit(
+                AuditSettings(**given),
+                reporter=_Reporter(console),
+                command=" ".join(["softpick", *map(shlex.quote, sys.argv[1:])]),
+            )
+    except (AuditError, DataError) as error:
+        _fail(str(error))
+    except KeyboardInterrupt:
+        console.print("interrupted; nothing was written", highlight=False)
+        raise SystemExit(130) from None
+    folder.mkdir(parents=True, exist_ok=True)
+    write_report(folder / "report.html", report)
+    bare = [{key: value for key, value in run.items() if key != "samples"} for run in report["runs"]]
+    write_json(folder / "results.json", report | {"runs": bare})
+    _print_report(report, output, console)
 
 
 def _print_report(report: dict[str, Any], output: str, console: Console) -> None:

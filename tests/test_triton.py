@@ -569,11 +569,20 @@ def test_rows_under_transforms(rows):
     torch.testing.assert_close(compiled(x), want)
 
 
-def test_rows_refuse_double_backward(rows):
-    x = torch.randn(3, 7, requires_grad=True)
-    (g,) = torch.autograd.grad(softpick.softpick(x).square().sum(), x, create_graph=True)
-    with pytest.raises(NotImplementedError, match="fp64, or pass where="):
-        g.sum().backward()
+def test_rows_second_gradient(rows):
+    x = (torch.randn(3, 9) * 2).requires_grad_()
+    x.data[0, 3] = -math.inf
+    seen = torch.isfinite(x.detach())
+    weight, direction = torch.randn(3, 9).requires_grad_(), torch.where(seen, torch.randn(3, 9), 0.0)
+
+    def second(x, weight):
+        (dx,) = torch.autograd.grad((softpick.softpick(x) * weight).sum(), x, create_graph=True)
+        return torch.autograd.grad((torch.where(seen, dx, 0.0) * direction).sum(), (x, weight))
+
+    got = second(x, weight)
+    assert len(rows) == 1
+    for one, other in zip(got, second(*exact(x, weight)), strict=True):
+        close(one, other)
 
 
 # ------------------------------------------------------------------------------------------------------ torch machinery
@@ -625,7 +634,7 @@ def test_opcheck_of_the_other_operators():
     torch.library.opcheck(op, (q, k, v, None, None, cu, cu, None, "softpick", *tail))
     x = torch.randn(3, 7, requires_grad=True)
     torch.library.opcheck(torch.ops.softpick.rows_forward.default, (x, 1e-6))
-    torch.library.opcheck(torch.ops.softpick.rows_backward.default, (x.detach(), x.detach(), torch.zeros(3)))
+    torch.library.opcheck(torch.ops.softpick.rows_backward.default, (x.detach(), x.detach(), torch.zeros(3), 1e-6))
 
 
 def test_compiles_to_one_graph():

@@ -63,8 +63,7 @@ def softpick(
     """Softpick over one dimension: ``relu(e^x_i - 1) / (sum_j |e^x_j - 1| + eps)``, numerically safe.
 
     Drop-in for ``torch.softmax(x, dim)``; paper eq. (1)-(2), evaluated relative to ``m = max(0, max_j x_j)`` so that every
-    finite input has a finite value and gradient. Computed in fp32 (fp64 for fp64), differentiable twice, except where one
-    GPU kernel does it: CUDA tensors in fp32, bf16 or fp16 without ``where`` whose ``dim`` is contiguous in memory.
+    finite input has a finite value and gradient. Computed in fp32 (fp64 for fp64), differentiable twice.
 
     Args:
         x: any shape, floating point. Entries of minus infinity are excluded, as masks for softmax expect.

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from softpick.normalizers import get_normalizer
 from softpick.ops import tiled
+from softpick.ops.reference import normalize
 
 if TYPE_CHECKING:
     from softpick.ops.triton.launch import Options
@@ -518,8 +519,8 @@ def _(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
 
 
 @torch.library.custom_op("softpick::rows_backward", mutates_args=())
-def rows_backward(grad: Tensor, x: Tensor, lse: Tensor) -> Tensor:
-    """Gradient of :func:`rows_forward`."""
+def rows_backward(grad: Tensor, x: Tensor, lse: Tensor, eps: float) -> Tensor:
+    """Gradient of :func:`rows_forward`. (``eps`` is in ``lse``; the gradient of this gradient wants it.)"""
     from softpick.ops.triton import launch
 
     # near zero the gradient reaches 1 / eps, beyond fp16's range: saturate, as the CPU path does
@@ -532,29 +533,39 @@ def rows_backward(grad: Tensor, x: Tensor, lse: Tensor) -> Tensor:
 
 
 @rows_backward.register_fake
-def _(grad: Tensor, x: Tensor, lse: Tensor) -> Tensor:
+def _(grad: Tensor, x: Tensor, lse: Tensor, eps: float) -> Tensor:
     return x.new_empty(x.shape)
 
 
 def _setup_rows(ctx: Any, inputs: tuple[Tensor, float], output: tuple[Tensor, Tensor]) -> None:
     ctx.save_for_backward(inputs[0], output[1])
+    ctx.eps = inputs[1]
     ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)
 
 
 def _rows_gradient(ctx: Any, grad: Tensor | None, _: Any) -> tuple[Tensor | None, None]:
-    return (None if grad is None else rows_backward(grad, *ctx.saved_tensors)), None
+    return (None if grad is None else rows_backward(grad, *ctx.saved_tensors, ctx.eps)), None
 
 
-def _no_double_rows(ctx: Any, grad: Any) -> Any:
-    raise NotImplementedError(
-        "softpick has no gradient of gradients on a GPU in fp32, bf16 and fp16 (one kernel computes the gradient); pass x in "
-        "fp64, or pass where=, either of which takes differentiable torch operations"
-    )
+def _setup_rows_backward(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor, float], output: Tensor) -> None:
+    grad, x, _, eps = inputs
+    ctx.save_for_backward(grad, x)
+    ctx.eps = eps
+
+
+def _rows_second_gradient(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
+    """The gradient of the gradient, in torch operations: it is asked for too rarely to be worth a kernel."""
+    with torch.enable_grad():
+        first, x = (t.detach().requires_grad_() for t in ctx.saved_tensors)
+        y = normalize(x.float(), "softpick", keep=x != -math.inf, eps=ctx.eps)[0].to(x.dtype)
+        (dx,) = torch.autograd.grad(y, x, first, create_graph=True)
+        of_first, of_x = torch.autograd.grad(dx, (first, x), grad)
+    return of_first, of_x, None, None
 
 
 rows_forward.register_autograd(_rows_gradient, setup_context=_setup_rows)
-rows_backward.register_autograd(_no_double_rows)
+rows_backward.register_autograd(_rows_second_gradient, setup_context=_setup_rows_backward)
 
 
 @rows_forward.register_vmap

@@ -534,8 +534,8 @@ def decode_attention(
             layout. Any strides: slices and transposed views are not copied.
         value_cache: as ``key_cache``, with ``Dv`` for ``D``.
         cache_seqlens: ``(B,)`` int32 or int64: how many positions are filled, the new ones included; all if None. What
-            lies beyond is never read. Checked against the room in the cache, which waits for the GPU, except inside
-            ``torch.compile`` and while a CUDA graph is captured; lengths beyond the room count as the room there.
+            lies beyond is never read. On the CPU checked against the room in the cache; on a GPU, where looking would wait
+            for it, and inside ``torch.compile`` lengths beyond the room count as the room.
         block_table: ``(B, max_blocks)`` int32: the pages of each sequence in order. Entries beyond the filled positions
             may be anything; the others are not checked.
         is_causal: each query sees keys up to its own position; False lets every query see all filled positions.
@@ -907,7 +907,8 @@ def _check_lengths(lengths: Tensor, query: Tensor, room: int) -> None:
         raise ValueError(f"cache_seqlens: expected shape ({query.shape[0]},), got {tuple(lengths.shape)}")
     if lengths.device != query.device:
         raise ValueError(f"cache_seqlens: expected the query's device {query.device}, got {lengths.device}")
-    if _readable(lengths) and not all(0 <= n <= room for n in lengths.tolist()):
+    # on a GPU reading them would wait in every step of a generation; the kernel never reads beyond the room
+    if not lengths.is_cuda and _readable(lengths) and not all(0 <= n <= room for n in lengths.tolist()):
         raise ValueError(f"cache_seqlens: expected lengths from 0 to the cache's {room}, got {lengths.tolist()}")
 
 

@@ -242,15 +242,11 @@ def plot(rows: list[dict], path: Path) -> None:
         axis.set_ylabel(f"{what} time / FlexAttention softmax")
         axis.axhline(1, color="gray", linewidth=0.8)
     axes[0].legend(fontsize=8)
-    part = [r for r in rows if r["section"] == "decode"]
+    part = [r for r in rows if r["section"] == "decode" and r["unit"] == "us"]
     shapes = list(dict.fromkeys(r["shape"] for r in part))
     base = {r["shape"]: float(r["value"]) for r in part if r["contestant"] == "cudnn"}
     for name in dict.fromkeys(r["contestant"] for r in part):
-        if (
-            name != "fa2"
-            and "all values, 75" not in name
-            and "ratio" not in {r["unit"] for r in part if r["contestant"] == name}
-        ):
+        if name != "fa2" and "all values, 75" not in name:
             values = {r["shape"]: float(r["value"]) for r in part if r["contestant"] == name}
             axes[2].plot(shapes, [values[s] / base[s] for s in shapes], marker="o", label=name)
     axes[2].set_ylabel("decode time / cuDNN softmax")

@@ -45,9 +45,7 @@ def compile_only(self, *args, grid=None, warmup=False, **kwargs):
 
 jit.JITFunction.run = compile_only
 table = tuning._HOPPER if CAPABILITY == 90 else tuning._PORTABLE
-launch.blocks = lambda kind, d, dtype, device: (tuning._SINGLE if dtype == torch.float32 else table)[
-    kind, 64 if d <= 64 else 128 if d <= 128 else 256
-]
+launch.blocks = lambda kind, d, dtype, device: tuning.row(tuning._SINGLE if dtype == torch.float32 else table, kind, d)
 
 for case in sys.argv[2:]:
     name, d, dtype, extra = case.split(",")

@@ -14,14 +14,21 @@ ROOT = Path(softpick.__file__).parent
 # A module may import from itself and from these; the first matching prefix counts.
 ALLOWED = {
     "softpick.normalizers": set(),
+    "softpick.progress": set(),
     "softpick.ops": {"softpick.normalizers"},
     "softpick.functional": {"softpick.normalizers", "softpick.ops"},
     "softpick.nn": {"softpick.normalizers", "softpick.functional"},
     "softpick.integrations": {"softpick.normalizers", "softpick.functional", "softpick.nn"},
-    "softpick.training": {"softpick.normalizers", "softpick.integrations"},
+    "softpick.training": {"softpick.normalizers", "softpick.progress", "softpick.integrations"},
     "softpick.analysis": {"softpick.normalizers", "softpick.functional", "softpick.integrations"},
-    "softpick.compare": {"softpick.normalizers", "softpick.training", "softpick.analysis", "softpick.integrations"},
-    "softpick.audit": {"softpick.training", "softpick.analysis", "softpick.integrations"},
+    "softpick.compare": {
+        "softpick.normalizers",
+        "softpick.progress",
+        "softpick.training",
+        "softpick.analysis",
+        "softpick.integrations",
+    },
+    "softpick.audit": {"softpick.progress", "softpick.training", "softpick.analysis", "softpick.integrations"},
     "softpick.cli": {
         "softpick.normalizers",
         "softpick.compare",

@@ -11,14 +11,14 @@ import platform
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from softpick.progress import Reporter, Silent
 from softpick.training.data import Corpus, DataError, read_corpus, standard_library
 
 __all__ = ["SAMPLE_TEXTS", "AuditError", "AuditSettings", "audit"]
@@ -85,23 +85,6 @@ class AuditSettings:
             raise AuditError("texts: expected at least one text, none of them empty")
 
 
-class Progress(Protocol):
-    """A bar."""
-
-    def update(self, step: int, loss: float | None) -> None:
-        """``step`` is done."""
-
-
-class Reporter(Protocol):
-    """Who is told what happens."""
-
-    def say(self, text: str) -> None:
-        """Print a line."""
-
-    def progress(self, label: str, total: int) -> AbstractContextManager[Progress]:
-        """A bar of ``total`` steps."""
-
-
 @dataclass(frozen=True)
 class _Subject:
     name: str
@@ -126,6 +109,7 @@ def audit(settings: AuditSettings, *, reporter: Reporter | None = None, command:
         DataError: the data cannot be used, or are too short.
     """
     settings.check()
+    reporter = reporter if reporter is not None else Silent()
     corpus = (
         standard_library(_CORPUS_CHARACTERS)
         if settings.data is None
@@ -250,7 +234,7 @@ def _sequences(subject: _Subject, settings: AuditSettings, corpus: Corpus) -> Te
 # Measuring
 
 
-def _measure(subject: _Subject, settings: AuditSettings, corpus: Corpus, reporter: Reporter | None) -> dict[str, Any]:
+def _measure(subject: _Subject, settings: AuditSettings, corpus: Corpus, reporter: Reporter) -> dict[str, Any]:
     from softpick.analysis import attention_maps, encode_maps, measure
     from softpick.integrations.transformers import normalizer_of
 
@@ -260,9 +244,8 @@ def _measure(subject: _Subject, settings: AuditSettings, corpus: Corpus, reporte
     bos = subject.model.config.bos_token_id
     opens = subject.causal and bos is not None and bool((tokens[:, 0] == bos).all())
     label = f"measuring {Path(subject.name).name}"
-    if reporter is not None:
-        reporter.say(f"{subject.name}: {len(tokens)} sequences of {tokens.shape[1]} tokens")
-    with _bar(reporter, label, len(batches)) as progress:
+    reporter.say(f"{subject.name}: {len(tokens)} sequences of {tokens.shape[1]} tokens")
+    with reporter.progress(label, len(batches)) as progress:
         try:
             measurements = measure(
                 subject.model,
@@ -333,21 +316,6 @@ def _knockout_notes(run: dict[str, Any]) -> Iterator[str]:
             f"{run['title']}: perplexity {before:.4g}, without the first token's key {hidden:.4g} "
             f"({hidden / before - 1:+.1%}), of the tokens from the third on."
         )
-
-
-def _bar(reporter: Reporter | None, label: str, total: int) -> AbstractContextManager[Progress]:
-    return _NoBar() if reporter is None else reporter.progress(label, total)
-
-
-class _NoBar:
-    def __enter__(self) -> _NoBar:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        pass
-
-    def update(self, step: int, loss: float | None) -> None:
-        pass
 
 
 def _meta(settings: AuditSettings, corpus: Corpus, command: str) -> dict[str, Any]:

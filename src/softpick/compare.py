@@ -21,15 +21,16 @@ import shutil
 import sys
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from softpick.normalizers import get_normalizer
+from softpick.progress import Reporter, Silent
 from softpick.training.data import (
     Corpus,
     DataError,
@@ -46,9 +47,9 @@ from softpick.training.data import (
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-    from softpick.training.engine import ProgressBar, StopRequest
+    from softpick.training.engine import StopRequest
 
-__all__ = ["TASKS", "Reporter", "Settings", "SettingsError", "compare"]
+__all__ = ["TASKS", "Settings", "SettingsError", "compare"]
 
 _FORMAT = "softpick compare 1"
 _MEASURED = 512  # validation sequences that are measured, and evaluated during training
@@ -210,28 +211,6 @@ class Settings:
         return json.loads(json.dumps(asdict(replace(self, data=data))))
 
 
-class Reporter(Protocol):
-    """Whom :func:`compare` tells what it does."""
-
-    def say(self, text: str) -> None:
-        """One line for people."""
-
-    def progress(self, label: str, total: int) -> AbstractContextManager[ProgressBar]:
-        """A bar over ``total`` training steps."""
-
-
-class _Silent:
-    def say(self, text: str) -> None:
-        pass
-
-    @contextmanager
-    def progress(self, label: str, total: int) -> Iterator[_Silent]:
-        yield self
-
-    def update(self, step: int, loss: float | None) -> None:
-        pass
-
-
 @dataclass(frozen=True)
 class _Data:
     train: Tensor
@@ -272,7 +251,7 @@ def compare(
     from softpick.training.engine import write_json
 
     settings.check()
-    reporter = reporter if reporter is not None else _Silent()
+    reporter = reporter if reporter is not None else Silent()
     output = Path(output)
     _enter(output, settings, fresh, reporter)
     data = _prepare(settings, output, reporter)

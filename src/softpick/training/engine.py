@@ -16,7 +16,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from transformers import (
@@ -34,12 +34,12 @@ from transformers.utils import logging as transformers_logging
 
 from softpick.integrations.transformers import SoftpickLlamaConfig, SoftpickLlamaForCausalLM
 from softpick.normalizers import get_normalizer
+from softpick.progress import ProgressBar
 from softpick.training.data import SequenceDataset, collate
 
 __all__ = [
     "Interrupted",
     "Outcome",
-    "ProgressBar",
     "StopRequest",
     "build_model",
     "last_checkpoint",
@@ -55,13 +55,6 @@ _COMPLETE = "complete.json"
 
 class Interrupted(Exception):  # noqa: N818 - not an error: the run can be continued
     """Training stopped on request at a checkpoint."""
-
-
-class ProgressBar(Protocol):
-    """What training tells about its progress; ``rich.progress`` and a plain log both fit."""
-
-    def update(self, step: int, loss: float | None) -> None:
-        """``step`` optimizer steps are done; ``loss`` is the latest training loss."""
 
 
 def build_model(

@@ -20,7 +20,9 @@ import triton.language as tl
 from softpick.ops.triton.tile import (
     EXP,
     EXPM1,
+    INF,
     LINEAR,
+    LOG2E,
     dropout_factor,
     expm1_exp2,
     finish_scores,
@@ -32,9 +34,6 @@ from softpick.ops.triton.tile import (
     queries_of_keys,
     signed,
 )
-
-_LOG2E = tl.constexpr(1.4426950408889634)
-_INF = tl.constexpr(float("inf"))
 
 __all__ = ["attention_backward_keys", "attention_backward_queries", "live_segments", "row_statistics"]
 
@@ -59,7 +58,7 @@ def row_statistics(
     g = tl.load(grad_out + b * g_b + h * g_h + rows[:, None] * g_t + dv[None, :] * g_d, mask=inside, other=0.0)
     at = statistics + ((b * heads + h) * tq + rows) * 4
     level = tl.load(lse + b * l_b + h * l_h + rows * l_t, mask=rows < tq, other=0.0)
-    level = tl.where(level == -_INF, _INF, level * _LOG2E)
+    level = tl.where(level == -INF, INF, level * LOG2E)
     tl.store(at, level, mask=rows < tq)
     tl.store(at + 1, tl.exp2(-level) * (1.0 + 1.1920929e-07), mask=rows < tq)  # an ulp more: see _slopes
     tl.store(at + 2, tl.sum(o.to(tl.float32) * g.to(tl.float32), 1), mask=rows < tq)
@@ -264,7 +263,7 @@ def attention_backward_queries(
     q = load_rows(query, i, d, q_t, q_d, tq - i0, width, True, PAD_D)
     do = load_rows(grad_out, i, dv, g_t, g_d, tq - i0, v_width, True, PAD_DV)
     at = statistics + ((b * heads + h) * total_q + q0 + i0 + i) * 4
-    level = tl.load(at, mask=i0 + i < tq, other=_INF)
+    level = tl.load(at, mask=i0 + i < tq, other=INF)
     inverse = tl.load(at + 1, mask=i0 + i < tq, other=0.0)
     delta = tl.load(at + 2, mask=i0 + i < tq, other=0.0)
     i2 = (i0 + i)[:, None]

@@ -11,24 +11,23 @@ import triton.language as tl
 
 from softpick.ops.triton.tile import (
     EXP,
+    FP16_SCALE,
+    INF,
     LINEAR,
+    LN2,
+    LOG2E,
     NONE,
     ONE,
     POSITIVE,
     SINK,
     any_kept,
     finish_scores,
-    fp16_scale,
     kept_scores,
     keys_of_queries,
     load_rows,
     narrow,
     numerators,
 )
-
-_LN2 = tl.constexpr(0.6931471805599453)
-_LOG2E = tl.constexpr(1.4426950408889634)
-_INF = tl.constexpr(float("inf"))
 
 __all__ = ["decode_merge", "decode_split"]
 
@@ -66,10 +65,10 @@ def _sweep(
             BASE, MASK, MASK_ROWS, LEFT, RIGHT, SOFTCAP, EDGE,
         )  # fmt: skip
         if EDGE or MASK != 0:
-            s = tl.where(keep, s, -_INF if BASE == EXP else 0.0)
+            s = tl.where(keep, s, -INF if BASE == EXP else 0.0)
         if BASE != LINEAR:
             high = tl.maximum(m, tl.max(s, 1))
-            fresh = tl.where(high == -_INF, 0.0, high)
+            fresh = tl.where(high == -INF, 0.0, high)
             factor = tl.exp2(m - fresh)
             total *= factor
             acc *= factor[:, None]
@@ -85,7 +84,7 @@ def _sweep(
             total += tl.sum(p, 1)
             RELU: tl.constexpr = False
         if k.dtype == tl.float16:
-            p *= fp16_scale(k)
+            p *= FP16_SCALE
         if SKIP:
             if any_kept(s, RECTIFY):
                 v = _load_keys(value, j, n, dv, tk, v_b, v_t, v_d, table, PAGE, v_width, EDGE, PAD_DV)
@@ -142,9 +141,9 @@ def decode_split(
     acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     ANCHORED: tl.constexpr = BASE != EXP or RECTIFY != NONE or CONSTANT != 0
-    m = tl.zeros([BLOCK_M], tl.float32) + (0.0 if ANCHORED else -_INF)
+    m = tl.zeros([BLOCK_M], tl.float32) + (0.0 if ANCHORED else -INF)
     if CONSTANT == SINK:
-        m = tl.maximum(m, tl.load(sink + head, mask=rows, other=0.0).to(tl.float32) * _LOG2E)
+        m = tl.maximum(m, tl.load(sink + head, mask=rows, other=0.0).to(tl.float32) * LOG2E)
     if LEFT:
         acc, total, m = _sweep(
             acc, total, m, q, key, value, mask, table_of, i[:, None], lo, full_lo, tq, tk, width, v_width, offset, left,
@@ -165,7 +164,7 @@ def decode_split(
         PAGE, True, EXACT, SKIP, RELU_ASM, PRECISION,
     )  # fmt: skip
     if q.dtype == tl.float16:
-        acc *= 1.0 / fp16_scale(q)
+        acc *= 1.0 / FP16_SCALE
     part = ((b * kv_heads + kv) * tl.num_programs(0) + split) * BLOCK_M + r
     tl.store(part_total + part, total, mask=rows)
     tl.store(part_m + part, m, mask=rows)
@@ -183,19 +182,19 @@ def decode_merge(
     p, dv = tl.arange(0, SPLITS), tl.arange(0, BLOCK_DV)
     kv, r = h // groups, (h % groups) * tq + i
     part = ((b * kv_heads + kv) * splits + p) * BLOCK_M + r
-    m = tl.load(part_m + part, mask=p < splits, other=-_INF)
+    m = tl.load(part_m + part, mask=p < splits, other=-INF)
     total = tl.load(part_total + part, mask=p < splits, other=0.0)
     acc = tl.load(part_out + part[:, None] * BLOCK_DV + dv[None, :], mask=(p < splits)[:, None], other=0.0)
     high = tl.max(m, 0)
-    high = tl.where(high == -_INF, 0.0, high)
+    high = tl.where(high == -INF, 0.0, high)
     factor = tl.exp2(m - high)
     one = tl.sum(total * factor, 0)
     o = tl.sum(acc * factor[:, None], 0)
     if CONSTANT == ONE:
         one += 1.0 if BASE == LINEAR else tl.exp2(-high)
     elif CONSTANT == SINK:
-        one += tl.exp2(tl.load(sink + h).to(tl.float32) * _LOG2E - high)
+        one += tl.exp2(tl.load(sink + h).to(tl.float32) * LOG2E - high)
     one += eps
     inverse = tl.where(one == 0, 0.0, 1.0 / one)
     tl.store(out + b * o_b + h * o_h + i * o_t + dv * o_d, (o * inverse).to(out.dtype.element_ty), mask=dv < v_width)
-    tl.store(lse + b * l_b + h * l_h + i * l_t, (high + tl.log2(one)) * _LN2)
+    tl.store(lse + b * l_b + h * l_h + i * l_t, (high + tl.log2(one)) * LN2)

@@ -12,7 +12,11 @@ import triton.language as tl
 
 from softpick.ops.triton.tile import (
     EXP,
+    FP16_SCALE,
+    INF,
     LINEAR,
+    LN2,
+    LOG2E,
     NONE,
     ONE,
     POSITIVE,
@@ -20,7 +24,6 @@ from softpick.ops.triton.tile import (
     dropout_factor,
     either,
     finish_scores,
-    fp16_scale,
     kept_scores,
     keys_of_queries,
     load_rows,
@@ -28,9 +31,6 @@ from softpick.ops.triton.tile import (
     numerators,
 )
 
-_LN2 = tl.constexpr(0.6931471805599453)
-_LOG2E = tl.constexpr(1.4426950408889634)
-_INF = tl.constexpr(float("inf"))
 _LARGEST = tl.constexpr(2.0**64)  # sums beyond this are computed again with a shift
 _SMALLEST = tl.constexpr(2.0**-64)  # likewise below, for the normalizer without an anchor
 
@@ -60,7 +60,7 @@ def _sweep(
             BASE, MASK, MASK_ROWS, LEFT, RIGHT, SOFTCAP, EDGE,
         )  # fmt: skip
         if EDGE or MASK != 0:
-            s = tl.where(keep, s, -_INF if BASE == EXP else 0.0)
+            s = tl.where(keep, s, -INF if BASE == EXP else 0.0)
         if TRACK:
             # the product has the sign of the scores unless something SIGNED comes between
             best = tl.max(s if SIGNED or EDGE or MASK != 0 else product, 1)
@@ -68,12 +68,12 @@ def _sweep(
         if STATS:
             seen = s
             if (EDGE or MASK != 0) and BASE != EXP:
-                seen = tl.where(keep, s, -_INF)
+                seen = tl.where(keep, s, -INF)
             top = tl.maximum(top, tl.max(seen, 1))
         if SHIFT and BASE != LINEAR:
             high = tl.maximum(m, tl.max(s, 1))
             # only softmax starts at minus infinity; a row that saw nothing yet stays at a finite m
-            fresh = tl.where(high == -_INF, 0.0, high)
+            fresh = tl.where(high == -INF, 0.0, high)
             factor = tl.exp2(m - fresh)
             total *= factor
             acc *= factor[:, None]
@@ -97,11 +97,49 @@ def _sweep(
         if DROPOUT:
             p *= dropout_factor(seed, start, i2, (j + n)[None, :], tk, dropout_p)
         if v.dtype == tl.float16:
-            p *= fp16_scale(v)
+            p *= FP16_SCALE
         acc = tl.dot(narrow(p, v, RELU, RELU_ASM and RELU), v, acc, input_precision=PRECISION)
         key += BLOCK_N * k_t
         value += BLOCK_N * v_t
     return acc, total, kept, m, top, bits
+
+
+@triton.jit
+def _phases(
+    acc, total, kept, m, top, bits, q, key, value, mask, i2, lo, full_lo, full_hi, hi, tq, tk, width, v_width, offset, left,
+    right, unit, softcap, dropout_p, seed, start, k_t, k_d, v_t, v_d, m_q, m_k,
+    BASE: tl.constexpr, RECTIFY: tl.constexpr, ABSOLUTE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr, PAD_D: tl.constexpr, PAD_DV: tl.constexpr, MASK: tl.constexpr, MASK_ROWS: tl.constexpr,
+    LEFT: tl.constexpr, RIGHT: tl.constexpr, SOFTCAP: tl.constexpr, DROPOUT: tl.constexpr, STATS: tl.constexpr,
+    SHIFT: tl.constexpr, EXACT: tl.constexpr, TRACK: tl.constexpr, RELU_ASM: tl.constexpr, PRECISION: tl.constexpr,
+    SIGNED: tl.constexpr,
+):  # fmt: skip
+    """The edge before (window), the full tiles, the edge behind (diagonal, end)."""
+    if LEFT:
+        acc, total, kept, m, top, bits = _sweep(
+            acc, total, kept, m, top, bits, q, key, value, mask, i2, lo, full_lo, tq, tk, width, v_width, offset, left, right,
+            unit, softcap, dropout_p, seed, start, k_t, k_d, v_t, v_d, m_q, m_k,
+            BASE, RECTIFY, ABSOLUTE, BLOCK_N, BLOCK_D, BLOCK_DV, PAD_D, PAD_DV, MASK, MASK_ROWS, LEFT, RIGHT, SOFTCAP,
+            DROPOUT, STATS, True, SHIFT, EXACT, TRACK, RELU_ASM, PRECISION, SIGNED,
+        )  # fmt: skip
+    acc, total, kept, m, top, bits = _sweep(
+        acc, total, kept, m, top, bits, q, key, value, mask, i2, full_lo, full_hi, tq, tk, width, v_width, offset, left, right,
+        unit, softcap, dropout_p, seed, start, k_t, k_d, v_t, v_d, m_q, m_k,
+        BASE, RECTIFY, ABSOLUTE, BLOCK_N, BLOCK_D, BLOCK_DV, PAD_D, PAD_DV, MASK, MASK_ROWS, LEFT, RIGHT, SOFTCAP,
+        DROPOUT, STATS, False, SHIFT, EXACT, TRACK, RELU_ASM, PRECISION, SIGNED,
+    )  # fmt: skip
+    acc, total, kept, m, top, bits = _sweep(
+        acc, total, kept, m, top, bits, q, key, value, mask, i2, full_hi, hi, tq, tk, width, v_width, offset, left, right,
+        unit, softcap, dropout_p, seed, start, k_t, k_d, v_t, v_d, m_q, m_k,
+        BASE, RECTIFY, ABSOLUTE, BLOCK_N, BLOCK_D, BLOCK_DV, PAD_D, PAD_DV, MASK, MASK_ROWS, LEFT, RIGHT, SOFTCAP,
+        DROPOUT, STATS, True, SHIFT, EXACT, TRACK, RELU_ASM, PRECISION, SIGNED,
+    )  # fmt: skip
+    return acc, total, kept, m, top, bits
+
+
+@triton.jit
+def _within(x, a, b):
+    return tl.minimum(tl.maximum(x, a), b)
 
 
 @triton.jit
@@ -114,7 +152,7 @@ def _all_keys(
     STATS: tl.constexpr, SHIFT: tl.constexpr, EXACT: tl.constexpr, TRACK: tl.constexpr, RELU_ASM: tl.constexpr,
     PRECISION: tl.constexpr, SIGNED: tl.constexpr,
 ):  # fmt: skip
-    """All visible keys of the query tile: the edge before (window), the full tiles, the edge behind (diagonal, end).
+    """All visible keys of the query tile.
 
     TRACK records which tiles keep a score, a bit each: 32 tiles at a time, so that rows meet once in 32 tiles.
     """
@@ -122,34 +160,19 @@ def _all_keys(
     total = tl.zeros([BLOCK_M], tl.float32)
     kept = tl.zeros([BLOCK_M], tl.float32)
     m = tl.zeros([BLOCK_M], tl.float32) + anchor
-    top = tl.full([BLOCK_M], -_INF, tl.float32)
+    top = tl.full([BLOCK_M], -INF, tl.float32)
     bits = tl.zeros([BLOCK_M], tl.int32)
     if TRACK:
         ROWS: tl.constexpr = BLOCK_M // BLOCK_N
         for word in range(lo // (32 * BLOCK_N), tl.cdiv(hi, 32 * BLOCK_N)):
             a, b = word * 32 * BLOCK_N, (word + 1) * 32 * BLOCK_N
             bits = tl.zeros([BLOCK_M], tl.int32)
-            if LEFT:
-                acc, total, kept, m, top, bits = _sweep(
-                    acc, total, kept, m, top, bits, q, key, value, mask, i2, tl.maximum(lo, a),
-                    tl.minimum(full_lo, b), tq, tk, width, v_width,
-                    offset, left, right, unit, softcap, dropout_p, seed, start, k_t, k_d, v_t, v_d, m_q, m_k,
-                    BASE, RECTIFY, ABSOLUTE, BLOCK_N, BLOCK_D, BLOCK_DV, PAD_D, PAD_DV, MASK, MASK_ROWS, LEFT, RIGHT, SOFTCAP,
-                    DROPOUT, STATS, True, SHIFT, EXACT, TRACK, RELU_ASM, PRECISION, SIGNED,
-                )  # fmt: skip
-            acc, total, kept, m, top, bits = _sweep(
-                acc, total, kept, m, top, bits, q, key, value, mask, i2, tl.maximum(full_lo, a),
-                tl.minimum(full_hi, b), tq, tk, width, v_width,
-                offset, left, right, unit, softcap, dropout_p, seed, start, k_t, k_d, v_t, v_d, m_q, m_k,
+            acc, total, kept, m, top, bits = _phases(
+                acc, total, kept, m, top, bits, q, key, value, mask, i2, _within(lo, a, b), _within(full_lo, a, b),
+                _within(full_hi, a, b), _within(hi, a, b), tq, tk, width, v_width, offset, left, right,
+                unit, softcap, dropout_p, seed, start, k_t, k_d, v_t, v_d, m_q, m_k,
                 BASE, RECTIFY, ABSOLUTE, BLOCK_N, BLOCK_D, BLOCK_DV, PAD_D, PAD_DV, MASK, MASK_ROWS, LEFT, RIGHT, SOFTCAP,
-                DROPOUT, STATS, False, SHIFT, EXACT, TRACK, RELU_ASM, PRECISION, SIGNED,
-            )  # fmt: skip
-            acc, total, kept, m, top, bits = _sweep(
-                acc, total, kept, m, top, bits, q, key, value, mask, i2, tl.maximum(full_hi, a),
-                tl.minimum(hi, b), tq, tk, width, v_width,
-                offset, left, right, unit, softcap, dropout_p, seed, start, k_t, k_d, v_t, v_d, m_q, m_k,
-                BASE, RECTIFY, ABSOLUTE, BLOCK_N, BLOCK_D, BLOCK_DV, PAD_D, PAD_DV, MASK, MASK_ROWS, LEFT, RIGHT, SOFTCAP,
-                DROPOUT, STATS, True, SHIFT, EXACT, TRACK, RELU_ASM, PRECISION, SIGNED,
+                DROPOUT, STATS, SHIFT, EXACT, TRACK, RELU_ASM, PRECISION, SIGNED,
             )  # fmt: skip
             r = tl.arange(0, ROWS)
             tl.store(
@@ -158,24 +181,11 @@ def _all_keys(
                 mask=i0 + r * BLOCK_N < tq,
             )
     else:
-        if LEFT:
-            acc, total, kept, m, top, bits = _sweep(
-                acc, total, kept, m, top, bits, q, key, value, mask, i2, lo, full_lo, tq, tk, width, v_width,
-                offset, left, right, unit, softcap, dropout_p, seed, start, k_t, k_d, v_t, v_d, m_q, m_k,
-                BASE, RECTIFY, ABSOLUTE, BLOCK_N, BLOCK_D, BLOCK_DV, PAD_D, PAD_DV, MASK, MASK_ROWS, LEFT, RIGHT, SOFTCAP,
-                DROPOUT, STATS, True, SHIFT, EXACT, TRACK, RELU_ASM, PRECISION, SIGNED,
-            )  # fmt: skip
-        acc, total, kept, m, top, bits = _sweep(
-            acc, total, kept, m, top, bits, q, key, value, mask, i2, full_lo, full_hi, tq, tk, width, v_width,
+        acc, total, kept, m, top, bits = _phases(
+            acc, total, kept, m, top, bits, q, key, value, mask, i2, lo, full_lo, full_hi, hi, tq, tk, width, v_width,
             offset, left, right, unit, softcap, dropout_p, seed, start, k_t, k_d, v_t, v_d, m_q, m_k,
             BASE, RECTIFY, ABSOLUTE, BLOCK_N, BLOCK_D, BLOCK_DV, PAD_D, PAD_DV, MASK, MASK_ROWS, LEFT, RIGHT, SOFTCAP,
-            DROPOUT, STATS, False, SHIFT, EXACT, TRACK, RELU_ASM, PRECISION, SIGNED,
-        )  # fmt: skip
-        acc, total, kept, m, top, bits = _sweep(
-            acc, total, kept, m, top, bits, q, key, value, mask, i2, full_hi, hi, tq, tk, width, v_width,
-            offset, left, right, unit, softcap, dropout_p, seed, start, k_t, k_d, v_t, v_d, m_q, m_k,
-            BASE, RECTIFY, ABSOLUTE, BLOCK_N, BLOCK_D, BLOCK_DV, PAD_D, PAD_DV, MASK, MASK_ROWS, LEFT, RIGHT, SOFTCAP,
-            DROPOUT, STATS, True, SHIFT, EXACT, TRACK, RELU_ASM, PRECISION, SIGNED,
+            DROPOUT, STATS, SHIFT, EXACT, TRACK, RELU_ASM, PRECISION, SIGNED,
         )  # fmt: skip
     return acc, total, kept, m, top
 
@@ -236,10 +246,10 @@ def attention_forward(
         i0, tl.minimum(i0 + BLOCK_M, tq), tk, offset, left, right, BLOCK_N, LEFT, RIGHT
     )
     ANCHORED: tl.constexpr = BASE != EXP or RECTIFY != NONE or CONSTANT != 0
-    anchor = 0.0 if ANCHORED else -_INF
+    anchor = 0.0 if ANCHORED else -INF
     logit = 0.0
     if CONSTANT == SINK:
-        logit = tl.load(sink + h).to(tl.float32) * _LOG2E
+        logit = tl.load(sink + h).to(tl.float32) * LOG2E
         anchor = tl.maximum(anchor, logit)
     acc, total, kept, m, top = _all_keys(
         q, key, value, mask, live, i0, i2, lo, full_lo, full_hi, hi, anchor, tq, tk, width, v_width, offset, left,
@@ -267,7 +277,7 @@ def attention_forward(
         if CONSTANT == ONE:
             total += 1.0
     else:
-        m = tl.where(m == -_INF, 0.0, m)
+        m = tl.where(m == -INF, 0.0, m)
         if CONSTANT == ONE:
             total += tl.exp2(-m)
         elif CONSTANT == SINK:
@@ -275,7 +285,7 @@ def attention_forward(
     total += eps  # relative to m
     inverse = tl.where(total == 0, 0.0, 1.0 / total)
     if q.dtype == tl.float16:
-        acc *= 1.0 / fp16_scale(q)
+        acc *= 1.0 / FP16_SCALE
     rows = i0 + i < tq
     out += b * o_b + h * o_h + i0.to(tl.int64) * o_t
     tl.store(
@@ -284,9 +294,9 @@ def attention_forward(
         mask=rows[:, None] & (dv[None, :] < v_width),
     )
     at = b * l_b + h * l_h + (i0 + i) * l_t
-    tl.store(lse + at, (m + tl.log2(total)) * _LN2, mask=rows)
+    tl.store(lse + at, (m + tl.log2(total)) * LN2, mask=rows)
     if STATS:
         tl.store(mass + at, kept * inverse, mask=rows)
         if BASE != LINEAR:
-            top *= _LN2
+            top *= LN2
         tl.store(largest + at, top, mask=rows)

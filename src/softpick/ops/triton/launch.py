@@ -72,7 +72,7 @@ def _precision(dtype: torch.dtype) -> str:
 
 def _unit(options: Options) -> float:
     """Factor on the product ``q k``: to the tile's units, or to natural ones where the softcap is applied first."""
-    return options.scale if options.softcap or options.norm.base == "linear" else options.scale * LOG2E
+    return options.scale if options.softcap or options.norm.base == "linear" else options.scale * LOG2E.value
 
 
 def _dropped(options: Options) -> float:
@@ -114,6 +114,11 @@ def _mask_arguments(mask: Tensor | None) -> tuple[Tensor | None, tuple[int, int,
         return None, (0, 0, 0, 0)
     strides = [0 if n == 1 else s for n, s in zip(mask.shape, mask.stride(), strict=True)]
     return (mask.view(torch.uint8) if mask.dtype == torch.bool else mask), tuple(strides)  # type: ignore[return-value]
+
+
+def _line_strides(x: Tensor | None) -> tuple[int, ...]:
+    """Strides of sequence, head and line of a map of live tiles or of its runs."""
+    return (0, 0, 0) if x is None else x.stride()[:3]
 
 
 def _sequences(query: Tensor, cu_q: Tensor | None, longest: int) -> tuple[int, int]:
@@ -172,7 +177,7 @@ def forward(
     attention_forward[triton.cdiv(longest, tile.m), heads, b](
         query, key, value, out, lse, mass, largest, live, pointer, sink, cu_q, cu_k, seed,
         *query.stride(), *key.stride(), *value.stride(), *out.stride(), *lse.stride(), *mask_strides,
-        *(live.stride()[:3] if live is not None else (0, 0, 0)),
+        *_line_strides(live),
         heads, heads // key.shape[1], query.shape[2], key.shape[2], query.shape[-1], value.shape[-1],
         options.left, options.right, _unit(options), options.eps, options.softcap, _dropped(options),
         **common,
@@ -251,31 +256,32 @@ def backward(
         options.left, options.right, _unit(options), options.scale, options.softcap, _dropped(options),
     )  # fmt: skip
     strides = (*query.stride(), *key.stride(), *value.stride(), *grad_out.stride())
-    # the bias gradient of a tile that is left out would not be written
-    skip = live is not None and skippable(options.norm) and dmask is None
-    grain = _grain(query, value)
+    if (
+        not skippable(options.norm) or dmask is not None
+    ):  # the bias gradient of a tile that is left out would not be written
+        live = None
+    grain = 0 if live is None else _grain(query, value)
     span = (cu_q, cu_k, longest, key.shape[2] if cu_k is None else longest_k)
     tile = blocks("keys", widest, query.dtype, query.device)
-    runs = _segments(live, True, tile.n, grain, *span) if skip and live is not None else None
+    runs = None if live is None else _segments(live, True, tile.n, grain, *span)
     attention_backward_keys[triton.cdiv(span[3], tile.n), kv_heads, b](
         query, key, value, grad_out, statistics, dkey, dvalue, runs, pointer, cu_q, cu_k, seed,
-        *strides, *dkey.stride(), *dvalue.stride(), *mask_strides, *(runs.stride()[:3] if runs is not None else (0, 0, 0)),
-        *numbers,
-        **shared, BLOCK_M=tile.m, BLOCK_N=tile.n, SKIP=skip, GRAIN=grain, RELU_ASM=_relu_asm(query),
+        *strides, *dkey.stride(), *dvalue.stride(), *mask_strides, *_line_strides(runs), *numbers,
+        **shared, BLOCK_M=tile.m, BLOCK_N=tile.n, SKIP=runs is not None, GRAIN=grain, RELU_ASM=_relu_asm(query),
         num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     tile = blocks("queries", widest, query.dtype, query.device)
-    runs = _segments(live, False, tile.m, grain, *span) if skip and live is not None else None
+    runs = None if live is None else _segments(live, False, tile.m, grain, *span)
     attention_backward_queries[triton.cdiv(longest, tile.m), heads, b](
         query, key, value, grad_out, statistics, dquery, dmask, runs, pointer, cu_q, cu_k, seed,
-        *strides, *dquery.stride(), *mask_strides, *(runs.stride()[:3] if runs is not None else (0, 0, 0)), *numbers,
-        **shared, BLOCK_M=tile.m, BLOCK_N=tile.n, SKIP=skip, GRAIN=grain, BIAS_GRADIENT=dmask is not None,
+        *strides, *dquery.stride(), *mask_strides, *_line_strides(runs), *numbers,
+        **shared, BLOCK_M=tile.m, BLOCK_N=tile.n, SKIP=runs is not None, GRAIN=grain, BIAS_GRADIENT=dmask is not None,
         num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     if sink is None:
         return None
     level, delta = statistics[..., 0], statistics[..., 2]
-    return -(delta * torch.exp2(sink.float().view(1, -1, 1) * LOG2E - level)).sum((0, 2))
+    return -(delta * torch.exp2(sink.float().view(1, -1, 1) * LOG2E.value - level)).sum((0, 2))
 
 
 def decode(
@@ -341,31 +347,28 @@ def _splits(programs: int, pairs: int, tk: int, block_n: int, device: torch.devi
     return max(1, triton.cdiv(tk, chunk)), chunk
 
 
+def _row_launch(x: Tensor) -> tuple[bool, tuple[int], dict[str, Any]]:
+    """For ``(rows, n)``: whether a row is too long for one program's registers, the grid, and the compile-time arguments."""
+    rows, n = x.shape
+    exact = x.dtype == torch.float32
+    if n > _LONGEST_ROW:
+        return True, (rows,), {"N": _LONG_BLOCK, "EXACT": exact, "num_warps": _LONG_WARPS}
+    block = triton.next_power_of_2(n)
+    together = max(1, _ROW_ELEMENTS // block)
+    shape = {"ROWS": together, "N": block, "EXACT": exact, "num_warps": _row_warps(block)}
+    return False, (triton.cdiv(rows, together),), shape
+
+
 def softpick_forward(x: Tensor, eps: float, y: Tensor, lse: Tensor) -> None:
     """Softpick over the rows of a matrix ``(rows, n)`` with unit stride in a row, into contiguous ``y`` and ``lse``."""
     rows, n = x.shape
     if rows == 0 or n == 0:
         return
-    if n > _LONGEST_ROW:
-        rows_forward_long[(rows,)](
-            x, y, lse, n, x.stride(0), eps, N=_LONG_BLOCK, EXACT=x.dtype == torch.float32, num_warps=_LONG_WARPS
-        )
-        return
-    block = triton.next_power_of_2(n)
-    together = max(1, _ROW_ELEMENTS // block)
-    rows_forward[(triton.cdiv(rows, together),)](
-        x,
-        y,
-        lse,
-        rows,
-        n,
-        x.stride(0),
-        eps,
-        ROWS=together,
-        N=block,
-        EXACT=x.dtype == torch.float32,
-        num_warps=_row_warps(block),
-    )
+    long, grid, shape = _row_launch(x)
+    if long:
+        rows_forward_long[grid](x, y, lse, n, x.stride(0), eps, **shape)
+    else:
+        rows_forward[grid](x, y, lse, rows, n, x.stride(0), eps, **shape)
 
 
 def softpick_backward(x: Tensor, lse: Tensor, grad: Tensor, dx: Tensor) -> None:
@@ -373,36 +376,11 @@ def softpick_backward(x: Tensor, lse: Tensor, grad: Tensor, dx: Tensor) -> None:
     rows, n = x.shape
     if rows == 0 or n == 0:
         return
-    if n > _LONGEST_ROW:
-        rows_backward_long[(rows,)](
-            x,
-            lse,
-            grad,
-            dx,
-            n,
-            x.stride(0),
-            grad.stride(0),
-            N=_LONG_BLOCK,
-            EXACT=x.dtype == torch.float32,
-            num_warps=_LONG_WARPS,
-        )
-        return
-    block = triton.next_power_of_2(n)
-    together = max(1, _ROW_ELEMENTS // block)
-    rows_backward[(triton.cdiv(rows, together),)](
-        x,
-        lse,
-        grad,
-        dx,
-        rows,
-        n,
-        x.stride(0),
-        grad.stride(0),
-        ROWS=together,
-        N=block,
-        EXACT=x.dtype == torch.float32,
-        num_warps=_row_warps(block),
-    )
+    long, grid, shape = _row_launch(x)
+    if long:
+        rows_backward_long[grid](x, lse, grad, dx, n, x.stride(0), grad.stride(0), **shape)
+    else:
+        rows_backward[grid](x, lse, grad, dx, rows, n, x.stride(0), grad.stride(0), **shape)
 
 
 _ROW_ELEMENTS = 4096  # of short rows that one program takes together

@@ -8,9 +8,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-_LN2 = tl.constexpr(0.6931471805599453)
-_LOG2E = tl.constexpr(1.4426950408889634)
-_INF = tl.constexpr(float("inf"))
+from softpick.ops.triton.tile import INF, LN2, LOG2E
 
 __all__ = ["rows_backward", "rows_backward_long", "rows_forward", "rows_forward_long"]
 
@@ -28,8 +26,8 @@ def _difference(x, e, c, EXACT: tl.constexpr):
 @triton.jit
 def _signed(x, m, EXACT: tl.constexpr):
     """``(e^x - 1) e^-m`` without cancellation, 0 for minus infinity."""
-    f = _difference(x, tl.exp2((x - m) * _LOG2E), tl.exp2(-m * _LOG2E), EXACT)
-    return tl.where(x == -_INF, 0.0, f)
+    f = _difference(x, tl.exp2((x - m) * LOG2E), tl.exp2(-m * LOG2E), EXACT)
+    return tl.where(x == -INF, 0.0, f)
 
 
 @triton.jit
@@ -45,8 +43,8 @@ def _gradient(x, e, dy, inner):
 
 @triton.jit
 def _level(lse, at, inside):
-    level = tl.load(lse + at, mask=inside, other=_INF)
-    return tl.where(level == -_INF, _INF, level)
+    level = tl.load(lse + at, mask=inside, other=INF)
+    return tl.where(level == -INF, INF, level)
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -55,7 +53,7 @@ def rows_forward(x, y, lse, rows, n, x_r, eps, ROWS: tl.constexpr, N: tl.constex
     r = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
     c = tl.arange(0, N)
     inside = (r[:, None] < rows) & (c[None, :] < n)
-    s = tl.load(x + r[:, None] * x_r + c[None, :], mask=inside, other=-_INF).to(tl.float32)
+    s = tl.load(x + r[:, None] * x_r + c[None, :], mask=inside, other=-INF).to(tl.float32)
     m = tl.maximum(tl.max(s, 1), 0.0)
     f = _signed(s, m[:, None], EXACT)
     total = tl.sum(tl.abs(f), 1) + eps
@@ -63,7 +61,7 @@ def rows_forward(x, y, lse, rows, n, x_r, eps, ROWS: tl.constexpr, N: tl.constex
     tl.store(
         y + r[:, None] * n + c[None, :], (tl.maximum(f, 0.0) * inverse[:, None]).to(y.dtype.element_ty), mask=inside
     )
-    tl.store(lse + r, m + tl.log2(total) * _LN2, mask=r < rows)
+    tl.store(lse + r, m + tl.log2(total) * LN2, mask=r < rows)
 
 
 @triton.jit
@@ -76,18 +74,18 @@ def rows_forward_long(x, y, lse, n, x_r, eps, N: tl.constexpr, EXACT: tl.constex
     m = tl.full([N], 0.0, tl.float32)
     total = tl.full([N], 0.0, tl.float32)
     for start in tl.range(0, n, N):
-        s = tl.load(x + start + c, mask=start + c < n, other=-_INF, eviction_policy="evict_last").to(tl.float32)
+        s = tl.load(x + start + c, mask=start + c < n, other=-INF, eviction_policy="evict_last").to(tl.float32)
         high = tl.maximum(m, s)
-        total = total * tl.exp2((m - high) * _LOG2E) + tl.abs(_signed(s, high, EXACT))
+        total = total * tl.exp2((m - high) * LOG2E) + tl.abs(_signed(s, high, EXACT))
         m = high
     top = tl.max(m, 0)
-    one = tl.sum(total * tl.exp2((m - top) * _LOG2E), 0) + eps
+    one = tl.sum(total * tl.exp2((m - top) * LOG2E), 0) + eps
     inverse = tl.where(one == 0, 0.0, 1.0 / one)
     for start in tl.range(0, n, N):
-        s = tl.load(x + start + c, mask=start + c < n, other=-_INF, eviction_policy="evict_first").to(tl.float32)
+        s = tl.load(x + start + c, mask=start + c < n, other=-INF, eviction_policy="evict_first").to(tl.float32)
         f = tl.maximum(_signed(s, top, EXACT), 0.0) * inverse
         tl.store(y + start + c, f.to(y.dtype.element_ty), mask=start + c < n)
-    tl.store(lse + r, top + tl.log2(one) * _LN2)
+    tl.store(lse + r, top + tl.log2(one) * LN2)
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -96,11 +94,11 @@ def rows_backward(x, lse, dy, dx, rows, n, x_r, g_r, ROWS: tl.constexpr, N: tl.c
     r = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
     c = tl.arange(0, N)
     inside = (r[:, None] < rows) & (c[None, :] < n)
-    s = tl.load(x + r[:, None] * x_r + c[None, :], mask=inside, other=-_INF).to(tl.float32)
+    s = tl.load(x + r[:, None] * x_r + c[None, :], mask=inside, other=-INF).to(tl.float32)
     g = tl.load(dy + r[:, None] * g_r + c[None, :], mask=inside, other=0.0).to(tl.float32)
     level = _level(lse, r, r < rows)[:, None]
-    e = tl.exp2((s - level) * _LOG2E)
-    inner = tl.sum(_weight(s, e, tl.exp2(-level * _LOG2E), EXACT) * g, 1)
+    e = tl.exp2((s - level) * LOG2E)
+    inner = tl.sum(_weight(s, e, tl.exp2(-level * LOG2E), EXACT) * g, 1)
     tl.store(dx + r[:, None] * n + c[None, :], _gradient(s, e, g, inner[:, None]).to(dx.dtype.element_ty), mask=inside)
 
 
@@ -113,18 +111,18 @@ def rows_backward_long(x, lse, dy, dx, n, x_r, g_r, N: tl.constexpr, EXACT: tl.c
     dy += r * g_r
     dx += r * n
     level = tl.load(lse + r)
-    level = tl.where(level == -_INF, _INF, level)
+    level = tl.where(level == -INF, INF, level)
     partial = tl.full([N], 0.0, tl.float32)
     for start in tl.range(0, n, N):
-        s = tl.load(x + start + c, mask=start + c < n, other=-_INF, eviction_policy="evict_last").to(tl.float32)
+        s = tl.load(x + start + c, mask=start + c < n, other=-INF, eviction_policy="evict_last").to(tl.float32)
         g = tl.load(dy + start + c, mask=start + c < n, other=0.0, eviction_policy="evict_last").to(tl.float32)
-        partial += _weight(s, tl.exp2((s - level) * _LOG2E), tl.exp2(-level * _LOG2E), EXACT) * g
+        partial += _weight(s, tl.exp2((s - level) * LOG2E), tl.exp2(-level * LOG2E), EXACT) * g
     inner = tl.sum(partial, 0)
     for start in tl.range(0, n, N):
-        s = tl.load(x + start + c, mask=start + c < n, other=-_INF, eviction_policy="evict_first").to(tl.float32)
+        s = tl.load(x + start + c, mask=start + c < n, other=-INF, eviction_policy="evict_first").to(tl.float32)
         g = tl.load(dy + start + c, mask=start + c < n, other=0.0, eviction_policy="evict_first").to(tl.float32)
         tl.store(
             dx + start + c,
-            _gradient(s, tl.exp2((s - level) * _LOG2E), g, inner).to(dx.dtype.element_ty),
+            _gradient(s, tl.exp2((s - level) * LOG2E), g, inner).to(dx.dtype.element_ty),
             mask=start + c < n,
         )

@@ -13,10 +13,10 @@ from softpick.normalizers import Normalizer
 
 __all__ = ["LOG2E", "switches"]
 
-LOG2E = 1.4426950408889634
-_LN2 = tl.constexpr(0.6931471805599453)
-_LOG2E = tl.constexpr(LOG2E)
-_INF = tl.constexpr(float("inf"))
+LN2, LOG2E = tl.constexpr(0.6931471805599453), tl.constexpr(1.4426950408889634)
+INF = tl.constexpr(float("inf"))
+FP16_SCALE = tl.constexpr(1024.0)
+"""Factor on unnormalized weights in fp16, which has few bits below 6e-5; weights relative to ``m`` are at most 1."""
 
 EXP, EXPM1, LINEAR = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 NONE, POSITIVE, NONNEGATIVE = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
@@ -38,7 +38,7 @@ def switches(norm: Normalizer) -> dict[str, int | bool]:
 @triton.jit
 def expm1_exp2(x):
     """``2^x - 1`` for ``x <= 0`` without cancellation."""
-    y = x * _LN2
+    y = x * LN2
     series = y * (1.0 + y * (0.5 + y * (1 / 6 + y * (1 / 24 + y * (1 / 120 + y * (1 / 720))))))
     return tl.where(y > -0.25, series, tl.exp2(x) - 1.0)
 
@@ -101,12 +101,6 @@ def narrow(p, like, RELU: tl.constexpr, RELU_ASM: tl.constexpr):
 
 
 @triton.jit
-def fp16_scale(x):
-    """Factor on unnormalized weights: fp16 has few bits below 6e-5, and weights relative to ``m`` are at most 1."""
-    return 1024.0 if x.dtype == tl.float16 else 1.0
-
-
-@triton.jit
 def narrow_gradient(ds, like):
     """``ds`` to the dtype of ``like``; near zero the gradient of softpick reaches 1/eps, beyond the range of fp16."""
     if like.dtype == tl.float16:
@@ -124,7 +118,7 @@ def signed(e, by):
 
 @triton.jit
 def tanh(x):
-    return 2.0 / (1.0 + tl.exp2(-2.0 * _LOG2E * x)) - 1.0
+    return 2.0 / (1.0 + tl.exp2(-2.0 * LOG2E * x)) - 1.0
 
 
 @triton.jit
@@ -150,7 +144,7 @@ def load_mask(mask, m_q, m_k, i2, j2, tq, tk, MASK: tl.constexpr, MASK_ROWS: tl.
     if MASK == BOOLEAN:
         return tl.load(at, mask=inside, other=0) != 0
     else:
-        return tl.load(at, mask=inside, other=-_INF).to(tl.float32)
+        return tl.load(at, mask=inside, other=-INF).to(tl.float32)
 
 
 @triton.jit
@@ -169,7 +163,7 @@ def finish_scores(
         slope = 1.0 - bent * bent
         s = softcap * bent
         if BASE != LINEAR:
-            s *= _LOG2E
+            s *= LOG2E
     else:
         s *= unit
     keep = s == s
@@ -180,10 +174,10 @@ def finish_scores(
         if MASK == BOOLEAN:
             keep = keep & tile
         else:
-            keep = keep & (tile != -_INF)
-            tile = tl.where(tile == -_INF, 0.0, tile)
+            keep = keep & (tile != -INF)
+            tile = tl.where(tile == -INF, 0.0, tile)
             if BASE != LINEAR:
-                tile *= _LOG2E
+                tile *= LOG2E
             s += tile
     return s, keep, slope
 

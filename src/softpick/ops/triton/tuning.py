@@ -7,11 +7,12 @@ chose it. GPUs without rows of their own take the portable ones, which fit into 
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
 
-__all__ = ["OVERRIDE", "PROGRAMS", "SHORTEST_SKIP", "TRACKED", "Blocks", "blocks", "multiprocessors"]
+__all__ = ["OVERRIDE", "PROGRAMS", "SHORTEST_SKIP", "TRACKED", "Blocks", "blocks", "multiprocessors", "row"]
 
 
 class Blocks(NamedTuple):
@@ -35,11 +36,9 @@ _HOPPER = {
     ("keys", 128): Blocks(64, 128, 8, 3),
     ("keys", 256): Blocks(32, 64, 8, 2),
     ("decode", 64): Blocks(16, 64, 2, 3),
-    ("decode_skip", 64): Blocks(16, 64, 2, 3),
     ("decode", 128): Blocks(16, 32, 2, 3),
     ("decode_skip", 128): Blocks(16, 64, 2, 3),
     ("decode", 256): Blocks(16, 32, 4, 2),
-    ("decode_skip", 256): Blocks(16, 32, 4, 2),
 }
 _PORTABLE = {
     ("forward", 64): Blocks(128, 64, 4, 2),
@@ -52,11 +51,8 @@ _PORTABLE = {
     ("keys", 128): Blocks(32, 64, 4, 2),
     ("keys", 256): Blocks(32, 32, 8, 1),
     ("decode", 64): Blocks(16, 64, 4, 2),
-    ("decode_skip", 64): Blocks(16, 64, 4, 2),
     ("decode", 128): Blocks(16, 64, 4, 2),
-    ("decode_skip", 128): Blocks(16, 64, 4, 2),
     ("decode", 256): Blocks(16, 32, 4, 1),
-    ("decode_skip", 256): Blocks(16, 32, 4, 1),
 }
 # fp32 products take no tensor cores unless tf32 is allowed, and twice the room
 _SINGLE = {
@@ -70,11 +66,8 @@ _SINGLE = {
     ("keys", 128): Blocks(16, 32, 4, 1),
     ("keys", 256): Blocks(16, 16, 4, 1),
     ("decode", 64): Blocks(16, 64, 4, 2),
-    ("decode_skip", 64): Blocks(16, 64, 4, 2),
     ("decode", 128): Blocks(16, 32, 4, 1),
-    ("decode_skip", 128): Blocks(16, 32, 4, 1),
     ("decode", 256): Blocks(16, 16, 4, 1),
-    ("decode_skip", 256): Blocks(16, 16, 4, 1),
 }
 
 # Skipping costs where nothing is empty. On an H200 (docs/kernels.md has the figures):
@@ -105,8 +98,17 @@ def multiprocessors(index: int) -> int:
     return torch.cuda.get_device_properties(index).multi_processor_count
 
 
+def row(table: Mapping[tuple[str, int], Blocks], kind: str, head_dim: int) -> Blocks:
+    """A table's blocks; decoding that skips has rows of its own only where others are faster."""
+    width = 64 if head_dim <= 64 else 128 if head_dim <= 128 else 256
+    return table.get((kind, width)) or table[kind.removesuffix("_skip"), width]
+
+
 def blocks(kind: str, head_dim: int, dtype: torch.dtype, device: torch.device) -> Blocks:
-    """The blocks of a kernel kind (``forward``, ``queries``, ``keys``, ``decode``) for the larger padded head dim."""
+    """The blocks of a kernel kind (``forward``, ``queries``, ``keys``, ``decode``, ``decode_skip``).
+
+    ``head_dim`` is the larger of the two padded ones.
+    """
     if kind in OVERRIDE:
         return OVERRIDE[kind]
     if dtype == torch.float32:
@@ -116,4 +118,4 @@ def blocks(kind: str, head_dim: int, dtype: torch.dtype, device: torch.device) -
             torch.cuda.current_device() if device.index is None else device.index
         )
         table = _HOPPER if hopper else _PORTABLE
-    return table[kind, 64 if head_dim <= 64 else 128 if head_dim <= 128 else 256]
+    return row(table, kind, head_dim)

@@ -727,6 +727,8 @@ def _canonical(
     query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool
 ) -> tuple[Tensor, Tensor, Tensor, tuple[int, ...]]:
     """``(B, H, T, D)`` views of the three, and the leading dimensions that B stands for."""
+    if query.dim() == 4 and query.shape[:2] == key.shape[:2] == value.shape[:2]:
+        return query, key, value, query.shape[:1]  # the usual case: views of views would only take time
     q, k, v = ((x[None] if x.dim() == 2 else x) for x in (query, key, value))
     h, hk, hv = q.shape[-3], k.shape[-3], v.shape[-3]
     try:

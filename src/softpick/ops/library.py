@@ -3,6 +3,9 @@
 ``torch.ops.softpick.attention_forward`` and its siblings are opaque to ``torch.compile``: a compiled graph calls them as
 one node. Packed sequences go through the same operators with ``cu_seqlens``. Triton is imported where a kernel is called
 and nowhere else, because torch for the CPU comes without it.
+
+Nothing but a compiler, a mode or a transform can tell an operator from the function below it, and the dispatcher takes
+longer over twenty arguments than a GPU over a short sequence: plain tensors go to the function directly (:func:`_plain`).
 """
 
 from __future__ import annotations
@@ -67,8 +70,7 @@ def _sequences(
     ]
 
 
-@torch.library.custom_op("softpick::attention_forward", mutates_args=())
-def attention_forward(
+def _attention_forward(
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -136,6 +138,9 @@ def attention_forward(
             largest[:, :, rows] if stats else None,
         )
     return out, lse, mass, largest, live
+
+
+attention_forward = torch.library.custom_op("softpick::attention_forward", _attention_forward, mutates_args=())
 
 
 def _empty_outputs(
@@ -220,8 +225,7 @@ def _(
     return _empty_outputs(query, key, value, cu_q, *args[-5:])
 
 
-@torch.library.custom_op("softpick::attention_backward", mutates_args=())
-def attention_backward(
+def _attention_backward(
     grad_out: Tensor,
     query: Tensor,
     key: Tensor,
@@ -315,6 +319,9 @@ def attention_backward(
     return dquery, dkey, dvalue, mask_out, sink_out
 
 
+attention_backward = torch.library.custom_op("softpick::attention_backward", _attention_backward, mutates_args=())
+
+
 @attention_backward.register_fake
 def _(
     grad_out: Tensor, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, sink: Tensor | None, *args: Any
@@ -326,6 +333,19 @@ def _(
 
 
 _TENSORS = 8  # arguments of attention_forward up to and including seed
+
+
+def _plain(*tensors: Tensor | None) -> bool:
+    """Whether nobody watches: no compiler, dispatch mode (fake tensors, selective checkpointing), transform or subclass."""
+    return (
+        not torch.compiler.is_compiling()
+        and torch._C._len_torch_dispatch_stack() == 0
+        and not torch._C._are_functorch_transforms_active()
+        and all(type(x) in _ORDINARY for x in tensors)
+    )
+
+
+_ORDINARY = (Tensor, torch.nn.Parameter, type(None))
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -344,7 +364,10 @@ def _backward(ctx: Any, grad_out: Tensor | None, *_: Any) -> tuple[Tensor | None
         return (None,) * ctx.inputs
     mask_grad = bool(ctx.needs_input_grad[3])
     saved = ctx.saved_tensors  # once: activation checkpointing refuses a second look
-    dquery, dkey, dvalue, dmask, dsink = attention_backward(grad_out, *saved, *ctx.options, mask_grad)
+    # the operator knows what to say to somebody who wants the gradient of the gradient
+    watched = torch.is_grad_enabled() or not _plain(grad_out, *saved)
+    backward: Any = attention_backward if watched else _attention_backward
+    dquery, dkey, dvalue, dmask, dsink = backward(grad_out, *saved, *ctx.options, mask_grad)
     grads = (dquery, dkey, dvalue, dmask if mask_grad else None, dsink if saved[4] is not None else None)
     return (*grads, *(None,) * (ctx.inputs - len(grads)))
 
@@ -362,6 +385,20 @@ def _no_double_backward(ctx: Any, *grads: Any) -> Any:
 
 attention_forward.register_autograd(_backward, setup_context=_setup_context)
 attention_backward.register_autograd(_no_double_backward, setup_context=_setup_backend)
+
+
+class _Attention(torch.autograd.Function):
+    """The operator without the dispatcher."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, ...]:
+        output = _attention_forward(*inputs)
+        _setup_context(ctx, inputs, output)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        return _backward(ctx, *grads)
 
 
 def attention(
@@ -398,7 +435,10 @@ def attention(
         from softpick.ops.triton.tuning import TRACKED
 
         track = normalizer in TRACKED
-    return attention_forward(
+    call: Any = attention_forward
+    if _plain(query, key, value, mask, sink, cu_seqlens_q, cu_seqlens_k):
+        call = _Attention.apply if trained else _attention_forward
+    return call(
         query,
         key,
         value,
@@ -427,8 +467,7 @@ def attention(
 # Decoding
 
 
-@torch.library.custom_op("softpick::decode", mutates_args=())
-def decode(
+def _decode(
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -470,11 +509,24 @@ def decode(
     return out, lse
 
 
+_decode_operator = torch.library.custom_op("softpick::decode", _decode, mutates_args=())
+
+
+def decode(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    """:func:`_decode`, by the operator where somebody watches or a gradient would be asked for."""
+    tensors = [query, key, value, *rest[:4]]
+    watched = not _plain(*tensors) or (
+        torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+    )
+    call: Any = _decode_operator if watched else _decode
+    return call(query, key, value, *rest)
+
+
 def _empty_decoded(query: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
     return _empty_heads_last(query, value), query.new_empty(query.shape[:3], dtype=torch.float32)
 
 
-@decode.register_fake
+@_decode_operator.register_fake
 def _(query: Tensor, key: Tensor, value: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
     return _empty_decoded(query, value)
 
@@ -485,15 +537,14 @@ def _no_backward(ctx: Any, *grads: Any) -> Any:
     )
 
 
-decode.register_autograd(_no_backward)
+_decode_operator.register_autograd(_no_backward)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Softpick over the rows of a matrix
 
 
-@torch.library.custom_op("softpick::rows_forward", mutates_args=())
-def rows_forward(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+def _rows_forward(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """Softpick over the last dimension of ``(rows, n)``, and the lse of each row (fp32), by Triton."""
     from softpick.ops.triton import launch
 
@@ -505,6 +556,9 @@ def rows_forward(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     return y, lse
 
 
+_rows_operator = torch.library.custom_op("softpick::rows_forward", _rows_forward, mutates_args=())
+
+
 def _empty_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     return x.new_empty(x.shape), x.new_empty(x.shape[:1], dtype=torch.float32)
 
@@ -513,14 +567,13 @@ def _unit_stride(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-@rows_forward.register_fake
+@_rows_operator.register_fake
 def _(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     return _empty_rows(x)
 
 
-@torch.library.custom_op("softpick::rows_backward", mutates_args=())
-def rows_backward(grad: Tensor, x: Tensor, lse: Tensor, eps: float) -> Tensor:
-    """Gradient of :func:`rows_forward`. (``eps`` is in ``lse``; the gradient of this gradient wants it.)"""
+def _rows_backward(grad: Tensor, x: Tensor, lse: Tensor, eps: float) -> Tensor:
+    """Gradient of :func:`_rows_forward`. (``eps`` is in ``lse``; the gradient of this gradient wants it.)"""
     from softpick.ops.triton import launch
 
     # near zero the gradient reaches 1 / eps, beyond fp16's range: saturate, as the CPU path does
@@ -532,7 +585,10 @@ def rows_backward(grad: Tensor, x: Tensor, lse: Tensor, eps: float) -> Tensor:
     return dx.clamp_(-limit, limit).to(x.dtype) if half else dx
 
 
-@rows_backward.register_fake
+_rows_backward_operator = torch.library.custom_op("softpick::rows_backward", _rows_backward, mutates_args=())
+
+
+@_rows_backward_operator.register_fake
 def _(grad: Tensor, x: Tensor, lse: Tensor, eps: float) -> Tensor:
     return x.new_empty(x.shape)
 
@@ -545,7 +601,12 @@ def _setup_rows(ctx: Any, inputs: tuple[Tensor, float], output: tuple[Tensor, Te
 
 
 def _rows_gradient(ctx: Any, grad: Tensor | None, _: Any) -> tuple[Tensor | None, None]:
-    return (None if grad is None else rows_backward(grad, *ctx.saved_tensors, ctx.eps)), None
+    if grad is None:
+        return None, None
+    saved = ctx.saved_tensors
+    watched = torch.is_grad_enabled() or not _plain(grad, *saved)
+    backward: Any = _rows_backward_operator if watched else _rows_backward
+    return backward(grad, *saved, ctx.eps), None
 
 
 def _setup_rows_backward(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor, float], output: Tensor) -> None:
@@ -564,15 +625,35 @@ def _rows_second_gradient(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None,
     return of_first, of_x, None, None
 
 
-rows_forward.register_autograd(_rows_gradient, setup_context=_setup_rows)
-rows_backward.register_autograd(_rows_second_gradient, setup_context=_setup_rows_backward)
+_rows_operator.register_autograd(_rows_gradient, setup_context=_setup_rows)
+_rows_backward_operator.register_autograd(_rows_second_gradient, setup_context=_setup_rows_backward)
 
 
-@rows_forward.register_vmap
+class _Rows(torch.autograd.Function):
+    """The operator without the dispatcher."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        output = _rows_forward(x, eps)
+        _setup_rows(ctx, (x, eps), output)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, None]:
+        return _rows_gradient(ctx, *grads)
+
+
+def rows_forward(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """:func:`_rows_forward` with its gradient, by the operator where somebody watches."""
+    call: Any = _Rows.apply if _plain(x) else _rows_operator
+    return call(x, eps)
+
+
+@_rows_operator.register_vmap
 def _(
     info: Any, in_dims: tuple[int | None, None], x: Tensor, eps: float
 ) -> tuple[tuple[Tensor, Tensor], tuple[int, int]]:
     # transforms traced by torch.compile come here; others take the torch operations
     batched = x.movedim(in_dims[0], 0) if in_dims[0] is not None else x[None]
-    y, lse = rows_forward(batched.reshape(-1, batched.shape[-1]), eps)
+    y, lse = _rows_operator(batched.reshape(-1, batched.shape[-1]), eps)
     return (y.view(batched.shape), lse.view(batched.shape[:-1])), (0, 0)

@@ -47,8 +47,9 @@ def row_statistics(
 ):  # fmt: skip
     """What the backward kernels need of a row, together, because they are loaded together: contiguous ``(B, H, Tq, 4)``.
 
-    The lse in the tiles' units (plus infinity for an empty row, which zeroes its exponentials), ``1 / l``, and
-    ``delta = do . out``. Grid: (row tiles, heads, batch).
+    The lse in the tiles' units (plus infinity for an empty row, which zeroes its exponentials), ``1 / l``,
+    ``delta = do . out``, and a power of two that keeps ``ds`` of the row, which may reach ``dp / l``, in the range of fp16.
+    Grid: (row tiles, heads, batch).
     """
     h, b = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
     rows = (tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
@@ -62,7 +63,8 @@ def row_statistics(
     tl.store(at, level, mask=rows < tq)
     tl.store(at + 1, tl.exp2(-level) * (1.0 + 1.1920929e-07), mask=rows < tq)  # an ulp more: see _slopes
     tl.store(at + 2, tl.sum(o.to(tl.float32) * g.to(tl.float32), 1), mask=rows < tq)
-    tl.store(at + 3, tl.zeros_like(level), mask=rows < tq)
+    # at most 2^10: query times its inverse must fit as well
+    tl.store(at + 3, tl.exp2(-tl.minimum(tl.maximum(tl.ceil(-level), 0.0), 10.0)), mask=rows < tq)
 
 
 @triton.jit
@@ -164,7 +166,7 @@ def _line(live, t, n, count, rows, columns, live_r, KEYS: tl.constexpr, TOGETHER
 
 @triton.jit
 def _sweep_keys(
-    dq, q, do, level, inverse, delta, key, value, mask, dbias, i2, lo, hi, tq, tk, width, v_width, offset, left, right,
+    dq, q, do, level, inverse, delta, shrink, key, value, mask, dbias, i2, lo, hi, tq, tk, width, v_width, offset, left, right,
     unit, softcap, dropout_p, seed, start, k_t, k_d, v_t, v_d, m_q, m_k,
     BASE: tl.constexpr, RECTIFY: tl.constexpr, ABSOLUTE: tl.constexpr, NEGATIVE_GRADIENT: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, PAD_D: tl.constexpr, PAD_DV: tl.constexpr,
@@ -203,6 +205,8 @@ def _sweep_keys(
             tl.store(at, ds.to(dbias.dtype.element_ty), mask=(i2 < tq) & (j2 < tk))
         if SOFTCAP:
             ds *= slope
+        if k.dtype == tl.float16:
+            ds *= shrink[:, None]
         dq = tl.dot(narrow_gradient(ds, k), k, dq, input_precision=PRECISION)
         key += BLOCK_N * k_t
         value += BLOCK_N * v_t
@@ -266,6 +270,7 @@ def attention_backward_queries(
     level = tl.load(at, mask=i0 + i < tq, other=INF)
     inverse = tl.load(at + 1, mask=i0 + i < tq, other=0.0)
     delta = tl.load(at + 2, mask=i0 + i < tq, other=0.0)
+    shrink = tl.load(at + 3, mask=i0 + i < tq, other=1.0)
     i2 = (i0 + i)[:, None]
     lo, full_lo, full_hi, hi = keys_of_queries(
         i0, tl.minimum(i0 + BLOCK_M, tq), tk, offset, left, right, BLOCK_N, LEFT, RIGHT
@@ -273,7 +278,7 @@ def attention_backward_queries(
     dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     if LEFT:
         dq = _sweep_keys(
-            dq, q, do, level, inverse, delta, key, value, mask, dbias, i2, lo, full_lo, tq, tk, width, v_width,
+            dq, q, do, level, inverse, delta, shrink, key, value, mask, dbias, i2, lo, full_lo, tq, tk, width, v_width,
             offset, left, right, unit, softcap, dropout_p, seed, start, k_t, k_d, v_t, v_d, m_q, m_k,
             BASE, RECTIFY, ABSOLUTE, NEGATIVE_GRADIENT, BLOCK_N, BLOCK_D, BLOCK_DV, PAD_D, PAD_DV, MASK, MASK_ROWS, LEFT,
             RIGHT, SOFTCAP, DROPOUT, BIAS_GRADIENT, True, EXACT, PRECISION,
@@ -284,7 +289,7 @@ def attention_backward_queries(
             begin = tl.load(segments + place).to(tl.int32) * GRAIN
             end = tl.load(segments + place + 1).to(tl.int32) * GRAIN
             dq = _sweep_keys(
-                dq, q, do, level, inverse, delta, key, value, mask, dbias, i2, tl.maximum(begin, full_lo),
+                dq, q, do, level, inverse, delta, shrink, key, value, mask, dbias, i2, tl.maximum(begin, full_lo),
                 tl.minimum(end, full_hi), tq, tk, width, v_width,
                 offset, left, right, unit, softcap, dropout_p, seed, start, k_t, k_d, v_t, v_d, m_q, m_k,
                 BASE, RECTIFY, ABSOLUTE, NEGATIVE_GRADIENT, BLOCK_N, BLOCK_D, BLOCK_DV, PAD_D, PAD_DV, MASK, MASK_ROWS, LEFT,
@@ -292,17 +297,19 @@ def attention_backward_queries(
             )  # fmt: skip
     else:
         dq = _sweep_keys(
-            dq, q, do, level, inverse, delta, key, value, mask, dbias, i2, full_lo, full_hi, tq, tk, width, v_width,
+            dq, q, do, level, inverse, delta, shrink, key, value, mask, dbias, i2, full_lo, full_hi, tq, tk, width, v_width,
             offset, left, right, unit, softcap, dropout_p, seed, start, k_t, k_d, v_t, v_d, m_q, m_k,
             BASE, RECTIFY, ABSOLUTE, NEGATIVE_GRADIENT, BLOCK_N, BLOCK_D, BLOCK_DV, PAD_D, PAD_DV, MASK, MASK_ROWS, LEFT,
             RIGHT, SOFTCAP, DROPOUT, BIAS_GRADIENT, False, EXACT, PRECISION,
         )  # fmt: skip
     dq = _sweep_keys(
-        dq, q, do, level, inverse, delta, key, value, mask, dbias, i2, full_hi, hi, tq, tk, width, v_width,
+        dq, q, do, level, inverse, delta, shrink, key, value, mask, dbias, i2, full_hi, hi, tq, tk, width, v_width,
         offset, left, right, unit, softcap, dropout_p, seed, start, k_t, k_d, v_t, v_d, m_q, m_k,
         BASE, RECTIFY, ABSOLUTE, NEGATIVE_GRADIENT, BLOCK_N, BLOCK_D, BLOCK_DV, PAD_D, PAD_DV, MASK, MASK_ROWS, LEFT,
         RIGHT, SOFTCAP, DROPOUT, BIAS_GRADIENT, True, EXACT, PRECISION,
     )  # fmt: skip
+    if q.dtype == tl.float16:
+        dq /= shrink[:, None]
     tl.store(
         dquery + i[:, None] * dq_t + d[None, :] * dq_d,
         narrow_gradient(dq * scale, q),
@@ -335,7 +342,7 @@ def _sweep_queries(
             four = tl.load(four)
         one, other = tl.split(tl.reshape(four, [BLOCK_M, 2, 2]))
         level, delta = tl.split(one)
-        inverse, _ = tl.split(other)
+        inverse, shrink = tl.split(other)
         i2 = (i + m)[None, :]
         s, keep, slope = finish_scores(
             s, i2, j2, mask, m_q, m_k, tq, tk, offset, left, right, unit, softcap,
@@ -367,6 +374,9 @@ def _sweep_queries(
         )  # fmt: skip
         if SOFTCAP:
             ds *= slope
+        if q.dtype == tl.float16:
+            ds *= shrink[None, :]
+            q = (q.to(tl.float32) / tl.maximum(shrink, 2.0**-10)[:, None]).to(tl.float16)  # 0 beyond the last row
         dk = tl.dot(narrow_gradient(ds, q), q, dk, input_precision=PRECISION)
         query += BLOCK_M * q_t
         grad_out += BLOCK_M * g_t

@@ -20,6 +20,7 @@ from softpick.ops.triton.tile import (
     ONE,
     POSITIVE,
     SINK,
+    TINY,
     any_kept,
     finish_scores,
     kept_scores,
@@ -84,6 +85,11 @@ def _sweep(
             total += tl.sum(p, 1)
             RELU: tl.constexpr = False
         if k.dtype == tl.float16:
+            if BASE == LINEAR:  # as in forward.py
+                high = tl.maximum(m, tl.max(tl.abs(p), 1))
+                acc *= (m / high)[:, None]
+                p /= high[:, None]
+                m = high
             p *= FP16_SCALE
         if SKIP:
             if any_kept(s, RECTIFY):
@@ -142,6 +148,8 @@ def decode_split(
     total = tl.zeros([BLOCK_M], tl.float32)
     ANCHORED: tl.constexpr = BASE != EXP or RECTIFY != NONE or CONSTANT != 0
     m = tl.zeros([BLOCK_M], tl.float32) + (0.0 if ANCHORED else -INF)
+    if BASE == LINEAR:
+        m += TINY
     if CONSTANT == SINK:
         m = tl.maximum(m, tl.load(sink + head, mask=rows, other=0.0).to(tl.float32) * LOG2E)
     if LEFT:
@@ -164,7 +172,11 @@ def decode_split(
         PAGE, True, EXACT, SKIP, RELU_ASM, PRECISION,
     )  # fmt: skip
     if q.dtype == tl.float16:
+        if BASE == LINEAR:
+            acc *= m[:, None]
         acc *= 1.0 / FP16_SCALE
+    if BASE == LINEAR:  # sums are not relative to anything
+        m = tl.zeros([BLOCK_M], tl.float32)
     part = ((b * kv_heads + kv) * tl.num_programs(0) + split) * BLOCK_M + r
     tl.store(part_total + part, total, mask=rows)
     tl.store(part_m + part, m, mask=rows)

@@ -21,6 +21,7 @@ from softpick.ops.triton.tile import (
     ONE,
     POSITIVE,
     SINK,
+    TINY,
     dropout_factor,
     either,
     finish_scores,
@@ -97,6 +98,12 @@ def _sweep(
         if DROPOUT:
             p *= dropout_factor(seed, start, i2, (j + n)[None, :], tk, dropout_p)
         if v.dtype == tl.float16:
+            if BASE == LINEAR:
+                # weights have no bound here: the accumulator alone is kept relative to the largest so far
+                high = tl.maximum(m, tl.max(tl.abs(p), 1))
+                acc *= (m / high)[:, None]
+                p /= high[:, None]
+                m = high
             p *= FP16_SCALE
         acc = tl.dot(narrow(p, v, RELU, RELU_ASM and RELU), v, acc, input_precision=PRECISION)
         key += BLOCK_N * k_t
@@ -160,6 +167,8 @@ def _all_keys(
     total = tl.zeros([BLOCK_M], tl.float32)
     kept = tl.zeros([BLOCK_M], tl.float32)
     m = tl.zeros([BLOCK_M], tl.float32) + anchor
+    if BASE == LINEAR:
+        m += TINY
     top = tl.full([BLOCK_M], -INF, tl.float32)
     bits = tl.zeros([BLOCK_M], tl.int32)
     if TRACK:
@@ -272,6 +281,10 @@ def attention_forward(
                 BASE, RECTIFY, ABSOLUTE, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, PAD_D, PAD_DV, MASK, MASK_ROWS, LEFT, RIGHT,
                 SOFTCAP, DROPOUT, STATS, True, EXACT, TRACK, RELU_ASM, PRECISION, SIGNED,
             )  # fmt: skip
+    if q.dtype == tl.float16:
+        if BASE == LINEAR:
+            acc *= m[:, None]
+        acc *= 1.0 / FP16_SCALE
     if BASE == LINEAR:
         m = tl.zeros([BLOCK_M], tl.float32)
         if CONSTANT == ONE:
@@ -284,8 +297,6 @@ def attention_forward(
             total += tl.exp2(logit - m)
     total += eps  # relative to m
     inverse = tl.where(total == 0, 0.0, 1.0 / total)
-    if q.dtype == tl.float16:
-        acc *= 1.0 / FP16_SCALE
     rows = i0 + i < tq
     out += b * o_b + h * o_h + i0.to(tl.int64) * o_t
     tl.store(

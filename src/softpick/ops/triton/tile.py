@@ -17,6 +17,8 @@ LN2, LOG2E = tl.constexpr(0.6931471805599453), tl.constexpr(1.4426950408889634)
 INF = tl.constexpr(float("inf"))
 FP16_SCALE = tl.constexpr(1024.0)
 """Factor on unnormalized weights in fp16, which has few bits below 6e-5; weights relative to ``m`` are at most 1."""
+TINY = tl.constexpr(2.0**-64)
+"""Where the running maximum of unbounded weights starts, because it is divided by."""
 
 EXP, EXPM1, LINEAR = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 NONE, POSITIVE, NONNEGATIVE = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)

@@ -29,7 +29,15 @@ ALLOWED = {
         "softpick.integrations",
     },
     "softpick.audit": {"softpick.progress", "softpick.training", "softpick.analysis", "softpick.integrations"},
+    "softpick.train": {
+        "softpick.normalizers",
+        "softpick.progress",
+        "softpick.training",
+        "softpick.analysis",
+    },
+    "softpick.__main__": {"softpick.cli"},
     "softpick.cli": {
+        "softpick.train",
         "softpick.normalizers",
         "softpick.compare",
         "softpick.audit",

@@ -1,4 +1,4 @@
-"""The command line: ``softpick compare``, ``softpick analyze``, ``softpick normalizers``.
+"""The command line: one function for each command of ``softpick --help``.
 
 Whatever is heavy or belongs to an extra is imported inside the functions, so that ``--help`` is quick and a missing
 extra gives one sentence.
@@ -6,6 +6,7 @@ extra gives one sentence.
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import sys
 import time
@@ -176,6 +177,26 @@ def build_app() -> typer.Typer:
         }
         _run_audit(given | ({"texts": tuple(text)} if text else {}), output)
 
+    @app.command(
+        help="Pretrain a model from a recipe. Running the same command again continues an interrupted run. Several GPUs: "
+        "torchrun -m softpick train ..."
+    )
+    def train(
+        recipe: str = typer.Argument(..., help="A name; `softpick recipes` lists them."),
+        overrides: list[str] | None = typer.Argument(  # noqa: B008
+            None, metavar="[FIELD=VALUE]...", help="Fields of the recipe, for example normalizer=softmax steps=500."
+        ),
+        output: str = option(None, metavar="DIR", help="Folder of the run.  [default: softpick-RECIPE-NORMALIZER]"),
+        device: str = option("auto", help="auto, cpu, cuda or mps."),
+        tensorboard: bool = option(False, "--tensorboard", help="Also write TensorBoard events."),
+    ) -> None:
+        _require("transformers", "accelerate", "tokenizers", "numpy")
+        _run_train(recipe, overrides or [], output, device, tensorboard)
+
+    @app.command(help="List the recipes, or print one.")
+    def recipes(name: str = typer.Argument(None, help="Print all its fields.")) -> None:
+        _print_recipes(name)
+
     return app
 
 
@@ -275,6 +296,92 @@ def _run_audit(given: dict[str, Any], output: str) -> None:
     _print_report(report, output, console)
 
 
+def _run_train(name: str, overrides: list[str], output: str | None, device: str, tensorboard: bool) -> None:
+    import os
+    import shlex
+
+    from softpick.training.data import DataError
+    from softpick.training.recipes import RecipeError, get_recipe
+
+    try:
+        recipe = get_recipe(name).override(overrides)
+    except RecipeError as error:
+        _fail(str(error))
+        raise
+    if not any((value or "").startswith("hub:") for value in (recipe.data,)) and recipe.tokenizer is None:
+        os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    from softpick.train import train as run
+    from softpick.training.engine import Interrupted, NonFinite, StopRequest
+
+    console = _console()
+    folder = output or f"softpick-{recipe.name}-{recipe.normalizer}"
+    again = f"run the same command again to continue in {folder}"
+    try:
+        result = run(
+            recipe,
+            folder,
+            device=device,
+            tensorboard=tensorboard,
+            command=" ".join(["softpick", *map(shlex.quote, sys.argv[1:])]),
+            reporter=_Reporter(console),
+            stop=StopRequest(),
+        )
+    except (RecipeError, DataError, NonFinite) as error:
+        _fail(str(error))
+    except Interrupted as reason:
+        console.print(f"{reason}; {again}", markup=False, highlight=False)
+        raise SystemExit(130) from None
+    except KeyboardInterrupt:
+        console.print(f"interrupted; {again}", markup=False, highlight=False)
+        raise SystemExit(130) from None
+    else:
+        if os.environ.get("RANK", "0") == "0":
+            _print_training(result, folder, console)
+
+
+def _print_training(result: dict[str, Any], folder: str, console: Console) -> None:
+    say = functools.partial(console.print, markup=False, highlight=False, soft_wrap=True)
+    say(f"\nvalidation loss {result['validation_loss']:.4f} after {result['seconds']:.0f} s of training")
+    if result["speed"]:
+        say(", ".join(f"{key.replace('_', ' ')} {value:,.4g}" for key, value in result["speed"].items()) + " (medians)")
+    if result["probes"]:
+        last = result["probes"][-1]
+        figures = ", ".join(f"{key} {last[key]:.4g}" for key in last if key not in ("kind", "step"))
+        say(f"probe at step {last['step']}: {figures}")
+    say(f"model: {folder}/model\nmetrics: {folder}/metrics.jsonl")
+
+
+def _print_recipes(name: str | None) -> None:
+    from rich.table import Table
+
+    from softpick.training.recipes import RECIPES, RecipeError, get_recipe
+
+    console = _console(wide=True)
+    if name is not None:
+        try:
+            recipe = get_recipe(name)
+        except RecipeError as error:
+            _fail(str(error))
+            raise
+        for key, value in recipe.to_json().items():
+            console.print(f"{key}={value}", markup=False, highlight=False)
+        return
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for column in ("recipe", "parameters", "tokens", "data", ""):
+        table.add_column(column)
+    for make in RECIPES.values():
+        recipe = make()
+        table.add_row(
+            recipe.name,
+            f"{recipe.parameters / 1e6:,.1f} M",
+            f"{recipe.tokens / 1e6:,.1f} M",
+            recipe.data or "built-in",
+            (make.__doc__ or "").splitlines()[0],
+        )
+    console.print(table, markup=False)
+
+
 def _print_report(report: dict[str, Any], output: str, console: Console) -> None:
     from pathlib import Path
 
@@ -342,8 +449,8 @@ class _Bar:
     def __init__(self, progress: Any, task: Any) -> None:
         self._progress, self._task = progress, task
 
-    def update(self, step: int, loss: float | None) -> None:
-        fields = {} if loss is None else {"loss": f"loss {loss:.3f}"}
+    def update(self, step: int, loss: float | None, note: str = "") -> None:
+        fields = {} if loss is None else {"loss": f"loss {loss:.3f} {note}".rstrip()}
         self._progress.update(self._task, completed=step, **fields)
 
 
@@ -351,20 +458,23 @@ class _Lines:
     def __init__(self, console: Console, label: str, total: int) -> None:
         self._console, self._label, self._total = console, label, total
         self._start, self._first, self._said = time.perf_counter(), 0, 0.0
+        self._last = self._start
 
-    def update(self, step: int, loss: float | None) -> None:
+    def update(self, step: int, loss: float | None, note: str = "") -> None:
         if loss is None:
             return
         now = time.perf_counter()
         if self._first == 0:  # a resumed run begins in the middle: its pace counts from here
             self._start, self._first = now, step
         done = step / self._total
-        if done < 1 and done - self._said < 0.1:
+        # about ten lines, and in long runs one a minute
+        if done < 1 and done - self._said < 0.1 and now - self._last < 60:
             return
-        self._said = done
+        self._said, self._last = done, now
         pace = (now - self._start) / (step - self._first) if step > self._first else 0.0
+        extra = f", {note}" if note else ""
         left = f", {pace * (self._total - step):.0f} s left" if pace and step < self._total else ""
-        self._console.print(f"{self._label}: {step}/{self._total} steps, loss {loss:.3f}{left}", markup=False)
+        self._console.print(f"{self._label}: {step}/{self._total} steps, loss {loss:.3f}{extra}{left}", markup=False)
 
 
 if __name__ == "__main__":

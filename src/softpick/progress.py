@@ -12,8 +12,8 @@ __all__ = ["ProgressBar", "Reporter", "Silent"]
 class ProgressBar(Protocol):
     """One piece of work."""
 
-    def update(self, step: int, loss: float | None) -> None:
-        """``step`` steps are done; ``loss`` is the latest training loss, None where there is none."""
+    def update(self, step: int, loss: float | None, note: str = "") -> None:
+        """``step`` steps are done; ``loss`` is the latest training loss, None where there is none; ``note`` goes behind it."""
 
 
 class Reporter(Protocol):
@@ -37,5 +37,5 @@ class Silent:
         """Itself."""
         yield self
 
-    def update(self, step: int, loss: float | None) -> None:
+    def update(self, step: int, loss: float | None, note: str = "") -> None:
         """Nothing."""

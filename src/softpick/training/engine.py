@@ -7,11 +7,12 @@ transformers may be missing.
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -35,11 +36,14 @@ from transformers.utils import logging as transformers_logging
 from softpick.integrations.transformers import SoftpickLlamaConfig, SoftpickLlamaForCausalLM
 from softpick.normalizers import get_normalizer
 from softpick.progress import ProgressBar
-from softpick.training.data import SequenceDataset, collate
+from softpick.training.data import collate
 
 __all__ = [
+    "Guard",
     "Interrupted",
+    "NonFinite",
     "Outcome",
+    "Speed",
     "StopRequest",
     "build_model",
     "last_checkpoint",
@@ -55,6 +59,10 @@ _COMPLETE = "complete.json"
 
 class Interrupted(Exception):  # noqa: N818 - not an error: the run can be continued
     """Training stopped on request at a checkpoint."""
+
+
+class NonFinite(Exception):  # noqa: N818 - its name says it
+    """Too many steps in a row had no finite gradient."""
 
 
 def build_model(
@@ -242,11 +250,140 @@ class _Watch(TrainerCallback):
         **_: Any,
     ) -> None:
         if self.progress is not None:
-            self.progress.update(state.global_step, (logs or {}).get("loss"))
+            logs = logs or {}
+            self.progress.update(state.global_step, logs.get("loss"), _speed_note(logs))
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-        write_json(folder / _COMPLETE, {"step": state.global_step, "seconds": self.seconds})
+        if state.is_world_process_zero:
+            write_json(folder / _COMPLETE, {"step": state.global_step, "seconds": self.seconds})
+
+
+def _speed_note(logs: dict[str, float]) -> str:
+    parts = []
+    if "tokens_per_second" in logs:
+        parts.append(f"{logs['tokens_per_second']:,.0f} tokens/s")
+    if "mfu" in logs:
+        parts.append(f"MFU {logs['mfu']:.1%}")
+    if "peak_memory_gib" in logs:
+        parts.append(f"{logs['peak_memory_gib']:.1f} GiB")
+    if logs.get("skipped_steps"):
+        parts.append(f"{logs['skipped_steps']:.0f} steps skipped")
+    return ", ".join(parts)
+
+
+_PEAK = {"B200": 2250e12, "H200": 989e12, "H100": 989e12, "A100": 312e12}
+"""Dense bf16 FLOP/s by the name of the GPU (vendor's data sheets)."""
+
+
+class Speed:
+    """Tokens a second over all ranks, MFU and peak memory since the last log line.
+
+    Floating-point operations a token are ``6 N + 12 layers width T`` (``N``: parameters without the input embedding), the
+    convention of PaLM and torchtitan, which counts attention as if it were not causal. MFU needs a GPU of known peak.
+    """
+
+    def __init__(self, model: PreTrainedModel, sequence_length: int, tokens_per_step: int, ranks: int = 1) -> None:
+        config = model.config
+        matrices = parameter_count(model) - model.get_input_embeddings().weight.numel()
+        self.flops = 6 * matrices + 12 * config.num_hidden_layers * config.hidden_size * sequence_length
+        self.tokens, self.ranks = tokens_per_step, ranks
+        name = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
+        self.peak = next((peak for key, peak in _PEAK.items() if key in name), None)
+        self.start, self.steps, self.pause = time.perf_counter(), 0, 0.0
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """What happens inside is not training."""
+        start = time.perf_counter()
+        yield
+        self.pause += time.perf_counter() - start
+
+    def read(self, step: int) -> dict[str, float]:
+        """Since the last call. The first tells nothing: it has the compilation in it."""
+        now = time.perf_counter()
+        seconds, steps = now - self.start - self.pause, step - self.steps
+        first = self.steps == 0
+        self.start, self.steps, self.pause = now, step, 0.0
+        if first or steps <= 0 or seconds <= 0:
+            return {}
+        speed = steps * self.tokens / seconds
+        found = {"tokens_per_second": round(speed, 1)}
+        if self.peak is not None:
+            found["mfu"] = round(speed * self.flops / (self.peak * self.ranks), 4)
+        if torch.cuda.is_available():
+            found["peak_memory_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
+        return found
+
+
+class Guard:
+    """Skips steps without a finite gradient, counts them, and ends training after too many in a row.
+
+    It stands in for accelerate's ``clip_grad_norm_``, whose norm is the same on all ranks, so all of them skip alike.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self.limit, self.skipped, self.row, self.largest = limit, 0, 0, 0.0
+        self.where: list[str] = []
+
+    def install(self, trainer: Trainer) -> None:
+        """Stand in the way of a trainer's gradients."""
+        clip: Callable[..., Any] = trainer.accelerator.clip_grad_norm_
+
+        def guarded(parameters: Iterable[Any], max_norm: float, norm_type: float = 2.0) -> Any:
+            parameters = list(parameters)
+            norm = clip(parameters, max_norm, norm_type)
+            value = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
+            if math.isfinite(value):
+                self.row, self.largest = 0, max(self.largest, value)
+                return norm
+            self.skipped += 1
+            self.row += 1
+            if self.row == 1:
+                named = trainer.model.named_parameters()
+                self.where = [n for n, p in named if p.grad is not None and not bool(p.grad.isfinite().all())][:5]
+            for p in parameters:
+                p.grad = None  # an optimizer leaves alone what has no gradient
+            if self.row >= self.limit:
+                raise NonFinite(
+                    f"{self.row} steps in a row had no finite gradient, up to step {trainer.state.global_step + 1}; the "
+                    f"last loss logged was {_last_loss(trainer.state)}; not finite at first: "
+                    f"{', '.join(self.where) or 'the loss itself'}. A smaller learning_rate or a longer warm-up may help"
+                )
+            return norm
+
+        trainer.accelerator.clip_grad_norm_ = guarded
+
+    def read(self) -> dict[str, float]:
+        """The largest gradient norm (before clipping) since the last call, and the steps skipped so far."""
+        found = {"grad_norm_max": self.largest, "skipped_steps": float(self.skipped)}
+        self.largest = 0.0
+        return found
+
+
+def _last_loss(state: TrainerState) -> str:
+    return next((f"{entry['loss']:.4g}" for entry in reversed(state.log_history) if "loss" in entry), "none yet")
+
+
+class _Trainer(Trainer):
+    """The Trainer, whose log lines also have what :class:`Speed` and :class:`Guard` say."""
+
+    speed: Speed | None = None
+    guard: Guard | None = None
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        if "loss" in logs:
+            extra = {} if self.speed is None else self.speed.read(self.state.global_step)
+            logs |= extra | ({} if self.guard is None else self.guard.read())
+        super().log(logs, *args, **kwargs)
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        with self.speed.paused() if self.speed is not None else nullcontext():
+            return super().evaluate(*args, **kwargs)
+
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        with self.speed.paused() if self.speed is not None else nullcontext():
+            super()._save_checkpoint(*args, **kwargs)
 
 
 def last_checkpoint(folder: Path) -> Path | None:
@@ -267,13 +404,18 @@ class Outcome:
 def train(
     model: PreTrainedModel,
     arguments: TrainingArguments,
-    train_data: SequenceDataset,
-    validation_data: SequenceDataset,
+    train_data: torch.utils.data.Dataset[Any],
+    validation_data: torch.utils.data.Dataset[Any],
     *,
     tokenizer: PreTrainedTokenizerBase | None = None,
-    evaluation_data: SequenceDataset | None = None,
+    evaluation_data: torch.utils.data.Dataset[Any] | None = None,
     stop: StopRequest | None = None,
     progress: ProgressBar | None = None,
+    collator: Callable[[list[Any]], dict[str, Any]] = collate,
+    callbacks: Sequence[TrainerCallback] = (),
+    speed: Speed | None = None,
+    guard: Guard | None = None,
+    export: Path | None = None,
 ) -> Outcome:
     """Train, from the last complete checkpoint in ``arguments.output_dir`` if there is one; then evaluate.
 
@@ -286,9 +428,15 @@ def train(
         evaluation_data: for the evaluations during training; by default ``validation_data``.
         stop: asked after every logged step; listens to SIGINT and SIGTERM while training.
         progress: told at every logged step.
+        collator: items of the data into a batch.
+        callbacks: more of them.
+        speed: measures, for the log lines.
+        guard: of steps without a finite gradient.
+        export: folder for the trained weights, gathered from all ranks.
 
     Raises:
         Interrupted: after the checkpoint that ``stop`` asked for.
+        NonFinite: from ``guard``.
     """
     checkpoint = last_checkpoint(Path(arguments.output_dir))
     seconds = 0.0
@@ -296,24 +444,30 @@ def train(
         seconds = float(json.loads((checkpoint / _COMPLETE).read_text())["seconds"])
     watch = _Watch(stop, progress, seconds)
     with quiet_transformers():
-        trainer = Trainer(
+        trainer = _Trainer(
             model=model,
             args=arguments,
             train_dataset=train_data,
             eval_dataset=evaluation_data if evaluation_data is not None else validation_data,
-            data_collator=collate,
+            data_collator=collator,
             processing_class=tokenizer,
-            callbacks=[watch],
+            callbacks=[watch, *callbacks],
         )
         trainer.remove_callback(PrinterCallback)
+        trainer.speed, trainer.guard = speed, guard
+        if guard is not None:
+            guard.install(trainer)
         with stop.on_signals() if stop is not None else nullcontext():
             trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
         seconds = watch.seconds
         history = list(trainer.state.log_history)
         if trainer.state.global_step < trainer.state.max_steps:
             raise Interrupted(f"stopped after step {trainer.state.global_step} of {trainer.state.max_steps}")
-        trainer.remove_callback(watch)
+        for callback in (watch, *callbacks):
+            trainer.remove_callback(callback)
         loss = trainer.evaluate(validation_data)["eval_loss"]
+        if export is not None:
+            trainer.save_model(str(export))
     return Outcome(loss, seconds, _curves(history))
 
 

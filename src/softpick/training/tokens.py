@@ -1,0 +1,202 @@
+"""Token files and streams: text tokenised once, sequences of one length that start with BOS, document boundaries known.
+
+A token file is the concatenation of all documents, each followed by EOS, as 16- or 32-bit integers. It is mapped into
+memory, not read. Sequence ``i`` is BOS and the ``length - 1`` tokens from ``i (length - 1)`` on.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import os
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from softpick.progress import Reporter
+from softpick.training.data import DataError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+__all__ = ["StreamedSequences", "TokenFile", "collator", "hub_documents", "write_tokens"]
+
+_TOGETHER = 256  # documents tokenised at once
+
+
+def _tokenised(tokenizer: PreTrainedTokenizerBase, documents: Iterable[str]) -> Iterator[list[int]]:
+    """Token ids of each document, EOS behind it."""
+    documents = iter(documents)
+    while chunk := list(itertools.islice(documents, _TOGETHER)):
+        for ids in tokenizer(chunk, add_special_tokens=False, verbose=False)["input_ids"]:
+            yield [*ids, tokenizer.eos_token_id]
+
+
+def write_tokens(
+    path: Path,
+    tokenizer: PreTrainedTokenizerBase,
+    documents: Iterable[str],
+    reporter: Reporter,
+    label: str,
+    total: int,
+) -> None:
+    """Tokenise ``documents`` into a token file, which appears complete or not at all.
+
+    Args:
+        path: the file.
+        tokenizer: with an EOS.
+        documents: texts.
+        reporter: told how many of ``total`` documents are done.
+        label: of the progress bar.
+        total: number of documents.
+    """
+    import numpy as np
+
+    dtype = _dtype(len(tokenizer))
+    temporary = path.with_name(f".{path.name}.tmp")
+    with temporary.open("wb") as file, reporter.progress(label, total) as progress:
+        for done, ids in enumerate(_tokenised(tokenizer, documents), 1):
+            file.write(np.asarray(ids, dtype=dtype).tobytes())
+            if done % _TOGETHER == 0 or done == total:
+                progress.update(done, None)
+    os.replace(temporary, path)
+
+
+def _dtype(vocabulary: int) -> Any:
+    import numpy as np
+
+    return np.uint16 if vocabulary <= 2**16 else np.uint32
+
+
+class TokenFile(torch.utils.data.Dataset[Tensor]):
+    """The sequences of a token file.
+
+    Args:
+        path: as :func:`write_tokens` wrote it.
+        length: tokens a sequence, BOS included.
+        vocabulary: size of the vocabulary, which says how wide an id is.
+        bos: id of BOS.
+        at_most: no more sequences than this.
+
+    Raises:
+        DataError: fewer tokens than one sequence.
+    """
+
+    def __init__(self, path: Path, length: int, vocabulary: int, bos: int, at_most: int | None = None) -> None:
+        import numpy as np
+
+        self.tokens = np.memmap(path, dtype=_dtype(vocabulary), mode="r") if path.stat().st_size else np.zeros(0)
+        self.length, self.bos, self.path = length, bos, path
+        self.count = len(self.tokens) // (length - 1)
+        if self.count == 0:
+            raise DataError(
+                f"data: {len(self.tokens)} tokens ({path.stem}) are too few for one sequence of {length}; give more text or "
+                "a smaller sequence_length"
+            )
+        self.count = min(self.count, at_most or self.count)
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int) -> Tensor:
+        """``(length,)`` token ids."""
+        if not 0 <= index < self.count:
+            raise IndexError(index)
+        body = self.tokens[index * (self.length - 1) : (index + 1) * (self.length - 1)]
+        return torch.cat([torch.tensor([self.bos]), torch.from_numpy(body.astype("int64"))])
+
+    def fingerprint(self) -> str:
+        """A hash of the file, by which a resumed run knows that it is still the same."""
+        with self.path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()[:16]
+
+
+class StreamedSequences(torch.utils.data.IterableDataset[Tensor]):
+    """Sequences of documents that are tokenised on the fly, in the order of the stream.
+
+    A resumed run gets the same sequences again: the Trainer skips those that it has had.
+
+    Args:
+        documents: starts the stream from its beginning.
+        tokenizer: with an EOS and a BOS.
+        length: tokens a sequence, BOS included.
+        skip: sequences at the start that are left out (those of the validation).
+        at_most: no more sequences than this.
+    """
+
+    def __init__(
+        self,
+        documents: Callable[[], Iterable[str]],
+        tokenizer: PreTrainedTokenizerBase,
+        length: int,
+        skip: int = 0,
+        at_most: int | None = None,
+    ) -> None:
+        self.documents, self.tokenizer, self.length = documents, tokenizer, length
+        self.skip, self.at_most = skip, at_most
+
+    def __iter__(self) -> Iterator[Tensor]:
+        stop = None if self.at_most is None else self.skip + self.at_most
+        return itertools.islice(self._all(), self.skip, stop)
+
+    def _all(self) -> Iterator[Tensor]:
+        rest: list[int] = []
+        size = self.length - 1
+        for ids in _tokenised(self.tokenizer, self.documents()):
+            rest += ids
+            whole = len(rest) // size
+            for i in range(whole):
+                yield torch.tensor([self.tokenizer.bos_token_id, *rest[i * size : (i + 1) * size]])
+            del rest[: whole * size]
+
+
+def hub_documents(name: str, config: str | None, field: str) -> Callable[[], Iterator[str]]:
+    """The texts of a Hugging Face data set, streamed.
+
+    Raises:
+        DataError: ``datasets`` is missing, the hub cannot be reached, or there is no such field.
+    """
+    try:
+        import datasets
+    except ModuleNotFoundError:
+        raise DataError(f"data: hub:{name} needs datasets: pip install 'softpick[train]'") from None
+    try:
+        stream = datasets.load_dataset(name, config, split="train", streaming=True)
+        first = next(iter(stream))
+    except Exception as error:  # whatever a network, the hub or a data set can do wrong
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise DataError(
+            f"data: cannot read the hub data set {name!r} ({reason}); without network give data=PATH, or data=none for the "
+            "built-in corpus"
+        ) from error
+    if not isinstance(first.get(field), str):
+        raise DataError(f"data: hub:{name} has no text field {field!r} (found {', '.join(first)}); see text_field")
+
+    def texts() -> Iterator[str]:
+        for record in stream:
+            yield record[field]
+
+    return texts
+
+
+def collator(document_mask: bool, eos: int) -> Callable[[list[Tensor]], dict[str, Tensor]]:
+    """Rows ``(T,)`` into a batch for a causal language model.
+
+    With ``document_mask`` also ``position_ids`` that start again behind every EOS, by which transformers keeps documents
+    apart; and the first token of a document, which nothing before it can tell, is no target.
+    """
+
+    def collate(rows: list[Tensor]) -> dict[str, Tensor]:
+        ids = torch.stack(list(rows))
+        if not document_mask:
+            return {"input_ids": ids, "labels": ids}
+        t = torch.arange(ids.shape[1])
+        first = torch.zeros_like(ids, dtype=torch.bool)
+        first[:, 1:] = ids[:, :-1] == eos
+        start = torch.where(first, t, 0).cummax(1).values
+        return {"input_ids": ids, "labels": ids.masked_fill(first, -100), "position_ids": t - start}
+
+    return collate

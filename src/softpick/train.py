@@ -33,7 +33,14 @@ from torch import Tensor
 
 from softpick.normalizers import get_normalizer
 from softpick.progress import Reporter, Silent
-from softpick.training.data import read_corpus, split_documents, standard_library, train_tokenizer
+from softpick.training.data import (
+    SequenceDataset,
+    fingerprint,
+    read_corpus,
+    split_documents,
+    standard_library,
+    train_tokenizer,
+)
 from softpick.training.recipes import Recipe, RecipeError
 from softpick.training.tokens import StreamedSequences, TokenFile, collator, hub_documents, write_tokens
 
@@ -51,7 +58,7 @@ _TOKENIZER_CHARACTERS = 20_000_000  # of text that a tokenizer is trained on
 @dataclass(frozen=True)
 class _Data:
     train: torch.utils.data.Dataset[Tensor]
-    validation: torch.utils.data.Dataset[Tensor]
+    validation: TokenFile | SequenceDataset
     tokenizer: PreTrainedTokenizerBase
     description: str
     key: str
@@ -133,7 +140,7 @@ def train(
     log = _Metrics(output / "metrics.jsonl", rank == 0)
     callbacks = [_log_callback(log, recipe.parallel)]
     if recipe.probe_every:
-        batch = torch.stack([row for _, row in zip(range(recipe.probe_sequences), data.validation, strict=False)])
+        batch = torch.stack([data.validation[i] for i in range(min(recipe.probe_sequences, len(data.validation)))])
         callbacks.append(_probe_callback(recipe, batch, log, speed))
     temporary = output / ".model.tmp"
     if temporary.exists() and rank == 0:
@@ -332,8 +339,6 @@ def _stream(recipe: Recipe, output: Path, reporter: Reporter) -> _Data:
     reporter.say(f"data: {description}, streamed")
     held = recipe.validation_sequences
     validation = list(StreamedSequences(documents, tokenizer, recipe.sequence_length, at_most=held))
-    from softpick.training.data import SequenceDataset, fingerprint
-
     rows = torch.stack(validation)
     training = StreamedSequences(documents, tokenizer, recipe.sequence_length, skip=held)
     return _Data(training, SequenceDataset(rows), tokenizer, description, fingerprint(rows))

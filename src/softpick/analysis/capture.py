@@ -72,7 +72,7 @@ class SeenAttention:
         scaling = self.kwargs.get("scaling")
         scaling = self.query.shape[-1] ** -0.5 if scaling is None else scaling
         key = self.key.repeat_interleave(self.query.shape[1] // self.key.shape[1], dim=1)
-        return self.query.float() @ key.float().transpose(2, 3) * scaling
+        return (self.query.float() * scaling) @ key.float().transpose(2, 3)
 
     def masked_scores(self) -> Tensor:
         """``(b, h, T, T)`` fp32: what the normalizer saw, after soft-capping and biases; ``-inf`` where masked."""
@@ -313,12 +313,15 @@ def watch(
             whole = function(module, query, key, value, attention_mask, **kwargs)[0] if name == "sdpa" else None
             group = query.shape[1] // key.shape[1]
             rows: dict[int, list[Tensor]] = {}
+            mask: Any = None
             for samples, key_heads in _pieces(module, query, key, kwargs):
                 heads = slice(key_heads.start * group, key_heads.stop * group)
                 see = visible[samples]
-                mask = _part(attention_mask, samples, heads, *query.shape[:2])
-                if name == "sdpa" and not _is_additive(mask):
-                    mask = torch.zeros(see.shape, device=query.device).masked_fill_(~see, _LOWEST)
+                if name == "sdpa" and not _is_additive(attention_mask):  # eager functions add their mask
+                    if heads.start == 0:
+                        mask = torch.zeros(see.shape, device=query.device).masked_fill_(~see, _LOWEST)
+                else:
+                    mask = _part(attention_mask, samples, heads, *query.shape[:2])
                 rest = {k: _part(v, samples, heads, *query.shape[:2]) for k, v in given.items()}
                 q, k, v = query[samples, heads], key[samples, key_heads], value[samples, key_heads]
                 if whole is not None:

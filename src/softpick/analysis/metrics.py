@@ -8,7 +8,7 @@ A :class:`Meter` is fed a batch in this order, and never keeps a map or a hidden
     meter.hidden(layer, hidden)                             # for every layer
     measurements = meter.result()
 
-At most ``MAX_ENTRIES`` weights are worked on at a time, so that memory is a few maps of one head, whatever the model.
+Rows are worked on in blocks of about ``BLOCK_ENTRIES`` weights, so that temporaries are small, whatever ``T``.
 
 Samples are cut to their real positions before anything is computed, so padding (left, right or in between) enters no
 metric. Sums are fp64; moments of different batches are combined exactly, so the result does not depend on how the data
@@ -52,7 +52,9 @@ OUTLIER_LAYERS = 25.0
 OUTLIER_POSITIONS = 6.0
 MAX_LISTED = 20
 MAX_ENTRIES = 1 << 25
-"""Weights that are worked on at once: 128 MB in fp32, two heads at ``T = 4096``; temporaries are several times that."""
+"""Weights that are in memory at once: 128 MB in fp32, two heads at ``T = 4096``; a few such temporaries make them."""
+
+BLOCK_ENTRIES = 1 << 20  # weights that are worked on at once
 
 _KEY_SUMS = (
     "count",
@@ -211,6 +213,10 @@ def _coarsen(x: Tensor, rows: int, columns: int) -> Tensor:
 # One layer
 
 
+class _NotFiniteError(ValueError):
+    """NaN or infinity among the weights."""
+
+
 class _AttentionLayer:
     """Sums over samples for one layer; tensors are ``(H,)``, fp64, on the CPU. Heads may come in several pieces."""
 
@@ -234,48 +240,61 @@ class _AttentionLayer:
     def update(self, a: Tensor, o: Tensor, visible: Tensor, first_head: int) -> Tensor:
         """Some heads of one sample: ``a (h, T, T)`` and ``o (h, T, Dv)`` fp32, ``visible (T, T)`` boolean.
 
+        Worked on in blocks of rows that stay in the processor's cache: large temporaries would take most of the time.
+
         Returns:
             ``(len(_KEY_SUMS), T)`` fp64: what these heads add to the sums of every key.
         """
-        a = torch.where(visible, a, 0.0)
-        seen = visible.any(1)
-        at = slice(first_head, first_head + a.shape[0])
+        h, t, _ = a.shape
+        at = slice(first_head, first_head + h)
         if first_head == 0:  # what the heads of a sample share
             self.samples += 1
-            self.rows += int(seen.sum())
-            self.visible += int(visible.sum())
+            self.rows += int(visible.any(1).sum())
+            self.visible += int(visible.count_nonzero())
             self.tokens += o.shape[1]
+        # by key: sum of weights, sum of shares of row mass, rows with mass that see it
+        columns = torch.zeros(3, h, t, dtype=torch.float64)
+        tallest = TILES[-1][0]
+        step = max(1, BLOCK_ENTRIES // (h * t * tallest)) * tallest
+        for start in range(0, t, step):
+            columns += self._rows(a[:, start : start + step], visible[start : start + step], at)
+        self.add("dead_tokens", _sum(o.abs().amax(2) <= DEAD_OUTPUT, 1), at)
+        return self._sinks(columns, visible.count_nonzero(0).cpu(), at)
 
+    def _rows(self, a: Tensor, visible: Tensor, at: slice) -> Tensor:
+        """Some rows of some heads: ``a (h, M, T)``, ``visible (M, T)``; returns their part of the sums by key."""
+        a = torch.where(visible, a, 0.0)
+        seen = visible.any(1)
         magnitude = a.abs()  # signed weights (linear softpick) share their mass by magnitude; for all others this is a
         total = magnitude.sum(2, keepdim=True)
+        if not bool(torch.isfinite(total).all()):
+            raise _NotFiniteError
         live = total > 0
         share = torch.where(live, magnitude / torch.where(live, total, 1.0), 0.0)
         live = live[..., 0]
-
-        keys = self._sinks(a, share, live, visible, at)
-
-        mass = a.sum(2)
+        mass = _sum(a, 2)
         largest = torch.where(seen, a.masked_fill(~visible, -math.inf).amax(2), 0.0)
-        self.add("mass", _sum(mass * seen, 1), at)
+        self.add("mass", _sum(mass * seen.cpu(), 1), at)
         self.add("zero_rows", _sum(~live & seen, 1), at)
         self.add("largest", _sum(largest * seen, 1), at)
         self.max_weight[at] = torch.maximum(self.max_weight[at], magnitude.amax((1, 2)).double().cpu())
-        self.add("zeros", _sum((a == 0) & visible, (1, 2)), at)
-        self.add("tiny", _sum((magnitude <= TINY_WEIGHT) & visible, (1, 2)), at)
-        self.add("entropy", _sum(-torch.xlogy(share, share), (1, 2)), at)
+        self.add("zeros", ((a == 0) & visible).count_nonzero((1, 2)), at)
+        self.add("tiny", ((magnitude <= TINY_WEIGHT) & visible).count_nonzero((1, 2)), at)
+        self.add("entropy", _sum(-torch.xlogy(share, share).sum(2), 1), at)
         self.add("live_rows", _sum(live & seen, 1), at)
-        self.add("dead_tokens", _sum(o.abs().amax(2) <= DEAD_OUTPUT, 1), at)
-
+        # dormant: nearly all of the mass of a row lies on the first token, among the queries that see it
+        self.add("dormant_rows", _sum((share[:, :, 0] > DORMANT_MASS) & visible[:, 0], 1), at)
+        self.add("dormant_seen", visible[:, 0].sum().double().expand(a.shape[0]), at)
         self._tiles(a != 0, visible[None], at)
         self._contexts(mass, largest, visible.sum(1))
-        return keys
+        return torch.stack([_sum(a, 1), _sum(share, 1), (live.float() @ visible.float()).double().cpu()])
 
-    def _sinks(self, a: Tensor, share: Tensor, live: Tensor, visible: Tensor, at: slice) -> Tensor:
-        queries = visible.sum(0)  # (T,) that see each key
-        live_queries = _sum((live[:, :, None] & visible), 1)  # (h, T)
-        alpha = _sum(a, 1) / queries.double().cpu().clamp(min=1)
-        alpha_n = _sum(share, 1) / live_queries.clamp(min=1)
-        enough = (queries >= min(MIN_SINK_QUERIES, int(queries.max()))).cpu()
+    def _sinks(self, columns: Tensor, queries: Tensor, at: slice) -> Tensor:
+        """Sinks from the sums by key ``(3, h, T)``, and ``queries (T,)`` that see each key."""
+        weights, shares, live_queries = columns
+        alpha = weights / queries.double().clamp(min=1)
+        alpha_n = shares / live_queries.clamp(min=1)
+        enough = queries >= min(MIN_SINK_QUERIES, int(queries.max()))
         enough_n = live_queries >= live_queries.amax(1, keepdim=True).clamp(max=MIN_SINK_QUERIES)
         best, where = alpha.masked_fill(~enough, -math.inf).max(1)
         best_n = alpha_n.masked_fill(~(enough_n & enough), -math.inf).amax(1).clamp(min=0)
@@ -289,13 +308,10 @@ class _AttentionLayer:
                 for e in SINK_THRESHOLDS:
                     self.add(f"sink_{name}{suffix}_{e}", (value > e).double(), at)
         self.add("strongest_is_first", ((where == 0) & (best > 0)).double(), at)
-        # dormant: nearly all of the mass of a row lies on the first token, among the queries that see it
-        self.add("dormant_rows", _sum((share[:, :, 0] > DORMANT_MASS) & visible[:, 0], 1), at)
-        self.add("dormant_seen", visible[:, 0].sum().double().expand(a.shape[0]), at)
 
         strongest = torch.bincount(where[best > 0], minlength=alpha.shape[1]).double()
         over = [(x > e).double().sum(0) for x in (alpha, alpha_n) for e in SINK_THRESHOLDS]
-        count = torch.full_like(strongest, a.shape[0])
+        count = torch.full_like(strongest, alpha.shape[0])
         return torch.stack([count, alpha.sum(0), alpha_n.sum(0), *over, strongest]) * enough
 
     def _tiles(self, nonzero: Tensor, visible: Tensor, at: slice) -> None:
@@ -479,9 +495,14 @@ class Meter:
                 if positions.numel() < t:
                     at = positions.to(weights.device)
                     a, o, see = a[:, at][:, :, at], o[:, at], see[at][:, at]
-                if not bool(torch.isfinite(torch.where(see, a, 0.0).sum() + o.sum())):
-                    raise ValueError(f"layer {layer}: attention weights or outputs contain NaN or infinity")
-                self._add_keys(state.update(a, o, see, first_head + head), sample, tokens)
+                try:
+                    if not bool(torch.isfinite(o.sum())):
+                        raise _NotFiniteError
+                    keys = state.update(a, o, see, first_head + head)
+                except _NotFiniteError:
+                    message = f"layer {layer}: attention weights or outputs contain NaN or infinity"
+                    raise ValueError(message) from None
+                self._add_keys(keys, sample, tokens)
             sample += 1
         if max_score is not None:
             state.max_score = max_score if state.max_score is None else max(state.max_score, max_score)

@@ -143,6 +143,9 @@ def audit(
         ImportError: transformers is missing.
     """
     settings.check()
+    from softpick.integrations.transformers import register  # says so where transformers is missing
+
+    register()  # softpick's models and attention functions
     reporter = reporter if reporter is not None else Silent()
     corpus = (
         standard_library(_CORPUS_CHARACTERS)
@@ -166,8 +169,6 @@ def audit(
 
 def _run(name: str, settings: AuditSettings, corpus: Corpus, reporter: Reporter, state: Path | None) -> dict[str, Any]:
     """One model's part of the report, from ``state`` where it is there."""
-    from softpick.training.engine import write_json
-
     stem = None
     if state is not None:
         stem = state / f"audit-{_fingerprint(name, settings, corpus)}"
@@ -177,6 +178,8 @@ def _run(name: str, settings: AuditSettings, corpus: Corpus, reporter: Reporter,
             return json.loads(done.read_text(encoding="utf-8"))
     run = _measure(_load(name, settings, reporter), settings, corpus, reporter, stem)
     if stem is not None:
+        from softpick.training.engine import write_json
+
         stem.parent.mkdir(parents=True, exist_ok=True)
         write_json(stem.with_suffix(".json"), run)
     return run
@@ -212,9 +215,6 @@ def _fingerprint(name: str, settings: AuditSettings, corpus: Corpus) -> str:
 
 
 def _load(name: str, settings: AuditSettings, reporter: Reporter) -> _Subject:
-    from softpick.integrations.transformers import register
-
-    register()  # softpick's models and attention functions
     from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING
 

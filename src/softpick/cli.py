@@ -371,15 +371,18 @@ class _Lines:
     def __init__(self, console: Console, label: str, total: int) -> None:
         self._console, self._label, self._total = console, label, total
         self._start, self._first, self._said = time.perf_counter(), 0, 0.0
+        self._last = self._start
 
     def update(self, step: int, loss: float | None) -> None:
         now = time.perf_counter()
         if self._first == 0:  # a resumed run begins in the middle: its pace counts from here
             self._start, self._first = now, step
         done = step / self._total
-        if done < 1 and done - self._said < 0.1:
+        if done < 1 and (
+            done - self._said < 0.1 or (loss is None and now - self._last < 5)
+        ):  # short work: its end only
             return
-        self._said = done
+        self._said, self._last = done, now
         pace = (now - self._start) / (step - self._first) if step > self._first else 0.0
         left = f", {pace * (self._total - step):.0f} s left" if pace and step < self._total else ""
         what = f" steps, loss {loss:.3f}" if loss is not None else ""

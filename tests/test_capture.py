@@ -217,13 +217,15 @@ def test_largest_score_by_hand():
     assert measure(model, data).rows["max_score"] is None
 
 
-def learned_sink():
-    model = llama("softpick")
-    config = SoftpickLlamaConfig(**(model.config.to_dict() | {"normalizer": "learned_sink", "attention_dropout": 0.0}))
+def learned_sink(normalizer="learned_sink", **more):
+    more |= {"normalizer": normalizer, "attention_dropout": 0.0}
+    fields = {k: v for k, v in llama("softpick").config.to_dict().items() if k != "attn_implementation"}
+    config = SoftpickLlamaConfig(**(fields | more))
+    assert config.normalizer == normalizer
     torch.manual_seed(1)
     model = SoftpickLlamaForCausalLM(config)
     for name, p in model.named_parameters():
-        if name.endswith("sinks"):
+        if name.endswith(("sinks", "score_scale")):
             torch.nn.init.normal_(p)
     return model
 
@@ -250,9 +252,22 @@ def gpt_oss():
         lambda: llama("eager", dtype=torch.bfloat16),
         lambda: llama("softpick", dtype=torch.bfloat16),
         learned_sink,
+        lambda: learned_sink("softpick", output_gate=True, score_scale=True),
         gpt_oss,
     ],
-    ids=["llama", "gpt2", "bert", "llama-sdpa", "bert-sdpa", "softpick", "bf16", "softpick-bf16", "sinks", "gpt-oss"],
+    ids=[
+        "llama",
+        "gpt2",
+        "bert",
+        "llama-sdpa",
+        "bert-sdpa",
+        "softpick",
+        "bf16",
+        "softpick-bf16",
+        "sinks",
+        "gate",
+        "gpt-oss",
+    ],
 )
 def test_pieces_change_nothing(make, monkeypatch):
     """A head or two at a time (grouped queries stay together) give what the whole layer gives, also further down."""
@@ -346,6 +361,13 @@ def test_scores_are_what_the_normalizer_saw():
         assert scores.max() < 2.0
         torch.testing.assert_close(cache[f"blocks.{i}.attn.hook_pattern"], torch.softmax(scores, -1))
     assert cache["blocks.0.attn.hook_pattern"][0, :, -1, : T - 8].abs().max() == 0  # beyond the window
+
+
+def test_scores_with_a_learned_scale():
+    cache = hook_cache(learned_sink("softmax", score_scale=True).eval(), batches(False)[0]["input_ids"][0])
+    for i in range(3):
+        scores = cache[f"blocks.{i}.attn.hook_attn_scores"]
+        torch.testing.assert_close(cache[f"blocks.{i}.attn.hook_pattern"], torch.softmax(scores, -1))
 
 
 def test_bertviz_arguments():

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from softpick.analysis.metrics import MAX_ENTRIES, Measurements, Meter
+from softpick.normalizers import NORMALIZERS
 
 __all__ = ["BOS_POLICIES", "SeenAttention", "attention_maps", "measure", "watch"]
 
@@ -34,6 +35,7 @@ BOS_POLICIES = ("auto", "bos", "none")
 caller says that samples start without one."""
 
 _LOWEST = torch.finfo(torch.float32).min
+_GATE = "output_gate"  # of softpick's functions, (B, T, H, Dv)
 _FUSED = ("flash_attention", "flex_attention", "paged|")
 
 
@@ -68,11 +70,15 @@ class SeenAttention:
     kwargs: dict[str, Any]
 
     def scores(self) -> Tensor:
-        """``(b, h, T, T)`` fp32: ``q . k x scaling``, before soft-capping, biases and the mask."""
+        """``(b, h, T, T)`` fp32: ``q . k x scaling`` (and a learned scale), before soft-capping, biases and the mask."""
         scaling = self.kwargs.get("scaling")
         scaling = self.query.shape[-1] ** -0.5 if scaling is None else scaling
         key = self.key.repeat_interleave(self.query.shape[1] // self.key.shape[1], dim=1)
-        return (self.query.float() * scaling) @ key.float().transpose(2, 3)
+        query = self.query.float() * scaling
+        by_head = self.kwargs.get("score_scale")  # softpick's: times log n, n the keys that a query may see
+        if by_head is not None:
+            query = query * (by_head.view(-1, 1, 1) * self.visible.sum(3).clamp(min=1).log()[..., None])
+        return query @ key.float().transpose(2, 3)
 
     def masked_scores(self) -> Tensor:
         """``(b, h, T, T)`` fp32: what the normalizer saw, after soft-capping and biases; ``-inf`` where masked."""
@@ -244,16 +250,22 @@ def _fp32_weights(
         return function(module, query.float(), key.float(), value.float(), mask, **(kwargs | {"dropout": 0.0}))[1]
 
 
-def _pieces(module: nn.Module, query: Tensor, key: Tensor, kwargs: dict[str, Any]) -> Iterator[tuple[slice, slice]]:
-    """Samples and key heads that are worked on together: all of them if small, else of one sample as many as fit."""
+def _pieces(
+    name: str, module: nn.Module, query: Tensor, key: Tensor, kwargs: dict[str, Any]
+) -> Iterator[tuple[slice, slice]]:
+    """Samples and key heads that are worked on together: all of them if small, else of one sample as many as fit.
+
+    Softpick's functions know their arguments only; others may read parameters of the module.
+    """
     b, h, t, _ = query.shape
     if b * h * t * t <= MAX_ENTRIES:
         yield slice(0, b), slice(0, key.shape[1])
         return
     counts = (h, key.shape[1])
-    own = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
+    own = [*module.parameters(recurse=False), *module.buffers(recurse=False)] if name not in NORMALIZERS else []
     by_head = any(x.dim() > 0 and x.shape[0] in counts for x in own)
-    by_head |= any(isinstance(x, Tensor) and x.dim() > 2 for x in kwargs.values())  # a bias, perhaps one a head
+    tensors = [x for name, x in kwargs.items() if isinstance(x, Tensor) and name != _GATE]
+    by_head |= any(x.dim() > 2 for x in tensors)  # a bias, perhaps one a head
     step = key.shape[1] if by_head else max(1, MAX_ENTRIES // (t * t * (h // key.shape[1])))
     for sample in range(b):
         for head in range(0, key.shape[1], step):
@@ -314,7 +326,7 @@ def watch(
             group = query.shape[1] // key.shape[1]
             rows: dict[int, list[Tensor]] = {}
             mask: Any = None
-            for samples, key_heads in _pieces(module, query, key, kwargs):
+            for samples, key_heads in _pieces(name, module, query, key, kwargs):
                 heads = slice(key_heads.start * group, key_heads.stop * group)
                 see = visible[samples]
                 if name == "sdpa" and not _is_additive(attention_mask):  # eager functions add their mask
@@ -323,6 +335,8 @@ def watch(
                 else:
                     mask = _part(attention_mask, samples, heads, *query.shape[:2])
                 rest = {k: _part(v, samples, heads, *query.shape[:2]) for k, v in given.items()}
+                if given.get(_GATE) is not None:
+                    rest[_GATE] = given[_GATE][samples, :, heads]
                 q, k, v = query[samples, heads], key[samples, key_heads], value[samples, key_heads]
                 if whole is not None:
                     outputs = whole[samples, :, heads]

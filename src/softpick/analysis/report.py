@@ -303,7 +303,15 @@ METRICS: tuple[Metric, ...] = (
         "Lower: softmax's way of switching a head off.",
     ),
     Metric("parameters", "Parameters", "", "Run", ("parameters",), "d", "Trainable parameters of the model."),
-    Metric("seconds", "Time", "s", "Run", ("seconds",), "d", "Seconds of training."),
+    Metric(
+        "seconds",
+        "Time",
+        "s",
+        "Run",
+        ("seconds",),
+        "d",
+        "Seconds of training (softpick compare) or of measuring (softpick analyze).",
+    ),
 )
 """Every row of the summary, in order."""
 

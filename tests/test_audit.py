@@ -164,7 +164,8 @@ def test_a_decoder_without_bos(home):
 
 
 def test_an_encoder(home):
-    run = audit(settings(home, "bert"))["runs"][0]
+    run = audit(settings(home, "bert", map_tokens=64))["runs"][0]
+    assert [len(sample["text_tokens"]) for sample in run["samples"]] == [32] * 3  # the model has no more positions
     assert not run["measurements"]["data"]["causal"]
     assert run["measurements"]["data"]["bos"]["first_token_share"] == 100  # [CLS]
     assert run["measurements"]["data"]["sequence_length"]["max"] == 24

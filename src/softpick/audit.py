@@ -65,7 +65,8 @@ class AuditSettings:
         samples: sequences that are measured.
         sequence_length: tokens a sequence, BOS (or [CLS] and [SEP]) included.
         batch_size: sequences a forward pass.
-        map_tokens: at most this many tokens of a text, special ones included, in an attention map.
+        map_tokens: at most this many tokens of a text, special ones included, in an attention map; fewer where the model
+            has room for fewer.
         knockout: tokens whose key is masked, one after the other, to see what the perplexity loses (causal models):
             ``"first"``, ``"strongest"`` (of each sample, the key with the largest alpha averaged over layers and heads),
             or a position from 0.
@@ -306,11 +307,17 @@ def _wrapped(subject: _Subject, ids: Sequence[int]) -> list[int]:
     return list(ids) if bos is None else [bos, *ids]
 
 
+def _room(subject: _Subject) -> int:
+    """Positions that the model has, or very many where it does not say."""
+    longest = getattr(subject.model.config, "max_position_embeddings", None)
+    return longest if isinstance(longest, int) and longest > 0 else sys.maxsize
+
+
 def _sequences(subject: _Subject, settings: AuditSettings, corpus: Corpus) -> Tensor:
     """``(samples, T)``: documents joined by EOS (causal) and cut into pieces, each with its special tokens."""
     length = settings.sequence_length
-    longest = getattr(subject.model.config, "max_position_embeddings", None)
-    if isinstance(longest, int) and 0 < longest < length:
+    longest = _room(subject)
+    if longest < length:
         raise AuditError(f"sequence_length: {subject.name} has room for {longest} positions, got {length}")
     piece = length - len(_wrapped(subject, []))
     eos = subject.tokenizer.eos_token_id if subject.causal else None
@@ -349,7 +356,8 @@ def _measure(
     samples = []
     with reporter.progress(f"attention maps of {title}", len(settings.texts)) as progress:
         for text in settings.texts:
-            row = _wrapped(subject, _ids(subject, text)[: settings.map_tokens - len(_wrapped(subject, []))])
+            room = min(settings.map_tokens, _room(subject)) - len(_wrapped(subject, []))
+            row = _wrapped(subject, _ids(subject, text)[:room])
             maps = attention_maps(subject.model, torch.tensor(row))
             words = [subject.tokenizer.decode([token]) for token in row]
             samples.append({"text_tokens": words, "maps": encode_maps(maps)})

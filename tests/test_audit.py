@@ -1,25 +1,36 @@
 """``softpick analyze``: saved models in, report out; decoders, encoders, two models, the knockout, and what can go wrong."""
 
+import importlib.util
 import json
 import math
+import shutil
 import subprocess
 import sys
+from contextlib import contextmanager
+from dataclasses import asdict
 
 import pytest
 import torch
 
 pytest.importorskip("transformers")
 
+from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
     BertConfig,
     BertModel,
     GPT2Config,
     GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MambaConfig,
+    MambaForCausalLM,
     PreTrainedTokenizerFast,
 )
 
+from softpick import audit as audit_module
 from softpick.audit import SAMPLE_TEXTS, AuditError, AuditSettings, audit
+from softpick.progress import Silent
 from softpick.training import engine
 from softpick.training.data import DataError, train_tokenizer
 
@@ -95,27 +106,55 @@ def test_two_models_side_by_side(home):
 
 
 def test_one_normalizer_twice_stays_apart(home):
-    report = audit(settings(home, against=str(home / "softmax"), knockout=False))
+    report = audit(settings(home, against=str(home / "softmax"), knockout=()))
     assert [run["normalizer"] for run in report["runs"]] == ["softmax", "softmax (2)"]
     assert report["notes"] == []
 
 
-def test_perplexity_and_knockout_by_hand(home):
-    """The same from the model's logits with a four-dimensional mask: the first key is hidden from all later queries."""
-    run = audit(settings(home, batch_size=6))["runs"][0]
-    model = AutoModelForCausalLM.from_pretrained(home / "softmax")
-    tokenizer = PreTrainedTokenizerFast.from_pretrained(home / "softmax")
+def rows_of(home, name, samples=6, length=24):
+    """The sequences that are measured: BOS, then the text's tokens in their order."""
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(home / name)
     ids = tokenizer((home / "corpus.txt").read_text(), add_special_tokens=False)["input_ids"]
-    rows = torch.tensor([[tokenizer.bos_token_id, *ids[i * 23 : i * 23 + 23]] for i in range(6)])
-    for name, hidden in (("all keys", False), ("without the first key", True)):
-        see = torch.ones(24, 24, dtype=torch.bool).tril()
-        if hidden:
-            see[1:, 0] = False
-        with torch.no_grad():
-            logits = model(rows, attention_mask=see.expand(6, 1, 24, 24), use_cache=False).logits
-        picked = torch.log_softmax(logits[:, 1:-1], -1).gather(-1, rows[:, 2:, None])
-        assert run["perplexity"][name] == pytest.approx(math.exp(-picked.mean()), rel=1e-4)
-    assert run["perplexity"]["all keys"] != run["perplexity"]["without the first key"]
+    n = length - 1
+    return torch.tensor([[tokenizer.bos_token_id, *ids[i * n : i * n + n]] for i in range(samples)])
+
+
+def strongest_by_hand(model, rows):
+    """Of each sample the key with the largest mean over layers, heads and queries, among those that 16 queries see."""
+    with torch.no_grad():
+        maps = torch.stack(model(rows, output_attentions=True).attentions)  # (L, B, H, T, T)
+    found = []
+    for b in range(len(rows)):
+        alpha = [maps[:, b, :, k:, k].double().mean().item() for k in range(24 - 15)]
+        found.append(alpha.index(max(alpha)))
+    return found
+
+
+@pytest.mark.parametrize("batch_size", [6, 4])
+@pytest.mark.parametrize("name", ["softmax", "softpick"])
+def test_perplexity_and_knockout_by_hand(home, name, batch_size):
+    """The same from the model's logits with a four-dimensional mask: the key is hidden from all later queries."""
+    run = audit(settings(home, name, batch_size=batch_size, knockout=("first", "strongest", 5)))["runs"][0]
+    model = AutoModelForCausalLM.from_pretrained(home / name)
+    rows = rows_of(home, name)
+    strongest = strongest_by_hand(model, rows)
+    assert strongest == run["measurements"]["sink"]["strongest"]["positions"]
+    assert name == "softpick" or len(set(strongest)) > 1
+    for entry, positions in zip(run["knockout"], ([0] * 6, strongest, [5] * 6), strict=True):
+        see = torch.ones(24, 24, dtype=torch.bool).tril().repeat(6, 1, 1, 1)
+        for b, p in enumerate(positions):
+            see[b, 0, p + 1 :, p] = False
+        for figure, mask in (("all keys", torch.ones_like(see).tril()), ("without", see)):
+            with torch.no_grad():
+                logits = model(rows, attention_mask=mask, use_cache=False).logits
+            picked = torch.log_softmax(logits[:, :-1], -1).gather(-1, rows[:, 1:, None])
+            kept = torch.cat([picked[b, p + 1 :] for b, p in enumerate(positions)])
+            assert entry[figure] == pytest.approx(math.exp(-kept.mean()), rel=1e-4), (entry["key"], figure)
+            assert entry["tokens"] == len(kept)
+        assert entry["change_percent"] == pytest.approx(100 * (entry["without"] / entry["all keys"] - 1))
+        assert entry["all keys"] != entry["without"]
+    assert run["knockout"][0]["masked"]["token_id_share"] == 100
+    assert run["perplexity"] == run["knockout"][0]["all keys"]
 
 
 def test_a_decoder_without_bos(home):
@@ -125,11 +164,19 @@ def test_a_decoder_without_bos(home):
 
 
 def test_an_encoder(home):
-    run = audit(settings(home, "bert"))["runs"][0]
+    run = audit(settings(home, "bert", map_tokens=64))["runs"][0]
+    assert [len(sample["text_tokens"]) for sample in run["samples"]] == [32] * 3  # the model has no more positions
     assert not run["measurements"]["data"]["causal"]
     assert run["measurements"]["data"]["bos"]["first_token_share"] == 100  # [CLS]
     assert run["measurements"]["data"]["sequence_length"]["max"] == 24
     assert "perplexity" not in run
+    assert run["notes"] == ["bert: no knockout, because an encoder has no perplexity of a next token."]
+    sink = run["measurements"]["sink"]
+    cls, sep = sink["by_token"][:2]
+    assert [run["token_text"][str(t["token_id"])] for t in (cls, sep)] == ["<bos>", "<eos>"]
+    assert cls["rate"] == sink["first"]["rate"]
+    assert sep["rate_normalized"] == sink["last"]["rate_normalized"]
+    assert len(sink["by_position"]["rate"]["0.3"]) == 24
 
 
 @pytest.mark.parametrize(
@@ -139,6 +186,11 @@ def test_an_encoder(home):
         ({"samples": 0}, "samples: expected at least 1, got 0"),
         ({"dtype": "int8"}, "dtype: expected one of auto, float32, bfloat16, float16; got 'int8'"),
         ({"texts": ("a", " ")}, "texts: expected at least one text, none of them empty"),
+        ({"knockout": ("last",)}, "knockout: expected first, strongest, or a position; got 'last'"),
+        ({"knockout": (254,)}, "knockout: expected a position from 0 to 253 .*, got 254"),
+        ({"attn_implementation": "flash_attention_2"}, "attn_implementation: 'flash_attention_2' shows no weights"),
+        ({"attn_implementation": "sofpick", "sequence_length": 24}, "model: cannot load .*sofpick"),
+        ({"device": "cuda:99", "sequence_length": 24}, "device: cannot move .* to 'cuda:99'"),
         ({"model": "./nowhere"}, "model: there is no directory or file ./nowhere"),
         ({"model": "nothing.gguf"}, "model: there is no file nothing.gguf"),
     ],
@@ -161,6 +213,193 @@ def test_errors_of_models_and_data(home, tmp_path):
         audit(settings(tmp_path, "bare", data=str(home / "corpus.txt")))
 
 
+def test_models_that_cannot_be_measured(home, tmp_path):
+    data = str(home / "corpus.txt")
+    mamba = MambaConfig(
+        vocab_size=300, hidden_size=16, num_hidden_layers=2, state_size=4, bos_token_id=0, eos_token_id=1
+    )
+    MambaForCausalLM(mamba).save_pretrained(tmp_path / "mamba")
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(home / "softmax")
+    tokenizer.save_pretrained(tmp_path / "mamba")
+    with pytest.raises(AuditError, match="no attention layers were seen in MambaForCausalLM"):
+        audit(settings(tmp_path, "mamba", data=data))
+    shutil.copytree(home / "softmax", tmp_path / "torn")
+    weights = load_file(tmp_path / "torn" / "model.safetensors")
+    del weights["model.layers.1.self_attn.q_proj.weight"]
+    save_file(weights, tmp_path / "torn" / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(
+        AuditError, match=r"lacks 1 weights .*layers\.1\.self_attn\.q_proj\.weight\): they would be random"
+    ):
+        audit(settings(tmp_path, "torn", data=data))
+
+
+class Says(Silent):
+    def __init__(self):
+        self.lines = []
+
+    def say(self, text):
+        self.lines.append(text)
+
+
+def test_any_attn_implementation(home, tmp_path):
+    """A model saved with flash attention is measured as it computes; another implementation can be asked for."""
+    shutil.copytree(home / "gpt2", tmp_path / "gpt2")
+    config = json.loads((tmp_path / "gpt2" / "config.json").read_text())
+    config["attn_implementation"] = "flash_attention_2"
+    (tmp_path / "gpt2" / "config.json").write_text(json.dumps(config))
+    data, said = str(home / "corpus.txt"), Says()
+    found = {
+        name: audit(settings(tmp_path, "gpt2", data=data, attn_implementation=name), reporter=said)["runs"][0]
+        for name in (None, "eager", "sdpa", "softpick")
+    }
+    assert found[None]["attn_implementation"] == "sdpa"
+    assert any("flash_attention_2 shows no weights, so sdpa computes the same" in line for line in said.lines)
+    for name in ("eager", "sdpa"):
+        alpha = torch.tensor(found[name]["measurements"]["sink"]["first"]["alpha"])
+        torch.testing.assert_close(alpha, torch.tensor(found[None]["measurements"]["sink"]["first"]["alpha"]))
+        assert found[name]["normalizer"] == "softmax"
+    assert found["softpick"]["normalizer"] == "softpick"
+    assert found["softpick"]["measurements"]["sparsity"]["zero"] > 10
+
+
+class StopsAt(Says):
+    """Interrupts when it is told that a piece of work is so far."""
+
+    def __init__(self, label, step):
+        super().__init__()
+        self.at = label, step
+
+    @contextmanager
+    def progress(self, label, total):
+        self.label = label
+        yield self
+
+    def update(self, step, loss):
+        if self.label.startswith(self.at[0]) and step == self.at[1]:
+            raise KeyboardInterrupt
+
+
+def without_times(report):
+    for run in report["runs"]:
+        del run["seconds"]
+    return json.loads(json.dumps(report["runs"]))
+
+
+def test_an_interrupted_audit_goes_on(home, tmp_path, monkeypatch):
+    given = settings(home, against=str(home / "softpick"), batch_size=1)
+    want = without_times(audit(given))
+    monkeypatch.setattr(audit_module, "_SAVE_SECONDS", 0.0)
+    with pytest.raises(KeyboardInterrupt):  # while the second model is measured
+        audit(given, state=tmp_path, reporter=StopsAt("measuring softpick", 4))
+    (tmp_path / "mine.txt").write_text("not an audit's")
+    said = Says()
+    got = audit(given, state=tmp_path, reporter=said)
+    assert without_times(got) == want
+    assert f"{home / 'softmax'}: measured before" in said.lines
+    assert f"{home / 'softpick'}: going on after batch 3 of 6" in said.lines
+    other, said = AuditSettings(**(asdict(given) | {"samples": 5})), Says()
+    audit(other, state=tmp_path, reporter=said)  # other settings take nothing of it
+    assert not any("before" in line or "going on" in line for line in said.lines)
+    audit_module.forget(tmp_path)
+    assert [f.name for f in tmp_path.iterdir()] == ["mine.txt"]
+
+
+# GGUF
+
+
+def write_gguf(path, folder, quantized):
+    """The file that llama.cpp's converter would make of a Llama: names, metadata, permuted queries and keys."""
+    gguf = pytest.importorskip("gguf")
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    config = model.config
+    vocabulary = json.loads((folder / "tokenizer.json").read_text())["model"]
+    writer = gguf.GGUFWriter(str(path), "llama")
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    writer.add_rope_dimension_count(config.hidden_size // config.num_attention_heads)
+    writer.add_vocab_size(config.vocab_size)
+    tokens = PreTrainedTokenizerFast.from_pretrained(folder).convert_ids_to_tokens(range(config.vocab_size))
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("llama-bpe")
+    writer.add_token_list(tokens)
+    special = {config.bos_token_id, config.eos_token_id}
+    writer.add_token_types(
+        [gguf.TokenType.CONTROL if i in special else gguf.TokenType.NORMAL for i in range(len(tokens))]
+    )
+    writer.add_token_merges([" ".join(merge) for merge in vocabulary["merges"]])
+    writer.add_bos_token_id(config.bos_token_id)
+    writer.add_eos_token_id(config.eos_token_id)
+    names = {
+        "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",
+        "self_attn.o_proj": "attn_output", "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up",
+        "mlp.down_proj": "ffn_down", "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm",
+    }  # fmt: skip
+    outer = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
+    for name, value in model.state_dict().items():
+        name = name.removesuffix(".weight")
+        if name in outer:
+            target = outer[name]
+        else:
+            _, _, layer, part = name.split(".", 3)
+            target = f"blk.{layer}.{names[part]}"
+        if target.endswith(("attn_q", "attn_k")):
+            heads = config.num_attention_heads
+            value = value.view(heads, 2, -1, value.shape[1]).transpose(1, 2).reshape(value.shape)
+        data = value.float().numpy()
+        if quantized and data.ndim == 2 and data.shape[1] % 32 == 0:
+            kind = gguf.GGMLQuantizationType.Q8_0
+            writer.add_tensor(f"{target}.weight", gguf.quants.quantize(data, kind), raw_dtype=kind)
+        else:
+            writer.add_tensor(f"{target}.weight", data)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+@pytest.mark.parametrize("quantized", [False, True])
+def test_a_gguf_file(home, tmp_path, quantized):
+    """A GGUF file of a Llama gives what the Llama gives: exactly if fp32, nearly if its matrices are 8 bits."""
+    torch.manual_seed(0)
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(home / "softmax")
+    config = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=4, max_position_embeddings=32, initializer_range=0.2, tie_word_embeddings=False,
+        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=None,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "llama")
+    tokenizer.save_pretrained(tmp_path / "llama")
+    write_gguf(tmp_path / "tiny.gguf", tmp_path / "llama", quantized)
+    data = str(home / "corpus.txt")
+    report = audit(settings(tmp_path, "tiny.gguf", data=data, against=str(tmp_path / "llama")))
+    got, want = report["runs"]
+    tolerance = {"rtol": 0.1, "atol": 0.02} if quantized else {"rtol": 1e-4, "atol": 1e-6}
+    for name in ("alpha", "alpha_normalized"):
+        a, b = (torch.tensor(run["measurements"]["sink"]["first"][name]) for run in (got, want))
+        assert a.shape == (2, 4)
+        torch.testing.assert_close(a, b, **tolerance)
+    assert got["perplexity"] == pytest.approx(want["perplexity"], rel=0.05 if quantized else 1e-4)
+    assert (got["perplexity"] == pytest.approx(want["perplexity"], rel=1e-6)) is not quantized
+    assert got["samples"][0]["text_tokens"] == want["samples"][0]["text_tokens"]
+
+
+def test_gguf_missing(tmp_path, monkeypatch):
+    (tmp_path / "x.gguf").write_bytes(b"GGUF")
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *more: None if name == "gguf" else find(name, *more))
+    with pytest.raises(AuditError, match=r"needs gguf: pip install 'softpick\[gguf\]'"):
+        audit(settings(tmp_path, "x.gguf", data=__file__))
+
+
+# The command
+
+
 def test_the_command(home, tmp_path):
     out = tmp_path / "out"
     command = [
@@ -172,13 +411,30 @@ def test_the_command(home, tmp_path):
         "--data",
         str(home / "corpus.txt"),
     ]
-    command += ["--samples", "4", "--sequence-length", "24", "--text", "the cat sat", "--output", str(out)]
+    command += [
+        "--samples",
+        "4",
+        "--sequence-length",
+        "24",
+        "--text",
+        "the cat sat",
+        "--knockout",
+        "first,3",
+        "--output",
+        str(out),
+    ]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "Sink rate > 0.3, first token" in done.stdout
     results = json.loads((out / "results.json").read_text())
     assert "samples" not in results["runs"][0]
-    assert results["runs"][0]["perplexity"].keys() == {"all keys", "without the first key"}
+    assert [entry["key"] for entry in results["runs"][0]["knockout"]] == ["first", 3]
+    assert results["settings"]["samples"] == 4
+    assert results["meta"]["seed"] == "none: nothing is drawn"
+    assert results["meta"]["command"].startswith("softpick analyze ")
+    assert all(name in results["meta"]["versions"] for name in ("softpick", "torch", "transformers", "Python"))
+    assert "measuring softpick: 1/1" in done.stdout
+    assert sorted(f.name for f in out.iterdir()) == ["report.html", "results.json"]
     assert "softpick analyze: softpick" in (out / "report.html").read_text()
     again = subprocess.run(command, capture_output=True, text=True)
     assert again.returncode == 2

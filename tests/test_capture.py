@@ -1,15 +1,27 @@
 """Capture: what reaches the metrics is what the model computed, and the model is left as it was."""
 
 import copy
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
 
 import pytest
 import torch
 
 transformers = pytest.importorskip("transformers")
 
+import softpick  # noqa: E402
+from softpick.analysis import bertviz_arguments, capture, hook_cache, metrics  # noqa: E402
 from softpick.analysis.capture import attention_maps, measure  # noqa: E402
 from softpick.analysis.metrics import Meter  # noqa: E402
-from softpick.integrations.transformers import register  # noqa: E402
+from softpick.integrations.transformers import (  # noqa: E402
+    SoftpickLlamaConfig,
+    SoftpickLlamaForCausalLM,
+    register,
+)
 
 register()
 T = 24
@@ -182,11 +194,199 @@ def test_attention_maps():
         attention_maps(model, torch.ones(2, 4, dtype=torch.long))
 
 
-def test_largest_score():
-    model = llama("eager")
-    got = measure(model, batches(False), largest_score=True)
-    assert got.rows["max_score"] == max(got.rows["max_score_per_layer"])
-    assert measure(model, batches(False)).rows["max_score"] is None
+def test_largest_score_by_hand():
+    """GPT-2 has no rotation: its scores are products of what ``c_attn`` gives."""
+    model, data = gpt2("sdpa").eval(), batches(False)
+    got = measure(model, data, largest_score=True).rows
+    largest = [-float("inf")] * 2
+    for layer, block in enumerate(model.transformer.h):
+
+        def see(module, inputs, output, layer=layer):
+            query, key = (x.view(3, T, 4, 8).transpose(1, 2).double() for x in output.split(32, -1)[:2])
+            for q in range(T):
+                for k in range(q + 1):
+                    score = ((query[:, :, q] * key[:, :, k]).sum(-1) / 8**0.5).max().item()
+                    largest[layer] = max(largest[layer], score)
+
+        block.attn.c_attn.register_forward_hook(see)
+    with torch.no_grad():
+        for batch in data:
+            model(**batch)
+    assert got["max_score_per_layer"] == pytest.approx(largest, rel=1e-5)
+    assert got["max_score"] == pytest.approx(max(largest), rel=1e-5)
+    assert measure(model, data).rows["max_score"] is None
+
+
+def learned_sink(normalizer="learned_sink", **more):
+    more |= {"normalizer": normalizer, "attention_dropout": 0.0}
+    fields = {k: v for k, v in llama("softpick").config.to_dict().items() if k != "attn_implementation"}
+    config = SoftpickLlamaConfig(**(fields | more))
+    assert config.normalizer == normalizer
+    torch.manual_seed(1)
+    model = SoftpickLlamaForCausalLM(config)
+    for name, p in model.named_parameters():
+        if name.endswith(("sinks", "score_scale")):
+            torch.nn.init.normal_(p)
+    return model
+
+
+def gpt_oss():
+    torch.manual_seed(0)
+    config = transformers.GptOssConfig(
+        vocab_size=60, hidden_size=32, intermediate_size=16, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=8, max_position_embeddings=64, num_local_experts=2, num_experts_per_tok=1,
+        initializer_range=0.3, bos_token_id=1, pad_token_id=0, sliding_window=8,
+    )  # fmt: skip
+    return transformers.GptOssForCausalLM._from_config(config, attn_implementation="eager")
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        llama,
+        gpt2,
+        bert,
+        lambda: llama("sdpa"),
+        lambda: bert("sdpa"),
+        lambda: llama("softpick"),
+        lambda: llama("eager", dtype=torch.bfloat16),
+        lambda: llama("softpick", dtype=torch.bfloat16),
+        learned_sink,
+        lambda: learned_sink("softpick", output_gate=True, score_scale=True),
+        gpt_oss,
+    ],
+    ids=[
+        "llama",
+        "gpt2",
+        "bert",
+        "llama-sdpa",
+        "bert-sdpa",
+        "softpick",
+        "bf16",
+        "softpick-bf16",
+        "sinks",
+        "gate",
+        "gpt-oss",
+    ],
+)
+def test_pieces_change_nothing(make, monkeypatch):
+    """A head or two at a time (grouped queries stay together) give what the whole layer gives, also further down."""
+    model, data = make(), batches()
+    want = measure(model, data, largest_score=True).to_dict()
+    pieces = []
+    monkeypatch.setattr(capture, "MAX_ENTRIES", T * T)
+    monkeypatch.setattr(metrics, "MAX_ENTRIES", T * T)
+    real = Meter.attention
+
+    def counted(self, layer, weights, *args, **kwargs):
+        pieces.append(tuple(weights.shape[:2]))
+        return real(self, layer, weights, *args, **kwargs)
+
+    monkeypatch.setattr(Meter, "attention", counted)
+    assert_close(measure(model, data, largest_score=True).to_dict(), want)
+    # gpt-oss keeps its sinks in the attention module; softpick's function is given them
+    heads = 4 if make is gpt_oss else 1 if model.config.model_type in ("gpt2", "bert") else 2
+    assert set(pieces) == {(1, heads)}
+
+
+def test_a_meter_goes_on():
+    """Batches measured in two calls, the meter written to a file between them, equal one call."""
+    model, data = llama("softpick"), batches()
+    meter = Meter("auto", [1])
+    measure(model, data[:1], meter=meter)
+    with tempfile.TemporaryDirectory() as folder:
+        metrics.save_meter(meter, 1, Path(folder) / "meter.pt")
+        meter, done = metrics.load_meter(Path(folder) / "meter.pt")
+        assert os.listdir(folder) == ["meter.pt"]
+    assert done == 1
+    assert measure(model, data[1:], meter=meter).to_dict() == measure(model, data, tokens=[1]).to_dict()
+
+
+@pytest.mark.slow
+def test_memory_of_long_texts():
+    """Less is held beside the weights than the fp32 weights of one layer's attention, and half of all layers'."""
+    script = Path(__file__).parents[1] / "benchmarks" / "audit_memory.py"
+    options = ["--layers", "2", "--heads", "32", "--length", "2048"]
+    done = subprocess.run([sys.executable, str(script), *options], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    row = json.loads(done.stdout)
+    assert row["maps_gb"] > 1.0
+    assert row["extra_gb"] < 0.5, row
+
+
+# Viewers
+
+
+@pytest.mark.parametrize("implementation", ["eager", "sdpa", "softpick"])
+@pytest.mark.parametrize("make", [llama, gpt2, bert])
+def test_hook_cache(make, implementation):
+    """Names and layouts of TransformerLens; the pattern is the normalizer of the scores, z is pattern times values."""
+    model = make(implementation).eval()
+    layers_of, projection_of = PARTS[type(model).__name__]
+    ids = batches(False)[0]["input_ids"][0]
+    z, hidden = [], []
+    for layer in layers_of(model):
+        layer.register_forward_hook(lambda m, i, o: hidden.append(o if torch.is_tensor(o) else o[0]))
+        projection_of(layer).register_forward_pre_hook(lambda m, i: z.append(i[0]))
+    cache = hook_cache(model, ids)
+    count = len(z)
+    names = ("attn.hook_attn_scores", "attn.hook_pattern", "attn.hook_z", "hook_resid_post")
+    assert sorted(cache) == sorted(f"blocks.{i}.{name}" for i in range(count) for name in names)
+    for i in range(count):
+        scores, pattern = (cache[f"blocks.{i}.attn.hook_{name}"] for name in ("attn_scores", "pattern"))
+        assert scores.shape == pattern.shape == (1, 4, T, T)
+        assert bool(scores.triu(1).isneginf().any()) is (make is not bert)
+        if implementation == "softpick":
+            see = ~scores.isneginf()
+            want = softpick.softpick(scores.masked_fill(~see, 0.0), where=see)
+        else:
+            want = torch.softmax(scores, -1)
+        torch.testing.assert_close(pattern, want, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(cache[f"blocks.{i}.attn.hook_z"], z[i].view(1, T, 4, 8), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(cache[f"blocks.{i}.hook_resid_post"], hidden[i])
+
+
+def test_scores_are_what_the_normalizer_saw():
+    """Soft-capped (Gemma 2) and biased scores: softmax of them is the pattern."""
+    torch.manual_seed(0)
+    config = transformers.Gemma2Config(
+        vocab_size=60, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=8, max_position_embeddings=64, attn_logit_softcapping=2.0, sliding_window=8,
+        initializer_range=0.5,
+    )  # fmt: skip
+    model = transformers.Gemma2ForCausalLM._from_config(config, attn_implementation="eager").eval()
+    cache = hook_cache(model, batches(False)[0]["input_ids"][0])
+    for i in range(2):
+        scores = cache[f"blocks.{i}.attn.hook_attn_scores"]
+        assert scores.max() < 2.0
+        torch.testing.assert_close(cache[f"blocks.{i}.attn.hook_pattern"], torch.softmax(scores, -1))
+    assert cache["blocks.0.attn.hook_pattern"][0, :, -1, : T - 8].abs().max() == 0  # beyond the window
+
+
+def test_scores_with_a_learned_scale():
+    cache = hook_cache(learned_sink("softmax", score_scale=True).eval(), batches(False)[0]["input_ids"][0])
+    for i in range(3):
+        scores = cache[f"blocks.{i}.attn.hook_attn_scores"]
+        torch.testing.assert_close(cache[f"blocks.{i}.attn.hook_pattern"], torch.softmax(scores, -1))
+
+
+def test_bertviz_arguments():
+    model, ids = llama("softpick").eval(), batches(False)[0]["input_ids"][0]
+
+    class Words:
+        def convert_ids_to_tokens(self, ids):
+            return [f"w{i}" for i in ids]
+
+    found = bertviz_arguments(model, ids, Words())
+    assert found["tokens"] == [f"w{i}" for i in ids.tolist()]
+    with torch.no_grad():
+        want = model(ids[None], output_attentions=True).attentions
+    assert isinstance(found["attention"], list)
+    assert [a.shape for a in found["attention"]] == [(1, 4, T, T)] * 3
+    for a, b in zip(found["attention"], want, strict=True):
+        torch.testing.assert_close(a, b)
+    with pytest.raises(ValueError, match="expected one sample"):
+        bertviz_arguments(model, torch.ones(2, 4, dtype=torch.long), Words())
 
 
 def state(model):

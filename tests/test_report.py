@@ -32,13 +32,20 @@ def make_maps(kind, seed):
 def make_run(normalizer, seed=0, loss=1.25, maps=None):
     g = torch.Generator().manual_seed(seed)
     maps = make_maps(normalizer, seed) if maps is None else maps
-    meter = Meter("bos")
+    meter = Meter("bos", [1])
     meter.begin_batch(torch.ones(1, T, dtype=torch.bool), torch.arange(1, T + 1)[None])
     for layer in range(LAYERS):
         meter.attention(layer, maps[layer][None], torch.randn(1, T, HEADS, 4, generator=g))
         meter.hidden(layer, torch.randn(1, T, 8, generator=g) * (1 + 100 * (normalizer == "softmax")))
     steps = list(range(1, 101))
+    knockout = {
+        "key": "strongest", "all keys": 20.0, "without": 30.0, "change_percent": 50.0, "tokens": 18,
+        "masked": {"token": EVIL, "token_id": 1, "token_id_share": 100.0, "position": 0, "position_share": 100.0},
+    }  # fmt: skip
     return {
+        "perplexity": 19.5,
+        "knockout": [knockout],
+        "token_text": {str(i): f"word {i}" for i in range(2, T + 1)} | {"1": EVIL},
         "normalizer": normalizer,
         "title": normalizer,
         "seed": seed,
@@ -119,6 +126,11 @@ def test_summary_rows():
 def test_every_metric_exists():
     """Every path leads somewhere: a renamed key would otherwise just vanish from the table."""
     run = make_run("softpick")
+    both_ways = Meter()
+    both_ways.begin_batch(torch.ones(1, 4, dtype=torch.bool))
+    both_ways.attention(0, torch.full((1, 1, 4, 4), 0.25), torch.ones(1, 4, 1, 2), causal=False)
+    assert run["measurements"]["sink"]["last"] is None  # of a causal model
+    run["measurements"]["sink"]["last"] = both_ways.result().sink["last"]
     for metric in METRICS:
         at = run
         for part in metric.path:
@@ -348,6 +360,75 @@ def test_maps(browser, tmp_path, theme):
     for row in pixels(browser, "map-0")[3:]:
         assert row[0][1] > row[2][1]
         assert row[2] != zero
+    assert browser.get_log("browser") == []
+
+
+@pytest.mark.browser
+def test_sinks_by_position_and_knockout(browser, tmp_path):
+    """The tables name tokens and show the numbers; the chart follows its controls."""
+    report = make_report()
+    opened(browser, tmp_path, report)
+    cells = (
+        "return [...document.querySelectorAll(arguments[0] + ' tbody tr')].map(r => [...r.cells].map(c => c.innerText))"
+    )
+    rows = browser.execute_script(cells, "#tokens")
+    sink = report["runs"][0]["measurements"]["sink"]
+    first = sink["by_token"][0]
+    assert first["token_id"] == 1
+    assert rows[0][0] == "softmax"
+    assert "script" in rows[0][1]
+    assert rows[0][1].endswith("(1)")
+    assert float(rows[0][2].removesuffix(" %")) == pytest.approx(first["strongest"], rel=5e-3)
+    assert float(rows[0][3].removesuffix(" %")) == pytest.approx(first["rate"]["0.3"], rel=5e-3)
+    assert float(rows[0][7]) == pytest.approx(first["alpha"], rel=5e-3)
+    assert len([r for r in rows if r[0] == "softmax"]) == min(8, len(sink["by_token"]))
+    assert browser.execute_script(cells, "#knockouts")[0][4:] == ["20", "30", "+50 %"]
+    chart = "return document.querySelector('#positions svg[role=img]').innerHTML"
+    before = browser.execute_script(chart)
+    for control, value in (
+        ("position-metric", "alpha"),
+        ("position-weights", "_normalized"),
+        ("position-metric", "strongest"),
+    ):
+        choose(browser, control, value)
+        assert browser.execute_script(chart) != before, control
+        before = browser.execute_script(chart)
+    assert browser.execute_script("return document.getElementById('position-weights').disabled")
+    assert browser.get_log("browser") == []
+
+
+@pytest.mark.browser
+def test_top_activations_and_histograms(browser, tmp_path):
+    report = make_report()
+    opened(browser, tmp_path, report)
+    cells = "return [...document.querySelectorAll('#tops tbody tr')].map(r => [...r.cells].map(c => c.innerText))"
+    rows, layers = browser.execute_script(cells), report["runs"][0]["measurements"]["hidden"]["per_layer"]
+    assert len(rows) == 2 * 3 * LAYERS
+    top = layers[0]["top"][0]
+    assert float(rows[0][1].replace("−", "-").replace(",", "")) == pytest.approx(top["value"], rel=5e-3)
+    assert rows[0][2:5] == [str(top[k]) for k in ("layer", "sample", "position")]
+    assert rows[0][5].endswith(f"({top['token_id']})")
+    assert rows[0][6] == str(top["channel"])
+    # massive activations are found or said to be none; outlier features likewise
+    massive = browser.execute_script("return document.querySelectorAll('#massive tbody tr').length")
+    assert massive == sum(len(r["measurements"]["hidden"]["massive"]["list"]) for r in report["runs"])
+    features = browser.execute_script("return document.querySelectorAll('#features tbody tr').length")
+    assert features == sum(len(r["measurements"]["hidden"]["outlier_features"]["list"]) for r in report["runs"])
+    # bars of row mass: softmax's rows are all in the last bin
+    bars = "return [...document.querySelectorAll('#context .bar')].slice(0, 40).map(b => +b.getAttribute('height'))"
+    heights = browser.execute_script(bars)
+    softmax, softpick = heights[0::2], heights[1::2]
+    assert max(softmax[:19]) == 0 < softmax[19]
+    want = [
+        sum(n)
+        for n in zip(
+            *(c["mass_histogram"] for c in report["runs"][1]["measurements"]["rows"]["by_context"]), strict=True
+        )
+    ]
+    for height, count in zip(softpick, want, strict=True):
+        assert height / softmax[19] == pytest.approx(count / sum(want), abs=2e-3)
+    choose(browser, "mass-context", 16)
+    assert browser.execute_script(bars) != heights
     assert browser.get_log("browser") == []
 
 

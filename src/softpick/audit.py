@@ -6,14 +6,18 @@
 
 from __future__ import annotations
 
+import hashlib
+import importlib.util
+import inspect
+import json
 import math
 import platform
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -21,7 +25,10 @@ from torch import Tensor
 from softpick.progress import Reporter, Silent
 from softpick.training.data import Corpus, DataError, read_corpus, standard_library
 
-__all__ = ["SAMPLE_TEXTS", "AuditError", "AuditSettings", "audit"]
+if TYPE_CHECKING:
+    from softpick.analysis import Measurements
+
+__all__ = ["KNOCKOUTS", "SAMPLE_TEXTS", "AuditError", "AuditSettings", "audit", "forget"]
 
 SAMPLE_TEXTS = (
     "The lighthouse keeper wrote one line in his book every night. On the last night of the year he wrote two, and in the "
@@ -33,6 +40,10 @@ SAMPLE_TEXTS = (
 )
 """What the attention maps of the report show unless other texts are given: prose, code, a dialogue."""
 
+KNOCKOUTS = ("first", "strongest")
+_SAVE_SECONDS = 30.0  # between two saved states of a long measurement
+_LOGIT_ENTRIES = 1 << 27  # vocabulary logits, or eager attention weights, of a forward pass: half a gigabyte in fp32
+_FUSED = ("flash", "flex", "paged", "kernels")  # attention functions that show no weights
 _CORPUS_CHARACTERS = 2_000_000  # of a corpus that is tokenized for measuring: far more than the samples need
 _DTYPES = {"auto": "auto", "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -54,10 +65,14 @@ class AuditSettings:
         samples: sequences that are measured.
         sequence_length: tokens a sequence, BOS (or [CLS] and [SEP]) included.
         batch_size: sequences a forward pass.
-        map_tokens: at most this many tokens of a text, special ones included, in an attention map.
-        knockout: also measure the perplexity without the first token's key (causal models).
+        map_tokens: at most this many tokens of a text, special ones included, in an attention map; fewer where the model
+            has room for fewer.
+        knockout: tokens whose key is masked, one after the other, to see what the perplexity loses (causal models):
+            ``"first"``, ``"strongest"`` (of each sample, the key with the largest alpha averaged over layers and heads),
+            or a position from 0.
         device: where the model runs.
         dtype: ``auto`` (as saved), ``float32``, ``bfloat16`` or ``float16``.
+        attn_implementation: of transformers or softpick; None is the model's own, or ``sdpa`` where that shows no weights.
     """
 
     model: str
@@ -69,9 +84,10 @@ class AuditSettings:
     sequence_length: int = 256
     batch_size: int = 8
     map_tokens: int = 64
-    knockout: bool = True
+    knockout: tuple[str | int, ...] = ("first",)
     device: str = "cpu"
     dtype: str = "auto"
+    attn_implementation: str | None = None
 
     def check(self) -> None:
         """Raise :class:`AuditError` for values that cannot work."""
@@ -81,6 +97,18 @@ class AuditSettings:
                 raise AuditError(f"{name}: expected at least {least}, got {value}")
         if self.dtype not in _DTYPES:
             raise AuditError(f"dtype: expected one of {', '.join(_DTYPES)}; got {self.dtype!r}")
+        for key in self.knockout:
+            if key not in KNOCKOUTS and not (isinstance(key, int) and not isinstance(key, bool)):
+                raise AuditError(f"knockout: expected {', '.join(KNOCKOUTS)}, or a position; got {key!r}")
+            if isinstance(key, int) and not 0 <= key <= self.sequence_length - 3:
+                raise AuditError(
+                    f"knockout: expected a position from 0 to {self.sequence_length - 3} (two tokens must follow it in a "
+                    f"sequence of {self.sequence_length}), got {key}"
+                )
+        if (self.attn_implementation or "").startswith(_FUSED):
+            raise AuditError(
+                f"attn_implementation: {self.attn_implementation!r} shows no weights; expected eager, sdpa or a normalizer"
+            )
         if not self.texts or not all(text.strip() for text in self.texts):
             raise AuditError("texts: expected at least one text, none of them empty")
 
@@ -93,22 +121,32 @@ class _Subject:
     causal: bool
 
 
-def audit(settings: AuditSettings, *, reporter: Reporter | None = None, command: str = "") -> dict[str, Any]:
+def audit(
+    settings: AuditSettings, *, reporter: Reporter | None = None, command: str = "", state: str | Path | None = None
+) -> dict[str, Any]:
     """Measure one model or two.
 
     Args:
         settings: what and on what.
         reporter: told what happens.
         command: as typed, for the report.
+        state: folder in which an interrupted audit leaves what it has measured, and from which the same audit goes on: a
+            finished model is not measured again, a long measurement continues at most half a minute back. Only files that
+            begin with ``audit-`` are written, and :func:`forget` removes them.
 
     Returns:
-        The report, as for ``softpick.analysis.write_report``; a run a model, with ``perplexity`` where it is causal.
+        The report, as for ``softpick.analysis.write_report``; a run a model, with ``perplexity`` and ``knockout`` where
+        it is causal.
 
     Raises:
         AuditError: a model that cannot be loaded or has no visible attention, or impossible settings.
         DataError: the data cannot be used, or are too short.
+        ImportError: transformers is missing.
     """
     settings.check()
+    from softpick.integrations.transformers import register  # says so where transformers is missing
+
+    register()  # softpick's models and attention functions
     reporter = reporter if reporter is not None else Silent()
     corpus = (
         standard_library(_CORPUS_CHARACTERS)
@@ -117,28 +155,67 @@ def audit(settings: AuditSettings, *, reporter: Reporter | None = None, command:
     )
     runs: list[dict[str, Any]] = []
     for name in (settings.model, *([settings.against] if settings.against else [])):
-        subject = _load(name, settings)
-        run = _measure(subject, settings, corpus, reporter)
+        run = _run(name, settings, corpus, reporter, None if state is None else Path(state))
         if any(run["normalizer"] == other["normalizer"] for other in runs):
             run["normalizer"] += " (2)"  # the report would take two models of one normalizer for seeds of one model
         runs.append(run)
-        del subject
     return {
         "title": f"softpick analyze: {' against '.join(run['title'] for run in runs)}",
         "meta": _meta(settings, corpus, command),
-        "notes": [note for run in runs for note in _knockout_notes(run)],
+        "settings": asdict(settings),
+        "notes": [note for run in runs for note in run["notes"]],
         "runs": runs,
     }
+
+
+def _run(name: str, settings: AuditSettings, corpus: Corpus, reporter: Reporter, state: Path | None) -> dict[str, Any]:
+    """One model's part of the report, from ``state`` where it is there."""
+    stem = None
+    if state is not None:
+        stem = state / f"audit-{_fingerprint(name, settings, corpus)}"
+        done = stem.with_suffix(".json")
+        if done.is_file():
+            reporter.say(f"{name}: measured before")
+            return json.loads(done.read_text(encoding="utf-8"))
+    run = _measure(_load(name, settings, reporter), settings, corpus, reporter, stem)
+    if stem is not None:
+        from softpick.training.engine import write_json
+
+        stem.parent.mkdir(parents=True, exist_ok=True)
+        write_json(stem.with_suffix(".json"), run)
+    return run
+
+
+def forget(state: str | Path) -> None:
+    """Remove what audits have left in a folder for going on; nothing else in it."""
+    for file in Path(state).glob("audit-*"):
+        if file.suffix in (".json", ".pt", ".tmp"):
+            file.unlink()
+
+
+def _fingerprint(name: str, settings: AuditSettings, corpus: Corpus) -> str:
+    """Of all that the measurements of one model depend on."""
+    import transformers
+
+    from softpick import __version__
+
+    path = Path(name)
+    files = [path] if path.is_file() else sorted(path.iterdir()) if path.is_dir() else []
+    parts = {
+        "model": str(path.resolve()) if files else name,
+        "files": [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files if f.is_file()],
+        "settings": {k: v for k, v in asdict(settings).items() if k not in ("model", "against")},
+        "documents": hashlib.sha256("\0".join(corpus.documents).encode()).hexdigest(),
+        "versions": [__version__, torch.__version__, transformers.__version__],
+    }
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The model
 
 
-def _load(name: str, settings: AuditSettings) -> _Subject:
-    from softpick.integrations.transformers import register
-
-    register()  # softpick's models and attention functions
+def _load(name: str, settings: AuditSettings, reporter: Reporter) -> _Subject:
     from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING
 
@@ -148,6 +225,8 @@ def _load(name: str, settings: AuditSettings) -> _Subject:
     if path.suffix == ".gguf":
         if not path.is_file():
             raise AuditError(f"model: there is no file {name}")
+        if importlib.util.find_spec("gguf") is None:
+            raise AuditError("model: reading a GGUF file needs gguf: pip install 'softpick[gguf]'")
         source, where = str(path.parent), {"gguf_file": path.name}
     elif not path.exists() and (path.is_absolute() or name.startswith((".", "~"))):
         raise AuditError(f"model: there is no directory or file {name}")
@@ -170,13 +249,35 @@ def _load(name: str, settings: AuditSettings) -> _Subject:
     except Exception as error:
         raise AuditError(f"model: {name} has no tokenizer that transformers can load: {_first_line(error)}") from error
     loader = AutoModelForCausalLM if causal else AutoModel
+    wanted = settings.attn_implementation
+    own = getattr(config, "_attn_implementation_internal", None)
+    if wanted is None and isinstance(own, str) and own.startswith(_FUSED):
+        reporter.say(f"{name}: {own} shows no weights, so sdpa computes the same attention")
+        wanted = "sdpa"
     try:
-        model = loader.from_pretrained(source, dtype=_DTYPES[settings.dtype], **where)
-        if str(model.config._attn_implementation).startswith(("flash", "flex", "paged", "kernels")):
-            model.set_attn_implementation("sdpa")  # those show no weights
+        model, info = loader.from_pretrained(
+            source,
+            dtype=_DTYPES[settings.dtype],
+            output_loading_info=True,
+            **where,
+            **({} if wanted is None else {"attn_implementation": wanted}),
+        )
     except Exception as error:
         raise AuditError(f"model: cannot load {name}: {_first_line(error)}") from error
-    return _Subject(name, model.to(settings.device).eval(), tokenizer, causal)
+    missing = sorted(key for key in info["missing_keys"] if "pooler" not in key)  # of encoders, and not measured
+    if missing:
+        raise AuditError(
+            f"model: {name} lacks {len(missing)} weights of {type(model).__name__} (such as {missing[0]}): they would be random"
+        )
+    chosen = str(model.config._attn_implementation)
+    if chosen.startswith(_FUSED):
+        reporter.say(f"{name}: {chosen} shows no weights, so sdpa computes the same attention")
+        model.set_attn_implementation("sdpa")
+    try:
+        model = model.to(settings.device).eval()
+    except (RuntimeError, AssertionError) as error:
+        raise AuditError(f"device: cannot move {name} to {settings.device!r}: {_first_line(error)}") from error
+    return _Subject(name, model, tokenizer, causal)
 
 
 def _first_line(error: Exception) -> str:
@@ -206,11 +307,17 @@ def _wrapped(subject: _Subject, ids: Sequence[int]) -> list[int]:
     return list(ids) if bos is None else [bos, *ids]
 
 
+def _room(subject: _Subject) -> int:
+    """Positions that the model has, or very many where it does not say."""
+    longest = getattr(subject.model.config, "max_position_embeddings", None)
+    return longest if isinstance(longest, int) and longest > 0 else sys.maxsize
+
+
 def _sequences(subject: _Subject, settings: AuditSettings, corpus: Corpus) -> Tensor:
     """``(samples, T)``: documents joined by EOS (causal) and cut into pieces, each with its special tokens."""
     length = settings.sequence_length
-    longest = getattr(subject.model.config, "max_position_embeddings", None)
-    if isinstance(longest, int) and 0 < longest < length:
+    longest = _room(subject)
+    if longest < length:
         raise AuditError(f"sequence_length: {subject.name} has room for {longest} positions, got {length}")
     piece = length - len(_wrapped(subject, []))
     eos = subject.tokenizer.eos_token_id if subject.causal else None
@@ -234,88 +341,180 @@ def _sequences(subject: _Subject, settings: AuditSettings, corpus: Corpus) -> Te
 # Measuring
 
 
-def _measure(subject: _Subject, settings: AuditSettings, corpus: Corpus, reporter: Reporter) -> dict[str, Any]:
-    from softpick.analysis import attention_maps, encode_maps, measure
+def _measure(
+    subject: _Subject, settings: AuditSettings, corpus: Corpus, reporter: Reporter, stem: Path | None
+) -> dict[str, Any]:
+    from softpick.analysis import attention_maps, encode_maps
     from softpick.integrations.transformers import normalizer_of
 
     start = time.perf_counter()
     tokens = _sequences(subject, settings, corpus)
     batches = tokens.split(settings.batch_size)
-    bos = subject.model.config.bos_token_id
-    opens = subject.causal and bos is not None and bool((tokens[:, 0] == bos).all())
-    label = f"measuring {Path(subject.name).name}"
     reporter.say(f"{subject.name}: {len(tokens)} sequences of {tokens.shape[1]} tokens")
-    with reporter.progress(label, len(batches)) as progress:
-        try:
-            measurements = measure(
-                subject.model,
-                ({"input_ids": batch} for batch in batches),
-                bos_policy="bos" if opens else "auto",
-                largest_score=True,
-                progress=lambda done: progress.update(done, None),
-            )
-        except ValueError as error:
-            raise AuditError(f"model: {subject.name}: {error}") from error
+    measurements = _stream(subject, batches, reporter, stem)
+    title = Path(subject.name).name or subject.name
     samples = []
-    for text in settings.texts:
-        row = _wrapped(subject, _ids(subject, text)[: settings.map_tokens - len(_wrapped(subject, []))])
-        maps = attention_maps(subject.model, torch.tensor(row))
-        samples.append({"text_tokens": [subject.tokenizer.decode([token]) for token in row], "maps": encode_maps(maps)})
+    with reporter.progress(f"attention maps of {title}", len(settings.texts)) as progress:
+        for text in settings.texts:
+            room = min(settings.map_tokens, _room(subject)) - len(_wrapped(subject, []))
+            row = _wrapped(subject, _ids(subject, text)[:room])
+            maps = attention_maps(subject.model, torch.tensor(row))
+            words = [subject.tokenizer.decode([token]) for token in row]
+            samples.append({"text_tokens": words, "maps": encode_maps(maps)})
+            progress.update(len(samples), None)
     try:
         normalizer = normalizer_of(subject.model)
     except (TypeError, ValueError):
         normalizer = str(subject.model.config._attn_implementation)
+    measured = measurements.to_dict()
     run = {
         "normalizer": normalizer,
-        "title": Path(subject.name).name or subject.name,
+        "title": title,
         "seed": 0,
         "model": subject.name,
         "parameters": sum(p.numel() for p in subject.model.parameters()),
         "dtype": str(next(subject.model.parameters()).dtype).removeprefix("torch."),
         "attn_implementation": str(subject.model.config._attn_implementation),
-        "measurements": measurements.to_dict(),
+        "measurements": measured,
+        "token_text": {str(i): subject.tokenizer.decode([i]) for i in sorted(_named_tokens(measured))},
         "samples": samples,
+        "notes": [],
     }
     if subject.causal:
-        run["perplexity"] = {"all keys": _perplexity(subject, batches, hide_first=False)}
-        run["validation_loss"] = math.log(run["perplexity"]["all keys"])
-        if settings.knockout:
-            run["perplexity"]["without the first key"] = _perplexity(subject, batches, hide_first=True)
+        perplexity = _perplexity(
+            subject, batches, torch.zeros(len(tokens), dtype=torch.long), reporter, f"{title}: perplexity"
+        )
+        run["perplexity"] = perplexity["all keys"]
+        run["validation_loss"] = math.log(perplexity["all keys"]) if perplexity["all keys"] else None
+        run["knockout"] = []
+        for key in settings.knockout:
+            strongest = torch.tensor(measurements.sink["strongest"]["positions"])
+            at = strongest if key == "strongest" else torch.full((len(tokens),), 0 if key == "first" else int(key))
+            entry = {"key": key} | _perplexity(subject, batches, at, reporter, f"{title} without key: {key}", hide=True)
+            run["knockout"].append(entry | {"masked": _most_masked(subject, tokens, at)})
+            run["notes"].append(_knockout_note(run["title"], run["knockout"][-1]))
+    elif settings.knockout:
+        run["notes"].append(f"{title}: no knockout, because an encoder has no perplexity of a next token.")
     run["seconds"] = time.perf_counter() - start
     return run
 
 
+def _stream(subject: _Subject, batches: Sequence[Tensor], reporter: Reporter, stem: Path | None) -> Measurements:
+    """All batches through the model, from where ``stem`` says that an interrupted measurement stopped."""
+    from softpick.analysis import Meter, measure
+    from softpick.analysis.metrics import load_meter, save_meter
+
+    bos = subject.model.config.bos_token_id
+    opens = subject.causal and bos is not None and all(bool((batch[:, 0] == bos).all()) for batch in batches)
+    policy = "bos" if opens else "auto"
+    tokenizer = subject.tokenizer
+    special = [tokenizer.bos_token_id, tokenizer.cls_token_id, tokenizer.sep_token_id, tokenizer.eos_token_id]
+    meter, before = Meter(policy, [t for t in special if t is not None]), 0
+    file = None if stem is None else stem.with_suffix(".pt")
+    if file is not None and file.is_file():
+        meter, before = load_meter(file)
+        reporter.say(f"{subject.name}: going on after batch {before} of {len(batches)}")
+    saved = time.monotonic()
+    with reporter.progress(f"measuring {Path(subject.name).name}", len(batches)) as progress:
+
+        def after(batch: int) -> None:
+            nonlocal saved
+            progress.update(before + batch, None)
+            if file is not None and time.monotonic() - saved > _SAVE_SECONDS:
+                file.parent.mkdir(parents=True, exist_ok=True)
+                save_meter(meter, before + batch, file)
+                saved = time.monotonic()
+
+        try:
+            return measure(
+                subject.model,
+                ({"input_ids": batch} for batch in batches[before:]),
+                bos_policy=policy,
+                largest_score=True,
+                meter=meter,
+                progress=after,
+            )
+        except ValueError as error:
+            raise AuditError(f"model: {subject.name}: {error}") from error
+
+
+def _named_tokens(measured: dict[str, Any]) -> set[int]:
+    """Every token id that the measurements speak of."""
+    hidden = measured["hidden"]
+    rows = [
+        *measured["sink"]["by_token"],
+        *hidden["massive"]["list"],
+        *(r for x in hidden["per_layer"] for r in x["top"]),
+    ]
+    return {row["token_id"] for row in rows}
+
+
+def _most_masked(subject: _Subject, tokens: Tensor, at: Tensor) -> dict[str, Any]:
+    """Which token and which position the masked keys are most often, and in what share of the samples (percent)."""
+    found = {"token_id": tokens.gather(1, at[:, None])[:, 0], "position": at}
+    result: dict[str, Any] = {}
+    for name, values in found.items():
+        value, count = values.unique(return_counts=True)
+        result |= {name: int(value[count.argmax()]), f"{name}_share": 100.0 * int(count.max()) / len(values)}
+    return result | {"token": subject.tokenizer.decode([result["token_id"]])}
+
+
 @torch.no_grad()
-def _perplexity(subject: _Subject, batches: Sequence[Tensor], hide_first: bool) -> float:
-    """Perplexity of the tokens from the third on, in both cases the same ones.
+def _perplexity(
+    subject: _Subject, batches: Sequence[Tensor], at: Tensor, reporter: Reporter, label: str, hide: bool = False
+) -> dict[str, Any]:
+    """Perplexity of what comes two tokens or more after position ``at (N,)`` of each sample, with and without its key.
 
-    ``hide_first`` masks the key of the first token for every query, positions unchanged: what a sink is for shows in what
-    the model loses without it.
+    Masked is the key of that token for every query, positions unchanged. The query of the masked token itself is left out
+    of both figures, and so is all before it: there the key was not seen.
     """
-    total, count = 0.0, 0
-    for batch in batches:
-        ids = batch.to(next(subject.model.parameters()).device)
-        mask = torch.ones_like(ids)
-        if hide_first:
-            mask[:, 0] = 0
-        positions = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
-        logits = subject.model(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False).logits
-        loss = torch.nn.functional.cross_entropy(logits[:, 1:-1].flatten(0, 1).float(), ids[:, 2:].flatten())
-        total += float(loss) * ids[:, 2:].numel()
-        count += ids[:, 2:].numel()
-    mean = total / count
-    return math.exp(mean) if mean < 700 else math.inf
+    model = subject.model
+    device, t = next(model.parameters()).device, batches[0].shape[1]
+    # whether positions can be given, so that a masked key shifts none; models without them (ALiBi) do not count keys
+    numbered = "position_ids" in inspect.signature(model.forward).parameters
+    heads = getattr(model.config, "num_attention_heads", 1)
+    rows = max(1, _LOGIT_ENTRIES // (t * max(model.config.vocab_size, heads * t)))
+    sums = dict.fromkeys(("all keys", "without") if hide else ("all keys",), 0.0)
+    tokens = 0
+    with reporter.progress(label, len(batches)) as progress:
+        for done, (batch, first) in enumerate(zip(batches, at.split([len(b) for b in batches]), strict=True), 1):
+            for ids, positions in zip(batch.to(device).split(rows), first.to(device).split(rows), strict=True):
+                given = {"position_ids": torch.arange(t, device=device).expand_as(ids)} if numbered else {}
+                counted = torch.arange(t - 1, device=device) > positions[:, None]  # queries after the masked token
+                tokens += int(counted.sum())
+                for name in sums:
+                    mask = torch.ones_like(ids)
+                    if name == "without":
+                        mask.scatter_(1, positions[:, None], 0)
+                    logits = model(input_ids=ids, attention_mask=mask, use_cache=False, **given).logits
+                    for row, targets, of in zip(logits[:, :-1], ids[:, 1:], counted, strict=True):
+                        loss = torch.nn.functional.cross_entropy(row[of].float(), targets[of], reduction="sum")
+                        sums[name] += float(loss)
+            progress.update(done, None)
+    if tokens == 0:
+        return dict.fromkeys(sums) | {"change_percent": None, "tokens": 0}
+    means = {name: total / tokens for name, total in sums.items()}
+    result: dict[str, Any] = {name: math.exp(mean) if mean < 700 else None for name, mean in means.items()}
+    if hide:
+        change = means["without"] - means["all keys"]
+        result["change_percent"] = 100.0 * math.expm1(change) if change < 700 else None
+    return result | {"tokens": tokens}
 
 
-def _knockout_notes(run: dict[str, Any]) -> Iterator[str]:
-    perplexity = run.get("perplexity", {})
-    hidden = perplexity.get("without the first key")
-    if hidden is not None:
-        before = perplexity["all keys"]
-        yield (
-            f"{run['title']}: perplexity {before:.4g}, without the first token's key {hidden:.4g} "
-            f"({hidden / before - 1:+.1%}), of the tokens from the third on."
-        )
+def _knockout_note(title: str, found: dict[str, Any]) -> str:
+    masked, key = found["masked"], found["key"]
+    which = {"first": "the first token's key", "strongest": "the strongest token's key"}.get(
+        key, f"the key at position {key}"
+    )
+    what = f"{masked['token']!r} in {masked['token_id_share']:.0f} % of the samples"
+    if key == "strongest":
+        what += f", position {masked['position']} in {masked['position_share']:.0f} %"
+    figures = ["beyond fp64" if found[name] is None else f"{found[name]:.4g}" for name in ("all keys", "without")]
+    change = "" if found["change_percent"] is None else f" ({found['change_percent']:+.1f} %)"
+    return (
+        f"{title}: perplexity {figures[0]}, without {which} ({what}) {figures[1]}{change}, of {found['tokens']:,} tokens from "
+        "the second after it on."
+    )
 
 
 def _meta(settings: AuditSettings, corpus: Corpus, command: str) -> dict[str, Any]:
@@ -330,6 +529,7 @@ def _meta(settings: AuditSettings, corpus: Corpus, command: str) -> dict[str, An
         "created": time.strftime("%Y-%m-%d %H:%M"),
         "versions": f"softpick {__version__}, torch {torch.__version__}, transformers {transformers.__version__}, "
         f"Python {platform.python_version()}",
+        "seed": "none: nothing is drawn",
         "device": settings.device,
         "command": command or " ".join(["softpick", *sys.argv[1:]]),
     }

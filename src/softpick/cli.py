@@ -157,10 +157,22 @@ def build_app() -> typer.Typer:
         samples: int = option(64, help="Sequences that are measured."),
         sequence_length: int = option(256, help="Tokens a sequence, special tokens included."),
         batch_size: int = option(8, help="Sequences a forward pass."),
-        knockout: bool = option(True, help="Also the perplexity without the first token's key."),
+        knockout: str = option(
+            "first",
+            metavar="KEYS",
+            help="Comma-separated: first, strongest, or a position from 0. Also the perplexity without that token's key "
+            "(decoders); none leaves it out.",
+        ),
+        attn_implementation: str = option(
+            None, metavar="NAME", help="eager, sdpa or a normalizer.  [default: the model's own]"
+        ),
         device: str = option("cpu", help="cpu, cuda or mps."),
         dtype: str = option("auto", help="auto (as saved), float32, bfloat16 or float16."),
-        output: str = option("softpick-analyze", metavar="DIR", help="Folder of report.html and results.json."),
+        output: str = option(
+            "softpick-analyze",
+            metavar="DIR",
+            help="Folder of report.html and results.json; the same command there continues an interrupted audit.",
+        ),
     ) -> None:
         _require("transformers", "accelerate", "tokenizers", "numpy")
         given = {
@@ -171,7 +183,8 @@ def build_app() -> typer.Typer:
             "samples": samples,
             "sequence_length": sequence_length,
             "batch_size": batch_size,
-            "knockout": knockout,
+            "knockout": _knockouts(knockout),
+            "attn_implementation": attn_implementation,
             "device": device,
             "dtype": dtype,
         }
@@ -210,6 +223,11 @@ def _integers(text: str) -> tuple[int, ...]:
     except ValueError:
         _fail(f"seeds: expected integers separated by commas, got {text!r}")
         raise
+
+
+def _knockouts(text: str) -> tuple[str | int, ...]:
+    keys = [] if text.strip() == "none" else _split(text)
+    return tuple(int(key) if key.isdecimal() else key for key in keys)
 
 
 def _print_normalizers() -> None:
@@ -268,7 +286,7 @@ def _run_audit(given: dict[str, Any], output: str) -> None:
     from pathlib import Path
 
     from softpick.analysis import write_report
-    from softpick.audit import AuditError, AuditSettings, audit
+    from softpick.audit import AuditError, AuditSettings, audit, forget
     from softpick.training.data import DataError
     from softpick.training.engine import quiet_transformers, write_json
 
@@ -283,16 +301,18 @@ def _run_audit(given: dict[str, Any], output: str) -> None:
                 AuditSettings(**given),
                 reporter=_Reporter(console),
                 command=" ".join(["softpick", *map(shlex.quote, sys.argv[1:])]),
+                state=folder,
             )
     except (AuditError, DataError) as error:
         _fail(str(error))
     except KeyboardInterrupt:
-        console.print("interrupted; nothing was written", highlight=False)
+        console.print(f"interrupted; run the same command again to continue in {output}", markup=False, highlight=False)
         raise SystemExit(130) from None
     folder.mkdir(parents=True, exist_ok=True)
     write_report(folder / "report.html", report)
     bare = [{key: value for key, value in run.items() if key != "samples"} for run in report["runs"]]
     write_json(folder / "results.json", report | {"runs": bare})
+    forget(folder)
     _print_report(report, output, console)
 
 
@@ -461,20 +481,21 @@ class _Lines:
         self._last = self._start
 
     def update(self, step: int, loss: float | None, note: str = "") -> None:
-        if loss is None:
-            return
         now = time.perf_counter()
         if self._first == 0:  # a resumed run begins in the middle: its pace counts from here
             self._start, self._first = now, step
         done = step / self._total
-        # about ten lines, and in long runs one a minute
-        if done < 1 and done - self._said < 0.1 and now - self._last < 60:
-            return
+        if done < 1:
+            if loss is None and now - self._last < 5:  # short work: its end only
+                return
+            if done - self._said < 0.1 and (loss is None or now - self._last < 60):  # ten lines, or one a minute
+                return
         self._said, self._last = done, now
         pace = (now - self._start) / (step - self._first) if step > self._first else 0.0
+        what = f" steps, loss {loss:.3f}" if loss is not None else ""
         extra = f", {note}" if note else ""
         left = f", {pace * (self._total - step):.0f} s left" if pace and step < self._total else ""
-        self._console.print(f"{self._label}: {step}/{self._total} steps, loss {loss:.3f}{extra}{left}", markup=False)
+        self._console.print(f"{self._label}: {step}/{self._total}{what}{extra}{left}", markup=False)
 
 
 if __name__ == "__main__":

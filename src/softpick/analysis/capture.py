@@ -9,33 +9,85 @@ but its training flags, which are put back.
 - ``sdpa`` returns none: the model continues with the output of ``sdpa``, and the weights come from the eager function
   of the same model file, in fp32, from the same queries, keys and mask.
 - any other registered function (softpick's) is called with ``output_attentions=True`` and must return weights.
+
+Functions are called for a few samples and heads at a time (``MAX_ENTRIES`` weights), so that even one layer's maps of a
+long text are never in memory together. Heads are independent of each other; where a layer has parameters by head that
+its function would read from the module (gpt-oss), they are not divided.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, Protocol
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from softpick.analysis.metrics import Measurements, Meter
+from softpick.analysis.metrics import MAX_ENTRIES, Measurements, Meter
+from softpick.normalizers import NORMALIZERS
 
-__all__ = ["BOS_POLICIES", "attention_maps", "measure"]
+__all__ = ["BOS_POLICIES", "SeenAttention", "attention_maps", "measure", "watch"]
 
 BOS_POLICIES = ("auto", "bos", "none")
 """``auto``: say what the samples start with; ``bos``: every sample must start with the model's BOS token; ``none``: the
 caller says that samples start without one."""
 
 _LOWEST = torch.finfo(torch.float32).min
+_GATE = "output_gate"  # of softpick's functions, (B, T, H, Dv)
 _FUSED = ("flash_attention", "flex_attention", "paged|")
 
 
-class _OnAttention(Protocol):
-    def __call__(
-        self, layer: int, weights: Tensor, outputs: Tensor, visible: Tensor, max_score: float | None
-    ) -> None: ...
+@dataclass(frozen=True)
+class SeenAttention:
+    """What one layer's attention did for some samples and heads of a batch.
+
+    Attributes:
+        layer: from 0, counting layers with attention.
+        samples: which of the batch, ``b`` of them.
+        heads: which of the layer, ``h`` of them.
+        total_heads: how many the layer has.
+        weights: ``(b, h, T, T)`` fp32, after normalization.
+        outputs: ``(b, T, h, Dv)``, before the output projection.
+        visible: ``(b, 1, T, T)`` boolean, which keys a query may see.
+        query: ``(b, h, T, D)``.
+        key: ``(b, h or fewer, T, D)``.
+        mask: as the attention function was given it, for these samples and heads.
+        kwargs: what else it was given.
+    """
+
+    layer: int
+    samples: slice
+    heads: slice
+    total_heads: int
+    weights: Tensor
+    outputs: Tensor
+    visible: Tensor
+    query: Tensor
+    key: Tensor
+    mask: Any
+    kwargs: dict[str, Any]
+
+    def scores(self) -> Tensor:
+        """``(b, h, T, T)`` fp32: ``q . k x scaling`` (and a learned scale), before soft-capping, biases and the mask."""
+        scaling = self.kwargs.get("scaling")
+        scaling = self.query.shape[-1] ** -0.5 if scaling is None else scaling
+        key = self.key.repeat_interleave(self.query.shape[1] // self.key.shape[1], dim=1)
+        query = self.query.float() * scaling
+        by_head = self.kwargs.get("score_scale")  # softpick's: times log n, n the keys that a query may see
+        if by_head is not None:
+            query = query * (by_head.view(-1, 1, 1) * self.visible.sum(3).clamp(min=1).log()[..., None])
+        return query @ key.float().transpose(2, 3)
+
+    def masked_scores(self) -> Tensor:
+        """``(b, h, T, T)`` fp32: what the normalizer saw, after soft-capping and biases; ``-inf`` where masked."""
+        scores, softcap = self.scores(), self.kwargs.get("softcap")
+        if softcap is not None:
+            scores = softcap * torch.tanh(scores / softcap)
+        if _is_additive(self.mask):
+            scores = scores + self.mask.float()
+        return scores.masked_fill(~self.visible, -torch.inf)
 
 
 def measure(
@@ -45,6 +97,8 @@ def measure(
     bos_policy: str = "auto",
     device: torch.device | str | None = None,
     largest_score: bool = False,
+    tokens: Iterable[int] = (),
+    meter: Meter | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> Measurements:
     """All metrics of ``docs/metrics.md`` for a transformers model over some batches, one forward pass each.
@@ -60,6 +114,8 @@ def measure(
         bos_policy: one of ``BOS_POLICIES``.
         device: where the inputs go; by default where the model's parameters are.
         largest_score: also find the largest scaled score ``q . k`` a layer (one more matrix product).
+        tokens: ids whose sink rates are listed in any case.
+        meter: one that has seen earlier batches and goes on counting; the default is a new one.
         progress: called with the number of finished batches.
 
     Raises:
@@ -72,13 +128,24 @@ def measure(
     if bos_policy == "bos" and bos is None:
         raise ValueError("bos_policy: 'bos' needs a model whose config has a bos_token_id")
     device = torch.device(device) if device is not None else next(model.parameters()).device
-    meter = Meter(bos_policy)
+    meter = Meter(bos_policy, tokens) if meter is None else meter
 
-    def on_attention(layer: int, weights: Tensor, outputs: Tensor, visible: Tensor, max_score: float | None) -> None:
-        above = visible.shape[-1] > 1 and bool(visible.triu(1).any())
-        meter.attention(layer, weights, outputs, visible, causal=not above, max_score=max_score)
+    def on_attention(seen: SeenAttention) -> None:
+        above = seen.visible.shape[-1] > 1 and bool(seen.visible.triu(1).any())
+        score = seen.scores().masked_fill_(~seen.visible, -torch.inf).max().item() if largest_score else None
+        meter.attention(
+            seen.layer,
+            seen.weights,
+            seen.outputs,
+            seen.visible,
+            causal=not above,
+            max_score=score,
+            first_sample=seen.samples.start,
+            first_head=seen.heads.start,
+            heads=seen.total_heads,
+        )
 
-    with _tapped(model, on_attention, meter.hidden, largest_score) as run:
+    with watch(model, on_attention, meter.hidden) as run:
         for done, batch in enumerate(batches, 1):
             inputs, valid = _inputs(batch, device)
             if bos_policy == "bos":
@@ -101,19 +168,27 @@ def attention_maps(model: nn.Module, input_ids: Tensor, *, device: torch.device 
     Returns:
         ``(L, H, T, T)`` fp32 on the CPU; entries that are masked are 0.
     """
+    input_ids = one_sample(input_ids)
+    device = torch.device(device) if device is not None else next(model.parameters()).device
+    maps: list[list[Tensor]] = []
+
+    def on_attention(seen: SeenAttention) -> None:
+        if seen.heads.start == 0:
+            maps.append([])
+        maps[-1].append(torch.where(seen.visible, seen.weights, 0.0)[0].cpu())
+
+    with watch(model, on_attention) as run:
+        run({"input_ids": input_ids.to(device)})
+    return torch.stack([torch.cat(heads) for heads in maps])
+
+
+def one_sample(input_ids: Tensor) -> Tensor:
+    """``(1, T)``, from that or ``(T,)``."""
     if input_ids.dim() == 1:
         input_ids = input_ids[None]
     if input_ids.dim() != 2 or input_ids.shape[0] != 1:
         raise ValueError(f"input_ids: expected one sample, (T,) or (1, T), got {tuple(input_ids.shape)}")
-    device = torch.device(device) if device is not None else next(model.parameters()).device
-    maps: list[Tensor] = []
-
-    def on_attention(layer: int, weights: Tensor, outputs: Tensor, visible: Tensor, max_score: float | None) -> None:
-        maps.append(torch.where(visible, weights.float(), 0.0)[0].cpu())
-
-    with _tapped(model, on_attention, lambda layer, hidden: None, False) as run:
-        run(_inputs({"input_ids": input_ids}, device)[0])
-    return torch.stack(maps)
+    return input_ids
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -175,19 +250,54 @@ def _fp32_weights(
         return function(module, query.float(), key.float(), value.float(), mask, **(kwargs | {"dropout": 0.0}))[1]
 
 
-def _max_score(query: Tensor, key: Tensor, visible: Tensor, kwargs: dict[str, Any]) -> float:
-    scaling = kwargs.get("scaling")
-    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-    key = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
-    scores = (query.float() @ key.float().transpose(2, 3)) * scaling
-    return scores.masked_fill(~visible, -torch.inf).max().item()
+def _pieces(
+    name: str, module: nn.Module, query: Tensor, key: Tensor, kwargs: dict[str, Any]
+) -> Iterator[tuple[slice, slice]]:
+    """Samples and key heads that are worked on together: all of them if small, else of one sample as many as fit.
+
+    Softpick's functions know their arguments only; others may read parameters of the module.
+    """
+    b, h, t, _ = query.shape
+    if b * h * t * t <= MAX_ENTRIES:
+        yield slice(0, b), slice(0, key.shape[1])
+        return
+    counts = (h, key.shape[1])
+    own = [*module.parameters(recurse=False), *module.buffers(recurse=False)] if name not in NORMALIZERS else []
+    by_head = any(x.dim() > 0 and x.shape[0] in counts for x in own)
+    tensors = [x for name, x in kwargs.items() if isinstance(x, Tensor) and name != _GATE]
+    by_head |= any(x.dim() > 2 for x in tensors)  # a bias, perhaps one a head
+    step = key.shape[1] if by_head else max(1, MAX_ENTRIES // (t * t * (h // key.shape[1])))
+    for sample in range(b):
+        for head in range(0, key.shape[1], step):
+            yield slice(sample, sample + 1), slice(head, min(head + step, key.shape[1]))
+
+
+def _part(x: Any, samples: slice, heads: slice, batch: int, total_heads: int) -> Any:
+    """What some samples and heads need of an argument: of ``(B or 1, H or 1, T, T)``, ``(B, ...)`` or ``(H,)``."""
+    if not isinstance(x, Tensor) or x.dim() == 0:
+        return x
+    if x.dim() == 1:  # sinks
+        return x[heads] if x.shape[0] == total_heads else x
+    if x.dim() == 4 and x.shape[1] == total_heads > 1:
+        x = x[:, heads]
+    return x[samples] if x.shape[0] == batch else x
 
 
 @contextmanager
-def _tapped(
-    model: nn.Module, on_attention: _OnAttention, on_hidden: Callable[[int, Tensor], None], largest_score: bool
+def watch(
+    model: nn.Module,
+    on_attention: Callable[[SeenAttention], None],
+    on_hidden: Callable[[int, Tensor], None] = lambda layer, hidden: None,
 ) -> Iterator[Callable[[dict[str, Tensor]], None]]:
-    """A function that runs the model once and reports every layer; everything is restored on leaving."""
+    """A function that runs the model once on a dict of its arguments and reports every layer.
+
+    Args:
+        model: as for :func:`measure`.
+        on_attention: told what the attention of a layer did, once or for some samples and heads after others.
+        on_hidden: told the residual stream ``(B, T, C)`` after a layer.
+
+    Everything is restored on leaving.
+    """
     try:
         from transformers import AttentionInterface, PreTrainedModel
     except ImportError as error:
@@ -210,24 +320,43 @@ def _tapped(
                 return function(module, query, key, value, attention_mask, **kwargs)
             if any(name.startswith(prefix) for prefix in _FUSED):
                 raise ValueError(f"attn_implementation {name!r} cannot show its weights: load the model with 'sdpa'")
-            visible = _visible(attention_mask, name, module, query, key, kwargs)
-            arguments = (module, query, key, value, attention_mask)
-            extra = {} if name in ("eager", "sdpa") else {"output_attentions": True}
-            result = function(*arguments, **(kwargs | extra))
-            outputs, weights = result[0], result[1]
-            if name == "sdpa":
-                bias = torch.zeros(visible.shape, device=query.device).masked_fill(~visible, _LOWEST)
-                mask = attention_mask if _is_additive(attention_mask) else bias
-                weights = _fp32_weights(eager, (module, query, key, value, mask), kwargs)
-            if weights is None:
-                raise ValueError(f"attn_implementation {name!r} returned no weights for output_attentions=True")
-            if weights.dtype not in (torch.float32, torch.float64):  # rounded on the way out: once more in fp32
-                weights = _fp32_weights(function, arguments, kwargs | extra)
-            score = _max_score(query, key, visible, kwargs) if largest_score else None
-            on_attention(layers, weights, outputs, visible, score)
+            visible = _visible(attention_mask, name, module, query, key, kwargs).expand(query.shape[0], -1, -1, -1)
+            given = kwargs if name in ("eager", "sdpa") else kwargs | {"output_attentions": True}
+            whole = function(module, query, key, value, attention_mask, **kwargs)[0] if name == "sdpa" else None
+            group = query.shape[1] // key.shape[1]
+            rows: dict[int, list[Tensor]] = {}
+            mask: Any = None
+            for samples, key_heads in _pieces(name, module, query, key, kwargs):
+                heads = slice(key_heads.start * group, key_heads.stop * group)
+                see = visible[samples]
+                if name == "sdpa" and not _is_additive(attention_mask):  # eager functions add their mask
+                    if heads.start == 0:
+                        mask = torch.zeros(see.shape, device=query.device).masked_fill_(~see, _LOWEST)
+                else:
+                    mask = _part(attention_mask, samples, heads, *query.shape[:2])
+                rest = {k: _part(v, samples, heads, *query.shape[:2]) for k, v in given.items()}
+                if given.get(_GATE) is not None:
+                    rest[_GATE] = given[_GATE][samples, :, heads]
+                q, k, v = query[samples, heads], key[samples, key_heads], value[samples, key_heads]
+                if whole is not None:
+                    outputs = whole[samples, :, heads]
+                    weights = _fp32_weights(eager, (module, q, k, v, mask), rest)
+                else:
+                    outputs, weights = function(module, q, k, v, mask, **rest)[:2]
+                    rows.setdefault(samples.start, []).append(outputs)
+                    if weights is None:
+                        raise ValueError(f"attn_implementation {name!r} returned no weights for output_attentions=True")
+                    if weights.dtype not in (torch.float32, torch.float64):  # rounded on the way out: once more in fp32
+                        weights = _fp32_weights(function, (module, q, k, v, mask), rest)
+                on_attention(
+                    SeenAttention(layers, samples, heads, query.shape[1], weights, outputs, see, q, k, mask, rest)
+                )
+                del weights  # before the next are computed
+            if whole is None:
+                whole = torch.cat([torch.cat(heads, 2) if len(heads) > 1 else heads[0] for heads in rows.values()])
             layers += 1
             attentions_in_layer += 1
-            return result
+            return whole, None
 
         return attention
 

@@ -8,6 +8,8 @@ A :class:`Meter` is fed a batch in this order, and never keeps a map or a hidden
     meter.hidden(layer, hidden)                             # for every layer
     measurements = meter.result()
 
+Rows are worked on in blocks of about ``BLOCK_ENTRIES`` weights, so that temporaries are small, whatever ``T``.
+
 Samples are cut to their real positions before anything is computed, so padding (left, right or in between) enters no
 metric. Sums are fp64; moments of different batches are combined exactly, so the result does not depend on how the data
 was divided into batches (other than by rounding).
@@ -19,13 +21,15 @@ All shares are percent; weights (``alpha``, ``row_mass``) are plain numbers.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-__all__ = ["SINK_THRESHOLDS", "TILES", "FloatHistogram", "Measurements", "Meter", "Moments"]
+__all__ = ["MAX_ENTRIES", "SINK_THRESHOLDS", "TILES", "FloatHistogram", "Measurements", "Meter", "Moments"]
 
 SINK_THRESHOLDS = (0.2, 0.3)
 """A head is a sink in a sample when its alpha exceeds this (Gu et al. 2024 use 0.3, the softpick paper 0.3 and 0.2)."""
@@ -47,6 +51,20 @@ OUTLIER_VALUE = 6.0
 OUTLIER_LAYERS = 25.0
 OUTLIER_POSITIONS = 6.0
 MAX_LISTED = 20
+MAX_ENTRIES = 1 << 25
+"""Weights that are in memory at once: 128 MB in fp32, two heads at ``T = 4096``; a few such temporaries make them."""
+
+BLOCK_ENTRIES = 1 << 20  # weights that are worked on at once
+
+_KEY_SUMS = (
+    "count",
+    "alpha",
+    "alpha_normalized",
+    *(f"rate_{e}" for e in SINK_THRESHOLDS),
+    *(f"rate_normalized_{e}" for e in SINK_THRESHOLDS),
+    "strongest",
+)
+"""What is summed for every key position and token, over samples, layers and heads; a row of a tensor each."""
 HISTOGRAM_BINS = 20
 
 
@@ -195,8 +213,12 @@ def _coarsen(x: Tensor, rows: int, columns: int) -> Tensor:
 # One layer
 
 
+class _NotFiniteError(ValueError):
+    """NaN or infinity among the weights."""
+
+
 class _AttentionLayer:
-    """Sums over samples for one layer; tensors are ``(H,)``, fp64, on the CPU."""
+    """Sums over samples for one layer; tensors are ``(H,)``, fp64, on the CPU. Heads may come in several pieces."""
 
     def __init__(self, heads: int) -> None:
         self.heads = heads
@@ -204,78 +226,102 @@ class _AttentionLayer:
         self.rows = 0  # queries that see a key
         self.tokens = 0
         self.visible = 0  # visible entries of one head
+        self.last_samples = 0  # samples whose last token enough queries see
         self.sums: dict[str, Tensor] = {}
         self.tiles = {tile: 0 for tile in TILES}
         self.max_weight = torch.zeros(heads, dtype=torch.float64)
         self.max_score: float | None = None
         self.contexts: dict[int, dict[str, Any]] = {}
 
-    def add(self, name: str, value: Tensor) -> None:
-        value = value.double().cpu()
-        self.sums[name] = self.sums[name] + value if name in self.sums else value.clone()
+    def add(self, name: str, value: Tensor, heads: slice) -> None:
+        into = self.sums.setdefault(name, torch.zeros(self.heads, dtype=torch.float64))
+        into[heads] += value.double().cpu()
 
-    def update(self, a: Tensor, o: Tensor, visible: Tensor) -> None:
-        """One sample: ``a (H, T, T)`` and ``o (H, T, Dv)`` fp32, ``visible (T, T)`` boolean."""
+    def update(self, a: Tensor, o: Tensor, visible: Tensor, first_head: int) -> Tensor:
+        """Some heads of one sample: ``a (h, T, T)`` and ``o (h, T, Dv)`` fp32, ``visible (T, T)`` boolean.
+
+        Worked on in blocks of rows that stay in the processor's cache: large temporaries would take most of the time.
+
+        Returns:
+            ``(len(_KEY_SUMS), T)`` fp64: what these heads add to the sums of every key.
+        """
+        h, t, _ = a.shape
+        at = slice(first_head, first_head + h)
+        if first_head == 0:  # what the heads of a sample share
+            self.samples += 1
+            self.rows += int(visible.any(1).sum())
+            self.visible += int(visible.count_nonzero())
+            self.tokens += o.shape[1]
+        # by key: sum of weights, sum of shares of row mass, rows with mass that see it
+        columns = torch.zeros(3, h, t, dtype=torch.float64)
+        tallest = TILES[-1][0]
+        step = max(1, BLOCK_ENTRIES // (h * t * tallest)) * tallest
+        for start in range(0, t, step):
+            columns += self._rows(a[:, start : start + step], visible[start : start + step], at)
+        self.add("dead_tokens", _sum(o.abs().amax(2) <= DEAD_OUTPUT, 1), at)
+        return self._sinks(columns, visible.count_nonzero(0).cpu(), at)
+
+    def _rows(self, a: Tensor, visible: Tensor, at: slice) -> Tensor:
+        """Some rows of some heads: ``a (h, M, T)``, ``visible (M, T)``; returns their part of the sums by key."""
         a = torch.where(visible, a, 0.0)
         seen = visible.any(1)
-        self.samples += 1
-        self.rows += int(seen.sum())
-        self.visible += int(visible.sum())
-
         magnitude = a.abs()  # signed weights (linear softpick) share their mass by magnitude; for all others this is a
         total = magnitude.sum(2, keepdim=True)
+        if not bool(torch.isfinite(total).all()):
+            raise _NotFiniteError
         live = total > 0
         share = torch.where(live, magnitude / torch.where(live, total, 1.0), 0.0)
         live = live[..., 0]
-
-        self._sinks(a, share, live, visible)
-
-        mass = a.sum(2)
+        mass = _sum(a, 2)
         largest = torch.where(seen, a.masked_fill(~visible, -math.inf).amax(2), 0.0)
-        self.add("mass", _sum(mass * seen, 1))
-        self.add("zero_rows", _sum(~live & seen, 1))
-        self.add("largest", _sum(largest * seen, 1))
-        self.max_weight = torch.maximum(self.max_weight, magnitude.amax((1, 2)).double().cpu())
-        self.add("zeros", _sum((a == 0) & visible, (1, 2)))
-        self.add("tiny", _sum((magnitude <= TINY_WEIGHT) & visible, (1, 2)))
-        self.add("entropy", _sum(-torch.xlogy(share, share), (1, 2)))
-        self.add("live_rows", _sum(live & seen, 1))
-        self.add("dead_tokens", _sum(o.abs().amax(2) <= DEAD_OUTPUT, 1))
-        self.tokens += o.shape[1]
-
-        self._tiles(a != 0, visible[None])
+        self.add("mass", _sum(mass * seen.cpu(), 1), at)
+        self.add("zero_rows", _sum(~live & seen, 1), at)
+        self.add("largest", _sum(largest * seen, 1), at)
+        self.max_weight[at] = torch.maximum(self.max_weight[at], magnitude.amax((1, 2)).double().cpu())
+        self.add("zeros", ((a == 0) & visible).count_nonzero((1, 2)), at)
+        self.add("tiny", ((magnitude <= TINY_WEIGHT) & visible).count_nonzero((1, 2)), at)
+        self.add("entropy", _sum(-torch.xlogy(share, share).sum(2), 1), at)
+        self.add("live_rows", _sum(live & seen, 1), at)
+        # dormant: nearly all of the mass of a row lies on the first token, among the queries that see it
+        self.add("dormant_rows", _sum((share[:, :, 0] > DORMANT_MASS) & visible[:, 0], 1), at)
+        self.add("dormant_seen", visible[:, 0].sum().double().expand(a.shape[0]), at)
+        self._tiles(a != 0, visible[None], at)
         self._contexts(mass, largest, visible.sum(1))
+        return torch.stack([_sum(a, 1), _sum(share, 1), (live.float() @ visible.float()).double().cpu()])
 
-    def _sinks(self, a: Tensor, share: Tensor, live: Tensor, visible: Tensor) -> None:
-        queries = visible.sum(0)  # (T,) that see each key
-        live_queries = _sum((live[:, :, None] & visible), 1)  # (H, T)
-        alpha = _sum(a, 1) / queries.double().cpu().clamp(min=1)
-        alpha_n = _sum(share, 1) / live_queries.clamp(min=1)
-        enough = (queries >= min(MIN_SINK_QUERIES, int(queries.max()))).cpu()
+    def _sinks(self, columns: Tensor, queries: Tensor, at: slice) -> Tensor:
+        """Sinks from the sums by key ``(3, h, T)``, and ``queries (T,)`` that see each key."""
+        weights, shares, live_queries = columns
+        alpha = weights / queries.double().clamp(min=1)
+        alpha_n = shares / live_queries.clamp(min=1)
+        enough = queries >= min(MIN_SINK_QUERIES, int(queries.max()))
         enough_n = live_queries >= live_queries.amax(1, keepdim=True).clamp(max=MIN_SINK_QUERIES)
         best, where = alpha.masked_fill(~enough, -math.inf).max(1)
         best_n = alpha_n.masked_fill(~(enough_n & enough), -math.inf).amax(1).clamp(min=0)
-        for name, value in (
-            ("first", alpha[:, 0]),
-            ("first_normalized", alpha_n[:, 0]),
-            ("strongest", best),
-            ("strongest_normalized", best_n),
-        ):
-            self.add(f"alpha_{name}", value)
-            for e in SINK_THRESHOLDS:
-                self.add(f"sink_{name}_{e}", (value > e).double())
-        self.add("strongest_is_first", ((where == 0) & (best > 0)).double())
-        # dormant: nearly all of the mass of a row lies on the first token, among the queries that see it
-        self.add("dormant_rows", _sum((share[:, :, 0] > DORMANT_MASS) & visible[:, 0], 1))
-        self.add("dormant_seen", visible[:, 0].sum().double().expand(self.heads))
+        named = {"first": (alpha[:, 0], alpha_n[:, 0]), "strongest": (best, best_n)}
+        if enough[-1]:  # not in causal maps, where few queries see the last token
+            named["last"] = alpha[:, -1], alpha_n[:, -1]
+            self.last_samples += at.start == 0
+        for name, (plain, normalized) in named.items():
+            for suffix, value in (("", plain), ("_normalized", normalized)):
+                self.add(f"alpha_{name}{suffix}", value, at)
+                for e in SINK_THRESHOLDS:
+                    self.add(f"sink_{name}{suffix}_{e}", (value > e).double(), at)
+        self.add("strongest_is_first", ((where == 0) & (best > 0)).double(), at)
 
-    def _tiles(self, nonzero: Tensor, visible: Tensor) -> None:
+        strongest = torch.bincount(where[best > 0], minlength=alpha.shape[1]).double()
+        over = [(x > e).double().sum(0) for x in (alpha, alpha_n) for e in SINK_THRESHOLDS]
+        count = torch.full_like(strongest, alpha.shape[0])
+        return torch.stack([count, alpha.sum(0), alpha_n.sum(0), *over, strongest]) * enough
+
+    def _tiles(self, nonzero: Tensor, visible: Tensor, at: slice) -> None:
         size = (1, 1)
         for tile in TILES:
             rows, columns = tile[0] // size[0], tile[1] // size[1]
             nonzero, visible, size = _coarsen(nonzero, rows, columns), _coarsen(visible, rows, columns), tile
-            self.tiles[tile] += int(visible.sum())
-            self.add(f"tile_{tile[0]}x{tile[1]}", _sum(visible & ~nonzero, (1, 2)))
+            if at.start == 0:
+                self.tiles[tile] += int(visible.sum())
+            self.add(f"tile_{tile[0]}x{tile[1]}", _sum(visible & ~nonzero, (1, 2)), at)
 
     def _contexts(self, mass: Tensor, largest: Tensor, keys: Tensor) -> None:
         """Row mass and largest weight by the number of visible keys, in buckets [2^b, 2^(b+1))."""
@@ -284,7 +330,7 @@ class _AttentionLayer:
         for b in sorted({int(k).bit_length() - 1 for k in keys.unique().tolist() if k > 0}):
             rows = (keys >= 2**b) & (keys < 2 ** (b + 1))
             bucket = self.contexts.setdefault(b, {"rows": 0, "mass": 0.0, "largest": 0.0, "mass_h": 0, "largest_h": 0})
-            bucket["rows"] += int(rows.sum()) * self.heads
+            bucket["rows"] += int(rows.sum()) * mass.shape[0]
             for name, x in (("mass", mass[:, rows]), ("largest", largest[:, rows])):
                 bucket[name] += x.sum().item()
                 bins = (x.flatten() * HISTOGRAM_BINS).long().clamp(0, HISTOGRAM_BINS - 1)
@@ -313,7 +359,8 @@ class Measurements:
 
     Attributes:
         data: samples, tokens, layers, heads, sequence length, causality and how the samples start.
-        sink: rates and alpha for the first and the strongest token, plain and mass-normalised.
+        sink: rates and alpha for the first, the last and the strongest token, for every position, and for the tokens that
+            are strongest most often; plain and mass-normalised.
         rows: row mass, all-zero rows, entropy, largest weight; per context length.
         sparsity: exact zeros, tiny weights, empty tiles.
         heads: dead and dormant heads.
@@ -337,10 +384,12 @@ class Meter:
 
     Args:
         bos_policy: how the samples start, in words, stated beside every sink figure.
+        tokens: ids whose sink rates are listed in any case ([CLS], [SEP], BOS).
     """
 
-    def __init__(self, bos_policy: str = "auto") -> None:
+    def __init__(self, bos_policy: str = "auto", tokens: Iterable[int] = ()) -> None:
         self.bos_policy = bos_policy
+        self.tokens = list(dict.fromkeys(tokens))
         self._attention: dict[int, _AttentionLayer] = {}
         self._hidden: dict[int, _HiddenLayer] = {}
         self._lengths: list[int] = []
@@ -350,6 +399,10 @@ class Meter:
         self._shape: tuple[int, int] | None = None
         self._tokens: Tensor | None = None
         self._before = 0  # samples of earlier batches
+        self._by_position = torch.zeros(len(_KEY_SUMS), 0, dtype=torch.float64)
+        self._by_token = torch.zeros(len(_KEY_SUMS), 0, dtype=torch.float64)
+        self._strongest: list[int] = []  # of the samples of earlier batches
+        self._alpha: list[Tensor] = []  # of this batch's samples, by position, summed over layers and heads
 
     def begin_batch(self, valid: Tensor, input_ids: Tensor | None = None) -> None:
         """Start a batch.
@@ -364,6 +417,7 @@ class Meter:
             raise ValueError(
                 f"input_ids: expected the shape of valid {tuple(valid.shape)}, got {tuple(input_ids.shape)}"
             )
+        self._strongest += [int(alpha.argmax()) for alpha in self._alpha]
         self._before = len(self._lengths)
         valid = valid.cpu()
         self._shape = (valid.shape[0], valid.shape[1])
@@ -375,6 +429,7 @@ class Meter:
                 if self._tokens is not None:
                     token = int(self._tokens[b, positions[0]])
                     self._first_tokens[token] = self._first_tokens.get(token, 0) + 1
+        self._alpha = [torch.zeros(p.numel(), dtype=torch.float64) for p in self._valid if p.numel()]
 
     def attention(
         self,
@@ -385,24 +440,33 @@ class Meter:
         *,
         causal: bool = True,
         max_score: float | None = None,
+        first_sample: int = 0,
+        first_head: int = 0,
+        heads: int | None = None,
     ) -> None:
-        """Add one layer's attention for the current batch.
+        """Add one layer's attention for the current batch, whole or, to save memory, some samples and heads at a time.
 
         Args:
             layer: from 0.
-            weights: ``(B, H, T, T)``, after normalization, before dropout.
-            outputs: ``(B, T, H, Dv)``, before the output projection.
-            visible: ``(B or 1, 1, T, T)`` boolean, which keys a query may see besides the padding (which is known from
+            weights: ``(b, h, T, T)``, after normalization, before dropout.
+            outputs: ``(b, T, h, Dv)``, before the output projection.
+            visible: ``(b or 1, 1, T, T)`` boolean, which keys a query may see besides the padding (which is known from
                 ``begin_batch``); the default is the lower triangle, or everything where ``causal`` is False.
             causal: see ``visible``; also reported.
             max_score: the largest score of this layer, if it is known.
+            first_sample: the sample of the batch that ``weights`` begins with.
+            first_head: the head that it begins with. The heads of a sample come in order.
+            heads: how many the layer has; by default as many as ``weights``.
         """
         if self._shape is None:
             raise RuntimeError("attention: call begin_batch first")
-        b, t = self._shape
-        if weights.dim() != 4 or weights.shape[0] != b or tuple(weights.shape[2:]) != (t, t):
-            raise ValueError(f"weights: expected (B, H, T, T) with B={b}, T={t}, got {tuple(weights.shape)}")
-        h = weights.shape[1]
+        batch, t = self._shape
+        if weights.dim() != 4 or tuple(weights.shape[2:]) != (t, t) or first_sample + weights.shape[0] > batch:
+            raise ValueError(f"weights: expected (B, H, T, T) with B={batch}, T={t}, got {tuple(weights.shape)}")
+        b, h = weights.shape[:2]
+        if heads is None and first_sample == 0 and b != batch:
+            raise ValueError(f"weights: expected (B, H, T, T) with B={batch}, T={t}, got {tuple(weights.shape)}")
+        heads = first_head + h if heads is None else heads
         if outputs.dim() != 4 or tuple(outputs.shape[:3]) != (b, t, h):
             raise ValueError(f"outputs: expected (B, T, H, Dv) with B={b}, T={t}, H={h}, got {tuple(outputs.shape)}")
         if visible is None:
@@ -413,23 +477,48 @@ class Meter:
                 f"visible: expected a boolean (B or 1, 1, T, T), got {visible.dtype} {tuple(visible.shape)}"
             )
         visible = visible.expand(b, 1, t, t)
-        state = self._attention.setdefault(layer, _AttentionLayer(h))
-        if state.heads != h:
-            raise ValueError(f"weights: layer {layer} had {state.heads} heads before, now {h}")
+        state = self._attention.setdefault(layer, _AttentionLayer(heads))
+        if state.heads != heads:
+            raise ValueError(f"weights: layer {layer} had {state.heads} heads before, now {heads}")
         self._causal = causal if self._causal is None else self._causal and causal
-        for i, positions in enumerate(self._valid):
-            n = positions.numel()
-            if n == 0:
+        piece = max(1, MAX_ENTRIES // (t * t))
+        sample = sum(p.numel() > 0 for p in self._valid[:first_sample])  # among those with a real position
+        for i in range(b):
+            positions = self._valid[first_sample + i]
+            if positions.numel() == 0:
                 continue
-            a, o, see = weights[i].detach().float(), outputs[i].detach().float().transpose(0, 1), visible[i, 0]
-            if n < t:
-                at = positions.to(weights.device)
-                a, o, see = a[:, at][:, :, at], o[:, at], see[at][:, at]
-            if not bool(torch.isfinite(torch.where(see, a, 0.0).sum() + o.sum())):
-                raise ValueError(f"layer {layer}: attention weights or outputs contain NaN or infinity")
-            state.update(a, o, see)
+            tokens = None if self._tokens is None else self._tokens[first_sample + i, positions]
+            for head in range(0, h, piece):
+                a = weights[i, head : head + piece].detach().float()
+                o = outputs[i, :, head : head + piece].detach().float().transpose(0, 1)
+                see = visible[i, 0]
+                if positions.numel() < t:
+                    at = positions.to(weights.device)
+                    a, o, see = a[:, at][:, :, at], o[:, at], see[at][:, at]
+                try:
+                    if not bool(torch.isfinite(o.sum())):
+                        raise _NotFiniteError
+                    keys = state.update(a, o, see, first_head + head)
+                except _NotFiniteError:
+                    message = f"layer {layer}: attention weights or outputs contain NaN or infinity"
+                    raise ValueError(message) from None
+                self._add_keys(keys, sample, tokens)
+            sample += 1
         if max_score is not None:
             state.max_score = max_score if state.max_score is None else max(state.max_score, max_score)
+
+    def _add_keys(self, keys: Tensor, sample: int, tokens: Tensor | None) -> None:
+        """``keys (len(_KEY_SUMS), T)`` of some heads of the batch's real sample number ``sample``."""
+
+        def grown(sums: Tensor, size: int) -> Tensor:
+            return torch.nn.functional.pad(sums, (0, max(0, size - sums.shape[1])))
+
+        self._by_position = grown(self._by_position, keys.shape[1])
+        self._by_position[:, : keys.shape[1]] += keys
+        self._alpha[sample] += keys[_KEY_SUMS.index("alpha")]
+        if tokens is not None:
+            self._by_token = grown(self._by_token, int(tokens.max()) + 1)
+            self._by_token.index_add_(1, tokens, keys)
 
     def hidden(self, layer: int, hidden: Tensor) -> None:
         """Add the residual stream ``(B, T, C)`` after one layer, for the current batch."""
@@ -525,21 +614,47 @@ class Meter:
             "bos": first,
         }
 
-    @staticmethod
-    def _sink_result(layers: list[_AttentionLayer]) -> dict[str, Any]:
+    def _sink_result(self, layers: list[_AttentionLayer]) -> dict[str, Any]:
         result: dict[str, Any] = {"thresholds": list(SINK_THRESHOLDS)}
-        for token in ("first", "strongest"):
+        for token in ("first", "strongest", "last"):
+            samples = [x.last_samples if token == "last" else x.samples for x in layers]
+            if not any(samples):
+                result[token] = None
+                continue
+
+            def tables(name: str, samples: list[int] = samples) -> list[Tensor]:
+                zeros = [torch.zeros(x.heads, dtype=torch.float64) for x in layers]
+                return [x.sums.get(name, z) / max(n, 1) for x, z, n in zip(layers, zeros, samples, strict=True)]
+
             part: dict[str, Any] = {}
             for suffix in ("", "_normalized"):
-                name = token + suffix
-                part[f"rate{suffix}"] = {
-                    str(e): _mean([x.sums[f"sink_{name}_{e}"] / x.samples for x in layers], 100.0)
-                    for e in SINK_THRESHOLDS
-                }
-                part[f"alpha{suffix}"] = _table([x.sums[f"alpha_{name}"] / x.samples for x in layers])
+                rates = {str(e): tables(f"sink_{token}{suffix}_{e}") for e in SINK_THRESHOLDS}
+                part[f"rate{suffix}"] = {e: _mean(rate, 100.0) for e, rate in rates.items()}
+                part[f"rate{suffix}_per_head"] = {e: _table([100.0 * x for x in rate]) for e, rate in rates.items()}
+                part[f"alpha{suffix}"] = _table(tables(f"alpha_{token}{suffix}"))
             result[token] = part
         result["strongest"]["is_first"] = _mean([x.sums["strongest_is_first"] / x.samples for x in layers], 100.0)
+        result["strongest"]["positions"] = self._strongest + [int(alpha.argmax()) for alpha in self._alpha]
+        pairs = sum(x.samples * x.heads for x in layers)
+        result["by_position"] = _key_table(self._by_position, pairs)
+        result["by_token"] = self._token_result(pairs)
         return result
+
+    def _token_result(self, pairs: int) -> list[dict[str, Any]]:
+        """The named tokens that occur, then those that are strongest most often."""
+        sums = self._by_token
+        strongest = sums[_KEY_SUMS.index("strongest")]
+        ranked = strongest.argsort(descending=True, stable=True)[:MAX_LISTED].tolist()
+        seen = [t for t in self.tokens if t < sums.shape[1] and sums[0, t] > 0]
+        chosen = list(dict.fromkeys([*seen, *(t for t in ranked if strongest[t] > 0)]))[:MAX_LISTED]
+        table = _key_table(sums[:, chosen], pairs)
+        return [
+            {
+                "token_id": token,
+                **{k: {e: r[i] for e, r in v.items()} if isinstance(v, dict) else v[i] for k, v in table.items()},
+            }
+            for i, token in enumerate(chosen)
+        ]
 
     @staticmethod
     def _rows_result(layers: list[_AttentionLayer]) -> dict[str, Any]:
@@ -681,3 +796,35 @@ def _mean(rows: list[Tensor], factor: float = 1.0) -> float:
 
 def _table(rows: list[Tensor]) -> list[list[float]]:
     return [row.tolist() for row in rows]
+
+
+def _key_table(sums: Tensor, pairs: int) -> dict[str, Any]:
+    """Columns of ``sums (len(_KEY_SUMS), N)`` as lists; null where no key had enough queries.
+
+    ``pairs`` is how many (sample, layer, head) there are: what ``strongest`` is a share of.
+    """
+    row = {name: sums[i] for i, name in enumerate(_KEY_SUMS)}
+
+    def mean(name: str, factor: float = 1.0) -> list[float | None]:
+        rows = zip(row[name].tolist(), row["count"].tolist(), strict=True)
+        return [factor * value / n if n else None for value, n in rows]
+
+    table: dict[str, Any] = {"strongest": [100.0 * v / pairs for v in row["strongest"].tolist()]}
+    for suffix in ("", "_normalized"):
+        table[f"alpha{suffix}"] = mean(f"alpha{suffix}")
+        table[f"rate{suffix}"] = {str(e): mean(f"rate{suffix}_{e}", 100.0) for e in SINK_THRESHOLDS}
+    return table
+
+
+def save_meter(meter: Meter, batches: int, path: Path) -> None:
+    """Write what a meter has seen in so many batches; the file appears complete or not at all."""
+    temporary = path.with_name(f"{path.name}.tmp")
+    torch.save({"meter": meter, "batches": batches}, temporary)
+    temporary.replace(path)
+
+
+def load_meter(path: Path) -> tuple[Meter, int]:
+    """What :func:`save_meter` wrote: the meter and its batches. Only these classes are made, whatever the file holds."""
+    with torch.serialization.safe_globals([Meter, Moments, FloatHistogram, _AttentionLayer, _HiddenLayer]):
+        found = torch.load(path, weights_only=True)
+    return found["meter"], found["batches"]

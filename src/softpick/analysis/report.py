@@ -86,13 +86,18 @@ class Metric:
 
 
 def _sink(token: str, normalized: bool, threshold: str) -> Metric:
-    words = {"first": "first token", "strongest": "strongest token"}[token]
+    words, which = {
+        "first": ("first token", "k is the first token of the sample"),
+        "strongest": (
+            "strongest token",
+            "k is, for each sample and head, the key with the largest alpha among those that at least 16 queries see",
+        ),
+        "last": (
+            "last token",
+            "k is the last token of the sample ([SEP] of an encoder); only where attention is not causal: else few see it",
+        ),
+    }[token]
     key = "rate_normalized" if normalized else "rate"
-    which = (
-        "k is the first token of the sample"
-        if token == "first"
-        else "k is, for each sample and head, the key with the largest alpha among those that at least 16 queries see"
-    )
     weight = (
         "A[i,k] / Σ_j |A[i,j]| over rows with mass" if normalized else "A[i,k] over the queries i that may see key k"
     )
@@ -139,15 +144,35 @@ METRICS: tuple[Metric, ...] = (
         "Quality",
         ("validation_loss",),
         ".4f",
-        "Mean cross-entropy in nats per token on the validation data, after training.",
+        "Mean cross-entropy in nats per token (softpick compare: on the validation data, after training).",
         "Lower is better.",
     ),
-    _sink("first", False, "0.3"),
-    _sink("first", False, "0.2"),
-    _sink("first", True, "0.3"),
-    _sink("first", True, "0.2"),
-    _sink("strongest", False, "0.3"),
-    _sink("strongest", True, "0.3"),
+    Metric(
+        "perplexity",
+        "Perplexity",
+        "",
+        "Quality",
+        ("perplexity",),
+        ".2f",
+        "Exponential of the mean cross-entropy of the tokens from the third on. Only for models with the same tokenizer can "
+        "it be compared.",
+        "Lower is better.",
+    ),
+    *(
+        _sink(token, normalized, threshold)
+        for token in ("first", "strongest", "last")
+        for normalized in (False, True)
+        for threshold in ("0.3", "0.2")
+    ),
+    Metric(
+        "strongest_is_first",
+        "Strongest token is the first",
+        "%",
+        "Attention sinks",
+        ("measurements", "sink", "strongest", "is_first"),
+        ".1f",
+        "Share of (sample, layer, head) whose key with the largest alpha is the first token of the sample.",
+    ),
     Metric(
         "row_mass",
         "Row mass",
@@ -177,6 +202,16 @@ METRICS: tuple[Metric, ...] = (
         ".2f",
         "Mean over rows with mass of −Σ_j p_j ln p_j with p = A / Σ|A|.",
         "Low: attention on few keys.",
+    ),
+    Metric(
+        "max_score",
+        "Largest score",
+        "",
+        "Attention sinks",
+        (*_ROWS, "max_score"),
+        ".1f",
+        "Largest q · k × scaling of a visible pair, before soft-capping and biases.",
+        "exp() of what is above 88 overflows fp32, above 11 fp16, where a normalizer is not anchored.",
     ),
     Metric(
         "kurtosis",
@@ -268,7 +303,15 @@ METRICS: tuple[Metric, ...] = (
         "Lower: softmax's way of switching a head off.",
     ),
     Metric("parameters", "Parameters", "", "Run", ("parameters",), "d", "Trainable parameters of the model."),
-    Metric("seconds", "Time", "s", "Run", ("seconds",), "d", "Seconds of training."),
+    Metric(
+        "seconds",
+        "Time",
+        "s",
+        "Run",
+        ("seconds",),
+        "d",
+        "Seconds of training (softpick compare) or of measuring (softpick analyze).",
+    ),
 )
 """Every row of the summary, in order."""
 

@@ -172,7 +172,7 @@ def test_interrupt_through_the_request_and_resume(finished, corpus, tmp_path):
             import contextlib
 
             class Bar:
-                def update(self, step, loss):
+                def update(self, step, loss, note=""):
                     stop.requested |= "softpick" in label and step == 2
 
             return contextlib.nullcontext(Bar())

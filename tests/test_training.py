@@ -222,7 +222,7 @@ class StopAt:
     def __init__(self, step):
         self.step, self.stop, self.seen = step, engine.StopRequest(), []
 
-    def update(self, step, loss):
+    def update(self, step, loss, note=""):
         self.seen.append(step)
         if step >= self.step:
             self.stop.requested = True

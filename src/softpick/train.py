@@ -15,6 +15,7 @@ The same command again continues it. The Trainer trains; this module decides wha
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import json
 import os
@@ -100,9 +101,11 @@ def train(
     output = Path(output)
     ranks, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
     device = _device(recipe, device, ranks)
+    if tensorboard and importlib.util.find_spec("tensorboard") is None:
+        raise RecipeError("tensorboard: is not installed: pip install tensorboard")
     if rank or reporter is None:
         reporter = Silent()
-    arguments = _arguments(recipe, output, device, tensorboard, ranks)
+    arguments = _arguments(recipe, output, device, ranks)
     with arguments.main_process_first(local=False, desc="data"):
         _enter(output, recipe)
         data = _prepare(recipe, output, reporter if rank == 0 else Silent())
@@ -131,13 +134,15 @@ def train(
     title = get_normalizer(recipe.normalizer).title
     parameters = engine.parameter_count(model)
     reporter.say(
-        f"model: {title}, {parameters / 1e6:.1f} million parameters; {recipe.tokens / 1e6:,.0f} million tokens"
+        f"model: {title}, {parameters / 1e6:.1f} million parameters; {recipe.tokens / 1e6:,.1f} million tokens"
     )
+    if recipe.tensor_parallel > 1:
+        model = engine.shard_tensors(model, recipe.tensor_parallel, output / ".initial.tmp")
     if recipe.compile:
         for layer in model.model.layers:  # one graph for all of them, so this compiles in seconds
             layer.compile()
     speed = engine.Speed(model, recipe.sequence_length, recipe.batch_size * recipe.sequence_length, ranks)
-    log = _Metrics(output / "metrics.jsonl", rank == 0)
+    log = _Metrics(output / "metrics.jsonl", rank == 0, output / "tensorboard" if tensorboard else None)
     callbacks = [_log_callback(log, recipe.parallel)]
     if recipe.probe_every:
         batch = torch.stack([data.validation[i] for i in range(min(recipe.probe_sequences, len(data.validation)))])
@@ -195,15 +200,21 @@ def _device(recipe: Recipe, device: str, ranks: int) -> str:
         raise RecipeError(f"device: expected auto, cpu, cuda or mps; got {device!r}")
     if device == "cuda" and not torch.cuda.is_available():
         raise RecipeError("device: 'cuda' asked for, but torch finds no usable GPU")
-    if ranks > 1 and recipe.parallel == "none":
-        raise RecipeError(f"parallel: expected ddp or fsdp for {ranks} ranks, got none")
+    if recipe.tensor_parallel > 1 and ranks != recipe.tensor_parallel:
+        raise RecipeError(
+            f"tensor_parallel: expected as many ranks, {recipe.tensor_parallel}, got {ranks}: torchrun --nproc-per-node "
+            f"{recipe.tensor_parallel} -m softpick"
+        )
+    if ranks > 1 and recipe.parallel == "none" and recipe.tensor_parallel == 1:
+        raise RecipeError(f"parallel: expected ddp or fsdp (or tensor_parallel) for {ranks} ranks, got none")
     if recipe.parallel != "none" and "WORLD_SIZE" not in os.environ:
         raise RecipeError(
             f"parallel: {recipe.parallel} needs torchrun, for example torchrun --nproc-per-node 2 -m softpick"
         )
-    if recipe.batch_size % (recipe.micro_batch_size * ranks):
+    shares = ranks // recipe.tensor_parallel
+    if recipe.batch_size % (recipe.micro_batch_size * shares):
         raise RecipeError(
-            f"batch_size: expected a multiple of micro_batch_size x ranks = {recipe.micro_batch_size} x {ranks}, got "
+            f"batch_size: expected a multiple of micro_batch_size x ranks = {recipe.micro_batch_size} x {shares}, got "
             f"{recipe.batch_size}"
         )
     if recipe.liger and importlib.util.find_spec("liger_kernel") is None:
@@ -213,11 +224,9 @@ def _device(recipe: Recipe, device: str, ranks: int) -> str:
     return device
 
 
-def _arguments(recipe: Recipe, output: Path, device: str, tensorboard: bool, ranks: int) -> Any:
+def _arguments(recipe: Recipe, output: Path, device: str, ranks: int) -> Any:
     from softpick.training import engine
 
-    if tensorboard and importlib.util.find_spec("tensorboard") is None:
-        raise RecipeError("tensorboard: is not installed: pip install tensorboard")
     more: dict[str, Any] = {}
     if ranks > 1 and device == "cpu":
         more["ddp_backend"] = "gloo"
@@ -230,9 +239,6 @@ def _arguments(recipe: Recipe, output: Path, device: str, tensorboard: bool, ran
         }
     if recipe.gradient_checkpointing:
         more["gradient_checkpointing"] = True
-    if tensorboard:
-        os.environ["TENSORBOARD_LOGGING_DIR"] = str(output / "tensorboard")
-        more["report_to"] = "tensorboard"
     return engine.training_arguments(
         output / "checkpoints",
         steps=recipe.steps,
@@ -246,7 +252,7 @@ def _arguments(recipe: Recipe, output: Path, device: str, tensorboard: bool, ran
         evaluate_every=recipe.evaluate_every or None,
         save_every=recipe.save_every,
         per_device_eval_batch_size=recipe.micro_batch_size,
-        gradient_accumulation_steps=recipe.batch_size // recipe.micro_batch_size // ranks,
+        gradient_accumulation_steps=recipe.batch_size // recipe.micro_batch_size // (ranks // recipe.tensor_parallel),
         max_grad_norm=recipe.max_grad_norm,
         bf16=recipe.dtype == "bfloat16",
         use_liger_kernel=recipe.liger,
@@ -380,23 +386,35 @@ def _beginning(documents: Iterator[str]) -> Iterator[str]:
 
 
 class _Metrics:
-    """``metrics.jsonl``: a line for each event. What a resumed run repeats replaces what was there."""
+    """``metrics.jsonl``, a line for each event, and TensorBoard's events. What a resumed run repeats replaces what was."""
 
-    def __init__(self, path: Path, writes: bool) -> None:
-        self.path, self.writes = path, writes
+    def __init__(self, path: Path, writes: bool, events: Path | None) -> None:
+        self.path, self.writes, self.events = path, writes, events
+        self.board: Any = None
 
     def resume(self, step: int) -> None:
         """Forget what came after a step."""
-        if self.writes and self.path.exists():
+        if not self.writes:
+            return
+        if self.path.exists():
             kept = [line for line in self._lines() if json.loads(line)["step"] <= step]
             temporary = self.path.with_name(f".{self.path.name}.tmp")
             temporary.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
             os.replace(temporary, self.path)
+        if self.events is not None:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.board = SummaryWriter(str(self.events), purge_step=step + 1)
 
     def write(self, kind: str, step: int, values: dict[str, Any]) -> None:
-        if self.writes:
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
+        if not self.writes:
+            return
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
+        if self.board is not None:
+            for key, value in values.items():
+                self.board.add_scalar(f"{kind}/{key}", value, step)
+            self.board.flush()
 
     def entries(self, kind: str) -> list[dict[str, Any]]:
         if not self.path.exists():
@@ -443,7 +461,7 @@ def _probe_callback(recipe: Recipe, batch: Tensor, log: _Metrics, speed: Any) ->
         def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
             if state.global_step % recipe.probe_every and state.global_step != state.max_steps:
                 return
-            bare = model.module if isinstance(model, torch.nn.parallel.DistributedDataParallel) else model
+            bare = _whole(model) if recipe.tensor_parallel > 1 else getattr(model, "module", model)
             kind = next(model.parameters()).device.type
             half = torch.autocast(kind, torch.bfloat16) if recipe.dtype == "bfloat16" else nullcontext()
             with speed.paused(), _eager(), half:
@@ -453,6 +471,18 @@ def _probe_callback(recipe: Recipe, batch: Tensor, log: _Metrics, speed: Any) ->
             log.write("probe", state.global_step, {key: value for key, value in values.items() if value is not None})
 
     return Probe()
+
+
+def _whole(model: Any) -> Any:
+    """A copy of a model whose heads and matrices are shared among ranks, with all of them."""
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+
+    config = copy.deepcopy(model.config)
+    config.distributed_config = None
+    device = next(model.parameters()).device
+    copied = type(model)(config).to(device)
+    copied.load_state_dict(get_model_state_dict(model, options=StateDictOptions(full_state_dict=True)))
+    return copied.eval()
 
 
 @contextmanager

@@ -52,8 +52,18 @@ class SoftpickLlamaConfig(LlamaConfig):
     score_scale: bool = False
 
     def __post_init__(self, **kwargs: Any) -> None:
-        get_normalizer(self.normalizer)
+        norm = get_normalizer(self.normalizer)
         super().__post_init__(**kwargs)
+        # one entry a head: each rank of tensor parallelism has those of its heads
+        attention = "layers.*.self_attn"
+        plan = dict(LlamaConfig.base_model_tp_plan)
+        if self.output_gate:
+            plan[f"{attention}.output_gate"] = "colwise"
+        vectors = {"sinks": norm.needs_sink, "score_scale": self.score_scale}
+        plan |= {f"{attention}.{name}": "colwise" for name, given in vectors.items() if given}
+        if any(vectors.values()):
+            plan[attention] = "local_params"
+        self.base_model_tp_plan = plan
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as a dictionary. ``normalizer`` says what ``attn_implementation`` would."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 import signal
 import threading
 import time
@@ -19,7 +20,10 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import safetensors.torch
 import torch
+import torch.distributed.checkpoint.state_dict as distributed_state
+from accelerate.optimizer import AcceleratedOptimizer
 from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -31,6 +35,7 @@ from transformers import (
     TrainingArguments,
     set_seed,
 )
+from transformers.trainer_utils import SaveStrategy
 from transformers.utils import logging as transformers_logging
 
 from softpick.integrations.transformers import SoftpickLlamaConfig, SoftpickLlamaForCausalLM
@@ -49,6 +54,7 @@ __all__ = [
     "last_checkpoint",
     "parameter_count",
     "quiet_transformers",
+    "shard_tensors",
     "train",
     "training_arguments",
     "write_json",
@@ -113,6 +119,38 @@ def build_model(
     assert not unexpected, unexpected
     assert all(name.endswith("sinks") for name in missing), missing
     return model
+
+
+def shard_tensors(model: SoftpickLlamaForCausalLM, size: int, folder: Path) -> SoftpickLlamaForCausalLM:
+    """The same model, with heads and matrices shared among ``size`` ranks (tensor parallelism of transformers).
+
+    transformers shards a model when it loads it, so this one goes through ``folder``, which is removed again.
+
+    Args:
+        model: whole, the same on every rank.
+        size: number of ranks, all of the process group.
+        folder: does not exist yet; seen by every rank.
+
+    Raises:
+        ImportError: this transformers cannot shard the parameters that a head has for itself.
+    """
+    try:
+        from transformers.distributed import DistributedConfig
+        from transformers.distributed.tensor_parallel import LocalParamsParallel  # noqa: F401
+    except ImportError:
+        raise ImportError("tensor parallelism needs transformers 5.23 or newer") from None
+    first = torch.distributed.get_rank() == 0
+    if first:
+        shutil.rmtree(folder, ignore_errors=True)  # of a crash; nothing but ours has this name
+        with quiet_transformers():
+            model.save_pretrained(folder)
+    torch.distributed.barrier()
+    with quiet_transformers():
+        sharded = type(model).from_pretrained(folder, distributed_config=DistributedConfig(tp_size=size))
+    torch.distributed.barrier()
+    if first:
+        shutil.rmtree(folder)
+    return sharded
 
 
 def parameter_count(model: torch.nn.Module) -> int:
@@ -249,9 +287,8 @@ class _Watch(TrainerCallback):
         logs: dict[str, float] | None = None,
         **_: Any,
     ) -> None:
-        if self.progress is not None:
-            logs = logs or {}
-            self.progress.update(state.global_step, logs.get("loss"), _speed_note(logs))
+        if self.progress is not None and logs is not None and "loss" in logs:  # not for evaluations
+            self.progress.update(state.global_step, logs["loss"], _speed_note(logs))
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
@@ -385,6 +422,43 @@ class _Trainer(Trainer):
         with self.speed.paused() if self.speed is not None else nullcontext():
             super()._save_checkpoint(*args, **kwargs)
 
+    # With tensor parallelism the Trainer would save the optimizer's state of rank 0 for all, and load whole weights into
+    # shards. Here states are gathered and dealt out again.
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if not _shares_tensors(self.model):
+            return super()._save_optimizer_and_scheduler(output_dir)
+        states = distributed_state.get_optimizer_state_dict(self.model, _bare(self.optimizer), options=_WHOLE)
+        if self.args.should_save:
+            torch.save(states, os.path.join(output_dir, "optimizer.pt"))
+            torch.save(self.lr_scheduler.state_dict(), os.path.join(output_dir, "scheduler.pt"))
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        if not _shares_tensors(self.model):
+            return super()._load_from_checkpoint(resume_from_checkpoint, model)
+        weights: dict[str, Any] = dict(
+            safetensors.torch.load_file(os.path.join(resume_from_checkpoint, "model.safetensors"))
+        )
+        distributed_state.set_model_state_dict(self.model, weights, options=_WHOLE)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is None or not _shares_tensors(self.model):
+            return super()._load_optimizer_and_scheduler(checkpoint)
+        states = torch.load(os.path.join(checkpoint, "optimizer.pt"), weights_only=True)
+        distributed_state.set_optimizer_state_dict(self.model, _bare(self.optimizer), states, options=_WHOLE)
+        self.lr_scheduler.load_state_dict(torch.load(os.path.join(checkpoint, "scheduler.pt"), weights_only=True))
+
+
+_WHOLE = distributed_state.StateDictOptions(full_state_dict=True, cpu_offload=True)
+
+
+def _shares_tensors(model: Any) -> bool:
+    return (getattr(model, "tp_size", None) or 1) > 1
+
+
+def _bare(optimizer: Any) -> torch.optim.Optimizer:
+    return optimizer.optimizer if isinstance(optimizer, AcceleratedOptimizer) else optimizer
+
 
 def last_checkpoint(folder: Path) -> Path | None:
     """The newest complete checkpoint below a folder; one that a crash cut short does not count."""
@@ -444,6 +518,9 @@ def train(
         seconds = float(json.loads((checkpoint / _COMPLETE).read_text())["seconds"])
     watch = _Watch(stop, progress, seconds)
     with quiet_transformers():
+        strategy = arguments.save_strategy
+        if _shares_tensors(model):  # the Trainer refuses what _Trainer has for it
+            arguments.save_strategy = SaveStrategy.NO
         trainer = _Trainer(
             model=model,
             args=arguments,
@@ -453,6 +530,7 @@ def train(
             processing_class=tokenizer,
             callbacks=[watch, *callbacks],
         )
+        arguments.save_strategy = strategy
         trainer.remove_callback(PrinterCallback)
         trainer.speed, trainer.guard = speed, guard
         if guard is not None:

@@ -61,6 +61,7 @@ class Recipe:
         liger: Liger's fused cross-entropy, norms, rotary and SwiGLU, where liger-kernel is installed.
         gradient_checkpointing: recompute layers in the backward pass.
         parallel: ``none``, ``ddp`` or ``fsdp`` (FSDP2), under torchrun.
+        tensor_parallel: ranks that share each layer's heads and matrices (alone: ``parallel`` is none then).
         log_every: steps between log lines.
         save_every: steps between checkpoints (a multiple of ``log_every``).
         evaluate_every: steps between evaluations; 0 for none but the last.
@@ -100,6 +101,7 @@ class Recipe:
     liger: bool = False
     gradient_checkpointing: bool = False
     parallel: str = "none"
+    tensor_parallel: int = 1
     log_every: int = 10
     save_every: int = 500
     evaluate_every: int = 500
@@ -137,6 +139,17 @@ class Recipe:
         for name, choices in (("dtype", ("bfloat16", "float32")), ("parallel", ("none", "ddp", "fsdp"))):
             if getattr(self, name) not in choices:
                 raise RecipeError(f"{name}: expected one of {', '.join(choices)}; got {getattr(self, name)!r}")
+        if self.tensor_parallel > 1:
+            if self.parallel != "none":
+                raise RecipeError(
+                    f"tensor_parallel: expected parallel=none beside it, got {self.parallel}; softpick.integrations.torchtitan "
+                    "has both at once"
+                )
+            if self.heads % self.tensor_parallel or (self.kv_heads or self.heads) % self.tensor_parallel:
+                raise RecipeError(
+                    f"tensor_parallel: expected a divisor of heads {self.heads} and kv_heads {self.kv_heads or self.heads}, "
+                    f"got {self.tensor_parallel}"
+                )
         if self.data_config is not None and not (self.data or "").startswith("hub:"):
             raise RecipeError("data_config: is for hub data sets (data=hub:NAME)")
 

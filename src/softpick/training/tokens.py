@@ -164,6 +164,10 @@ def hub_documents(name: str, config: str | None, field: str) -> Callable[[], Ite
     except ModuleNotFoundError:
         raise DataError(f"data: hub:{name} needs datasets: pip install 'softpick[train]'") from None
     try:
+        if not Path(name).exists():
+            from huggingface_hub import HfApi
+
+            HfApi().dataset_info(name, timeout=10)  # says in seconds what datasets says after five tries
         stream = datasets.load_dataset(name, config, split="train", streaming=True)
         first = next(iter(stream))
     except Exception as error:  # whatever a network, the hub or a data set can do wrong

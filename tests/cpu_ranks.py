@@ -10,23 +10,21 @@ on gloo as well.
 import os
 import signal
 
-from accelerate.state import AcceleratorState, DistributedType, PartialState
+from accelerate.state import DistributedType, PartialState
 
 from softpick.cli import main
 from softpick.training import engine
 
 
 def pretend_gpus():
-    original = AcceleratorState.__init__
+    original = PartialState.__init__
 
-    def init(self, mixed_precision=None, cpu=False, **kwargs):
-        if PartialState._shared_state == {}:
-            PartialState(cpu)
-        if PartialState._shared_state["distributed_type"] == DistributedType.MULTI_CPU:
+    def init(self, *args, **kwargs):
+        original(self, *args, **kwargs)
+        if self.distributed_type == DistributedType.MULTI_CPU:
             PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
-        original(self, mixed_precision, cpu, **kwargs)
 
-    AcceleratorState.__init__ = init
+    PartialState.__init__ = init
 
 
 def kill_at(step):

@@ -192,18 +192,18 @@ def test_token_file_is_wide_enough_for_its_vocabulary(tmp_path):
         TokenFile(tmp_path / "x.tokens", 8, 70_002, 5)
 
 
+@pytest.mark.parametrize("scaled", [False, True])  # a mask, because visible keys are counted
 @pytest.mark.parametrize("normalizer", ["softpick", "softmax", "learned_sink"])
-def test_document_mask_is_documents_alone(normalizer):
+def test_document_mask_is_documents_alone(normalizer, scaled):
     """The loss of a packed row is the loss of its documents, each run by itself from position 0."""
     eos = 1
-    model = engine.build_model(
-        normalizer, vocab_size=32, layers=2, heads=2, width=16, sequence_length=24, seed=0, eos=eos
-    )
+    options = {"vocab_size": 32, "layers": 2, "heads": 2, "width": 16, "sequence_length": 24}
+    model = engine.build_model(normalizer, **options, seed=0, eos=eos, score_scale=scaled, output_gate=True)
     generator = torch.Generator().manual_seed(1)
     row = torch.randint(2, 32, (24,), generator=generator)
     row[0], row[7], row[8], row[17] = 0, eos, eos, eos  # one document is nothing but its end
-    batch = collator(True, eos)([row])
-    loss = model(**batch).loss
+    other = row.roll(5)
+    loss = model(**collator(True, eos)([row])).loss
 
     total, targets = 0.0, 0
     for start, stop in ((0, 8), (8, 9), (9, 18), (18, 24)):
@@ -212,8 +212,12 @@ def test_document_mask_is_documents_alone(normalizer):
         total += F.cross_entropy(logits, ids[0, 1:], reduction="sum") if ids.shape[1] > 1 else 0
         targets += ids.shape[1] - 1
     torch.testing.assert_close(loss, total / targets, atol=1e-6, rtol=1e-6)
-    open_row = model(**collator(False, eos)([row])).loss
-    assert (open_row - loss).abs() > 1e-4
+    assert (model(**collator(False, eos)([row])).loss - loss).abs() > 1e-4
+
+    rows = [collator(True, eos)([r]) for r in (row, other)]
+    counts = torch.tensor([float((r["labels"][:, 1:] >= 0).sum()) for r in rows])
+    apart = torch.stack([model(**r).loss for r in rows])
+    torch.testing.assert_close(model(**collator(True, eos)([row, other])).loss, (apart * counts).sum() / counts.sum())
 
 
 def test_hub_data_without_network(monkeypatch):
@@ -469,14 +473,15 @@ def torchrun(recipe, output, *, as_gpus, kill_at=None):
 
 @pytest.fixture(scope="module")
 def one_rank(corpus, tmp_path_factory):
-    """What one rank gives, by normalizer."""
+    """What one rank gives."""
     made = {}
 
     def run(recipe):
-        if recipe.normalizer not in made:
-            made[recipe.normalizer] = tmp_path_factory.mktemp("one")
-            train(replace(recipe, parallel="none", tensor_parallel=1), made[recipe.normalizer], device="cpu")
-        return made[recipe.normalizer]
+        recipe = replace(recipe, parallel="none", tensor_parallel=1, micro_batch_size=recipe.batch_size)
+        if recipe not in made:
+            made[recipe] = tmp_path_factory.mktemp("one")
+            train(recipe, made[recipe], device="cpu")
+        return made[recipe]
 
     return run
 
@@ -485,7 +490,7 @@ def one_rank(corpus, tmp_path_factory):
 @pytest.mark.parametrize(
     ("change", "as_gpus"),
     [
-        ({"parallel": "ddp", "micro_batch_size": 4}, False),
+        ({"parallel": "ddp", "micro_batch_size": 2, "document_mask": True}, False),
         ({"parallel": "fsdp", "micro_batch_size": 4}, True),
         ({"tensor_parallel": 2}, True),
     ],
@@ -494,9 +499,9 @@ def one_rank(corpus, tmp_path_factory):
 def test_two_ranks_are_one(tmp_path, recipe, one_rank, change, as_gpus):
     """Two ranks give the losses and the model of one; also after a kill in the middle."""
     # what a head has for itself is shared among ranks as well; softpick's gradient jumps at scores of 0, rounding decides
-    recipe = replace(recipe, normalizer="learned_sink", output_gate=True, score_scale=True)
-    one = one_rank(recipe)
+    recipe = replace(recipe, normalizer="learned_sink", output_gate=True, score_scale="document_mask" not in change)
     parallel = replace(recipe, **change)
+    one = one_rank(parallel)
     first = torchrun(parallel, tmp_path, as_gpus=as_gpus, kill_at=6)
     assert first.returncode != 0
     assert engine.last_checkpoint(tmp_path / "checkpoints").name == "checkpoint-4", first.stderr
@@ -520,9 +525,18 @@ def test_two_ranks_are_one(tmp_path, recipe, one_rank, change, as_gpus):
 
 
 @pytest.mark.slow
-def test_fsdp_is_fsdp_or_an_error(tmp_path, recipe):
-    """On ranks of the CPU accelerate takes DistributedDataParallel, silently."""
-    done = torchrun(replace(recipe, parallel="fsdp", micro_batch_size=4), tmp_path, as_gpus=False)
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            {"parallel": "fsdp", "micro_batch_size": 4},  # accelerate would take DistributedDataParallel, silently
+            "parallel: fsdp was asked for, but accelerate did not shard the model",
+        ),
+        ({"tensor_parallel": 2}, "tensor_parallel: accelerate has it for GPUs only"),
+    ],
+)
+def test_what_was_asked_for_or_an_error(tmp_path, recipe, change, message):
+    done = torchrun(replace(recipe, **change), tmp_path, as_gpus=False)
     assert done.returncode != 0
-    assert "parallel: fsdp was asked for, but accelerate did not shard the model" in done.stdout + done.stderr
+    assert message in done.stdout + done.stderr
     assert not (tmp_path / "model").exists()

@@ -106,6 +106,8 @@ def train(
     if rank or reporter is None:
         reporter = Silent()
     arguments = _arguments(recipe, output, device, ranks)
+    if recipe.tensor_parallel > 1 and arguments.distributed_state.distributed_type == "MULTI_CPU":
+        raise RecipeError("tensor_parallel: accelerate has it for GPUs only, not for ranks of the CPU")
     with arguments.main_process_first(local=False, desc="data"):
         _enter(output, recipe)
         data = _prepare(recipe, output, reporter if rank == 0 else Silent())
@@ -138,6 +140,10 @@ def train(
     )
     if recipe.tensor_parallel > 1:
         model = engine.shard_tensors(model, recipe.tensor_parallel, output / ".initial.tmp")
+    if recipe.liger:
+        from liger_kernel.transformers import apply_liger_kernel_to_llama
+
+        apply_liger_kernel_to_llama(model=model)  # the Trainer's option knows no softpick_llama, and says nothing
     if recipe.compile:
         for layer in model.model.layers:  # one graph for all of them, so this compiles in seconds
             layer.compile()
@@ -255,7 +261,8 @@ def _arguments(recipe: Recipe, output: Path, device: str, ranks: int) -> Any:
         gradient_accumulation_steps=recipe.batch_size // recipe.micro_batch_size // (ranks // recipe.tensor_parallel),
         max_grad_norm=recipe.max_grad_norm,
         bf16=recipe.dtype == "bfloat16",
-        use_liger_kernel=recipe.liger,
+        # a batch is not only rows (cu_seq_lens), so no rank deals out parts of one; each reads its own
+        accelerator_config={"dispatch_batches": False},
         **more,
     )
 

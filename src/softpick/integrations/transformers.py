@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from softpick.functional import AttentionOutput, scaled_dot_product_attention
+from softpick.functional import AttentionOutput, scaled_dot_product_attention, varlen_attention
 from softpick.normalizers import NORMALIZERS, Normalizer, get_normalizer
 
 try:
@@ -130,7 +130,8 @@ def attention_forward(
         sliding_window: the window that is in the mask already.
         position_ids: ``(B or 1, Tq)``; a 0 after the first place starts a new packed sequence (only used without
             compilation, for as many keys as queries, where the mask is None or nothing but the sliding window).
-        cu_seq_lens_q: ``(N + 1,)`` starts of packed sequences and their end, for ``B = 1`` without a mask.
+        cu_seq_lens_q: ``(N + 1,)`` starts of packed sequences and their end among the ``B Tq`` tokens of the batch, row
+            after row, without a mask; none crosses a row. Causal ones never become a mask (softpick.varlen_attention).
         cu_seq_lens_k: the same; must equal ``cu_seq_lens_q``.
         kwargs: what models pass along without meaning for attention (or already in the mask), or None.
 
@@ -154,6 +155,23 @@ def attention_forward(
         is_causal = getattr(module, "is_causal", True)
     output_attentions = bool(output_attentions) or _attentions_recorded()
     tq, tk = query.shape[2], key.shape[2]
+    given = cu_seq_lens_q is not None or cu_seq_lens_k is not None
+    if (
+        given
+        and attention_mask is None
+        and is_causal
+        and not (output_attentions or sliding_window)
+        and score_scale is None
+    ):
+        cu_q, cu_k = _offsets(query, tk, cu_seq_lens_q, cu_seq_lens_k)
+        longest = int(kwargs.get("max_length_q") or tq)
+        q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (query, key, value))
+        out = varlen_attention(
+            q, k, v, cu_q, cu_k, longest, longest, dropout, scaling, True, normalizer=norm, softcap=softcap, sink=sink
+        )
+        assert isinstance(out, Tensor)
+        out = out.unflatten(0, (-1, tq))
+        return out if output_gate is None else out * torch.sigmoid(output_gate), None
     attention_mask = _keep_packed_apart(
         attention_mask, query, tk, bool(is_causal), sliding_window, position_ids, cu_seq_lens_q, cu_seq_lens_k
     )
@@ -360,6 +378,17 @@ def _sink(module: nn.Module, norm: Normalizer, s_aux: Tensor | None) -> Tensor |
     return s_aux
 
 
+def _offsets(query: Tensor, tk: int, cu_q: Tensor | None, cu_k: Tensor | None) -> tuple[Tensor, Tensor]:
+    tq = query.shape[2]
+    if cu_q is None or cu_k is None or tq != tk or cu_q.shape != cu_k.shape:
+        raise ValueError(
+            "cu_seq_lens_q, cu_seq_lens_k: expected both, equal, with as many keys as queries; got "
+            f"{'none' if cu_q is None else tuple(cu_q.shape)}, {'none' if cu_k is None else tuple(cu_k.shape)}, {tq} queries, "
+            f"{tk} keys"
+        )
+    return cu_q, cu_k
+
+
 def _keep_packed_apart(
     mask: Tensor | None,
     query: Tensor,
@@ -378,12 +407,9 @@ def _keep_packed_apart(
     """
     batch, tq = query.shape[0], query.shape[2]
     if (cu_q is not None or cu_k is not None) and mask is None:
-        if cu_q is None or cu_k is None or batch != 1 or tq != tk or cu_q.shape != cu_k.shape:
-            raise ValueError(
-                "cu_seq_lens_q, cu_seq_lens_k: expected both, equal, for a batch of 1 with as many keys as queries; got "
-                f"batch {batch}, {tq} queries, {tk} keys"
-            )
-        sequence = torch.searchsorted(cu_q.to(query.device), torch.arange(tq, device=query.device), right=True)[None]
+        cu_q, _ = _offsets(query, tk, cu_q, cu_k)
+        tokens = torch.arange(batch * tq, device=query.device)
+        sequence = torch.searchsorted(cu_q.to(query.device), tokens, right=True).view(batch, tq)
     elif (
         is_causal and tq == tk > 1 and position_ids is not None and tuple(position_ids.shape) in ((1, tq), (batch, tq))
     ):

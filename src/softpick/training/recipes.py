@@ -54,7 +54,7 @@ class Recipe:
         data_config: configuration of the hub data set.
         text_field: of JSONL, parquet and hub data.
         tokenizer: directory or hub name; None trains a byte-level BPE of ``vocab_size`` on the data.
-        document_mask: no attention across documents: positions start again at each, and attention keeps them apart.
+        document_mask: no attention across documents (packed sequences).
         validation_sequences: held out; evaluated at the end and every ``evaluate_every`` steps.
         dtype: ``bfloat16`` (autocast, fp32 weights) or ``float32``.
         compile: compile each decoder layer with ``torch.compile``.

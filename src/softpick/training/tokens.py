@@ -186,21 +186,31 @@ def hub_documents(name: str, config: str | None, field: str) -> Callable[[], Ite
     return texts
 
 
-def collator(document_mask: bool, eos: int) -> Callable[[list[Tensor]], dict[str, Tensor]]:
+def collator(document_mask: bool, eos: int) -> Callable[[list[Tensor]], dict[str, Any]]:
     """Rows ``(T,)`` into a batch for a causal language model.
 
-    With ``document_mask`` also ``position_ids`` that start again behind every EOS, by which transformers keeps documents
-    apart; and the first token of a document, which nothing before it can tell, is no target.
+    With ``document_mask`` also ``cu_seq_lens``, the starts of the documents among all tokens of the batch, by which attention
+    keeps them apart; and the first token of a document, which nothing before it can tell, is no target. Positions go on
+    through a row: rotary embeddings only know differences.
     """
 
-    def collate(rows: list[Tensor]) -> dict[str, Tensor]:
+    def collate(rows: list[Tensor]) -> dict[str, Any]:
         ids = torch.stack(list(rows))
         if not document_mask:
             return {"input_ids": ids, "labels": ids}
-        t = torch.arange(ids.shape[1])
         first = torch.zeros_like(ids, dtype=torch.bool)
         first[:, 1:] = ids[:, :-1] == eos
-        start = torch.where(first, t, 0).cummax(1).values
-        return {"input_ids": ids, "labels": ids.masked_fill(first, -100), "position_ids": t - start}
+        starts = (first | (torch.arange(ids.shape[1]) == 0)).flatten().nonzero().flatten()
+        # up to a power of two with empty documents: a compiled layer shall not see a new shape in every batch
+        offsets = torch.full((2 ** (len(starts) - 1).bit_length() + 1,), ids.numel(), dtype=torch.int32)
+        offsets[: len(starts)] = starts
+        return {
+            "input_ids": ids,
+            "labels": ids.masked_fill(first, -100),
+            "cu_seq_lens_q": offsets,
+            "cu_seq_lens_k": offsets,
+            "max_length_q": ids.shape[1],
+            "max_length_k": ids.shape[1],
+        }
 
     return collate

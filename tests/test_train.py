@@ -137,6 +137,7 @@ def test_overrides():
         ("kv_heads=3", "kv_heads: expected a divisor of 4 heads, got 3"),
         ("micro_batch_size=5", "micro_batch_size: expected a divisor of batch_size 16, got 5"),
         ("learning_rate=nan", "learning_rate: expected a number > 0"),
+        ("max_grad_norm=0", "max_grad_norm: expected a number > 0, got 0.0"),
         ("save_every=7", "save_every: expected a multiple of log_every 10, got 7"),
         ("dtype=half", "dtype: expected one of bfloat16, float32; got 'half'"),
         ("parallel=pipeline", "parallel: expected one of none, ddp, fsdp; got 'pipeline'"),

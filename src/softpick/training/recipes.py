@@ -47,7 +47,7 @@ class Recipe:
         learning_rate: the largest; cosine to 10 % of it.
         warmup_steps: of linear warm-up.
         weight_decay: of matrices and embeddings.
-        max_grad_norm: gradients are clipped to it.
+        max_grad_norm: gradients are clipped to it; inf clips nothing.
         seed: of initial weights and data order.
         data: text, JSONL or parquet file, a directory of them, or ``hub:NAME`` for a Hugging Face data set (streamed);
             None is the sources of the running Python's standard library.
@@ -128,8 +128,9 @@ class Recipe:
             raise RecipeError(f"heads: expected width / heads even and whole, got {self.width} / {self.heads}")
         if self.heads % (self.kv_heads or self.heads):
             raise RecipeError(f"kv_heads: expected a divisor of {self.heads} heads, got {self.kv_heads}")
-        if not self.learning_rate > 0:
-            raise RecipeError(f"learning_rate: expected a number > 0, got {self.learning_rate}")
+        for name in ("learning_rate", "max_grad_norm", "rope_theta"):
+            if not getattr(self, name) > 0:
+                raise RecipeError(f"{name}: expected a number > 0, got {getattr(self, name)}")
         if self.batch_size % self.micro_batch_size:
             raise RecipeError(
                 f"micro_batch_size: expected a divisor of batch_size {self.batch_size}, got {self.micro_batch_size}"

@@ -55,7 +55,7 @@ def measure(args: argparse.Namespace) -> None:
     found = measure_model(model, [{"input_ids": ids}], bos_policy="bos", largest_score=True)
     seconds = time.perf_counter() - start
     if args.knockout:
-        subject = audit._Subject("model", model, None, True)
+        subject = audit.Subject("model", model, None, True)
         audit._perplexity(subject, [ids], torch.zeros(len(ids), dtype=torch.long), Silent(), "", hide=True)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     row = {

@@ -29,7 +29,8 @@ from transformers import (
 )
 
 from softpick import audit as audit_module
-from softpick.audit import SAMPLE_TEXTS, AuditError, AuditSettings, audit
+from softpick.audit import SAMPLE_TEXTS, AuditSettings, audit
+from softpick.loading import ModelError
 from softpick.progress import Silent
 from softpick.training import engine
 from softpick.training.data import DataError, train_tokenizer
@@ -196,20 +197,20 @@ def test_an_encoder(home):
     ],
 )
 def test_errors(home, given, message):
-    with pytest.raises(AuditError, match=message):
+    with pytest.raises(ModelError, match=message):
         audit(AuditSettings(**({"model": str(home / "softmax"), "data": str(home / "corpus.txt")} | given)))
 
 
 def test_errors_of_models_and_data(home, tmp_path):
     (tmp_path / "empty").mkdir()
-    with pytest.raises(AuditError, match=r"has no config\.json"):
+    with pytest.raises(ModelError, match=r"has no config\.json"):
         audit(settings(tmp_path, "empty", data=str(home / "corpus.txt")))
     (tmp_path / "short.txt").write_text("a cat")
     with pytest.raises(DataError, match="too few for one sequence of 24"):
         audit(settings(home, data=str(tmp_path / "short.txt")))
     bare = tmp_path / "bare"
     AutoModelForCausalLM.from_pretrained(home / "softmax").save_pretrained(bare)
-    with pytest.raises(AuditError, match="has no tokenizer"):
+    with pytest.raises(ModelError, match="has no tokenizer"):
         audit(settings(tmp_path, "bare", data=str(home / "corpus.txt")))
 
 
@@ -221,14 +222,14 @@ def test_models_that_cannot_be_measured(home, tmp_path):
     MambaForCausalLM(mamba).save_pretrained(tmp_path / "mamba")
     tokenizer = PreTrainedTokenizerFast.from_pretrained(home / "softmax")
     tokenizer.save_pretrained(tmp_path / "mamba")
-    with pytest.raises(AuditError, match="no attention layers were seen in MambaForCausalLM"):
+    with pytest.raises(ModelError, match="no attention layers were seen in MambaForCausalLM"):
         audit(settings(tmp_path, "mamba", data=data))
     shutil.copytree(home / "softmax", tmp_path / "torn")
     weights = load_file(tmp_path / "torn" / "model.safetensors")
     del weights["model.layers.1.self_attn.q_proj.weight"]
     save_file(weights, tmp_path / "torn" / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(
-        AuditError, match=r"lacks 1 weights .*layers\.1\.self_attn\.q_proj\.weight\): they would be random"
+        ModelError, match=r"lacks 1 weights .*layers\.1\.self_attn\.q_proj\.weight\): they would be random"
     ):
         audit(settings(tmp_path, "torn", data=data))
 
@@ -393,7 +394,7 @@ def test_gguf_missing(tmp_path, monkeypatch):
     (tmp_path / "x.gguf").write_bytes(b"GGUF")
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *more: None if name == "gguf" else find(name, *more))
-    with pytest.raises(AuditError, match=r"needs gguf: pip install 'softpick\[gguf\]'"):
+    with pytest.raises(ModelError, match=r"needs gguf: pip install 'softpick\[gguf\]'"):
         audit(settings(tmp_path, "x.gguf", data=__file__))
 
 

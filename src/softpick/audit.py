@@ -7,12 +7,9 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import inspect
 import json
 import math
-import platform
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -22,8 +19,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from softpick.environment import command_line, versions
+from softpick.loading import DTYPES, FUSED, ModelError, Subject, load_subject
 from softpick.progress import Reporter, Silent
-from softpick.training.data import Corpus, DataError, read_corpus, standard_library
+from softpick.training.data import Corpus, read_corpus, standard_library
 
 if TYPE_CHECKING:
     from softpick.analysis import Measurements
@@ -43,13 +42,11 @@ SAMPLE_TEXTS = (
 KNOCKOUTS = ("first", "strongest")
 _SAVE_SECONDS = 30.0  # between two saved states of a long measurement
 _LOGIT_ENTRIES = 1 << 27  # vocabulary logits, or eager attention weights, of a forward pass: half a gigabyte in fp32
-_FUSED = ("flash", "flex", "paged", "kernels")  # attention functions that show no weights
 _CORPUS_CHARACTERS = 2_000_000  # of a corpus that is tokenized for measuring: far more than the samples need
-_DTYPES = {"auto": "auto", "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-class AuditError(ValueError):
-    """The model or the settings cannot be audited; the message says why."""
+class AuditError(ModelError):
+    """The settings cannot work, or the model cannot be audited; the message says why."""
 
 
 @dataclass(frozen=True)
@@ -95,8 +92,8 @@ class AuditSettings:
             value = getattr(self, name)
             if value < least:
                 raise AuditError(f"{name}: expected at least {least}, got {value}")
-        if self.dtype not in _DTYPES:
-            raise AuditError(f"dtype: expected one of {', '.join(_DTYPES)}; got {self.dtype!r}")
+        if self.dtype not in DTYPES:
+            raise AuditError(f"dtype: expected one of {', '.join(DTYPES)}; got {self.dtype!r}")
         for key in self.knockout:
             if key not in KNOCKOUTS and not (isinstance(key, int) and not isinstance(key, bool)):
                 raise AuditError(f"knockout: expected {', '.join(KNOCKOUTS)}, or a position; got {key!r}")
@@ -105,20 +102,12 @@ class AuditSettings:
                     f"knockout: expected a position from 0 to {self.sequence_length - 3} (two tokens must follow it in a "
                     f"sequence of {self.sequence_length}), got {key}"
                 )
-        if (self.attn_implementation or "").startswith(_FUSED):
+        if (self.attn_implementation or "").startswith(FUSED):
             raise AuditError(
                 f"attn_implementation: {self.attn_implementation!r} shows no weights; expected eager, sdpa or a normalizer"
             )
         if not self.texts or not all(text.strip() for text in self.texts):
             raise AuditError("texts: expected at least one text, none of them empty")
-
-
-@dataclass(frozen=True)
-class _Subject:
-    name: str
-    model: Any
-    tokenizer: Any
-    causal: bool
 
 
 def audit(
@@ -139,14 +128,12 @@ def audit(
         it is causal.
 
     Raises:
-        AuditError: a model that cannot be loaded or has no visible attention, or impossible settings.
+        ModelError: a model that cannot be loaded.
+        AuditError: one without visible attention, or impossible settings.
         DataError: the data cannot be used, or are too short.
         ImportError: transformers is missing.
     """
     settings.check()
-    from softpick.integrations.transformers import register  # says so where transformers is missing
-
-    register()  # softpick's models and attention functions
     reporter = reporter if reporter is not None else Silent()
     corpus = (
         standard_library(_CORPUS_CHARACTERS)
@@ -177,7 +164,15 @@ def _run(name: str, settings: AuditSettings, corpus: Corpus, reporter: Reporter,
         if done.is_file():
             reporter.say(f"{name}: measured before")
             return json.loads(done.read_text(encoding="utf-8"))
-    run = _measure(_load(name, settings, reporter), settings, corpus, reporter, stem)
+    subject = load_subject(
+        name,
+        reporter=reporter,
+        device=settings.device,
+        dtype=settings.dtype,
+        attn_implementation=settings.attn_implementation,
+        visible=True,
+    )
+    run = _measure(subject, settings, corpus, reporter, stem)
     if stem is not None:
         from softpick.training.engine import write_json
 
@@ -212,152 +207,26 @@ def _fingerprint(name: str, settings: AuditSettings, corpus: Corpus) -> str:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The model
-
-
-def _load(name: str, settings: AuditSettings, reporter: Reporter) -> _Subject:
-    from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING
-
-    path = Path(name)
-    where: dict[str, Any] = {}
-    source = name
-    if path.suffix == ".gguf":
-        if not path.is_file():
-            raise AuditError(f"model: there is no file {name}")
-        if importlib.util.find_spec("gguf") is None:
-            raise AuditError("model: reading a GGUF file needs gguf: pip install 'softpick[gguf]'")
-        source, where = str(path.parent), {"gguf_file": path.name}
-    elif not path.exists() and (path.is_absolute() or name.startswith((".", "~"))):
-        raise AuditError(f"model: there is no directory or file {name}")
-    elif path.exists() and not (path / "config.json").is_file():
-        raise AuditError(
-            f"model: {name} has no config.json; expected a directory that transformers saved, or a GGUF file"
-        )
-    try:
-        config = AutoConfig.from_pretrained(source, **where)
-    except Exception as error:  # whatever a hub or a file can do wrong; transformers' own words say it best
-        raise AuditError(f"model: cannot load {name}: {_first_line(error)}") from error
-    if getattr(config, "is_encoder_decoder", False):
-        raise AuditError(f"model: {name} is an encoder-decoder ({config.model_type}); expected a decoder or an encoder")
-    kind = type(config)
-    causal = kind in MODEL_FOR_CAUSAL_LM_MAPPING and (
-        kind not in MODEL_FOR_MASKED_LM_MAPPING or getattr(config, "is_decoder", False)
-    )
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(source, **where)
-    except Exception as error:
-        raise AuditError(f"model: {name} has no tokenizer that transformers can load: {_first_line(error)}") from error
-    loader = AutoModelForCausalLM if causal else AutoModel
-    wanted = settings.attn_implementation
-    own = getattr(config, "_attn_implementation_internal", None)
-    if wanted is None and isinstance(own, str) and own.startswith(_FUSED):
-        reporter.say(f"{name}: {own} shows no weights, so sdpa computes the same attention")
-        wanted = "sdpa"
-    try:
-        model, info = loader.from_pretrained(
-            source,
-            dtype=_DTYPES[settings.dtype],
-            output_loading_info=True,
-            **where,
-            **({} if wanted is None else {"attn_implementation": wanted}),
-        )
-    except Exception as error:
-        raise AuditError(f"model: cannot load {name}: {_first_line(error)}") from error
-    missing = sorted(key for key in info["missing_keys"] if "pooler" not in key)  # of encoders, and not measured
-    if missing:
-        raise AuditError(
-            f"model: {name} lacks {len(missing)} weights of {type(model).__name__} (such as {missing[0]}): they would be random"
-        )
-    chosen = str(model.config._attn_implementation)
-    if chosen.startswith(_FUSED):
-        reporter.say(f"{name}: {chosen} shows no weights, so sdpa computes the same attention")
-        model.set_attn_implementation("sdpa")
-    try:
-        model = model.to(settings.device).eval()
-    except (RuntimeError, AssertionError) as error:
-        raise AuditError(f"device: cannot move {name} to {settings.device!r}: {_first_line(error)}") from error
-    return _Subject(name, model, tokenizer, causal)
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The data
-
-
-def _ids(subject: _Subject, text: str) -> list[int]:
-    return subject.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-
-
-def _opening(subject: _Subject) -> int | None:
-    """The token that every sample of a causal model starts with, if it has one."""
-    bos = subject.tokenizer.bos_token_id
-    return subject.model.config.bos_token_id if bos is None and subject.causal else bos
-
-
-def _wrapped(subject: _Subject, ids: Sequence[int]) -> list[int]:
-    """With BOS before it, or an encoder's special tokens around it."""
-    if not subject.causal:
-        cls, sep = subject.tokenizer.cls_token_id, subject.tokenizer.sep_token_id
-        return [*([] if cls is None else [cls]), *ids, *([] if sep is None else [sep])]
-    bos = _opening(subject)
-    return list(ids) if bos is None else [bos, *ids]
-
-
-def _room(subject: _Subject) -> int:
-    """Positions that the model has, or very many where it does not say."""
-    longest = getattr(subject.model.config, "max_position_embeddings", None)
-    return longest if isinstance(longest, int) and longest > 0 else sys.maxsize
-
-
-def _sequences(subject: _Subject, settings: AuditSettings, corpus: Corpus) -> Tensor:
-    """``(samples, T)``: documents joined by EOS (causal) and cut into pieces, each with its special tokens."""
-    length = settings.sequence_length
-    longest = _room(subject)
-    if longest < length:
-        raise AuditError(f"sequence_length: {subject.name} has room for {longest} positions, got {length}")
-    piece = length - len(_wrapped(subject, []))
-    eos = subject.tokenizer.eos_token_id if subject.causal else None
-    stream: list[int] = []
-    for document in corpus.documents:
-        stream += _ids(subject, document)
-        if eos is not None:
-            stream.append(eos)
-        if len(stream) >= piece * settings.samples:
-            break
-    count = min(settings.samples, len(stream) // piece)
-    if count == 0:
-        raise DataError(
-            f"data: {len(stream)} tokens are too few for one sequence of {length}; give more text or a smaller "
-            "--sequence-length"
-        )
-    return torch.tensor([_wrapped(subject, stream[i * piece : (i + 1) * piece]) for i in range(count)])
-
-
-# ---------------------------------------------------------------------------------------------------------------------
 # Measuring
 
 
 def _measure(
-    subject: _Subject, settings: AuditSettings, corpus: Corpus, reporter: Reporter, stem: Path | None
+    subject: Subject, settings: AuditSettings, corpus: Corpus, reporter: Reporter, stem: Path | None
 ) -> dict[str, Any]:
     from softpick.analysis import attention_maps, encode_maps
     from softpick.integrations.transformers import normalizer_of
 
     start = time.perf_counter()
-    tokens = _sequences(subject, settings, corpus)
+    tokens = subject.sequences(corpus, settings.samples, settings.sequence_length)
     batches = tokens.split(settings.batch_size)
     reporter.say(f"{subject.name}: {len(tokens)} sequences of {tokens.shape[1]} tokens")
     measurements = _stream(subject, batches, reporter, stem)
-    title = Path(subject.name).name or subject.name
+    title = subject.title
     samples = []
     with reporter.progress(f"attention maps of {title}", len(settings.texts)) as progress:
         for text in settings.texts:
-            room = min(settings.map_tokens, _room(subject)) - len(_wrapped(subject, []))
-            row = _wrapped(subject, _ids(subject, text)[:room])
+            room = min(settings.map_tokens, subject.room) - len(subject.wrapped([]))
+            row = subject.wrapped(subject.ids(text)[:room])
             maps = attention_maps(subject.model, torch.tensor(row))
             words = [subject.tokenizer.decode([token]) for token in row]
             samples.append({"text_tokens": words, "maps": encode_maps(maps)})
@@ -399,7 +268,7 @@ def _measure(
     return run
 
 
-def _stream(subject: _Subject, batches: Sequence[Tensor], reporter: Reporter, stem: Path | None) -> Measurements:
+def _stream(subject: Subject, batches: Sequence[Tensor], reporter: Reporter, stem: Path | None) -> Measurements:
     """All batches through the model, from where ``stem`` says that an interrupted measurement stopped."""
     from softpick.analysis import Meter, measure
     from softpick.analysis.metrics import load_meter, save_meter
@@ -415,7 +284,7 @@ def _stream(subject: _Subject, batches: Sequence[Tensor], reporter: Reporter, st
         meter, before = load_meter(file)
         reporter.say(f"{subject.name}: going on after batch {before} of {len(batches)}")
     saved = time.monotonic()
-    with reporter.progress(f"measuring {Path(subject.name).name}", len(batches)) as progress:
+    with reporter.progress(f"measuring {subject.title}", len(batches)) as progress:
 
         def after(batch: int) -> None:
             nonlocal saved
@@ -449,7 +318,7 @@ def _named_tokens(measured: dict[str, Any]) -> set[int]:
     return {row["token_id"] for row in rows}
 
 
-def _most_masked(subject: _Subject, tokens: Tensor, at: Tensor) -> dict[str, Any]:
+def _most_masked(subject: Subject, tokens: Tensor, at: Tensor) -> dict[str, Any]:
     """Which token and which position the masked keys are most often, and in what share of the samples (percent)."""
     found = {"token_id": tokens.gather(1, at[:, None])[:, 0], "position": at}
     result: dict[str, Any] = {}
@@ -461,7 +330,7 @@ def _most_masked(subject: _Subject, tokens: Tensor, at: Tensor) -> dict[str, Any
 
 @torch.no_grad()
 def _perplexity(
-    subject: _Subject, batches: Sequence[Tensor], at: Tensor, reporter: Reporter, label: str, hide: bool = False
+    subject: Subject, batches: Sequence[Tensor], at: Tensor, reporter: Reporter, label: str, hide: bool = False
 ) -> dict[str, Any]:
     """Perplexity of what comes two tokens or more after position ``at (N,)`` of each sample, with and without its key.
 
@@ -518,18 +387,13 @@ def _knockout_note(title: str, found: dict[str, Any]) -> str:
 
 
 def _meta(settings: AuditSettings, corpus: Corpus, command: str) -> dict[str, Any]:
-    import transformers
-
-    from softpick import __version__
-
     return {
         "models": ", ".join(filter(None, (settings.model, settings.against))),
         "data": corpus.description,
         "sequence_length": settings.sequence_length,
         "created": time.strftime("%Y-%m-%d %H:%M"),
-        "versions": f"softpick {__version__}, torch {torch.__version__}, transformers {transformers.__version__}, "
-        f"Python {platform.python_version()}",
+        "versions": versions(),
         "seed": "none: nothing is drawn",
         "device": settings.device,
-        "command": command or " ".join(["softpick", *sys.argv[1:]]),
+        "command": command or command_line(),
     }

@@ -247,7 +247,6 @@ def _print_normalizers() -> None:
 def _run_compare(given: dict[str, Any], output: str, fresh: bool) -> None:
     # nothing here needs the network; this also keeps the libraries below from looking
     import os
-    import shlex
 
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
@@ -265,7 +264,6 @@ def _run_compare(given: dict[str, Any], output: str, fresh: bool) -> None:
             settings,
             output,
             fresh=fresh,
-            command=" ".join(["softpick", *map(shlex.quote, sys.argv[1:])]),
             reporter=_Reporter(console),
             stop=stop,
         )
@@ -282,11 +280,11 @@ def _run_compare(given: dict[str, Any], output: str, fresh: bool) -> None:
 
 
 def _run_audit(given: dict[str, Any], output: str) -> None:
-    import shlex
     from pathlib import Path
 
     from softpick.analysis import write_report
-    from softpick.audit import AuditError, AuditSettings, audit, forget
+    from softpick.audit import AuditSettings, audit, forget
+    from softpick.loading import ModelError
     from softpick.training.data import DataError
     from softpick.training.engine import quiet_transformers, write_json
 
@@ -300,10 +298,9 @@ def _run_audit(given: dict[str, Any], output: str) -> None:
             report = audit(
                 AuditSettings(**given),
                 reporter=_Reporter(console),
-                command=" ".join(["softpick", *map(shlex.quote, sys.argv[1:])]),
                 state=folder,
             )
-    except (AuditError, DataError) as error:
+    except (ModelError, DataError) as error:
         _fail(str(error))
     except KeyboardInterrupt:
         console.print(f"interrupted; run the same command again to continue in {output}", markup=False, highlight=False)
@@ -318,7 +315,6 @@ def _run_audit(given: dict[str, Any], output: str) -> None:
 
 def _run_train(name: str, overrides: list[str], output: str | None, device: str, tensorboard: bool) -> None:
     import os
-    import shlex
 
     from softpick.training.data import DataError
     from softpick.training.recipes import RecipeError, get_recipe
@@ -343,7 +339,6 @@ def _run_train(name: str, overrides: list[str], output: str | None, device: str,
             folder,
             device=device,
             tensorboard=tensorboard,
-            command=" ".join(["softpick", *map(shlex.quote, sys.argv[1:])]),
             reporter=_Reporter(console),
             stop=StopRequest(),
         )

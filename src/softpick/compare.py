@@ -16,9 +16,7 @@ from __future__ import annotations
 
 import json
 import os
-import platform
 import shutil
-import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -29,6 +27,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from softpick.environment import command_line, hardware, versions
 from softpick.normalizers import get_normalizer
 from softpick.progress import Reporter, Silent
 from softpick.training.data import (
@@ -495,10 +494,6 @@ def _measure(model: Any, data: _Data) -> dict[str, Any]:
 
 
 def _meta(settings: Settings, data: _Data, command: str) -> dict[str, Any]:
-    import transformers
-
-    from softpick import __version__
-
     shape = {field.name: getattr(settings, field.name) for field in fields(settings)}
     for key in ("task", "normalizers", "seeds", "data", "text_field", "device", "sequence_length"):
         shape.pop(key)
@@ -511,23 +506,10 @@ def _meta(settings: Settings, data: _Data, command: str) -> dict[str, Any]:
         "seeds": ", ".join(map(str, settings.seeds)),
         "settings": ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in shape.items()),
         "created": time.strftime("%Y-%m-%d %H:%M"),
-        "versions": f"softpick {__version__}, torch {torch.__version__}, transformers {transformers.__version__}, "
-        f"Python {platform.python_version()}",
-        "hardware": _hardware(settings.device),
-        "command": command or " ".join(["softpick", *sys.argv[1:]]),
+        "versions": versions(),
+        "hardware": hardware(settings.device),
+        "command": command or command_line(),
     }
-
-
-def _hardware(device: str) -> str:
-    if device == "cuda":
-        return torch.cuda.get_device_name()
-    name = platform.processor() or platform.machine()
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        name = next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        pass
-    return f"{name}, {os.cpu_count()} CPUs"
 
 
 def _notes(settings: Settings, data: _Data, runs: list[dict[str, Any]]) -> list[str]:

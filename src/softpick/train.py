@@ -19,9 +19,7 @@ import copy
 import importlib.util
 import json
 import os
-import platform
 import shutil
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -32,6 +30,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from softpick.environment import command_line, hardware, versions
 from softpick.normalizers import get_normalizer
 from softpick.progress import Reporter, Silent
 from softpick.training.data import (
@@ -180,11 +179,11 @@ def train(
         "curves": outcome.curves,
         "probes": log.entries("probe"),
         "speed": _speed(log.entries("train")),
-        "hardware": torch.cuda.get_device_name() if device == "cuda" else platform.machine(),
+        "hardware": hardware(device),
         "ranks": ranks,
-        "versions": _versions(),
+        "versions": versions("accelerate"),
         "created": time.strftime("%Y-%m-%d %H:%M"),
-        "command": command or " ".join(["softpick", *sys.argv[1:]]),
+        "command": command or command_line(),
     }
     if rank == 0:
         (temporary / "training_args.bin").unlink(missing_ok=True)  # a pickle with paths of this machine
@@ -511,18 +510,6 @@ def _speed(entries: list[dict[str, Any]]) -> dict[str, float]:
         if values:
             found[key] = values[len(values) // 2]
     return found
-
-
-def _versions() -> str:
-    import accelerate
-    import transformers
-
-    from softpick import __version__
-
-    return (
-        f"softpick {__version__}, torch {torch.__version__}, transformers {transformers.__version__}, accelerate "
-        f"{accelerate.__version__}, Python {platform.python_version()}"
-    )
 
 
 def _card(result: dict[str, Any]) -> str:

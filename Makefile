@@ -11,7 +11,7 @@ demo: $(VENV)/.ready
 	$(BIN)/softpick compare --output runs/demo
 
 test: $(VENV)/.ready lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 lint: $(VENV)/.ready
 	$(BIN)/ruff check .

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from itertools import accumulate
 from pathlib import Path
 
 import pytest
@@ -122,7 +123,14 @@ def assert_close(a, b, rel=2e-4):
     if isinstance(a, dict):
         assert a.keys() == b.keys()
         for k in a:
-            assert_close(a[k], b[k], rel)
+            if k.endswith("histogram"):  # rounding may carry an entry over the edge of a bin, and no further
+                assert len(a[k]) == len(b[k])
+                assert sum(a[k]) == sum(b[k])
+                assert max(abs(x - y) for x, y in zip(accumulate(a[k]), accumulate(b[k]), strict=True)) <= 1
+            elif k in ("q1", "median", "q3", "median_abs", "times_median"):  # read off buckets: a neighbour at most
+                assert a[k] == pytest.approx(b[k], rel=2.1e-3, abs=2e-5)
+            else:
+                assert_close(a[k], b[k], rel)
     elif isinstance(a, list):
         assert len(a) == len(b)
         for x, y in zip(a, b, strict=True):

@@ -87,7 +87,7 @@ TASKS: Mapping[str, Mapping[str, Any]] = {
         "sequence_length": 64,
         "batch_size": 32,
         "learning_rate": 1e-2,
-        "warmup_steps": 0,
+        "warmup_steps": 100,
         "weight_decay": 0.1,
         "vocab_size": 512,
     },

@@ -210,7 +210,7 @@ def _parse(name: str, text: str, kind: Any) -> Any:
 def tiny_cpu() -> Recipe:
     """A minute or two on a laptop: shows that everything works, not what softpick does."""
     return Recipe(
-        name="tiny_cpu", layers=2, heads=4, width=64, intermediate=176, vocab_size=512, sequence_length=64,
+        name="tiny_cpu", layers=2, heads=4, width=64, intermediate=192, vocab_size=512, sequence_length=64,
         steps=300, batch_size=16, micro_batch_size=16, learning_rate=5e-3, warmup_steps=30,
         dtype="float32", compile=False, log_every=10, save_every=50, evaluate_every=100, probe_every=50,
     )  # fmt: skip

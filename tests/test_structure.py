@@ -31,6 +31,15 @@ ALLOWED = {
         "softpick.integrations",
     },
     "softpick.loading": {"softpick.progress", "softpick.training", "softpick.integrations"},
+    "softpick.evaluation": {
+        "softpick.normalizers",
+        "softpick.progress",
+        "softpick.environment",
+        "softpick.loading",
+        "softpick.analysis",
+        "softpick.integrations",
+        "softpick.training",
+    },
     "softpick.audit": {
         "softpick.environment",
         "softpick.loading",

@@ -92,26 +92,22 @@ def perplexity_by_position(
 
 
 def position_edges(length: int, bins: int, trained: int | None = None) -> list[int]:
-    """Edges of about ``bins`` ranges of equal width that cover positions ``1..length - 1``.
+    """Edges of ``bins`` ranges of about equal width (fewer where there are fewer positions) over ``1..length - 1``.
 
     Args:
         length: tokens of a sequence.
-        bins: how many ranges; at least 1.
+        bins: how many ranges; at least 1, and 2 where ``trained`` is an edge.
         trained: tokens of a sequence that the model was trained with: becomes an edge if it lies inside, so that no range
             mixes what it has seen with what it has not.
     """
-    width = max(1, math.ceil((length - 1) / bins))
-    if trained is not None and 1 < trained < length:
-        width = max(1, math.ceil(trained / max(1, round(trained / width))))
-        inside = [*range(1, trained, width)]
-        # a short rest joins the range before it
-        if len(inside) > 1 and trained - inside[-1] < width / 2:
-            inside.pop()
-        beyond = [*range(trained, length, width)]
-        if len(beyond) > 1 and length - beyond[-1] < width / 2:
-            beyond.pop()
-        return [*inside, *beyond, length]
-    return [*range(1, length, width), length]
+
+    def divide(first: int, end: int, parts: int) -> list[int]:
+        return sorted({first + (end - first) * i // parts for i in range(parts)})
+
+    if trained is None or not 1 < trained < length:
+        return [*divide(1, length, bins), length]
+    inside = max(1, min(round(bins * (trained - 1) / (length - 1)), bins - 1))
+    return [*divide(1, trained, inside), *divide(trained, length, max(1, bins - inside)), length]
 
 
 def learned_positions(model: Any) -> int | None:

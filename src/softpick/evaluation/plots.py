@@ -10,6 +10,16 @@ __all__ = ["write_plots"]
 # Okabe and Ito's colours, which colour-blind people tell apart
 _COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 _MARKERS = "osD^vPX"
+_LINES = ("-", "--", "-.", ":")  # so that models with equal figures can both be seen
+
+
+def _style(index: int) -> dict[str, Any]:
+    return {
+        "color": _COLORS[index % len(_COLORS)],
+        "marker": _MARKERS[index % len(_MARKERS)],
+        "linestyle": _LINES[index % len(_LINES)],
+        "markerfacecolor": _COLORS[index % len(_COLORS)] if index == 0 else "none",
+    }
 
 
 def write_plots(folder: str | Path, report: dict[str, Any]) -> list[Path]:
@@ -85,10 +95,9 @@ def _passkey(runs: list[dict[str, Any]]) -> Any:
             y,
             yerr=errors,
             label=run["title"],
-            color=_COLORS[i % 7],
-            marker=_MARKERS[i % 7],
             capsize=2,
             linewidth=1.5,
+            **_style(i),
         )
     _lengths(ax, [run for _, run in shown])
     ax.set(xlabel="tokens of the prompt", ylabel="correct answers (%)", ylim=(-3, 103), title="Passkey retrieval")
@@ -119,8 +128,7 @@ def _heads(runs: list[dict[str, Any]]) -> Any:
                 ax.plot(
                     [row["length"] for row in head["by_length"]],
                     [row[name] for row in head["by_length"]],
-                    color=_COLORS[i % 7],
-                    marker=_MARKERS[i % 7],
+                    **_style(i),
                     markersize=4,
                     linewidth=1.6 if rank == 0 else 0.8,
                     alpha=1.0 if rank == 0 else 0.45,
@@ -144,7 +152,7 @@ def _perplexity(runs: list[dict[str, Any]]) -> Any:
         ranges = [found for found in run["perplexity"]["ranges"] if found["perplexity"] is not None]
         x = [(found["from"] + found["to"]) / 2 for found in ranges]
         y = [found["perplexity"] for found in ranges]
-        ax.plot(x, y, label=run["title"], color=_COLORS[i % 7], marker=_MARKERS[i % 7], markersize=4, linewidth=1.5)
+        ax.plot(x, y, label=run["title"], markersize=5, linewidth=1.5, **_style(i))
     ax.set_yscale("log")
     _trained(ax, [run for _, run in shown], 1, max(run["perplexity"]["length"] for _, run in shown))
     _plain_ticks(ax)

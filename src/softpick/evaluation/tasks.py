@@ -355,6 +355,7 @@ def _language_model() -> Any:
                 backend="causal",
                 batch_size=batch_size,
                 prefix_token_id=prefix,
+                softmax_dtype="float32",  # also of logits in half precision
             )
             self._bar: Any = None
             self._done = self._total = 0
@@ -475,7 +476,7 @@ def _cached(name: str, failure: Exception, tasks: Sequence[str], num_fewshot: in
 def _quiet() -> Iterator[None]:
     """No log, no bars, no words and no processes of the harness: it starts one a CPU to resample a few numbers.
 
-    And not its list of what is installed, which takes longer than a small task and is thrown away.
+    And not its list of what is installed, which takes longer than a small task and is thrown away, nor its question to git.
     """
     import datasets
     import lm_eval.api.metrics
@@ -494,5 +495,6 @@ def _quiet() -> Iterator[None]:
         stack.enter_context(patch.dict(os.environ, {"DISABLE_MULTIPROC": "1"}))
         stack.enter_context(patch.object(tqdm.tqdm, "__init__", partialmethod(tqdm.tqdm.__init__, disable=True)))
         stack.enter_context(patch.object(lm_eval.api.metrics, "print", nothing, create=True))
-        stack.enter_context(patch.object(lm_eval.evaluator, "add_env_info", nothing))
+        for name in ("add_env_info", "get_git_commit_hash"):
+            stack.enter_context(patch.object(lm_eval.evaluator, name, nothing))
         yield

@@ -848,9 +848,9 @@ def test_the_command(home, tmp_path):
     assert results["meta"]["command"].startswith("softpick evaluate ")
     assert [run["title"] for run in results["runs"]] == ["softmax", "softpick"]
     assert results["runs"][0]["tasks"]["arc_easy"]["samples"] == 4
-    again = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert again.returncode == 2
-    assert "results.json is there already; choose another --output" in again.stderr
+    again = invoke(*command[4:])
+    assert again.exit_code == 2
+    assert "results.json is there already; choose another --output" in again.output
 
 
 @pytest.mark.parametrize(

@@ -78,6 +78,8 @@ def _trained(ax: Any, runs: list[dict[str, Any]], low: float, high: float) -> No
             va="top",
             fontsize=8,
             color="0.35",
+            bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 1},
+            zorder=5,
         )
 
 

@@ -31,10 +31,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     build_app()(args=None if argv is None else list(argv), prog_name="softpick")
 
 
-def _require(*names: str) -> None:
+def _require(*names: str, extra: str = "compare") -> None:
     missing = [name for name in names if importlib.util.find_spec(name) is None]
     if missing:
-        _fail(f"this command needs {', '.join(missing)}: {_INSTALL}")
+        _fail(f"this command needs {', '.join(missing)}: pip install 'softpick[{extra}]'")
 
 
 def _fail(message: str) -> None:
@@ -191,6 +191,84 @@ def build_app() -> typer.Typer:
         _run_audit(given | ({"texts": tuple(text)} if text else {}), output)
 
     @app.command(
+        help="Score language models on the paper's five tasks (lm-evaluation-harness), passkey retrieval and perplexity by "
+        "position, side by side. Running the same command again continues an interrupted evaluation."
+    )
+    def evaluate(
+        model: str = typer.Argument(..., help="Hub name, directory, or GGUF file."),
+        against: list[str] | None = option(  # noqa: B008
+            None, metavar="MODEL", help="A further model, put beside it; may be given again."
+        ),
+        tasks: str = option(
+            "arc_easy,lambada_openai,piqa,sciq,wikitext", metavar="NAMES", help="Comma-separated; none leaves them out."
+        ),
+        data_dir: str = option(
+            None, metavar="DIR", help="TASK.jsonl for each task (docs/evaluation.md).  [default: the hub]"
+        ),
+        limit: int = option(None, help="Examples of each task.  [default: all]"),
+        num_fewshot: int = option(None, help="Examples in front of each question.  [default: 0]"),
+        passkey: str = option(
+            "paper",
+            metavar="LENGTHS",
+            help="Comma-separated tokens of the prompts; paper: 890,1983,3075,4167,4986; or none.",
+        ),
+        passkey_prompts: int = option(50, help="Prompts of each length."),
+        perplexity: bool = option(True, "--perplexity/--no-perplexity", help="Perplexity by position."),
+        data: str = option(
+            None,
+            metavar="PATH",
+            help="Its text: a text, JSONL or parquet file, or a directory of them.  [default: sources of the Python "
+            "standard library]",
+        ),
+        text_field: str = option("text", help="Field or column with the text in JSONL and parquet files."),
+        samples: int = option(32, help="Its sequences."),
+        sequence_length: int = option(
+            None,
+            help="Tokens of one, BOS included.  [default: twice the first model's positions, at most 8192; no more than it "
+            "has where their embeddings are learned]",
+        ),
+        bins: int = option(16, help="Ranges of positions."),
+        batch_size: int = option(8, help="Sequences a forward pass."),
+        seed: int = option(0, help="Of passkeys, few-shot examples and standard errors."),
+        attn_implementation: str = option(
+            None, metavar="NAME", help="eager, sdpa or a normalizer.  [default: the model's own]"
+        ),
+        device: str = option("cpu", help="cpu, cuda or mps."),
+        dtype: str = option("auto", help="auto (as saved), float32, bfloat16 or float16."),
+        output: str = option("softpick-evaluate", metavar="DIR", help="Folder of results.json and the plots."),
+    ) -> None:
+        chosen = () if tasks.strip() == "none" else tuple(_split(tasks))
+        needed = ("lm_eval", "datasets") if chosen else ()
+        _require("transformers", "accelerate", "tokenizers", "numpy", "matplotlib", *needed, extra="evaluate")
+        lengths = (
+            None if passkey.strip() == "paper" else () if passkey.strip() == "none" else _numbers("passkey", passkey)
+        )
+        _run_evaluate(
+            {
+                "model": model,
+                "against": tuple(against or ()),
+                "tasks": chosen,
+                "data_dir": data_dir,
+                "limit": limit,
+                "num_fewshot": num_fewshot,
+                "passkey": lengths,
+                "passkey_prompts": passkey_prompts,
+                "perplexity": perplexity,
+                "data": data,
+                "text_field": text_field,
+                "samples": samples,
+                "sequence_length": sequence_length,
+                "bins": bins,
+                "batch_size": batch_size,
+                "seed": seed,
+                "device": device,
+                "dtype": dtype,
+                "attn_implementation": attn_implementation,
+            },
+            output,
+        )
+
+    @app.command(
         help="Pretrain a model from a recipe. Running the same command again continues an interrupted run. Several GPUs: "
         "torchrun -m softpick train ..."
     )
@@ -218,10 +296,14 @@ def _split(text: str) -> list[str]:
 
 
 def _integers(text: str) -> tuple[int, ...]:
+    return _numbers("seeds", text)
+
+
+def _numbers(name: str, text: str) -> tuple[int, ...]:
     try:
         return tuple(int(part) for part in _split(text))
     except ValueError:
-        _fail(f"seeds: expected integers separated by commas, got {text!r}")
+        _fail(f"{name}: expected integers separated by commas, got {text!r}")
         raise
 
 
@@ -311,6 +393,60 @@ def _run_audit(given: dict[str, Any], output: str) -> None:
     write_json(folder / "results.json", report | {"runs": bare})
     forget(folder)
     _print_report(report, output, console)
+
+
+def _run_evaluate(given: dict[str, Any], output: str) -> None:
+    import os
+    from pathlib import Path
+
+    folder = Path(output)
+    if (folder / "results.json").exists():
+        _fail(f"output: {folder / 'results.json'} is there already; choose another --output")
+    models = (given["model"], *given["against"])
+    if all(Path(name).exists() for name in models) and (given["data_dir"] or not given["tasks"]):
+        os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing that was asked for is there
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    from softpick.evaluate import EvaluateSettings, forget
+    from softpick.evaluate import evaluate as run
+    from softpick.evaluation.plots import write_plots
+    from softpick.evaluation.tasks import EvaluationError
+    from softpick.loading import ModelError
+    from softpick.training.data import DataError
+    from softpick.training.engine import quiet_transformers, write_json
+
+    console = _console()
+    try:
+        with quiet_transformers():
+            report = run(EvaluateSettings(**given), reporter=_Reporter(console), state=folder)
+    except (EvaluationError, ModelError, DataError, ImportError) as error:
+        _fail(str(error))
+    except KeyboardInterrupt:
+        console.print(f"interrupted; run the same command again to continue in {output}", markup=False, highlight=False)
+        raise SystemExit(130) from None
+    folder.mkdir(parents=True, exist_ok=True)
+    plots = write_plots(folder, report)
+    write_json(folder / "results.json", report)
+    forget(folder)
+    _print_evaluation(report, [folder / "results.json", *plots], console)
+
+
+def _print_evaluation(report: dict[str, Any], files: Sequence[Any], console: Console) -> None:
+    from rich.table import Table
+
+    from softpick.evaluate import summary_rows
+
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("")
+    for run in report["runs"]:
+        table.add_column(run["title"], justify="right", overflow="fold")
+    for label, values in summary_rows(report):
+        table.add_row(label, *values)
+    console.print()
+    console.print(table, markup=False)
+    console.print()
+    for note in report["notes"]:
+        console.print(f"- {note}", markup=False, highlight=False)
+    console.print("\n" + "\n".join(map(str, files)), markup=False, highlight=False, soft_wrap=True)
 
 
 def _run_train(name: str, overrides: list[str], output: str | None, device: str, tensorboard: bool) -> None:

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from softpick.analysis.metrics import MAX_ENTRIES, Measurements, Meter
 from softpick.normalizers import NORMALIZERS
 
-__all__ = ["BOS_POLICIES", "SeenAttention", "attention_maps", "measure", "watch"]
+__all__ = ["BOS_POLICIES", "SeenAttention", "attention_maps", "measure", "watch", "watch_last_query"]
 
 BOS_POLICIES = ("auto", "bos", "none")
 """``auto``: say what the samples start with; ``bos``: every sample must start with the model's BOS token; ``none``: the
@@ -409,3 +409,87 @@ def watch(
             handle.remove()
         for module, mode in training:
             module.training = mode
+
+
+@contextmanager
+def watch_last_query(model: nn.Module, on_row: Callable[[int, Tensor], None]) -> Iterator[None]:
+    """While open, every forward pass of a model reports what the last query of each layer attends to.
+
+    For decoding with a cache, and for long texts: no more than one row of weights a head is computed, after the layer's
+    own attention, from the same queries, keys and mask. The last query must not be padding.
+
+    Args:
+        model: as for :func:`measure`.
+        on_row: told the layer (from 0, counting layers with attention) and the weights ``(B, H, Tk)`` fp32, 0 where masked.
+
+    Raises:
+        ValueError: inside, for an implementation that shows no weights; on leaving, where no attention was seen.
+    """
+    from transformers import AttentionInterface
+
+    model = getattr(model, "_orig_mod", model)  # of torch.compile
+    mine = {id(m) for m in model.modules()}
+    layers = seen = 0
+
+    def wrapped(name: str, function: Callable[..., Any], eager: Callable[..., Any]) -> Callable[..., Any]:
+        name = name or "eager"
+
+        def attention(
+            module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any = None, **kwargs: Any
+        ) -> Any:
+            nonlocal layers, seen
+            result = function(module, query, key, value, attention_mask, **kwargs)
+            if id(module) not in mine:
+                return result
+            if any(name.startswith(prefix) for prefix in _FUSED):
+                raise ValueError(f"attn_implementation {name!r} cannot show its weights: load the model with 'sdpa'")
+            mask = attention_mask
+            if mask is not None:
+                if not isinstance(mask, Tensor) or mask.dim() != 4:
+                    raise ValueError(f"expected a mask (B, 1, Tq, Tk) or none, got {type(mask).__name__}")
+                mask = mask[..., -1:, : key.shape[2]]
+            elif query.shape[2] not in (1, key.shape[2]):
+                raise ValueError(f"expected a mask for {query.shape[2]} queries and {key.shape[2]} keys")
+            see = None
+            if mask is not None:
+                see = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
+                if name == "sdpa" and mask.dtype == torch.bool:  # eager functions add their mask
+                    mask = torch.zeros(mask.shape, device=query.device).masked_fill_(~mask, _LOWEST)
+            # one query without a mask sees every key; a gate and positions change no weights
+            rest = {k: v for k, v in kwargs.items() if k not in (_GATE, "position_ids")}
+            if name not in ("eager", "sdpa"):
+                rest["output_attentions"] = True
+            weights = _fp32_weights(
+                eager if name == "sdpa" else function, (module, query[:, :, -1:], key, value, mask), rest
+            )
+            if weights is None:
+                raise ValueError(f"attn_implementation {name!r} returned no weights for output_attentions=True")
+            weights = weights[:, :, 0, : key.shape[2]]
+            on_row(layers, weights if see is None else torch.where(see[:, :, 0], weights, 0.0))
+            layers += 1
+            seen += 1
+            return result
+
+        return attention
+
+    def begin(module: nn.Module, inputs: Any) -> None:
+        nonlocal layers
+        layers = 0
+
+    original = AttentionInterface.get_interface
+
+    def get_interface(self: Any, attn_implementation: str, default: Callable[..., Any]) -> Callable[..., Any]:
+        return wrapped(attn_implementation, original(self, attn_implementation, default), default)
+
+    handle = model.register_forward_pre_hook(begin)
+    try:
+        AttentionInterface.get_interface = get_interface
+        yield
+    finally:
+        AttentionInterface.get_interface = original
+        handle.remove()
+    if seen == 0:
+        raise ValueError(
+            f"no attention layers were seen in {type(model).__name__}: expected a transformers model whose attention goes "
+            "through AttentionInterface"
+        )

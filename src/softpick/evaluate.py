@@ -1,0 +1,535 @@
+"""``softpick evaluate``: benchmark tasks, passkey retrieval and perplexity by position, several models side by side.
+
+:func:`evaluate` returns a report; each finished part (a model's task, one passkey length, the perplexities) is kept on the
+way, so that an interrupted evaluation goes on where it was. Definitions: docs/metrics.md; how to run it: docs/evaluation.md.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import math
+import sys
+import time
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from softpick.environment import command_line, hardware, versions
+from softpick.evaluation.passkey import LENGTHS, passkey, retrieving_heads, shortest_prompt
+from softpick.evaluation.perplexity import learned_positions, perplexity_by_position, position_edges
+from softpick.evaluation.tasks import (
+    HEADLINES,
+    TASKS,
+    EvaluationError,
+    check_tasks,
+    expected_files,
+    run_tasks,
+    starts_with_bos,
+)
+from softpick.loading import DTYPES, ModelError, Subject, load_subject
+from softpick.progress import ProgressBar, Reporter, Silent
+from softpick.training.data import Corpus, read_corpus, standard_library
+
+__all__ = ["EvaluateSettings", "evaluate", "forget", "summary_rows"]
+
+_CORPUS_CHARACTERS = 4_000_000  # of a corpus that is tokenized
+_LONGEST = 8192  # tokens of a sequence for the perplexities, unless the user says otherwise
+_HEADS = 5  # retrieving heads that are listed
+
+
+@dataclass(frozen=True)
+class EvaluateSettings:
+    """What is evaluated, and on what.
+
+    Attributes:
+        model: a hub name, a local directory, or a GGUF file.
+        against: further ones, put beside it.
+        tasks: of ``softpick.evaluation.tasks.TASKS``; empty for none.
+        data_dir: local files of the tasks; None asks the hub.
+        limit: examples of each task; None is all.
+        num_fewshot: examples in front of each question; None is the task's own number.
+        passkey: tokens of the prompts; empty for none; None is the paper's, as far as a model with learned positions goes.
+        passkey_prompts: of each length.
+        perplexity: whether perplexities by position are measured.
+        data: for them: text, JSONL or parquet file or a directory of them; None is the Python standard library's sources.
+        text_field: of JSONL and parquet files.
+        samples: sequences for them.
+        sequence_length: tokens of one, BOS included; None is twice the positions of the first model, at most 8192, or all
+            of them where they are learned.
+        bins: ranges of positions.
+        batch_size: sequences a forward pass.
+        seed: of keys and depths of the passkeys, few-shot examples and resampling.
+        device: where the models run.
+        dtype: ``auto`` (as saved), ``float32``, ``bfloat16`` or ``float16``.
+        attn_implementation: of transformers or softpick; None is the model's own.
+    """
+
+    model: str
+    against: tuple[str, ...] = ()
+    tasks: tuple[str, ...] = TASKS
+    data_dir: str | None = None
+    limit: int | None = None
+    num_fewshot: int | None = None
+    passkey: tuple[int, ...] | None = None
+    passkey_prompts: int = 50
+    perplexity: bool = True
+    data: str | None = None
+    text_field: str = "text"
+    samples: int = 32
+    sequence_length: int | None = None
+    bins: int = 16
+    batch_size: int = 8
+    seed: int = 0
+    device: str = "cpu"
+    dtype: str = "auto"
+    attn_implementation: str | None = None
+
+    @property
+    def models(self) -> tuple[str, ...]:
+        """All of them."""
+        return (self.model, *self.against)
+
+    def check(self) -> None:
+        """Raise :class:`EvaluationError` for values that cannot work."""
+        least = {"passkey_prompts": 1, "samples": 1, "bins": 1, "batch_size": 1, "limit": 1, "sequence_length": 2}
+        for name, smallest in least.items():
+            value = getattr(self, name)
+            if value is not None and value < smallest:
+                raise EvaluationError(f"{name}: expected at least {smallest}, got {value}")
+        if self.dtype not in DTYPES:
+            raise EvaluationError(f"dtype: expected one of {', '.join(DTYPES)}; got {self.dtype!r}")
+        lengths = self.passkey or ()
+        if any(length < 1 for length in lengths) or len(set(lengths)) < len(lengths):
+            raise EvaluationError(f"passkey: expected different lengths of at least 1 token, got {list(lengths)}")
+        if len(set(self.models)) < len(self.models):
+            raise EvaluationError(f"against: expected different models, got {', '.join(self.models)}")
+        if not self.tasks and self.passkey == () and not self.perplexity:
+            raise EvaluationError("tasks: expected tasks, passkey lengths or perplexities, got none of them")
+        check_tasks(self.tasks, self.data_dir, self.num_fewshot)
+
+
+def evaluate(
+    settings: EvaluateSettings,
+    *,
+    reporter: Reporter | None = None,
+    command: str = "",
+    state: str | Path | None = None,
+) -> dict[str, Any]:
+    """Evaluate models, one after the other.
+
+    Args:
+        settings: what and on what.
+        reporter: told what happens.
+        command: as typed, for the report.
+        state: folder in which finished parts are left, and from which the same evaluation takes them. Only files that begin
+            with ``evaluate-`` are written, and :func:`forget` removes them.
+
+    Returns:
+        ``title``, ``meta`` (versions, seed, command, hardware), ``settings``, ``notes`` and ``runs``, one a model, as
+        docs/evaluation.md lays them out.
+
+    Raises:
+        EvaluationError: impossible settings, an encoder, missing files, a model without attention that can be seen.
+        ModelError: a model that cannot be loaded, has no tokenizer or no room for so many positions.
+        DataError: the data cannot be used, or are shorter than a sequence.
+        ImportError: a package is missing; the message names the extra.
+    """
+    settings.check()
+    reporter = reporter if reporter is not None else Silent()
+    corpus = None
+    if settings.perplexity:
+        corpus = (
+            standard_library(_CORPUS_CHARACTERS)
+            if settings.data is None
+            else read_corpus(settings.data, settings.text_field, _CORPUS_CHARACTERS)
+        )
+    folder = None if state is None else Path(state)
+    runs: list[dict[str, Any]] = []
+    for name, title in zip(settings.models, _titles(settings.models), strict=True):
+        length = runs[0]["perplexity"]["length"] if runs and settings.perplexity else settings.sequence_length
+        runs.append(_Run(name, title, settings, corpus, length, reporter, folder).run())
+    return {
+        "title": f"softpick evaluate: {' against '.join(run['title'] for run in runs)}",
+        "meta": {
+            "models": ", ".join(settings.models),
+            "tasks_from": "none" if not settings.tasks else settings.data_dir or "the Hugging Face hub",
+            "data": "none" if corpus is None else corpus.description,
+            "created": time.strftime("%Y-%m-%d %H:%M"),
+            "versions": versions("lm_eval", "datasets", "tokenizers", "accelerate"),
+            "seed": settings.seed,
+            "device": settings.device,
+            "hardware": hardware(settings.device),
+            "threads": torch.get_num_threads(),
+            "command": command or command_line(),
+        },
+        "settings": asdict(settings),
+        "notes": [note for run in runs for note in run["notes"]],
+        "runs": runs,
+    }
+
+
+def forget(state: str | Path) -> None:
+    """Remove what evaluations have left in a folder for going on; nothing else in it."""
+    for file in [*Path(state).glob("evaluate-*.json"), *Path(state).glob(".evaluate-*.json.tmp")]:
+        file.unlink()
+
+
+def summary_rows(report: dict[str, Any]) -> list[tuple[str, list[str]]]:
+    """The table: for each figure a label and one text a model; a dash where there is none."""
+    runs = report["runs"]
+    rows: list[tuple[str, list[str]]] = []
+
+    def add(label: str, values: Sequence[str | None]) -> None:
+        rows.append((label, [value if value is not None else "–" for value in values]))
+
+    for task in dict.fromkeys(task for run in runs for task in run["tasks"]):
+        for metric in HEADLINES[task]:
+            percent = metric.startswith("acc")
+            label = f"{task} {metric} {'(%, up)' if percent else '(down)'}"
+            add(label, [_with_error(run["tasks"].get(task, {}), metric, 100 if percent else 1) for run in runs])
+    for length in sorted({found["length"] for run in runs for found in run["passkey"]}):
+        cells = [next((f for f in run["passkey"] if f["length"] == length), None) for run in runs]
+        add(
+            f"passkey, {length} tokens (%, up)",
+            [None if f is None else f"{f['accuracy']:.1f} ± {f['accuracy_stderr']:.1f}" for f in cells],
+        )
+    for label, name in (("weight on the key", "key_weight"), ("row mass", "mass"), ("largest weight", "largest")):
+        if any(run["retrieving"] for run in runs):
+            add(f"strongest retrieving head: {label}", [_over_lengths(run["retrieving"], name) for run in runs])
+    for label, name in (("within", "within"), ("beyond", "beyond")):
+        if any(run["perplexity"] and run["perplexity"][name] for run in runs):
+            add(
+                f"perplexity {label} the trained length (down)",
+                [
+                    None
+                    if not run["perplexity"] or run["perplexity"][name] is None
+                    else f"{run['perplexity'][name]:.4g}"
+                    for run in runs
+                ],
+            )
+    return rows
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class _Run:
+    """One model's part of the report. It is loaded when the first part that is not there yet needs it."""
+
+    def __init__(
+        self,
+        name: str,
+        title: str,
+        settings: EvaluateSettings,
+        corpus: Corpus | None,
+        length: int | None,
+        reporter: Reporter,
+        state: Path | None,
+    ) -> None:
+        self.name, self.title, self.settings, self.corpus, self.state = name, title, settings, corpus, state
+        self.length = length
+        self.reporter = _Titled(reporter, title)
+        self._loaded: Subject | None = None
+        self._identity = _identity(name, settings)
+        self.again = 0  # parts that were there
+
+    def run(self) -> dict[str, Any]:
+        settings = self.settings
+        start = time.perf_counter()
+        about = self._part("about", {"visible": settings.passkey != ()}, self._about)
+        notes: list[str] = []
+        lengths = self._passkey_lengths(about, notes)
+        length = self._sequence_length(about) if settings.perplexity else None
+        tasks = {}
+        for task in settings.tasks:
+            depends: dict[str, Any] = {
+                "files": _files(settings, task),
+                "given": [settings.data_dir, settings.limit, settings.num_fewshot, settings.seed, settings.batch_size],
+            }
+            tasks[task] = self._part(f"task {task}", depends, functools.partial(self._task, task))
+        found = []
+        for tokens in lengths:
+            depends = {"given": [tokens, settings.passkey_prompts, settings.seed]}
+            found.append(self._part(f"passkey {tokens}", depends, functools.partial(self._passkey, tokens)))
+        perplexity = None
+        if length is not None:
+            assert self.corpus is not None
+            depends = {
+                "documents": hashlib.sha256("\0".join(self.corpus.documents).encode()).hexdigest(),
+                "given": [length, settings.samples, settings.bins],
+            }
+            perplexity = self._part("perplexity", depends, functools.partial(self._perplexity, length))
+        if self.again:
+            self.reporter.say(f"{self.again} parts were there from before")
+        retrieving = _retrieving(found)
+        notes += _notes(self.title, about, found, perplexity)
+        self._loaded = None  # before the next one is loaded
+        return about | {
+            "title": self.title,
+            "tasks": tasks,
+            "passkey": found,
+            "retrieving": retrieving,
+            "perplexity": perplexity,
+            "notes": notes,
+            "seconds": time.perf_counter() - start,
+        }
+
+    def _part(self, what: str, depends: dict[str, Any], make: Callable[[], Any]) -> Any:
+        """``make()``, or what it gave the last time for the same model, settings and versions."""
+        if self.state is None:
+            return make()
+        from softpick.training.engine import write_json
+
+        key = json.dumps([self._identity, what, depends], sort_keys=True)
+        file = self.state / f"evaluate-{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
+        if file.is_file():
+            self.again += what != "about"
+            return json.loads(file.read_text(encoding="utf-8"))
+        value = make()
+        self.state.mkdir(parents=True, exist_ok=True)
+        write_json(file, value)
+        return value
+
+    @property
+    def subject(self) -> Subject:
+        if self._loaded is None:
+            settings = self.settings
+            self._loaded = load_subject(
+                self.name,
+                reporter=self.reporter,
+                device=settings.device,
+                dtype=settings.dtype,
+                attn_implementation=settings.attn_implementation,
+                visible=settings.passkey != (),
+            )
+            if not self._loaded.causal:
+                raise EvaluationError(f"model: {self.name} is an encoder; expected a causal language model")
+        return self._loaded
+
+    def _about(self) -> dict[str, Any]:
+        from softpick.integrations.transformers import normalizer_of
+
+        subject = self.subject
+        model = subject.model
+        if self.settings.passkey != ():
+            self._see_attention()
+        try:
+            normalizer = normalizer_of(model)
+        except (TypeError, ValueError):
+            normalizer = str(model.config._attn_implementation)
+        bos = starts_with_bos(model, subject.tokenizer)
+        return {
+            "model": self.name,
+            "normalizer": normalizer,
+            "parameters": sum(p.numel() for p in model.parameters()),
+            "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
+            "attn_implementation": str(model.config._attn_implementation),
+            "trained_length": None if subject.room == sys.maxsize else subject.room,
+            "learned_positions": learned_positions(model),
+            "bos": None if bos is None else subject.tokenizer.decode([bos]),
+            "shortest_passkey": shortest_prompt(subject.tokenizer, bos),
+        }
+
+    def _see_attention(self) -> None:
+        """Raise where the passkey could not say what the heads do, before anything is computed."""
+        from softpick.analysis.capture import watch_last_query
+
+        model = self.subject.model
+        ids = torch.zeros(1, 2, dtype=torch.long, device=next(model.parameters()).device)
+        try:
+            with torch.no_grad(), watch_last_query(model, lambda layer, weights: None):
+                model(input_ids=ids, use_cache=False)
+        except ValueError as error:
+            raise EvaluationError(
+                f"model: {self.name}: {error}; without passkeys (--passkey none) it can be run"
+            ) from error
+
+    def _passkey_lengths(self, about: dict[str, Any], notes: list[str]) -> tuple[int, ...]:
+        lengths, learned = self.settings.passkey, about["learned_positions"]
+        chosen = tuple(sorted(LENGTHS if lengths is None else lengths))
+        if chosen and chosen[0] < about["shortest_passkey"]:
+            if lengths is not None:
+                raise EvaluationError(
+                    f"passkey: expected at least {about['shortest_passkey']} tokens for {self.name} (the prompt without "
+                    f"filler), got {chosen[0]}"
+                )
+            chosen = tuple(length for length in chosen if length >= about["shortest_passkey"])
+        if learned is not None:
+            answer = 12  # tokens of an answer, at most
+            fits = tuple(length for length in chosen if length + answer <= learned)
+            if fits != chosen and lengths is not None:
+                raise ModelError(
+                    f"passkey: {self.name} has learned embeddings for {learned} positions; expected lengths of at most "
+                    f"{learned - answer}, got {chosen[-1]}"
+                )
+            if fits != chosen:
+                notes.append(f"{self.title}: no passkeys beyond its {learned} positions, whose embeddings are learned.")
+            chosen = fits
+        return chosen
+
+    def _sequence_length(self, about: dict[str, Any]) -> int:
+        learned, trained = about["learned_positions"], about["trained_length"]
+        if self.length is None:
+            return learned if learned is not None else min(_LONGEST, 2 * trained) if trained else _LONGEST
+        if learned is not None and self.length > learned:
+            raise ModelError(
+                f"sequence_length: {self.name} has learned embeddings for {learned} positions; expected at most so many, "
+                f"got {self.length}"
+            )
+        return self.length
+
+    def _task(self, task: str) -> dict[str, float]:
+        settings = self.settings
+        return run_tasks(
+            self.subject.model,
+            self.subject.tokenizer,
+            [task],
+            data_dir=settings.data_dir,
+            limit=settings.limit,
+            batch_size=settings.batch_size,
+            num_fewshot=settings.num_fewshot,
+            seed=settings.seed,
+            reporter=self.reporter,
+        )[task]
+
+    def _passkey(self, length: int) -> dict[str, Any]:
+        settings = self.settings
+        with self.reporter.progress(f"passkey, {length} tokens", settings.passkey_prompts) as bar:
+            return passkey(
+                self.subject.model,
+                self.subject.tokenizer,
+                length,
+                count=settings.passkey_prompts,
+                seed=settings.seed,
+                batch_size=settings.batch_size,
+                progress=lambda done: bar.update(done, None),
+            )
+
+    def _perplexity(self, length: int) -> dict[str, Any]:
+        settings, subject = self.settings, self.subject
+        assert self.corpus is not None
+        sequences = subject.sequences(self.corpus, settings.samples, length, beyond=True)
+        trained = None if subject.room == sys.maxsize else subject.room
+        if len(sequences) < settings.samples:
+            self.reporter.say(f"the text is enough for {len(sequences)} sequences of {length} tokens")
+        with self.reporter.progress(f"perplexity, {length} tokens", len(sequences)) as bar:
+            ranges = perplexity_by_position(
+                subject.model,
+                sequences,
+                position_edges(length, settings.bins, trained),
+                batch_size=settings.batch_size,
+                progress=lambda done: bar.update(done, None),
+            )
+        end = length if trained is None else trained
+        return {
+            "length": length,
+            "sequences": len(sequences),
+            "within": _mean([found for found in ranges if found["to"] < end]),
+            "beyond": _mean([found for found in ranges if found["from"] >= end]),
+            "ranges": ranges,
+        }
+
+
+class _Titled:
+    """A reporter whose lines and bars begin with the model."""
+
+    def __init__(self, reporter: Reporter, title: str) -> None:
+        self._reporter, self._title = reporter, title
+
+    def say(self, text: str) -> None:
+        self._reporter.say(f"{self._title}: {text}")
+
+    def progress(self, label: str, total: int) -> AbstractContextManager[ProgressBar]:
+        return self._reporter.progress(f"{self._title}: {label}", total)
+
+
+def _titles(names: Sequence[str]) -> list[str]:
+    """As much of the end of each name as tells them apart."""
+    parts = [Path(name).parts or (name,) for name in names]
+    for count in range(1, max(map(len, parts)) + 1):
+        titles = ["/".join(part[-count:]) for part in parts]
+        if len(set(titles)) == len(titles):
+            return titles
+    return list(names)
+
+
+def _identity(name: str, settings: EvaluateSettings) -> dict[str, Any]:
+    """All that every part of one model depends on."""
+    path = Path(name)
+    files = [path] if path.is_file() else sorted(path.iterdir()) if path.is_dir() else []
+    return {
+        "model": str(path.resolve()) if files else name,
+        "files": [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files if f.is_file()],
+        "run": [settings.device, settings.dtype, settings.attn_implementation],
+        "versions": versions("lm_eval"),
+    }
+
+
+def _files(settings: EvaluateSettings, task: str) -> list[Any]:
+    if settings.data_dir is None:
+        return []
+    files = expected_files([task], settings.data_dir, settings.num_fewshot)
+    return [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files]
+
+
+def _mean(ranges: Sequence[dict[str, Any]]) -> float | None:
+    """Perplexity of several ranges together."""
+    tokens = sum(found["tokens"] for found in ranges)
+    loss = sum(found["loss"] * found["tokens"] for found in ranges) / tokens if tokens else math.inf
+    return math.exp(loss) if loss < 700 else None
+
+
+def _retrieving(found: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
+    """The heads with the most weight on the key in the shortest prompts, and what they do in each length."""
+    if not found:
+        return None
+    heads = []
+    for chosen in retrieving_heads(found[0], _HEADS):
+        layer, head = chosen["layer"], chosen["head"]
+        by_length = [
+            {"length": f["length"]} | {name: rows[layer][head] for name, rows in f["heads"]["answer"].items()}
+            for f in found
+        ]
+        heads.append({"layer": layer, "head": head, "by_length": by_length})
+    return {"chosen_at": found[0]["length"], "heads": heads}
+
+
+def _notes(
+    title: str, about: dict[str, Any], found: Sequence[dict[str, Any]], perplexity: dict[str, Any] | None
+) -> list[str]:
+    notes = []
+    if found and not any(f["correct"] for f in found):
+        notes.append(f"{title}: not one passkey was found, so the heads listed as retrieving retrieve nothing.")
+    trained = about["trained_length"]
+    beyond = [f["length"] for f in found if trained and f["length"] > trained]
+    if beyond:
+        notes.append(
+            f"{title}: passkey prompts of {', '.join(map(str, beyond))} tokens are longer than its {trained} positions."
+        )
+    if perplexity and any(r["perplexity"] is None for r in perplexity["ranges"]):
+        notes.append(f"{title}: some perplexities are not finite numbers (shown as a dash).")
+    return notes
+
+
+def _with_error(numbers: dict[str, float], metric: str, factor: int) -> str | None:
+    if metric not in numbers:
+        return None
+    value, error = factor * numbers[metric], numbers.get(f"{metric}_stderr")
+    text = f"{value:.2f}" if factor == 100 else f"{value:.4g}"
+    return text if error is None else f"{text} ± {factor * error:.2f}" if factor == 100 else f"{text} ± {error:.2g}"
+
+
+def _over_lengths(retrieving: dict[str, Any] | None, name: str) -> str | None:
+    if retrieving is None:
+        return None
+    head = retrieving["heads"][0]
+    rows = head["by_length"]
+    texts = [f"{row[name]:.3f}" for row in rows]
+    shown = texts[0] if len(texts) == 1 else f"{texts[0]} to {texts[-1]}"
+    return f"{shown} (L{head['layer']}H{head['head']})"

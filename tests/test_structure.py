@@ -40,6 +40,18 @@ ALLOWED = {
         "softpick.integrations",
         "softpick.training",
     },
+    "softpick.parts": {"softpick.training"},
+    "softpick.quantization": {"softpick.progress", "softpick.loading", "softpick.integrations", "softpick.evaluation"},
+    "softpick.quantize": {
+        "softpick.environment",
+        "softpick.parts",
+        "softpick.progress",
+        "softpick.loading",
+        "softpick.quantization",
+        "softpick.evaluation",
+        "softpick.training",
+        "softpick.integrations",
+    },
     "softpick.audit": {
         "softpick.environment",
         "softpick.loading",
@@ -67,6 +79,8 @@ ALLOWED = {
     "softpick.__main__": {"softpick.cli"},
     "softpick.cli": {
         "softpick.train",
+        "softpick.quantize",
+        "softpick.quantization",
         "softpick.normalizers",
         "softpick.compare",
         "softpick.audit",

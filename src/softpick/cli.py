@@ -237,7 +237,7 @@ def build_app() -> typer.Typer:
         dtype: str = option("auto", help="auto (as saved), float32, bfloat16 or float16."),
         output: str = option("softpick-evaluate", metavar="DIR", help="Folder of results.json and the plots."),
     ) -> None:
-        chosen = () if tasks.strip() == "none" else tuple(_split(tasks))
+        chosen = _names(tasks)
         needed = ("lm_eval", "datasets") if chosen else ()
         _require("transformers", "accelerate", "tokenizers", "numpy", "matplotlib", *needed, extra="evaluate")
         lengths = (
@@ -264,6 +264,90 @@ def build_app() -> typer.Typer:
                 "device": device,
                 "dtype": dtype,
                 "attn_implementation": attn_implementation,
+            },
+            output,
+        )
+
+    @app.command(
+        help="Quantize language models (weights by HQQ, bitsandbytes or GPTQ; activations and the key-value cache simulated), "
+        "check that it happened, and evaluate them before and after, side by side. Running the same command again continues "
+        "an interrupted run."
+    )
+    def quantize(
+        model: str = typer.Argument(..., help="Hub name or directory."),
+        against: list[str] | None = option(  # noqa: B008
+            None, metavar="MODEL", help="A further model, put beside it; may be given again."
+        ),
+        method: str = option(
+            "hqq", metavar="NAMES", help="Comma-separated: hqq, bnb, gptq; none leaves weights alone."
+        ),
+        bits: str = option(
+            None,
+            help="Of a weight, comma-separated; hqq has 1,2,3,4,8; bnb 4,8; gptq 2,3,4,8.  [default: those of 2,3,4,8]",
+        ),
+        activations: str = option(
+            "int8-tensor,int8-token,fp8-tensor,fp8-token",
+            metavar="NAMES",
+            help="Simulated weights and activations, comma-separated: int8, int6, int4 or fp8, and -tensor (a scale an "
+            "activation, from calibration) or -token; none leaves them out.",
+        ),
+        kv_cache: str = option("8,4", metavar="BITS", help="Simulated keys and values, comma-separated; or none."),
+        group_size: int = option(64, help="Weights that share a scale (hqq, gptq)."),
+        tasks: str = option("none", metavar="NAMES", help="Comma-separated, as for `softpick evaluate`."),
+        data_dir: str = option(
+            None, metavar="DIR", help="TASK.jsonl for each task (docs/evaluation.md).  [default: the hub]"
+        ),
+        limit: int = option(None, help="Examples of each task.  [default: all]"),
+        data: str = option(
+            None,
+            metavar="PATH",
+            help="Text for perplexity and calibration: a text, JSONL or parquet file, or a directory of them.  [default: "
+            "sources of the Python standard library]",
+        ),
+        text_field: str = option("text", help="Field or column with the text in JSONL and parquet files."),
+        samples: int = option(64, help="Sequences for the perplexity."),
+        calibration_samples: int = option(64, help="Sequences that gptq and the scales of -tensor look at."),
+        sequence_length: int = option(
+            None, help="Tokens of one, BOS included.  [default: the model's positions, at most 2048]"
+        ),
+        batch_size: int = option(8, help="Sequences a forward pass."),
+        seed: int = option(0, help="Of few-shot examples and standard errors."),
+        attn_implementation: str = option(
+            None, metavar="NAME", help="eager, sdpa or a normalizer.  [default: the model's own]"
+        ),
+        device: str = option("cpu", help="cpu, cuda or mps."),
+        dtype: str = option("auto", help="auto (as saved), float32, bfloat16 or float16."),
+        keep: bool = option(False, "--keep", help="Leave the quantized models in the folder."),
+        output: str = option(
+            "softpick-quantize", metavar="DIR", help="Folder of results.json, table.md, plots and the quantizers' logs."
+        ),
+    ) -> None:
+        chosen = _names(tasks)
+        needed = ("lm_eval", "datasets") if chosen else ()
+        _require("transformers", "accelerate", "tokenizers", "numpy", "matplotlib", *needed, extra="quantize")
+        _run_quantize(
+            {
+                "model": model,
+                "against": tuple(against or ()),
+                "methods": _names(method),
+                "bits": None if bits is None else _numbers("bits", bits),
+                "activations": _names(activations),
+                "kv_cache": _numbers("kv-cache", kv_cache) if _names(kv_cache) else (),
+                "group_size": group_size,
+                "tasks": chosen,
+                "data_dir": data_dir,
+                "limit": limit,
+                "data": data,
+                "text_field": text_field,
+                "samples": samples,
+                "calibration_samples": calibration_samples,
+                "sequence_length": sequence_length,
+                "batch_size": batch_size,
+                "seed": seed,
+                "device": device,
+                "dtype": dtype,
+                "attn_implementation": attn_implementation,
+                "keep": keep,
             },
             output,
         )
@@ -310,6 +394,11 @@ def _numbers(name: str, text: str) -> tuple[int, ...]:
 def _knockouts(text: str) -> tuple[str | int, ...]:
     keys = [] if text.strip() == "none" else _split(text)
     return tuple(int(key) if key.isdecimal() else key for key in keys)
+
+
+def _names(text: str) -> tuple[str, ...]:
+    """Comma-separated names, or none of them."""
+    return () if text.strip() == "none" else tuple(_split(text))
 
 
 def _print_normalizers() -> None:
@@ -447,6 +536,76 @@ def _print_evaluation(report: dict[str, Any], files: Sequence[Any], console: Con
     for note in report["notes"]:
         console.print(f"- {note}", markup=False, highlight=False)
     console.print("\n" + "\n".join(map(str, files)), markup=False, highlight=False, soft_wrap=True)
+
+
+def _run_quantize(given: dict[str, Any], output: str) -> None:
+    import os
+    from pathlib import Path
+
+    folder = Path(output)
+    if (folder / "results.json").exists():
+        _fail(f"output: {folder / 'results.json'} is there already; choose another --output")
+    if all(Path(name).exists() for name in (given["model"], *given["against"])) and (
+        given["data_dir"] or not given["tasks"]
+    ):
+        os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing that was asked for is there
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    from softpick.quantization.verify import QuantizationError, quiet_libraries
+
+    with quiet_libraries():  # what they say while they are imported
+        from softpick.evaluation.tasks import EvaluationError
+        from softpick.loading import ModelError
+        from softpick.quantization.plots import write_plots
+        from softpick.quantize import QuantizeSettings, forget, markdown
+        from softpick.quantize import quantize as run
+        from softpick.training.data import DataError
+        from softpick.training.engine import quiet_transformers, write_json
+
+    console = _console(wide=True)
+    try:
+        with quiet_transformers():
+            report = run(QuantizeSettings(**given), folder, reporter=_Reporter(console))
+    except (EvaluationError, ModelError, QuantizationError, DataError, ImportError) as error:
+        _fail(str(error))
+    except KeyboardInterrupt:
+        console.print(f"interrupted; run the same command again to continue in {output}", markup=False, highlight=False)
+        raise SystemExit(130) from None
+    plots = write_plots(folder, report)
+    table = folder / "table.md"
+    temporary = folder / ".table.md.tmp"
+    temporary.write_text(markdown(report), encoding="utf-8")
+    temporary.replace(table)
+    write_json(folder / "results.json", report)
+    forget(folder)
+    _print_quantization(report, [folder / "results.json", table, *plots], console)
+
+
+def _print_quantization(report: dict[str, Any], files: Sequence[Any], console: Console) -> None:
+    from rich.table import Table
+
+    from softpick.quantize import columns, summary_rows, weight_rows
+
+    titles = columns(report)
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("")
+    table.add_column("")
+    for title in titles:
+        table.add_column(title, justify="right", overflow="fold")
+    said = ""
+    for metric, how, values in summary_rows(report):
+        table.add_row(metric if metric != said else "", how, *values)
+        said = metric
+    console.print()
+    console.print(table, markup=False)
+    console.print()
+    for how, texts in weight_rows(report):
+        for title, text in zip(titles, texts, strict=False):
+            console.print(f"- {title}, {how}: {text}", markup=False, highlight=False)
+    for note in report["notes"]:
+        console.print(f"- {note}", markup=False, highlight=False)
+    console.print()
+    for file in files:
+        console.print(str(file), markup=False, highlight=False, soft_wrap=True)
 
 
 def _run_train(name: str, overrides: list[str], output: str | None, device: str, tensorboard: bool) -> None:

@@ -116,6 +116,7 @@ def load_subject(
     dtype: str = "auto",
     attn_implementation: str | None = None,
     visible: bool = False,
+    quantization_config: Any = None,
 ) -> Subject:
     """Load a model and its tokenizer.
 
@@ -126,6 +127,7 @@ def load_subject(
         dtype: one of :data:`DTYPES`.
         attn_implementation: of transformers or softpick; None is the model's own.
         visible: its attention weights must be visible; a fused function of softmax gives way to ``sdpa``.
+        quantization_config: of transformers: the weights are quantized while they are loaded.
 
     Raises:
         ModelError: no such model, no tokenizer, missing weights, an encoder-decoder, a device that is not there.
@@ -159,6 +161,11 @@ def load_subject(
             output_loading_info=True,
             **where,
             **({} if wanted is None else {"attn_implementation": wanted}),
+            **(
+                {}
+                if quantization_config is None
+                else {"quantization_config": quantization_config, "device_map": device}
+            ),
         )
     except Exception as error:
         raise ModelError(f"model: cannot load {name}: {first_line(error)}") from error
@@ -172,7 +179,8 @@ def load_subject(
         reporter.say(f"{name}: {chosen} shows no weights, so sdpa computes the same attention")
         model.set_attn_implementation("sdpa")
     try:
-        model = model.to(device).eval()
+        # quantized weights are where they were loaded to, and some may not be moved
+        model = model.eval() if quantization_config is not None else model.to(device).eval()
     except (RuntimeError, AssertionError) as error:
         raise ModelError(f"device: cannot move {name} to {device!r}: {first_line(error)}") from error
     return Subject(name, model, tokenizer, causal)

@@ -1,0 +1,71 @@
+"""Long work in parts: what is finished is kept in a folder, so that the same command goes on after the last one."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+__all__ = ["Parts", "identity", "titles"]
+
+
+class Parts:
+    """The finished parts of one piece of work.
+
+    Args:
+        folder: where they are kept; None keeps nothing.
+        prefix: with which their files begin; no other file is touched.
+    """
+
+    def __init__(self, folder: str | Path | None, prefix: str) -> None:
+        self.folder = None if folder is None else Path(folder)
+        self.prefix = prefix
+        self.again = 0  # parts that were there
+
+    def get(self, key: Any, make: Callable[[], Any]) -> Any:
+        """What ``make()`` returns (something for JSON), or what it returned the last time for the same key.
+
+        Args:
+            key: all that the part depends on, for JSON.
+            make: does the work.
+        """
+        if self.folder is None:
+            return make()
+        from softpick.training.engine import write_json
+
+        digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
+        file = self.folder / f"{self.prefix}-{digest}.json"
+        if file.is_file():
+            self.again += 1
+            return json.loads(file.read_text(encoding="utf-8"))
+        value = make()
+        self.folder.mkdir(parents=True, exist_ok=True)
+        write_json(file, value)
+        return value
+
+    def forget(self) -> None:
+        """Remove them."""
+        if self.folder is not None:
+            for pattern in (f"{self.prefix}-*.json", f".{self.prefix}-*.json.tmp"):
+                for file in self.folder.glob(pattern):
+                    file.unlink()
+
+
+def identity(name: str) -> list[Any]:
+    """What a model is, for the key of a part: its place, and the size and time of its files."""
+    path = Path(name)
+    files = [path] if path.is_file() else sorted(path.iterdir()) if path.is_dir() else []
+    found = [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files if f.is_file()]
+    return [str(path.resolve()) if files else name, found]
+
+
+def titles(names: Sequence[str]) -> list[str]:
+    """As much of the end of each name as tells them apart."""
+    parts = [Path(name).parts or (name,) for name in names]
+    for count in range(1, max(map(len, parts)) + 1):
+        found = ["/".join(part[-count:]) for part in parts]
+        if len(set(found)) == len(found):
+            return found
+    return list(names)

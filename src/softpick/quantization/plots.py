@@ -1,0 +1,148 @@
+"""What quantization costs, as PNG files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+__all__ = ["write_plots"]
+
+# Okabe and Ito's colours, which colour-blind people tell apart: one a model
+_COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+# a method
+_MARKERS = {"hqq": "o", "bnb": "s", "gptq": "^"}
+_LINES = {"hqq": "-", "bnb": "--", "gptq": ":"}
+
+
+def write_plots(folder: str | Path, report: dict[str, Any]) -> list[Path]:
+    """Write ``weights.png`` (as the paper's figure 3) and ``activations.png``, those for which there are figures.
+
+    Args:
+        folder: is there.
+        report: of ``softpick.quantize.quantize``.
+
+    Returns:
+        The files that were written.
+
+    Raises:
+        ImportError: matplotlib is missing; the message names the extra.
+    """
+    made = []
+    for name, draw in (("weights", _weights), ("activations", _activations)):
+        figure = draw(report)
+        if figure is not None:
+            path = Path(folder) / f"{name}.png"
+            temporary = path.with_name(f".{path.name}.tmp")
+            figure.savefig(temporary, format="png", dpi=150)
+            temporary.replace(path)
+            made.append(path)
+    return made
+
+
+def _figure(count: int, width: float) -> tuple[Any, list[Any]]:
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError("plots need matplotlib: pip install 'softpick[quantize]'") from error
+    columns = min(count, 3)
+    rows = -(-count // columns)
+    figure = Figure(figsize=(width * columns, 3.6 * rows), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = list(figure.subplots(rows, columns, squeeze=False).flat)
+    for ax in axes[count:]:
+        ax.set_visible(False)
+    for ax in axes[:count]:
+        ax.spines[["top", "right"]].set_visible(False)
+        ax.grid(alpha=0.25, linewidth=0.6)
+    return figure, axes[:count]
+
+
+def _metrics(report: dict[str, Any]) -> list[tuple[str, str | None]]:
+    from softpick.evaluation.tasks import HEADLINES
+
+    return [("perplexity", None), *((task, HEADLINES[task][0]) for task in report["settings"]["tasks"])]
+
+
+def _value(cell: dict[str, Any], task: str, metric: str | None) -> float | None:
+    if metric is None:
+        return cell["perplexity"]
+    value = cell["tasks"].get(task, {}).get(metric)
+    return None if value is None else 100 * value if metric.startswith("acc") else value
+
+
+def _weights(report: dict[str, Any]) -> Any:
+    runs, metrics = report["runs"], _metrics(report)
+    if not any(cell["kind"] == "weights" for cell in runs[0]["cells"]):
+        return None
+    figure, axes = _figure(len(metrics), 4.6)
+    for ax, (task, metric) in zip(axes, metrics, strict=True):
+        bits: set[int] = set()
+        for index, run in enumerate(runs):
+            color = _COLORS[index % len(_COLORS)]
+            base = _value(run["cells"][0], task, metric)
+            if base is not None:
+                ax.axhline(base, color=color, linewidth=1, alpha=0.5)
+                ax.plot([], [], color=color, linewidth=1, alpha=0.5, label=f"{run['title']}, unquantized")
+            for method in dict.fromkeys(c["method"] for c in run["cells"] if c["kind"] == "weights"):
+                points = [
+                    (c["bits"], _value(c, task, metric))
+                    for c in run["cells"]
+                    if c["kind"] == "weights" and c["method"] == method
+                ]
+                shown = [(x, y) for x, y in points if y is not None]
+                bits |= {x for x, _ in shown}
+                ax.plot(
+                    [x for x, _ in shown],
+                    [y for _, y in shown],
+                    color=color,
+                    marker=_MARKERS.get(method, "D"),
+                    linestyle=_LINES.get(method, "-."),
+                    markerfacecolor=color if index == 0 else "none",
+                    linewidth=1.5,
+                    markersize=5,
+                    label=f"{run['title']}, {method}",
+                )
+        percent = metric is not None and metric.startswith("acc")
+        if not percent:
+            _logarithmic(ax)
+        name = "perplexity" if metric is None else f"{task} {metric}"
+        ax.set(title=name, xlabel="bits of a weight", ylabel="%" if percent else "perplexity (log scale)")
+        ax.set_xticks(sorted(bits))
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False, fontsize=8)
+    return figure
+
+
+def _activations(report: dict[str, Any]) -> Any:
+    runs = report["runs"]
+    picked = [i for i, cell in enumerate(runs[0]["cells"]) if cell["kind"] in ("activations", "kv_cache")]
+    if not picked:
+        return None
+    figure, (ax,) = _figure(1, 7.2)
+    width = 0.8 / len(runs)
+    for index, run in enumerate(runs):
+        base = run["cells"][0]["perplexity"]
+        values = [run["cells"][i]["perplexity"] for i in picked]
+        change = [None if v is None or base is None else 100 * (v / base - 1) for v in values]
+        places = [row + (index - (len(runs) - 1) / 2) * width for row in range(len(picked))]
+        heights = [0.0 if value is None else value for value in change]
+        bars = ax.barh(places, heights, width, color=_COLORS[index % len(_COLORS)], label=run["title"])
+        ax.bar_label(bars, ["beyond numbers" if v is None else f"{v:+.2f} %" for v in change], padding=3, fontsize=8)
+    largest = max((abs(x) for x in ax.get_xlim()), default=1.0)
+    ax.set_xscale("symlog", linthresh=0.1)  # a hundredth of a percent stands beside thousands
+    ax.set_xlim(min(0.0, 4 * ax.get_xlim()[0]), max(1.0, 8 * largest))
+    ax.set_yticks(range(len(picked)), [runs[0]["cells"][i]["title"] for i in picked])
+    ax.invert_yaxis()
+    ax.set(xlabel="change of the perplexity, % (linear below 0.1)", title="Rounded activations, keys and values")
+    ax.legend(frameon=False, loc="lower right")
+    return figure
+
+
+def _logarithmic(ax: Any) -> None:
+    from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
+
+    ax.set_yscale("log")
+    low, high = ax.get_ylim()
+    ax.yaxis.set_major_locator(LogLocator(base=10, subs=range(1, 10) if high / low < 10 else (1, 2, 5)))
+    ax.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    ax.yaxis.set_minor_formatter(NullFormatter())

@@ -1,0 +1,531 @@
+"""``softpick quantize``: what quantization costs, softmax and softpick side by side.
+
+:func:`quantize` evaluates each model as it is, then once for every way of rounding it: weights by HQQ, bitsandbytes or GPTQ,
+activations and the key-value cache simulated. Every quantized model is checked before it is evaluated: that its weights
+changed, by how much, and that they have no more levels than their bits allow. Definitions: docs/metrics.md; how to run it:
+docs/quantization.md.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import math
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from softpick.environment import command_line, hardware, versions
+from softpick.evaluation.perplexity import perplexity
+from softpick.evaluation.tasks import HEADLINES, EvaluationError, check_tasks, expected_files, run_tasks
+from softpick.loading import DTYPES, Subject, load_subject
+from softpick.parts import Parts, identity, titles
+from softpick.progress import Reporter, Silent
+from softpick.quantization.methods import METHODS, Job
+from softpick.quantization.methods import quantize as quantize_weights
+from softpick.quantization.simulate import FORMATS, GRANULARITIES, quantized_activations, quantized_cache
+from softpick.quantization.verify import QuantizationError, quiet_libraries
+from softpick.training.data import Corpus, read_corpus, split_documents, standard_library
+
+__all__ = ["QuantizeSettings", "cells", "columns", "forget", "markdown", "quantize", "summary_rows", "weight_rows"]
+
+_CORPUS_CHARACTERS = 4_000_000
+_PREFIX = "quantize"
+
+
+@dataclass(frozen=True)
+class QuantizeSettings:
+    """What is quantized how, and on what it is evaluated.
+
+    Attributes:
+        model: a hub name or a directory; a GGUF file for simulated rounding only.
+        against: further ones, put beside it.
+        methods: keys of ``softpick.quantization.methods.METHODS``; empty for none.
+        bits: of weights; None is those of 2, 3, 4 and 8 (the paper's) that a method has.
+        activations: such as ``int8-tensor``: a format (int8, int6, int4, fp8) and whose scale (tensor, token); weights in the
+            same format with a scale an output. Empty for none.
+        kv_cache: bits of keys and values; empty for none.
+        group_size: neighbouring inputs of an output that share a scale (HQQ, GPTQ).
+        tasks: of ``softpick.evaluation.tasks.TASKS``; empty for none.
+        data_dir: local files of the tasks; None asks the hub.
+        limit: examples of each task; None is all.
+        data: for perplexity and calibration: text, JSONL or parquet file or a directory of them; None is the Python standard
+            library's sources. Calibration uses one part of the documents, perplexity the rest.
+        text_field: of JSONL and parquet files.
+        samples: sequences for the perplexity.
+        calibration_samples: sequences for GPTQ and for the scales of ``tensor``.
+        sequence_length: tokens of one, BOS included; None is the positions of the model, at most 2048.
+        batch_size: sequences a forward pass.
+        seed: of few-shot examples and resampling.
+        device: where the models run.
+        dtype: ``auto`` (as saved), ``float32``, ``bfloat16`` or ``float16``.
+        attn_implementation: of transformers or softpick; None is the model's own.
+        keep: leave the quantized models in the output folder.
+    """
+
+    model: str
+    against: tuple[str, ...] = ()
+    methods: tuple[str, ...] = ("hqq",)
+    bits: tuple[int, ...] | None = None
+    activations: tuple[str, ...] = ("int8-tensor", "int8-token", "fp8-tensor", "fp8-token")
+    kv_cache: tuple[int, ...] = (8, 4)
+    group_size: int = 64
+    tasks: tuple[str, ...] = ()
+    data_dir: str | None = None
+    limit: int | None = None
+    data: str | None = None
+    text_field: str = "text"
+    samples: int = 64
+    calibration_samples: int = 64
+    sequence_length: int | None = None
+    batch_size: int = 8
+    seed: int = 0
+    device: str = "cpu"
+    dtype: str = "auto"
+    attn_implementation: str | None = None
+    keep: bool = False
+
+    @property
+    def models(self) -> tuple[str, ...]:
+        """All of them."""
+        return (self.model, *self.against)
+
+    def bits_of(self, method: str) -> list[int]:
+        """With which a method is run, ascending."""
+        return sorted(set(METHODS[method].bits) & set((2, 3, 4, 8) if self.bits is None else self.bits))
+
+    def check(self) -> None:
+        """Raise :class:`EvaluationError` for values that cannot work."""
+        least = {
+            "samples": 1,
+            "calibration_samples": 1,
+            "batch_size": 1,
+            "group_size": 1,
+            "sequence_length": 2,
+            "limit": 1,
+        }
+        for name, smallest in least.items():
+            value = getattr(self, name)
+            if value is not None and value < smallest:
+                raise EvaluationError(f"{name}: expected at least {smallest}, got {value}")
+        for name, known in (("methods", METHODS), ("dtype", DTYPES)):
+            values = getattr(self, name)
+            for value in (values,) if isinstance(values, str) else values:
+                if value not in known:
+                    raise EvaluationError(f"{name}: expected one of {', '.join(known)}; got {value!r}")
+        for name in self.methods:
+            if not self.bits_of(name):
+                has = ", ".join(map(str, METHODS[name].bits))
+                raise EvaluationError(f"bits: {name} has {has}; got {', '.join(map(str, self.bits or ())) or 'none'}")
+        unused = [bits for bits in self.bits or () if all(bits not in METHODS[name].bits for name in self.methods)]
+        if unused and self.methods:
+            raise EvaluationError(f"bits: none of {', '.join(self.methods)} has {', '.join(map(str, unused))} bits")
+        for choice in self.activations:
+            name, _, granularity = choice.partition("-")
+            if name not in FORMATS or granularity not in GRANULARITIES:
+                raise EvaluationError(
+                    f"activations: expected one of {', '.join(FORMATS)} and then -{' or -'.join(GRANULARITIES)}, such as "
+                    f"int8-tensor; got {choice!r}"
+                )
+        for bits in self.kv_cache:
+            if not 2 <= bits <= 8:
+                raise EvaluationError(f"kv_cache: expected 2 to 8 bits, got {bits}")
+        for name in ("methods", "bits", "activations", "kv_cache", "models"):
+            values = getattr(self, name) or ()
+            if len(set(values)) < len(values):
+                raise EvaluationError(f"{name}: expected different ones, got {', '.join(map(str, values))}")
+        if not (self.methods or self.activations or self.kv_cache):
+            raise EvaluationError("methods: expected methods, activations or kv_cache, got none of them")
+        if self.tasks:
+            check_tasks(self.tasks, self.data_dir, None)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One way of rounding a model."""
+
+    kind: str  # weights, activations, kv_cache; none is the model as it is
+    method: str
+    bits: int
+
+    @property
+    def title(self) -> str:
+        """For people."""
+        if self.kind == "weights":
+            return f"{METHODS[self.method].title} {self.bits} bits"
+        if self.kind == "activations":
+            name, _, granularity = self.method.partition("-")
+            return f"W+A {name}, a scale a {granularity}"
+        return f"KV cache int{self.bits}" if self.kind == "kv_cache" else "unquantized"
+
+
+def cells(settings: QuantizeSettings) -> list[Cell]:
+    """The grid: the model as it is, then every way of rounding it, in the order of the table."""
+    found = [Cell("none", "none", 0)]
+    for name in settings.methods:
+        found += [Cell("weights", name, bits) for bits in settings.bits_of(name)]
+    found += [Cell("activations", name, int("".join(filter(str.isdigit, name)))) for name in settings.activations]
+    return found + [Cell("kv_cache", "minmax", bits) for bits in sorted(settings.kv_cache)]
+
+
+def quantize(
+    settings: QuantizeSettings,
+    output: str | Path,
+    *,
+    reporter: Reporter | None = None,
+    command: str = "",
+) -> dict[str, Any]:
+    """Evaluate models as they are and quantized.
+
+    Args:
+        settings: what, how and on what.
+        output: folder in which finished cells are left (files that begin with ``quantize-``), from which the same call goes
+            on, and which :func:`forget` cleans; also what the quantizers print (``*.log``) and, if kept, their models.
+        reporter: told what happens.
+        command: as typed, for the report.
+
+    Returns:
+        ``title``, ``meta``, ``settings``, ``notes`` and ``runs``, one a model, each with its ``cells``; as
+        docs/quantization.md lays it out.
+
+    Raises:
+        EvaluationError: impossible settings, an encoder, missing files of a task.
+        QuantizationError: a library cannot take this model, or nothing was quantized.
+        ModelError: a model that cannot be loaded, or has no room for so many positions.
+        DataError: the data cannot be used, or are shorter than a sequence.
+        ImportError: a package is missing; the message names the extra.
+    """
+    settings.check()
+    reporter = reporter if reporter is not None else Silent()
+    output = Path(output)
+    corpus = (
+        standard_library(_CORPUS_CHARACTERS)
+        if settings.data is None
+        else read_corpus(settings.data, settings.text_field, _CORPUS_CHARACTERS)
+    )
+    calibration, held, split = split_documents(corpus.documents)
+    texts = tuple(Corpus(tuple(documents), corpus.description) for documents in (calibration, held))
+    parts = Parts(output, _PREFIX)
+    with quiet_libraries():
+        runs = [
+            _Run(name, title, settings, texts, output, parts, reporter).run()
+            for name, title in zip(settings.models, titles(settings.models), strict=True)
+        ]
+    if parts.again:
+        reporter.say(f"{parts.again} cells were there from before")
+    return {
+        "title": f"softpick quantize: {' against '.join(run['title'] for run in runs)}",
+        "meta": {
+            "models": ", ".join(settings.models),
+            "tasks_from": "none" if not settings.tasks else settings.data_dir or "the Hugging Face hub",
+            "data": f"{corpus.description}; {split}",
+            "created": time.strftime("%Y-%m-%d %H:%M"),
+            "versions": versions("hqq", "bitsandbytes", "gptqmodel", "optimum", "lm_eval"),
+            "seed": settings.seed,
+            "device": settings.device,
+            "hardware": hardware(settings.device),
+            "threads": torch.get_num_threads(),
+            "command": command or command_line(),
+        },
+        "settings": asdict(settings),
+        "notes": [note for run in runs for note in run["notes"]],
+        "runs": runs,
+    }
+
+
+def forget(output: str | Path) -> None:
+    """Remove what :func:`quantize` has left for going on; nothing else."""
+    Parts(output, _PREFIX).forget()
+
+
+class _Run:
+    """One model, through all cells. It is loaded when the first cell that is not there yet needs it."""
+
+    def __init__(
+        self,
+        name: str,
+        title: str,
+        settings: QuantizeSettings,
+        texts: tuple[Corpus, ...],
+        output: Path,
+        parts: Parts,
+        reporter: Reporter,
+    ) -> None:
+        self.name, self.title, self.settings, self.texts = name, title, settings, texts
+        self.output, self.parts, self.reporter = output, parts, reporter
+        self._loaded: Subject | None = None
+        self._sequences: tuple[Tensor, Tensor] | None = None
+        self._key = [
+            identity(name),
+            [hashlib.sha256("\0".join(text.documents).encode()).hexdigest() for text in texts],
+            [[f.name, f.stat().st_size, f.stat().st_mtime_ns] for f in self._files()],
+            {k: v for k, v in asdict(settings).items() if k not in _NOT_OF_A_CELL},
+            versions("hqq", "bitsandbytes", "gptqmodel", "optimum", "lm_eval"),
+        ]
+
+    def _files(self) -> list[Path]:
+        settings = self.settings
+        return (
+            list(expected_files(settings.tasks, settings.data_dir, None))
+            if settings.tasks and settings.data_dir
+            else []
+        )
+
+    def run(self) -> dict[str, Any]:
+        start = time.perf_counter()
+        about = self.parts.get([self._key, "about"], self._about)
+        plan = cells(self.settings)
+        found: list[dict[str, Any]] = []
+        with self.reporter.progress(f"{self.title}: ways of rounding", len(plan)) as bar:
+            for cell in plan:
+                key = [self._key, asdict(cell), self.settings.keep]
+                value = self.parts.get(key, functools.partial(self._cell, cell))
+                found.append(asdict(cell) | {"title": cell.title} | value)
+                bar.update(len(found), None, f"{cell.title}: perplexity {_short(value['perplexity'])}")
+        self._loaded = None  # before the next one is loaded
+        return about | {
+            "title": self.title,
+            "cells": found,
+            "notes": _notes(self.title, found),
+            "seconds": time.perf_counter() - start,
+        }
+
+    @property
+    def subject(self) -> Subject:
+        if self._loaded is None:
+            settings = self.settings
+            self._loaded = load_subject(
+                self.name,
+                reporter=self.reporter,
+                device=settings.device,
+                dtype=settings.dtype,
+                attn_implementation=settings.attn_implementation,
+            )
+            if not self._loaded.causal:
+                raise EvaluationError(f"model: {self.name} is an encoder; expected a causal language model")
+            if getattr(self._loaded.model.config, "quantization_config", None) is not None:
+                raise EvaluationError(f"model: {self.name} is quantized already; expected the model before that")
+        return self._loaded
+
+    def _about(self) -> dict[str, Any]:
+        from softpick.integrations.transformers import normalizer_of
+
+        model = self.subject.model
+        try:
+            normalizer = normalizer_of(model)
+        except (TypeError, ValueError):
+            normalizer = str(model.config._attn_implementation)
+        return {
+            "model": self.name,
+            "normalizer": normalizer,
+            "parameters": sum(p.numel() for p in model.parameters()),
+            "dtype": str(model.dtype).removeprefix("torch."),
+        }
+
+    @property
+    def sequences(self) -> tuple[Tensor, Tensor]:
+        """For calibration and for the perplexity."""
+        if self._sequences is None:
+            settings, subject = self.settings, self.subject
+            length = settings.sequence_length or min(subject.room, 2048)
+            calibration, held = self.texts
+            self._sequences = (
+                subject.sequences(calibration, settings.calibration_samples, length),
+                subject.sequences(held, settings.samples, length),
+            )
+        return self._sequences
+
+    def _cell(self, cell: Cell) -> dict[str, Any]:
+        start = time.perf_counter()
+        try:
+            with self._rounded(cell) as (subject, extra):
+                result = self._evaluate(subject)
+                result |= {name: value() if callable(value) else value for name, value in extra.items()}
+        except QuantizationError as error:
+            raise QuantizationError(f"{self.title}, {cell.title}: {error}") from error
+        return result | {"seconds": time.perf_counter() - start}
+
+    @contextmanager
+    def _rounded(self, cell: Cell) -> Iterator[tuple[Subject, dict[str, Any | Callable[[], Any]]]]:
+        """The model rounded in the way of a cell, and what else is told of it (a function is called after evaluating)."""
+        calibration, _ = self.sequences
+        subject, batches = self.subject, calibration.split(self.settings.batch_size)
+        if cell.kind == "weights":
+            with self._folder(cell) as folder:
+                job = Job(subject, cell.bits, self.settings.group_size, calibration, folder, self.reporter)
+                made = quantize_weights(cell.method, job)
+                yield made.subject, {"weights": made.verification.to_dict()}
+        elif cell.kind == "activations":
+            name, _, granularity = cell.method.partition("-")
+            with quantized_activations(subject.model, name, granularity, batches) as activations:
+                yield subject, {"activation_errors": activations.relative}
+        elif cell.kind == "kv_cache":
+            with quantized_cache(subject.model, cell.bits) as cache:
+                yield subject, {"cache_errors": cache.relative}
+        else:
+            yield subject, {}
+
+    @contextmanager
+    def _folder(self, cell: Cell) -> Iterator[Path]:
+        """A new folder for a quantized model, which stays if the models are kept."""
+        name = f"{self.title.replace('/', '-')}-{cell.method}-{cell.bits}bit"
+        kept, working = self.output / name, self.output / f".{name}.tmp"
+        if self.settings.keep and kept.exists():
+            raise EvaluationError(f"output: {kept} is there already; choose another --output")
+        if working.exists():
+            shutil.rmtree(working)  # of a crash; nothing but ours has this name
+        self.output.mkdir(parents=True, exist_ok=True)
+        try:
+            yield working
+            if self.settings.keep:
+                self.subject.tokenizer.save_pretrained(working)
+                working.rename(kept)
+        finally:
+            log = working.with_suffix(".log")
+            if log.exists():
+                log.replace(self.output / f"{name}.log")
+            shutil.rmtree(working, ignore_errors=True)
+
+    def _evaluate(self, subject: Subject) -> dict[str, Any]:
+        settings = self.settings
+        _, held = self.sequences
+        measured = perplexity(subject.model, held, batch_size=settings.batch_size)
+        result: dict[str, Any] = {"perplexity": measured if math.isfinite(measured) else None}
+        result["tasks"] = (
+            run_tasks(
+                subject.model,
+                subject.tokenizer,
+                settings.tasks,
+                data_dir=settings.data_dir,
+                limit=settings.limit,
+                batch_size=settings.batch_size,
+                seed=settings.seed,
+                reporter=self.reporter,
+            )
+            if settings.tasks
+            else {}
+        )
+        return result
+
+
+# which cells there are does not change what one of them gives
+_NOT_OF_A_CELL = ("model", "against", "methods", "bits", "activations", "kv_cache", "keep", "data", "data_dir")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The table
+
+
+def columns(report: dict[str, Any]) -> list[str]:
+    """Headings: the models, and where there are two the second minus the first."""
+    found = [run["title"] for run in report["runs"]]
+    return [*found, "Δ"] if len(found) == 2 else found
+
+
+def summary_rows(report: dict[str, Any]) -> list[tuple[str, str, list[str]]]:
+    """The table: task and metric, way of rounding, one text a column of :func:`columns`.
+
+    As in the paper's tables 7 to 9; behind each figure the change from the unquantized model.
+    """
+    runs = report["runs"]
+    rows: list[tuple[str, str, list[str]]] = []
+    tasks = report["settings"]["tasks"]
+    metrics: list[tuple[str, str | None, str, int]] = [("perplexity", None, "perplexity (down)", 1)]
+    for task in tasks:
+        for metric in HEADLINES[task]:
+            percent = metric.startswith("acc")
+            label = f"{task} {metric} {'(%, up)' if percent else '(down)'}"
+            metrics.append((task, metric, label, 100 if percent else 1))
+    for task, name, label, factor in metrics:
+        for index, cell in enumerate(runs[0]["cells"]):
+            values = [_figure(run["cells"][index], task, name, factor) for run in runs]
+            bases = [_figure(run["cells"][0], task, name, factor) for run in runs]
+            texts = [_with_change(v, b, factor, index > 0) for v, b in zip(values, bases, strict=True)]
+            if len(runs) == 2:
+                first, second = values
+                texts.append("–" if first is None or second is None else f"{second - first:+.{_digits(factor)}g}")
+            rows.append((label, cell["title"], texts))
+    return rows
+
+
+def _figure(cell: dict[str, Any], task: str, name: str | None, factor: int) -> float | None:
+    value = cell["perplexity"] if name is None else cell["tasks"].get(task, {}).get(name)
+    return None if value is None else factor * value
+
+
+def _short(value: float | None) -> str:
+    return "beyond numbers" if value is None else f"{value:.4g}"
+
+
+def _digits(factor: int) -> int:
+    return 3 if factor == 1 else 4
+
+
+def _with_change(value: float | None, base: float | None, factor: int, quantized: bool) -> str:
+    if value is None:
+        return "–"
+    text = f"{value:.2f}" if factor == 100 else f"{value:.4g}"
+    if not quantized or not base:
+        return text
+    # points of an accuracy, percent of a perplexity
+    return f"{text} ({value - base:+.2f})" if factor == 100 else f"{text} ({100 * (value / base - 1):+.2f} %)"
+
+
+def weight_rows(report: dict[str, Any]) -> list[tuple[str, list[str]]]:
+    """For every way of quantizing weights: share of the parameters, weight error, bits on disk, by model."""
+    rows = []
+    for index, cell in enumerate(report["runs"][0]["cells"]):
+        if cell["kind"] == "weights":
+            texts = []
+            for run in report["runs"]:
+                w = run["cells"][index]["weights"]
+                texts.append(
+                    f"{100 * w['share']:.1f} % of parameters, error {w['error']:.4f}, {w['bits_per_weight']:.2f} bits"
+                )
+            rows.append((cell["title"], texts))
+    return rows
+
+
+def markdown(report: dict[str, Any]) -> str:
+    """The tables as Markdown."""
+    titles = columns(report)
+    lines = [f"# {report['title']}", "", "| | |" + "".join(f" {title} |" for title in titles)]
+    lines.append("|---|---|" + "---|" * len(titles))
+    lines += [f"| {metric} | {how} | {' | '.join(values)} |" for metric, how, values in summary_rows(report)]
+    weights = weight_rows(report)
+    if weights:
+        names = [run["title"] for run in report["runs"]]
+        lines += ["", "| weights |" + "".join(f" {name} |" for name in names), "|---|" + "---|" * len(names)]
+        lines += [f"| {how} | {' | '.join(texts)} |" for how, texts in weights]
+    lines += ["", *(f"- {note}" for note in report["notes"]), ""]
+    lines += [f"- {key.replace('_', ' ')}: {value}" for key, value in report["meta"].items()]
+    return "\n".join(lines) + "\n"
+
+
+def _notes(title: str, found: list[dict[str, Any]]) -> list[str]:
+    notes = []
+    for cell in found:
+        if cell["kind"] == "kv_cache":
+            layers = cell["cache_errors"]
+            worst = max(range(len(layers)), key=lambda i: layers[i]["output"])
+            mean = {name: sum(layer[name] for layer in layers) / len(layers) for name in ("key", "value", "output")}
+            notes.append(
+                f"{title}, {cell['title']}: relative error of keys {mean['key']:.4f}, values {mean['value']:.4f}, attention "
+                f"outputs {mean['output']:.4f} (mean of layers; largest {layers[worst]['output']:.4f} in layer {worst})."
+            )
+        if cell["kind"] == "activations":
+            errors = cell["activation_errors"]
+            worst = max(errors, key=lambda name: errors[name])
+            mean_error = sum(errors.values()) / len(errors)
+            notes.append(
+                f"{title}, {cell['title']}: relative error of inputs {mean_error:.4f} (mean of matrices), largest "
+                f"{errors[worst]:.4f} in {worst}."
+            )
+    return notes

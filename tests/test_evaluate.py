@@ -278,6 +278,7 @@ def test_batches_limit_and_examples(home):
     # the examples of the file for training are long
     words = f"contexts are longer than the model's {POSITIONS} positions; their beginnings were cut off"
     assert recorder.said == [f"arc_easy: 24 of 24 {words}"]
+    assert shots["contexts_cut"] == 1
     recorder = Recorder()
     run(limit=6, reporter=recorder)
     assert recorder.said == [f"arc_easy: 4 of 24 {words}"]

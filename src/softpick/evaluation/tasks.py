@@ -230,7 +230,7 @@ def run_tasks(
                     torch_random_seed=seed,
                     fewshot_random_seed=seed,
                 )
-            except (ConnectionError, FileNotFoundError) as error:
+            except OSError as error:  # what the hub's libraries raise
                 if data_dir is not None:
                     raise
                 raise _no_data(name, why or error, [name], num_fewshot) from error

@@ -201,7 +201,7 @@ def summary_rows(report: dict[str, Any]) -> list[tuple[str, list[str]]]:
         )
     for label, name in (("weight on the key", "key_weight"), ("row mass", "mass"), ("largest weight", "largest")):
         if any(run["retrieving"] for run in runs):
-            add(f"strongest retrieving head: {label}", [_over_lengths(run["retrieving"], name) for run in runs])
+            add(f"the key's strongest head: {label}", [_over_lengths(run["retrieving"], name) for run in runs])
     for label, name in (("within", "within"), ("beyond", "beyond")):
         if any(run["perplexity"] and run["perplexity"][name] for run in runs):
             add(
@@ -268,7 +268,7 @@ class _Run:
         if self.again:
             self.reporter.say(f"{self.again} parts were there from before")
         retrieving = _retrieving(found)
-        notes += _notes(self.title, about, found, perplexity)
+        notes += _notes(self.title, about, tasks, found, perplexity)
         self._loaded = None  # before the next one is loaded
         return about | {
             "title": self.title,
@@ -501,9 +501,19 @@ def _retrieving(found: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
 
 
 def _notes(
-    title: str, about: dict[str, Any], found: Sequence[dict[str, Any]], perplexity: dict[str, Any] | None
+    title: str,
+    about: dict[str, Any],
+    tasks: dict[str, dict[str, float]],
+    found: Sequence[dict[str, Any]],
+    perplexity: dict[str, Any] | None,
 ) -> list[str]:
     notes = []
+    cut = [f"{task} ({100 * t['contexts_cut']:.1f} %)" for task, t in tasks.items() if t.get("contexts_cut")]
+    if cut:
+        notes.append(
+            f"{title}: contexts that are longer than its {about['trained_length']} positions lost their beginnings: "
+            f"{', '.join(cut)}."
+        )
     if found and not any(f["correct"] for f in found):
         notes.append(f"{title}: not one passkey was found, so the heads listed as retrieving retrieve nothing.")
     trained = about["trained_length"]

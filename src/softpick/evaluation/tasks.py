@@ -187,7 +187,8 @@ def run_tasks(
     Returns:
         For each task the harness's numbers by plain names: ``acc`` and ``acc_norm`` (fractions), ``perplexity``,
         ``word_perplexity``, ``byte_perplexity``, ``bits_per_byte``, each with ``..._stderr`` where the harness has one;
-        and ``samples``, how many examples were scored.
+        ``samples``, how many examples were scored; and ``contexts_cut`` where there are any, the share of the contexts that
+        were longer than the model has positions and lost their beginnings.
 
     Raises:
         EvaluationError: as :func:`check_tasks`; a hub that cannot be reached; a continuation that is longer than the
@@ -229,13 +230,12 @@ def run_tasks(
                     torch_random_seed=seed,
                     fewshot_random_seed=seed,
                 )
-            except (ConnectionError, FileNotFoundError) as error:
+            except OSError as error:  # what the hub's libraries raise
                 if data_dir is not None:
                     raise
                 raise _no_data(name, why or error, [name], num_fewshot) from error
             counted = found["n-samples"][name]["effective"]
-            results[name] = _plain(found["results"][name]) | {"samples": float(counted)}
-            lm.end()
+            results[name] = _plain(found["results"][name]) | {"samples": float(counted)} | lm.end()
     return results
 
 
@@ -365,12 +365,14 @@ def _language_model() -> Any:
         def begin(self, task: str, reporter: Reporter) -> None:
             self._task, self._reporter, self._cut, self._pairs = task, reporter, 0, 0
 
-        def end(self) -> None:
-            if self._cut:
-                self._reporter.say(
-                    f"{self._task}: {self._cut} of {self._pairs} contexts are longer than the model's {self.max_length} "
-                    "positions; their beginnings were cut off"
-                )
+        def end(self) -> dict[str, float]:
+            if not self._cut:
+                return {}
+            self._reporter.say(
+                f"{self._task}: {self._cut} of {self._pairs} contexts are longer than the model's {self.max_length} "
+                "positions; their beginnings were cut off"
+            )
+            return {"contexts_cut": self._cut / self._pairs}
 
         def tok_encode(
             self, string: str, add_special_tokens: bool | None = None, left_truncate_len: int | None = None, **_: Any

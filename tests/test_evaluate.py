@@ -35,13 +35,14 @@ from typer.testing import CliRunner
 from softpick import cli
 from softpick.analysis import attention_maps
 from softpick.analysis.capture import watch_last_query
-from softpick.evaluate import EvaluateSettings, _titles, evaluate, forget, summary_rows
+from softpick.evaluate import EvaluateSettings, evaluate, forget, summary_rows
 from softpick.evaluation import passkey as passkey_module
 from softpick.evaluation import tasks as tasks_module
 from softpick.evaluation.passkey import make_prompts, passkey, retrieving_heads, shortest_prompt
 from softpick.evaluation.perplexity import learned_positions, perplexity, perplexity_by_position, position_edges
 from softpick.evaluation.tasks import TASKS, EvaluationError, run_tasks, starts_with_bos
 from softpick.loading import ModelError
+from softpick.parts import titles
 from softpick.training import engine
 from softpick.training.data import DataError, train_tokenizer
 
@@ -807,9 +808,9 @@ def test_the_same_model_twice_is_refused(home):
 
 
 def test_titles_tell_models_apart():
-    assert _titles(["runs/softmax/model", "runs/softpick/model"]) == ["softmax/model", "softpick/model"]
-    assert _titles(["a/x", "b/y"]) == ["x", "y"]
-    assert _titles(["org/name"]) == ["name"]
+    assert titles(["runs/softmax/model", "runs/softpick/model"]) == ["softmax/model", "softpick/model"]
+    assert titles(["a/x", "b/y"]) == ["x", "y"]
+    assert titles(["org/name"]) == ["name"]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

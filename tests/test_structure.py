@@ -53,6 +53,7 @@ ALLOWED = {
         "softpick.integrations",
     },
     "softpick.audit": {
+        "softpick.parts",
         "softpick.environment",
         "softpick.loading",
         "softpick.progress",
@@ -61,6 +62,7 @@ ALLOWED = {
         "softpick.integrations",
     },
     "softpick.evaluate": {
+        "softpick.parts",
         "softpick.environment",
         "softpick.evaluation",
         "softpick.loading",

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from softpick.environment import command_line, versions
 from softpick.loading import DTYPES, FUSED, ModelError, Subject, load_subject
+from softpick.parts import identity
 from softpick.progress import Reporter, Silent
 from softpick.training.data import Corpus, read_corpus, standard_library
 
@@ -190,18 +191,11 @@ def forget(state: str | Path) -> None:
 
 def _fingerprint(name: str, settings: AuditSettings, corpus: Corpus) -> str:
     """Of all that the measurements of one model depend on."""
-    import transformers
-
-    from softpick import __version__
-
-    path = Path(name)
-    files = [path] if path.is_file() else sorted(path.iterdir()) if path.is_dir() else []
     parts = {
-        "model": str(path.resolve()) if files else name,
-        "files": [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files if f.is_file()],
+        "model": identity(name),
         "settings": {k: v for k, v in asdict(settings).items() if k not in ("model", "against")},
         "documents": hashlib.sha256("\0".join(corpus.documents).encode()).hexdigest(),
-        "versions": [__version__, torch.__version__, transformers.__version__],
+        "versions": versions(),
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 

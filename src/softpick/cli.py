@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import logging
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -75,7 +76,9 @@ def build_app() -> typer.Typer:
     def root(
         version: bool = option(False, "--version", callback=version, is_eager=True, help="Print the version and exit."),
     ) -> None:
-        pass
+        # torchao, which transformers imports where it is installed, warns of itself
+        for name in ("torchao", "torch.utils._pytree"):
+            logging.getLogger(name).setLevel(logging.ERROR)
 
     @app.command(help="List the normalizers.")
     def normalizers() -> None:
@@ -550,16 +553,14 @@ def _run_quantize(given: dict[str, Any], output: str) -> None:
     ):
         os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing that was asked for is there
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-    from softpick.quantization.verify import QuantizationError, quiet_libraries
-
-    with quiet_libraries():  # what they say while they are imported
-        from softpick.evaluation.tasks import EvaluationError
-        from softpick.loading import ModelError
-        from softpick.quantization.plots import write_plots
-        from softpick.quantize import QuantizeSettings, forget, markdown
-        from softpick.quantize import quantize as run
-        from softpick.training.data import DataError
-        from softpick.training.engine import quiet_transformers, write_json
+    from softpick.evaluation.tasks import EvaluationError
+    from softpick.loading import ModelError
+    from softpick.quantization.plots import write_plots
+    from softpick.quantization.verify import QuantizationError
+    from softpick.quantize import QuantizeSettings, forget, markdown
+    from softpick.quantize import quantize as run
+    from softpick.training.data import DataError
+    from softpick.training.engine import quiet_transformers, write_json
 
     console = _console(wide=True)
     try:

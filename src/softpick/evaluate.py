@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import json
 import math
 import sys
 import time
@@ -33,6 +32,7 @@ from softpick.evaluation.tasks import (
     starts_with_bos,
 )
 from softpick.loading import DTYPES, ModelError, Subject, load_subject
+from softpick.parts import Parts, identity, titles
 from softpick.progress import ProgressBar, Reporter, Silent
 from softpick.training.data import Corpus, read_corpus, standard_library
 
@@ -40,6 +40,7 @@ __all__ = ["EvaluateSettings", "evaluate", "forget", "summary_rows"]
 
 _CORPUS_CHARACTERS = 4_000_000  # of a corpus that is tokenized
 _LONGEST = 8192  # tokens of a sequence for the perplexities, unless the user says otherwise
+_PREFIX = "evaluate"
 _HEADS = 5  # retrieving heads that are listed
 
 
@@ -149,11 +150,11 @@ def evaluate(
             if settings.data is None
             else read_corpus(settings.data, settings.text_field, _CORPUS_CHARACTERS)
         )
-    folder = None if state is None else Path(state)
+    parts = Parts(state, _PREFIX)
     runs: list[dict[str, Any]] = []
-    for name, title in zip(settings.models, _titles(settings.models), strict=True):
+    for name, title in zip(settings.models, titles(settings.models), strict=True):
         length = runs[0]["perplexity"]["length"] if runs and settings.perplexity else settings.sequence_length
-        runs.append(_Run(name, title, settings, corpus, length, reporter, folder).run())
+        runs.append(_Run(name, title, settings, corpus, length, reporter, parts).run())
     return {
         "title": f"softpick evaluate: {' against '.join(run['title'] for run in runs)}",
         "meta": {
@@ -176,8 +177,7 @@ def evaluate(
 
 def forget(state: str | Path) -> None:
     """Remove what evaluations have left in a folder for going on; nothing else in it."""
-    for file in [*Path(state).glob("evaluate-*.json"), *Path(state).glob(".evaluate-*.json.tmp")]:
-        file.unlink()
+    Parts(state, _PREFIX).forget()
 
 
 def summary_rows(report: dict[str, Any]) -> list[tuple[str, list[str]]]:
@@ -230,19 +230,20 @@ class _Run:
         corpus: Corpus | None,
         length: int | None,
         reporter: Reporter,
-        state: Path | None,
+        parts: Parts,
     ) -> None:
-        self.name, self.title, self.settings, self.corpus, self.state = name, title, settings, corpus, state
+        self.name, self.title, self.settings, self.corpus, self.parts = name, title, settings, corpus, parts
         self.length = length
         self.reporter = _Titled(reporter, title)
         self._loaded: Subject | None = None
-        self._identity = _identity(name, settings)
-        self.again = 0  # parts that were there
+        chosen = [settings.device, settings.dtype, settings.attn_implementation]
+        self._identity = [identity(name), chosen, versions("lm_eval")]
 
     def run(self) -> dict[str, Any]:
         settings = self.settings
         start = time.perf_counter()
         about = self._part("about", {"visible": settings.passkey != ()}, self._about)
+        before = self.parts.again
         notes: list[str] = []
         lengths = self._passkey_lengths(about, notes)
         length = self._sequence_length(about) if settings.perplexity else None
@@ -265,8 +266,8 @@ class _Run:
                 "given": [length, settings.samples, settings.bins],
             }
             perplexity = self._part("perplexity", depends, functools.partial(self._perplexity, length))
-        if self.again:
-            self.reporter.say(f"{self.again} parts were there from before")
+        if self.parts.again > before:
+            self.reporter.say(f"{self.parts.again - before} parts were there from before")
         retrieving = _retrieving(found)
         notes += _notes(self.title, about, tasks, found, perplexity)
         self._loaded = None  # before the next one is loaded
@@ -282,19 +283,7 @@ class _Run:
 
     def _part(self, what: str, depends: dict[str, Any], make: Callable[[], Any]) -> Any:
         """``make()``, or what it gave the last time for the same model, settings and versions."""
-        if self.state is None:
-            return make()
-        from softpick.training.engine import write_json
-
-        key = json.dumps([self._identity, what, depends], sort_keys=True)
-        file = self.state / f"evaluate-{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
-        if file.is_file():
-            self.again += what != "about"
-            return json.loads(file.read_text(encoding="utf-8"))
-        value = make()
-        self.state.mkdir(parents=True, exist_ok=True)
-        write_json(file, value)
-        return value
+        return self.parts.get([self._identity, what, depends], make)
 
     @property
     def subject(self) -> Subject:
@@ -447,28 +436,6 @@ class _Titled:
 
     def progress(self, label: str, total: int) -> AbstractContextManager[ProgressBar]:
         return self._reporter.progress(f"{self._title}: {label}", total)
-
-
-def _titles(names: Sequence[str]) -> list[str]:
-    """As much of the end of each name as tells them apart."""
-    parts = [Path(name).parts or (name,) for name in names]
-    for count in range(1, max(map(len, parts)) + 1):
-        titles = ["/".join(part[-count:]) for part in parts]
-        if len(set(titles)) == len(titles):
-            return titles
-    return list(names)
-
-
-def _identity(name: str, settings: EvaluateSettings) -> dict[str, Any]:
-    """All that every part of one model depends on."""
-    path = Path(name)
-    files = [path] if path.is_file() else sorted(path.iterdir()) if path.is_dir() else []
-    return {
-        "model": str(path.resolve()) if files else name,
-        "files": [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files if f.is_file()],
-        "run": [settings.device, settings.dtype, settings.attn_implementation],
-        "versions": versions("lm_eval"),
-    }
 
 
 def _files(settings: EvaluateSettings, task: str) -> list[Any]:

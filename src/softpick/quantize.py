@@ -218,8 +218,6 @@ def quantize(
             _Run(name, title, settings, texts, output, parts, reporter).run()
             for name, title in zip(settings.models, titles(settings.models), strict=True)
         ]
-    if parts.again:
-        reporter.say(f"{parts.again} cells were there from before")
     return {
         "title": f"softpick quantize: {' against '.join(run['title'] for run in runs)}",
         "meta": {
@@ -281,6 +279,7 @@ class _Run:
     def run(self) -> dict[str, Any]:
         start = time.perf_counter()
         about = self.parts.get([self._key, "about"], self._about)
+        before = self.parts.again
         plan = cells(self.settings)
         found: list[dict[str, Any]] = []
         with self.reporter.progress(f"{self.title}: ways of rounding", len(plan)) as bar:
@@ -289,6 +288,8 @@ class _Run:
                 value = self.parts.get(key, functools.partial(self._cell, cell))
                 found.append(asdict(cell) | {"title": cell.title} | value)
                 bar.update(len(found), None, f"{cell.title}: perplexity {_short(value['perplexity'])}")
+        if self.parts.again > before:
+            self.reporter.say(f"{self.title}: {self.parts.again - before} cells were there from before")
         self._loaded = None  # before the next one is loaded
         return about | {
             "title": self.title,

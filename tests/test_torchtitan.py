@@ -97,19 +97,22 @@ def runs(assets, tmp_path_factory):
         line = command_line(assets, folder, flavor, **options)
         plan.append({"name": name, "ranks": ranks, "arguments": line, "losses": f"{folder}.jsonl"})
 
+    tensor, context = {"parallelism__tensor_parallel_degree": 2}, {"parallelism__context_parallel_degree": 2}
+    shards = {"parallelism__data_parallel_shard_degree": 2}
     for flavor in (ALL, SINK):
         add(f"seed-{flavor}", flavor, checkpoint__create_seed_checkpoint=True)
         add(f"one-{flavor}", flavor, activation_checkpoint__mode="none")
-        add(f"tensor-{flavor}", flavor, 2, parallelism__tensor_parallel_degree=2, activation_checkpoint__mode="full")
-        context = {"parallelism__context_parallel_degree": 2, "activation_checkpoint__selective_ac_option": "op"}
-        add(f"context-{flavor}", flavor, 2, **context)
-    shards = {"parallelism__data_parallel_shard_degree": 2, "training__local_batch_size": BATCH // 2}
-    add("shards", ALL, 2, **shards)
-    add("killed", ALL, 2, training__steps=2, folder="resumed", **shards)
-    add("resumed", ALL, 2, **shards)
-    both = {"parallelism__context_parallel_degree": 2, "parallelism__tensor_parallel_degree": 2}
+        add(f"tensor-{flavor}", flavor, 2, activation_checkpoint__mode="full", **tensor)
+    add("context", SINK, 2, activation_checkpoint__selective_ac_option="op", **context)
     compiled = {"compile__enable": True, "compile__components": "model", "compile__backend": "aot_eager"}
-    add("both", ALL, 4, **both, **compiled)
+    add("context-compiled", ALL, 2, **context, **compiled)
+    add("context-tensor", ALL, 4, **context, **tensor)
+    half = {"training__local_batch_size": BATCH // 2}
+    add("shards", ALL, 2, **shards, **half)
+    add("killed", ALL, 2, training__steps=2, folder="resumed", **shards, **half)
+    add("resumed", ALL, 2, **shards, **half)
+    replicas = {"parallelism__data_parallel_replicate_degree": 2, "training__local_batch_size": BATCH // 4}
+    add("replicas", SINK, 4, **shards, **replicas)
 
     path = root / "plan.json"
     path.write_text(json.dumps(plan))
@@ -139,9 +142,13 @@ def weights(folder, flavor, step=STEPS):
 @pytest.mark.parametrize(
     ("name", "flavor"),
     [
-        *((f"{kind}-{flavor}", flavor) for flavor in (ALL, SINK) for kind in ("tensor", "context")),
+        (f"tensor-{ALL}", ALL),
+        (f"tensor-{SINK}", SINK),
+        ("context", SINK),
+        ("context-compiled", ALL),
+        ("context-tensor", ALL),
         ("shards", ALL),
-        ("both", ALL),
+        ("replicas", SINK),
     ],
 )
 def test_ranks_give_what_one_gives(runs, name, flavor):
@@ -150,11 +157,13 @@ def test_ranks_give_what_one_gives(runs, name, flavor):
     for step, (loss, norm) in expected.items():
         assert found[step][0] == pytest.approx(loss, abs=2e-5), step
         assert found[step][1] == pytest.approx(norm, rel=1e-3), step
-    whole, gathered = weights(runs[f"one-{flavor}"], flavor), weights(runs[name], flavor)
-    for key in whole:
-        torch.testing.assert_close(gathered[key], whole[key], atol=1e-4, rtol=1e-3)
     started = weights(runs[f"seed-{flavor}"], flavor, 0)
-    assert not any(torch.equal(started[key], whole[key]) for key in whole)  # every parameter had a gradient
+    whole, gathered = weights(runs[f"one-{flavor}"], flavor), weights(runs[name], flavor)
+    for key, start in started.items():
+        change = float((whole[key] - start).norm())
+        assert change > 0, key  # every parameter had a gradient
+        # a few entries have a gradient of almost nothing, which Adam makes a whole step in the direction of rounding
+        assert float((gathered[key] - whole[key]).norm()) < 0.02 * change, key
 
 
 @pytest.mark.slow
@@ -166,7 +175,7 @@ def test_resumed(runs):
 
 @pytest.mark.slow
 def test_command_line_converts_there_and_back(runs, assets, tmp_path):
-    step = runs[f"context-{SINK}"] / "checkpoint" / f"step-{STEPS}"
+    step = runs["context"] / "checkpoint" / f"step-{STEPS}"
     arguments = ["to-transformers", str(step), str(tmp_path / "model"), "--flavor", SINK, "--tokenizer", str(assets)]
     adapter.main(arguments)
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -174,14 +183,14 @@ def test_command_line_converts_there_and_back(runs, assets, tmp_path):
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
     assert model.config.eos_token_id == AutoTokenizer.from_pretrained(tmp_path / "model").eos_token_id == 1
     ours = SoftpickTransformer(FLAVORS[SINK])
-    ours.load_state_dict(weights(runs[f"context-{SINK}"], SINK))
+    ours.load_state_dict(weights(runs["context"], SINK))
     tokens = torch.randint(500, (2, LENGTH))
     torch.testing.assert_close(ours(tokens), model(tokens).logits, atol=1e-5, rtol=1e-4)
     with pytest.raises(FileExistsError, match="output: expected a folder that does not exist yet"):
         adapter.main(arguments)
 
     adapter.main(["from-transformers", str(tmp_path / "model"), str(tmp_path / "back")])
-    state = weights(runs[f"context-{SINK}"], SINK)
+    state = weights(runs["context"], SINK)
     back = {key: torch.empty_like(x) for key, x in state.items()}
     dcp.load(back, checkpoint_id=tmp_path / "back", no_dist=True)
     assert all(torch.equal(state[key], back[key]) for key in state)
@@ -273,21 +282,25 @@ def test_registered():
         ),
         ("parallelism", "context_parallel_load_balancer", None, "context_parallel_load_balancer: expected 'headtail'"),
         ("parallelism", "context_parallel_rotate_method", "alltoall", "context_parallel_rotate_method: expected"),
-        ("training", "seq_len", 62, "training.seq_len: expected a multiple of 4 .* got 62"),
+        ("training", "seq_len", 62, "training.seq_len: expected a multiple of 8 .* got 62"),
+        ("compile", "enable", True, "compile.enable, .* expected False with tensor parallelism"),
+        ("parallelism", "enable_async_tensor_parallel", True, "enable_async_tensor_parallel: expected False"),
         ("model", "converters", ["float8"], "model.converters: expected none"),
     ],
 )
 def test_refusals(section, name, value, message):
     config = JobConfig()
-    config.parallelism.context_parallel_degree = 2
+    config.parallelism.context_parallel_degree = config.parallelism.tensor_parallel_degree = 2
     setattr(getattr(config, section), name, value)
     with pytest.raises(ValueError, match=message):
         FLAVORS["tiny"].update_from_config(config)
 
 
 def test_replicas_are_refused():
-    dims = SimpleNamespace(dp_replicate_enabled=True, dp_replicate=2)
-    with pytest.raises(ValueError, match=r"data_parallel_replicate_degree: expected 1, .* got 2"):
+    dims = SimpleNamespace(dp_replicate_enabled=True, fsdp_enabled=False, dp_replicate=2)
+    with pytest.raises(
+        ValueError, match=r"data_parallel_replicate_degree: expected 1 where nothing is sharded, .* got 2"
+    ):
         adapter.parallelize(None, dims, JobConfig())
 
 

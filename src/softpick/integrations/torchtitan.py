@@ -53,7 +53,6 @@ if _found != _VERSION:
 from torchtitan.config import TORCH_DTYPE_MAP, JobConfig
 from torchtitan.distributed import ParallelDims
 from torchtitan.distributed.activation_checkpoint import apply_ac
-from torchtitan.distributed.tensor_parallel import maybe_enable_async_tp
 from torchtitan.hf_datasets import DatasetConfig
 from torchtitan.hf_datasets.text_datasets import DATASETS
 from torchtitan.models.llama3 import Transformer, TransformerModelArgs, get_train_spec
@@ -167,7 +166,17 @@ class SoftpickModelArgs(TransformerModelArgs):
                 f"parallelism.tensor_parallel_degree: expected a divisor of the {self.n_heads} heads and "
                 f"{self.n_kv_heads or self.n_heads} key heads, got {tensor}"
             )
+        if tensor > 1 and (_compiled(job_config) or parallelism.enable_async_tensor_parallel):
+            raise ValueError(
+                "compile.enable, parallelism.enable_async_tensor_parallel: expected False with tensor parallelism, because "
+                "torchtitan 0.2.2 then stops in the backward pass, or its gradients are wrong (seen with torch 2.13, with its "
+                "own Llama too); got True"
+            )
         super().update_from_config(job_config, **kwargs)
+
+
+def _compiled(job_config: JobConfig) -> bool:
+    return job_config.compile.enable and "model" in job_config.compile.components
 
 
 SIZES: dict[str, SoftpickModelArgs] = {
@@ -291,10 +300,11 @@ def parallelize(model: SoftpickTransformer, parallel_dims: ParallelDims, job_con
         ValueError: for replicas without shards (DistributedDataParallel), whose gradients torchtitan 0.2.2 averages although
             its losses are sums.
     """
-    if parallel_dims.dp_replicate_enabled:
+    if parallel_dims.dp_replicate_enabled and not parallel_dims.fsdp_enabled:
         raise ValueError(
-            "parallelism.data_parallel_replicate_degree: expected 1, because torchtitan 0.2.2 makes gradients of replicas too "
-            f"small; got {parallel_dims.dp_replicate}. Use data_parallel_shard_degree (FSDP2)"
+            "parallelism.data_parallel_replicate_degree: expected 1 where nothing is sharded, because "
+            f"torchtitan 0.2.2 makes gradients of DistributedDataParallel too small; got {parallel_dims.dp_replicate}. Use "
+            "data_parallel_shard_degree (FSDP2), with replicas of the shards if wanted"
         )
     blocks = list(model.layers.values())
     if parallel_dims.tp_enabled:
@@ -309,11 +319,10 @@ def parallelize(model: SoftpickTransformer, parallel_dims: ParallelDims, job_con
                     setattr(attention, name, nn.Parameter(distribute_tensor(whole, mesh, [Shard(0)])))
             if attention.output_gate is not None:
                 parallelize_module(attention.output_gate, mesh, ColwiseParallel())
-        maybe_enable_async_tp(job_config, mesh)
     if parallel_dims.cp_enabled:
         for block in blocks:
             block.attention.group = parallel_dims.get_mesh("cp").get_group()
-    compiled = job_config.compile.enable and "model" in job_config.compile.components
+    compiled = _compiled(job_config)
     if job_config.activation_checkpoint.mode != "none":
         attention_ops = {torch.ops.softpick.attention_forward.default, torch.ops.softpick.ring_forward.default}
         apply_ac(
@@ -326,9 +335,10 @@ def parallelize(model: SoftpickTransformer, parallel_dims: ParallelDims, job_con
     if compiled:
         apply_compile(model, job_config.compile)
     if parallel_dims.fsdp_enabled:
+        names = ["dp_replicate", "fsdp"] if parallel_dims.dp_replicate_enabled else ["fsdp"]
         apply_fsdp(
             model,
-            parallel_dims.get_mesh(["fsdp"]),
+            parallel_dims.get_mesh(names),
             param_dtype=TORCH_DTYPE_MAP[job_config.training.mixed_precision_param],
             reduce_dtype=TORCH_DTYPE_MAP[job_config.training.mixed_precision_reduce],
             pp_enabled=False,

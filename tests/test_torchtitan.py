@@ -102,7 +102,7 @@ def runs(assets, tmp_path_factory):
     for flavor in (ALL, SINK):
         add(f"seed-{flavor}", flavor, checkpoint__create_seed_checkpoint=True)
         add(f"one-{flavor}", flavor, activation_checkpoint__mode="none")
-        add(f"tensor-{flavor}", flavor, 2, activation_checkpoint__mode="full", **tensor)
+    add("tensor", SINK, 2, activation_checkpoint__mode="full", **tensor)
     add("context", SINK, 2, activation_checkpoint__selective_ac_option="op", **context)
     compiled = {"compile__enable": True, "compile__components": "model", "compile__backend": "aot_eager"}
     add("context-compiled", ALL, 2, **context, **compiled)
@@ -142,8 +142,7 @@ def weights(folder, flavor, step=STEPS):
 @pytest.mark.parametrize(
     ("name", "flavor"),
     [
-        (f"tensor-{ALL}", ALL),
-        (f"tensor-{SINK}", SINK),
+        ("tensor", SINK),
         ("context", SINK),
         ("context-compiled", ALL),
         ("context-tensor", ALL),

@@ -9,11 +9,13 @@ import json
 import os
 import socket
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import patch
 
 import torch
+import torch._dynamo  # the first call of an operator would import it on every rank
 from torch.distributed.fsdp import FSDPModule
 from torch.multiprocessing import start_processes
 
@@ -70,6 +72,8 @@ def work(rank, run, port):
                 file.write(json.dumps([step, loss, norm]) + "\n")
 
     MetricsProcessor.log = log
+    # two seconds of sleep at the end of every run
+    torchtitan.train.time = SimpleNamespace(perf_counter=time.perf_counter, sleep=nothing)
     torchtitan.train.ConfigManager.parse_args.__defaults__ = (run["arguments"],)
     torchtitan.train.main(torchtitan.train.Trainer)
     sys.stdout.flush()

@@ -12,7 +12,9 @@ from oracle import attention as oracle
 from ring_ranks import cases, in_pairs, inputs
 
 from softpick import NORMALIZERS, scaled_dot_product_attention
-from softpick.distributed import ring_attention, sequence_positions, shard_sequence, unshard_sequence
+from softpick.distributed import _Carry, ring_attention, sequence_positions, shard_sequence, unshard_sequence
+from softpick.normalizers import get_normalizer
+from softpick.ops.library import block_backward, block_forward, interpreted
 
 HERE = Path(__file__).parent
 NAMES = list(NORMALIZERS)
@@ -161,6 +163,31 @@ def test_one_rank_is_plain_attention(alone, name):
         results.append([out, *torch.autograd.grad(out, leaves, torch.ones_like(out))])
     for x, y in zip(*results, strict=True):
         torch.testing.assert_close(x, y)
+
+
+@pytest.mark.skipif(not interpreted(), reason="runs the GPU kernels in Triton's interpreter")
+@pytest.mark.parametrize("name", ["softmax", "softpick", "learned_sink", "linear_softpick"])
+def test_parts_of_the_gpu_kernels(name):
+    """Two parts of the keys, merged, and their gradients: what a ring does, without ranks."""
+    q, k, v = (x.detach() for x in qkv(hkv=2, t=20, d=16, dtype=torch.float32))
+    grad = torch.randn_like(q)
+    sink = torch.randn(4) if name == "learned_sink" else None
+    norm = get_normalizer(name)
+    options = {"backend": "triton", "normalizer": name, "scale": 0.25, "is_causal": False, "softcap": 0.0}
+    carry = _Carry(norm, q, v, sink, norm.eps)
+    parts = [(k[:, :, keys], v[:, :, keys]) for keys in (slice(0, 7), slice(7, 20))]
+    for part in parts:
+        carry.add(slice(0, 20), *block_forward(q, *part, sink, eps=carry.part_eps, **options))
+    out, lse = carry.finish()
+    grads = [block_backward(grad, q, *part, out, lse, **options) for part in parts]
+
+    leaves = [x.requires_grad_() for x in (q, k, v)]
+    wanted = scaled_dot_product_attention(*leaves, enable_gqa=True, normalizer=name, sink=sink, backend="reference")
+    torch.testing.assert_close(out, wanted, atol=2e-5, rtol=1e-4)
+    dq, dk, dv = torch.autograd.grad(wanted, leaves, grad)
+    torch.testing.assert_close(grads[0][0] + grads[1][0], dq, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(torch.cat([grads[0][1], grads[1][1]], 2), dk, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(torch.cat([grads[0][2], grads[1][2]], 2), dv, atol=1e-4, rtol=1e-4)
 
 
 def test_leading_dimensions(alone):

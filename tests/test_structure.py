@@ -18,8 +18,9 @@ ALLOWED = {
     "softpick.environment": set(),
     "softpick.ops": {"softpick.normalizers"},
     "softpick.functional": {"softpick.normalizers", "softpick.ops"},
+    "softpick.distributed": {"softpick.normalizers", "softpick.functional", "softpick.ops"},
     "softpick.nn": {"softpick.normalizers", "softpick.functional"},
-    "softpick.integrations": {"softpick.normalizers", "softpick.functional", "softpick.nn"},
+    "softpick.integrations": {"softpick.normalizers", "softpick.functional", "softpick.nn", "softpick.distributed"},
     "softpick.training": {"softpick.normalizers", "softpick.progress", "softpick.integrations"},
     "softpick.analysis": {"softpick.normalizers", "softpick.functional", "softpick.integrations"},
     "softpick.compare": {

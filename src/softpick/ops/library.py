@@ -25,7 +25,7 @@ from softpick.ops.reference import normalize
 if TYPE_CHECKING:
     from softpick.ops.triton.launch import Options
 
-__all__ = ["HAS_TRITON", "attention", "decode", "interpreted", "rows_forward"]
+__all__ = ["HAS_TRITON", "attention", "block_backward", "block_forward", "decode", "interpreted", "rows_forward"]
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 """Whether Triton is installed; finding it does not import it."""
@@ -461,6 +461,79 @@ def attention(
         max_seqlen_k,
         track,
     )[:4]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Attention over some of the keys, for softpick.distributed: the same kernels, nothing recorded for autograd
+
+
+def block_forward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    sink: Tensor | None,
+    *,
+    backend: str,
+    normalizer: str,
+    scale: float,
+    eps: float,
+    is_causal: bool,
+    softcap: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Output, lse and largest score over these keys alone, all in the accumulation dtype: parts are not rounded twice."""
+    b, h, t, _ = query.shape
+    dtype = _accumulation_dtype(query.dtype)
+    out = query.new_empty(b, h, t, value.shape[-1], dtype=dtype)
+    lse, mass, largest = (query.new_empty(b, h, t, dtype=dtype) for _ in range(3))
+    right = 0 if is_causal else -1
+    if backend == "triton":
+        from softpick.ops.triton import launch
+
+        options = _options(normalizer, scale, eps, -1, right, False, softcap, 0.0)
+        with _on(query):
+            launch.forward(
+                options, query, key, value, None, _dense(sink), None, None, None, 0, out, lse, mass, largest
+            )  # fmt: skip
+    else:
+        spec = _spec(normalizer, scale, eps, -1, right, False, softcap, 0.0, None, 0)
+        tiled.forward(spec, query, key, value, None, sink, out, lse, mass, largest)
+    return out, lse, largest
+
+
+def block_backward(
+    grad_out: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    *,
+    backend: str,
+    normalizer: str,
+    scale: float,
+    is_causal: bool,
+    softcap: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of query, key and value from these keys, given ``out`` and ``lse`` over all keys.
+
+    Nothing else of the other keys enters: with the denominator in ``lse`` and ``D = do . out`` the gradient is a sum over
+    keys. In the accumulation dtype (Triton rounds each block to the inputs' dtype first).
+    """
+    dtype = _accumulation_dtype(query.dtype)
+    dquery, dkey, dvalue = (torch.empty(x.shape, dtype=dtype, device=x.device) for x in (query, key, value))
+    right = 0 if is_causal else -1
+    if backend == "triton":
+        from softpick.ops.triton import launch
+
+        options = _options(normalizer, scale, 0.0, -1, right, False, softcap, 0.0)
+        with _on(query):
+            launch.backward(
+                options, query, key, value, None, None, None, None, None, 0, 0, out, lse, grad_out, dquery, dkey, dvalue, None
+            )  # fmt: skip
+    else:
+        spec = _spec(normalizer, scale, 0.0, -1, right, False, softcap, 0.0, None, 0)
+        tiled.backward(spec, query, key, value, None, None, out, lse, grad_out, dquery, dkey, dvalue)
+    return dquery, dkey, dvalue
 
 
 # ---------------------------------------------------------------------------------------------------------------------

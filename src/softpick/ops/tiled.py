@@ -294,8 +294,9 @@ class _Shift:
     """The row constant ``m`` that exponents are taken relative to (base 2), and whether it is still zero everywhere."""
 
     def __init__(self, norm: Normalizer, like: Tensor, sink: Tensor | None) -> None:
-        # max(anchor, largest score so far): the m of the mathematics
+        # max(anchor, largest score so far): the m of the mathematics, but that a sink stands for its anchor of 0
         self.high = torch.full_like(like, norm.anchor) if sink is None else sink
+        self.anchor = norm.anchor
         self.value = torch.zeros_like(like)  # the m in use
         self.zero = True
 
@@ -313,7 +314,8 @@ class _Shift:
     @property
     def final(self) -> Tensor:
         """The m of the mathematics, finite."""
-        return torch.where(self.high == -math.inf, 0.0, self.high)
+        high = self.high.clamp(min=self.anchor)
+        return torch.where(high == -math.inf, 0.0, high)
 
     def expm1(self, s: Tensor) -> Tensor:
         """``2^(s - m) - 2^-m`` in place, accurate relative to the row sum."""

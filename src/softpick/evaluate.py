@@ -27,6 +27,7 @@ from softpick.evaluation.tasks import (
     HEADLINES,
     TASKS,
     EvaluationError,
+    check_hub,
     check_tasks,
     expected_files,
     run_tasks,
@@ -246,18 +247,17 @@ class _Run:
         notes: list[str] = []
         lengths = self._passkey_lengths(about, notes)
         length = self._sequence_length(about) if settings.perplexity else None
-        tasks = {}
-        for task in settings.tasks:
-            depends: dict[str, Any] = {
+        wanted: dict[str, dict[str, Any]] = {
+            task: {
                 "files": _files(settings, task),
                 "given": [settings.data_dir, settings.limit, settings.num_fewshot, settings.seed, settings.batch_size],
             }
-            tasks[task] = self._part(f"task {task}", depends, functools.partial(self._task, task))
-        found = []
-        for tokens in lengths:
-            depends = {"given": [tokens, settings.passkey_prompts, settings.seed]}
-            found.append(self._part(f"passkey {tokens}", depends, functools.partial(self._passkey, tokens)))
-        perplexity = None
+            for task in settings.tasks
+        }
+        todo = [task for task, depends in wanted.items() if not self._is_there(f"task {task}", depends)]
+        if todo and settings.data_dir is None:
+            check_hub(todo, settings.num_fewshot)
+        perplexity = None  # first, so that too short a text is told at once
         if length is not None:
             assert self.corpus is not None
             depends = {
@@ -265,6 +265,14 @@ class _Run:
                 "given": [length, settings.samples, settings.bins],
             }
             perplexity = self._part("perplexity", depends, functools.partial(self._perplexity, length))
+        tasks = {
+            task: self._part(f"task {task}", depends, functools.partial(self._task, task))
+            for task, depends in wanted.items()
+        }
+        found = []
+        for tokens in lengths:
+            depends = {"given": [tokens, settings.passkey_prompts, settings.seed]}
+            found.append(self._part(f"passkey {tokens}", depends, functools.partial(self._passkey, tokens)))
         if self.again:
             self.reporter.say(f"{self.again} parts were there from before")
         retrieving = _retrieving(found)
@@ -280,14 +288,21 @@ class _Run:
             "seconds": time.perf_counter() - start,
         }
 
+    def _file(self, what: str, depends: dict[str, Any]) -> Path:
+        assert self.state is not None
+        key = json.dumps([self._identity, what, depends], sort_keys=True)
+        return self.state / f"evaluate-{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
+
+    def _is_there(self, what: str, depends: dict[str, Any]) -> bool:
+        return self.state is not None and self._file(what, depends).is_file()
+
     def _part(self, what: str, depends: dict[str, Any], make: Callable[[], Any]) -> Any:
         """``make()``, or what it gave the last time for the same model, settings and versions."""
         if self.state is None:
             return make()
         from softpick.training.engine import write_json
 
-        key = json.dumps([self._identity, what, depends], sort_keys=True)
-        file = self.state / f"evaluate-{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
+        file = self._file(what, depends)
         if file.is_file():
             self.again += what != "about"
             return json.loads(file.read_text(encoding="utf-8"))

@@ -729,10 +729,8 @@ def test_going_on_after_a_stop(home, report, tmp_path):
         evaluate(chosen, reporter=stopped, state=tmp_path / "out")
     again = Recorder()
     resumed = evaluate(chosen, reporter=again, state=tmp_path / "out")
-    assert [label for label, _ in again.bars] == [
-        "softpick: passkey, 340 tokens",
-        f"softpick: perplexity, {2 * POSITIONS} tokens",
-    ]
+    assert again.bars == [("softpick: passkey, 340 tokens", 3)]
+    assert "softpick: 4 parts were there from before" in again.said
     assert "softmax: 5 parts were there from before" in again.said
     assert without_times(resumed) == without_times(report)
     third = Recorder()
@@ -747,6 +745,25 @@ def test_going_on_after_a_stop(home, report, tmp_path):
     (tmp_path / "out" / "mine.json").write_text("{}")
     forget(tmp_path / "out")
     assert [file.name for file in (tmp_path / "out").iterdir()] == ["mine.json"]
+
+
+def test_a_missing_hub_and_a_short_text_are_told_before_anything_is_computed(home, no_hub, tmp_path):
+    recorder = Recorder()
+    with pytest.raises(EvaluationError, match=r"piqa\.jsonl .*wikitext\.jsonl"):
+        evaluate(settings(home, data_dir=None), reporter=recorder)
+    with pytest.raises(DataError, match="too few for one sequence of 100000"):
+        evaluate(settings(home, sequence_length=100_000), reporter=recorder)
+    assert recorder.bars == []
+    # tasks that are done need no hub to go on
+    chosen = settings(home, data_dir=None, tasks=("piqa",), perplexity=False, passkey=())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(huggingface_hub.HfApi, "dataset_info", lambda *args, **kwargs: None)
+        rows = datasets.DatasetDict(
+            {split: datasets.Dataset.from_list(lines(home, "piqa")) for split in ("train", "validation")}
+        )
+        patch.setattr(datasets, "load_dataset", lambda *args, **kwargs: rows)
+        first = evaluate(chosen, state=tmp_path)
+    assert without_times(evaluate(chosen, state=tmp_path)) == without_times(first)
 
 
 def test_other_data_make_a_task_anew(home, tmp_path):

@@ -26,6 +26,7 @@ from softpick.evaluation.tasks import (
     HEADLINES,
     TASKS,
     EvaluationError,
+    check_hub,
     check_tasks,
     expected_files,
     run_tasks,
@@ -247,18 +248,19 @@ class _Run:
         notes: list[str] = []
         lengths = self._passkey_lengths(about, notes)
         length = self._sequence_length(about) if settings.perplexity else None
-        tasks = {}
-        for task in settings.tasks:
-            depends: dict[str, Any] = {
+        wanted: dict[str, dict[str, Any]] = {
+            task: {
                 "files": _files(settings, task),
                 "given": [settings.data_dir, settings.limit, settings.num_fewshot, settings.seed, settings.batch_size],
             }
-            tasks[task] = self._part(f"task {task}", depends, functools.partial(self._task, task))
-        found = []
-        for tokens in lengths:
-            depends = {"given": [tokens, settings.passkey_prompts, settings.seed]}
-            found.append(self._part(f"passkey {tokens}", depends, functools.partial(self._passkey, tokens)))
-        perplexity = None
+            for task in settings.tasks
+        }
+        todo = [
+            task for task, depends in wanted.items() if not self.parts.has([self._identity, f"task {task}", depends])
+        ]
+        if todo and settings.data_dir is None:
+            check_hub(todo, settings.num_fewshot)
+        perplexity = None  # first, so that too short a text is told at once
         if length is not None:
             assert self.corpus is not None
             depends = {
@@ -266,6 +268,14 @@ class _Run:
                 "given": [length, settings.samples, settings.bins],
             }
             perplexity = self._part("perplexity", depends, functools.partial(self._perplexity, length))
+        tasks = {
+            task: self._part(f"task {task}", depends, functools.partial(self._task, task))
+            for task, depends in wanted.items()
+        }
+        found = []
+        for tokens in lengths:
+            depends = {"given": [tokens, settings.passkey_prompts, settings.seed]}
+            found.append(self._part(f"passkey {tokens}", depends, functools.partial(self._passkey, tokens)))
         if self.parts.again > before:
             self.reporter.say(f"{self.parts.again - before} parts were there from before")
         retrieving = _retrieving(found)

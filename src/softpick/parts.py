@@ -31,19 +31,27 @@ class Parts:
             key: all that the part depends on, for JSON.
             make: does the work.
         """
-        if self.folder is None:
+        file = self._file(key)
+        if file is None:
             return make()
         from softpick.training.engine import write_json
 
-        digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
-        file = self.folder / f"{self.prefix}-{digest}.json"
         if file.is_file():
             self.again += 1
             return json.loads(file.read_text(encoding="utf-8"))
         value = make()
-        self.folder.mkdir(parents=True, exist_ok=True)
+        file.parent.mkdir(parents=True, exist_ok=True)
         write_json(file, value)
         return value
+
+    def has(self, key: Any) -> bool:
+        """Whether a part is there."""
+        file = self._file(key)
+        return file is not None and file.is_file()
+
+    def _file(self, key: Any) -> Path | None:
+        digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
+        return None if self.folder is None else self.folder / f"{self.prefix}-{digest}.json"
 
     def forget(self) -> None:
         """Remove them."""

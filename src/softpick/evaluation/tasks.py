@@ -24,7 +24,16 @@ from unittest.mock import patch
 
 from softpick.progress import Reporter, Silent
 
-__all__ = ["HEADLINES", "TASKS", "EvaluationError", "check_tasks", "expected_files", "run_tasks", "starts_with_bos"]
+__all__ = [
+    "HEADLINES",
+    "TASKS",
+    "EvaluationError",
+    "check_hub",
+    "check_tasks",
+    "expected_files",
+    "run_tasks",
+    "starts_with_bos",
+]
 
 
 class EvaluationError(ValueError):
@@ -157,6 +166,22 @@ def check_tasks(tasks: Sequence[str], data_dir: str | Path | None = None, num_fe
         raise EvaluationError(f"data_dir: {data_dir} lacks {'; '.join(missing)}; one JSON object a line")
     for file in files:
         _check_file(file, _TASKS[file.name.split(".")[0]], file.name.split(".")[0])
+
+
+def check_hub(tasks: Sequence[str], num_fewshot: int | None = None) -> None:
+    """Raise what :func:`run_tasks` would raise without ``data_dir`` where neither the hub nor its cache has the data.
+
+    Args:
+        tasks: of :data:`TASKS`, at least one.
+        num_fewshot: changes which files the message names.
+
+    Raises:
+        EvaluationError: the hub does not answer, and the data of a task were not downloaded before.
+        ImportError: lm-eval or datasets is not installed.
+    """
+    _harness()
+    with _quiet(), _reachable_or_cached(tasks, num_fewshot):
+        pass
 
 
 def run_tasks(

@@ -15,6 +15,7 @@ from torch import nn
 pytest.importorskip("transformers")
 pytest.importorskip("matplotlib")
 
+from test_audit import write_gguf
 from transformers import (
     AttentionInterface,
     AttentionMaskInterface,
@@ -24,6 +25,12 @@ from transformers import (
     BertModel,
     GPT2Config,
     GPT2LMHeadModel,
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
 )
 from transformers.masking_utils import sdpa_mask
 from transformers.pytorch_utils import Conv1D
@@ -34,7 +41,7 @@ from softpick.evaluation.tasks import EvaluationError
 from softpick.integrations.transformers import SoftpickLlamaConfig, SoftpickLlamaForCausalLM, normalizer_of
 from softpick.quantization import methods
 from softpick.quantization.simulate import FORMATS, quantized_activations, quantized_cache, round_to
-from softpick.quantization.verify import QuantizationError, verify, weight_of
+from softpick.quantization.verify import QuantizationError, untouched, verify, weight_of
 from softpick.quantize import QuantizeSettings, cells, columns, forget, markdown, quantize, summary_rows, weight_rows
 from softpick.training.data import train_tokenizer
 
@@ -78,8 +85,10 @@ def home(tmp_path_factory):
 def settings(home, **changes):
     given = {
         "model": str(home / "softmax"), "against": (str(home / "softpick"),), "methods": (), "activations": (),
-        "kv_cache": (), "group_size": 32, "data": str(home / "text"), "samples": 4, "calibration_samples": 4,
+        "kv_cache": (), "data": str(home / "text"), "samples": 4, "calibration_samples": 4,
     }  # fmt: skip
+    if {"hqq", "gptq"} & set(changes.get("methods", ())):
+        given["group_size"] = 32
     return QuantizeSettings(**(given | changes))
 
 
@@ -158,6 +167,34 @@ def test_the_weight_of_a_layer(bias, monkeypatch):
     for module, want in ((linear, linear.weight), (conv, conv.weight.T)):
         got = weight_of(module, 12, torch.float32, torch.device("cpu"))
         torch.testing.assert_close(got, want.detach(), atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("size", [1.0, 100.0])
+def test_the_weight_of_a_layer_with_a_large_bias(size):
+    """In half precision a bias that is added and subtracted again would leave little of a weight."""
+    linear = nn.Linear(64, 32).bfloat16()
+    nn.init.normal_(linear.weight, std=0.02)
+    nn.init.normal_(linear.bias, std=size)
+    bias = linear.bias
+    assert torch.equal(weight_of(linear, 64, torch.bfloat16, torch.device("cpu")), linear.weight.detach().float())
+    assert linear.bias is bias
+
+
+def test_what_is_no_matrix_of_a_layer_stays():
+    model = llama()
+    untouched(model, copy.deepcopy(model), [])
+    untouched(model, replaced(model, nearest(3, 16)), [f"model.layers.{i}.{n}" for i in range(2) for n in (
+        "self_attn.q_proj", "mlp.up_proj")])  # fmt: skip
+    for change, words in (
+        (lambda m: m.model.norm.weight.data.mul_(2), "model.norm.weight, .*, changed"),
+        (lambda m: m.lm_head.weight.data.add_(1e-3), "lm_head.weight, .*, changed"),
+        (lambda m: m.model.rotary_emb.to(torch.bfloat16), r"inv_freq, .*torch.float32 before, torch.bfloat16 now"),
+        (lambda m: delattr(m.model, "rotary_emb"), "inv_freq, .*, is gone"),
+    ):
+        other = copy.deepcopy(model)
+        change(other)
+        with pytest.raises(QuantizationError, match=words):
+            untouched(model, other, [])
 
 
 def test_what_the_check_finds():
@@ -373,12 +410,90 @@ def test_weights(home, tmp_path, method, bits, error, monkeypatch):
         assert normalizer_of(model) == "softpick"
         AutoTokenizer.from_pretrained(kept)
         held = quantize_module._Run(
-            given.model, "", given, corpus(home), tmp_path, quantize_module.Parts(None, ""), quantize_module.Silent()
+            given.model,
+            "",
+            given,
+            corpus(home),
+            LENGTH,
+            tmp_path,
+            quantize_module.Parts(None, ""),
+            quantize_module.Silent(),
         ).sequences[1]
         assert perplexity(model.eval(), held) == pytest.approx(cell["perplexity"], rel=1e-4)
     assert sorted(p.name for p in tmp_path.glob("*.log")) == [f"softpick-{method}-{b}bit.log" for b in bits]
     forget(tmp_path)
     assert not list(tmp_path.glob("quantize-*"))
+
+
+@pytest.mark.parametrize("method", ["hqq", "bnb"])
+def test_half_precision(home, tmp_path, method):
+    """Eight bits cost next to nothing, also in bf16: norms and rotary frequencies are not rounded on the way."""
+    pytest.importorskip(methods.METHODS[method].packages[0])
+    given = settings(home, against=(), methods=(method,), bits=(8,), dtype="bfloat16")
+    base, found = quantize(given, tmp_path)["runs"][0]["cells"]
+    assert found["weights"]["error"] < 0.01
+    assert found["perplexity"] == pytest.approx(base["perplexity"], rel=0.01)
+
+
+def test_hqq_of_a_model_whose_layers_it_does_not_know(home, tmp_path):
+    pytest.importorskip("hqq")
+    tokenizer = AutoTokenizer.from_pretrained(home / "softpick")
+    config = GPTNeoXConfig(
+        vocab_size=len(tokenizer), hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2,
+        max_position_embeddings=64, bos_token_id=0, eos_token_id=1,
+    )  # fmt: skip
+    GPTNeoXForCausalLM(config).save_pretrained(tmp_path / "neox")
+    tokenizer.save_pretrained(tmp_path / "neox")
+    given = settings(home, model=str(tmp_path / "neox"), methods=("hqq",), bits=(4,))
+    report = quantize(given, tmp_path / "out")
+    assert len(report["runs"][0]["cells"][1]["weights"]["layers"]) == 8
+    # the other model has room for half as many positions: that is the length for both
+    assert [run["sequence_length"] for run in report["runs"]] == [LENGTH, LENGTH]
+    assert f"of {LENGTH} tokens" in report["notes"][0]
+
+
+def test_a_gguf_file(home, tmp_path):
+    pytest.importorskip("gguf")
+    pytest.importorskip("hqq")
+    tokenizer = AutoTokenizer.from_pretrained(home / "softpick")
+    config = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=2, max_position_embeddings=64, bos_token_id=0, eos_token_id=1,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "llama")
+    tokenizer.save_pretrained(tmp_path / "llama")
+    write_gguf(tmp_path / "llama.gguf", tmp_path / "llama", quantized=False)
+    found = []
+    for name in ("llama", "llama.gguf"):
+        given = settings(
+            home, model=str(tmp_path / name), against=(), methods=("hqq",), bits=(4,), kv_cache=(4,), sequence_length=24
+        )
+        found.append(quantize(given, tmp_path / f"out-{name}")["runs"][0]["cells"])
+    for _, weights, cache in found:
+        assert weights["weights"]["error"] == pytest.approx(found[0][1]["weights"]["error"], rel=1e-4)
+        assert len(weights["weights"]["layers"]) == 14
+        assert cache["cache_errors"][1]["key"] == pytest.approx(0.06, rel=0.5)
+    given = settings(home, model=str(tmp_path / "llama.gguf"), against=(), methods=("bnb",))
+    with pytest.raises(QuantizationError, match="a GGUF file is quantized already"):
+        quantize(given, tmp_path / "out")
+
+
+def test_what_is_not_rounded_is_said(home, tmp_path):
+    """Experts that are one tensor are no linear layers; and a vocabulary of another size makes perplexities incomparable."""
+    tokenizer = train_tokenizer(TEXT, 290)
+    config = MixtralConfig(
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=2, num_local_experts=4, num_experts_per_tok=1, max_position_embeddings=64, bos_token_id=0,
+        eos_token_id=1,
+    )  # fmt: skip
+    MixtralForCausalLM(config).save_pretrained(tmp_path / "mixtral")
+    tokenizer.save_pretrained(tmp_path / "mixtral")
+    given = settings(home, model=str(tmp_path / "mixtral"), activations=("int4-token",), group_size=None)
+    notes = " ".join(quantize(given, tmp_path / "out")["notes"])
+    assert "% of the parameters besides the vocabulary's are in linear layers" in notes
+    assert "mixtral: only" in notes
+    assert "softpick: only" not in notes
+    assert "have different vocabularies" in notes
 
 
 def corpus(home):
@@ -465,9 +580,10 @@ def test_goes_on_after_a_stop(home, tmp_path, monkeypatch):
     before = len(measured)
     quantize(settings(home, activations=("int4-token", "int8-tensor"), kv_cache=(4, 3)), tmp_path / "parts")
     assert len(measured) - before == 2
-    (tmp_path / "parts" / "mine.json").write_text("{}")
+    for name in ("mine.json", "quantize-config.json"):
+        (tmp_path / "parts" / name).write_text("{}")
     forget(tmp_path / "parts")
-    assert [p.name for p in (tmp_path / "parts").iterdir()] == ["mine.json"]
+    assert sorted(p.name for p in (tmp_path / "parts").iterdir()) == ["mine.json", "quantize-config.json"]
 
 
 @pytest.mark.parametrize(
@@ -482,6 +598,8 @@ def test_goes_on_after_a_stop(home, tmp_path, monkeypatch):
         ({}, "methods: expected methods, activations or kv_cache, got none"),
         ({"kv_cache": (4,), "samples": 0}, "samples: expected at least 1, got 0"),
         ({"kv_cache": (4,), "dtype": "half"}, "dtype: expected one of .*; got 'half'"),
+        ({"kv_cache": (4,), "bits": (7,)}, "bits: expected none without methods, got 7"),
+        ({"kv_cache": (4,), "group_size": 32}, "group_size: expected none without hqq or gptq, got 32"),
         ({"kv_cache": (4,), "tasks": ("arc",)}, "tasks: .*'arc'"),
     ],
 )
@@ -557,6 +675,7 @@ def test_the_command(home, tmp_path):
     report = json.loads((out / "results.json").read_text())
     assert "hqq" in report["meta"]["versions"]
     assert report["meta"]["command"].startswith("softpick quantize")
+    (out / "results.json").unlink()  # a table is not overwritten either
     refused = subprocess.run([str(w) for w in words], capture_output=True, text=True, env=environment, timeout=300)
     assert refused.returncode == 2
-    assert "is there already; choose another --output" in refused.stderr
+    assert "table.md is there already; choose another --output" in refused.stderr

@@ -20,8 +20,7 @@ import torch
 from torch import Tensor
 
 from softpick.environment import command_line, versions
-from softpick.loading import DTYPES, FUSED, ModelError, Subject, load_subject
-from softpick.parts import identity
+from softpick.loading import DTYPES, FUSED, ModelError, Subject, identity, load_subject
 from softpick.progress import Reporter, Silent
 from softpick.training.data import Corpus, read_corpus, standard_library
 
@@ -208,7 +207,6 @@ def _measure(
     subject: Subject, settings: AuditSettings, corpus: Corpus, reporter: Reporter, stem: Path | None
 ) -> dict[str, Any]:
     from softpick.analysis import attention_maps, encode_maps
-    from softpick.integrations.transformers import normalizer_of
 
     start = time.perf_counter()
     tokens = subject.sequences(corpus, settings.samples, settings.sequence_length)
@@ -225,13 +223,9 @@ def _measure(
             words = [subject.tokenizer.decode([token]) for token in row]
             samples.append({"text_tokens": words, "maps": encode_maps(maps)})
             progress.update(len(samples), None)
-    try:
-        normalizer = normalizer_of(subject.model)
-    except (TypeError, ValueError):
-        normalizer = str(subject.model.config._attn_implementation)
     measured = measurements.to_dict()
     run = {
-        "normalizer": normalizer,
+        "normalizer": subject.normalizer,
         "title": title,
         "seed": 0,
         "model": subject.name,

@@ -16,6 +16,8 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     import typer
     from rich.console import Console
 
@@ -295,7 +297,7 @@ def build_app() -> typer.Typer:
             "activation, from calibration) or -token; none leaves them out.",
         ),
         kv_cache: str = option("8,4", metavar="BITS", help="Simulated keys and values, comma-separated; or none."),
-        group_size: int = option(64, help="Weights that share a scale (hqq, gptq)."),
+        group_size: int = option(None, help="Weights that share a scale (hqq, gptq).  [default: 64]"),
         tasks: str = option("none", metavar="NAMES", help="Comma-separated, as for `softpick evaluate`."),
         data_dir: str = option(
             None, metavar="DIR", help="TASK.jsonl for each task (docs/evaluation.md).  [default: the hub]"
@@ -311,7 +313,7 @@ def build_app() -> typer.Typer:
         samples: int = option(64, help="Sequences for the perplexity."),
         calibration_samples: int = option(64, help="Sequences that gptq and the scales of -tensor look at."),
         sequence_length: int = option(
-            None, help="Tokens of one, BOS included.  [default: the model's positions, at most 2048]"
+            None, help="Tokens of one, BOS included.  [default: the fewest positions of a model, at most 2048]"
         ),
         batch_size: int = option(8, help="Sequences a forward pass."),
         seed: int = option(0, help="Of few-shot examples and standard errors."),
@@ -488,38 +490,60 @@ def _run_audit(given: dict[str, Any], output: str) -> None:
 
 
 def _run_evaluate(given: dict[str, Any], output: str) -> None:
-    import os
-    from pathlib import Path
-
-    folder = Path(output)
-    if (folder / "results.json").exists():
-        _fail(f"output: {folder / 'results.json'} is there already; choose another --output")
-    models = (given["model"], *given["against"])
-    if all(Path(name).exists() for name in models) and (given["data_dir"] or not given["tasks"]):
-        os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing that was asked for is there
-    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-    from softpick.evaluate import EvaluateSettings, forget
-    from softpick.evaluate import evaluate as run
+    folder = _new_folder(output, "results.json", "passkey.png", "heads.png", "perplexity.png")
+    _offline_unless_asked(given)
+    from softpick.evaluate import EvaluateSettings, evaluate, forget
     from softpick.evaluation.plots import write_plots
-    from softpick.evaluation.tasks import EvaluationError
-    from softpick.loading import ModelError
-    from softpick.training.data import DataError
-    from softpick.training.engine import quiet_transformers, write_json
+    from softpick.training.engine import write_json
 
     console = _console()
-    try:
-        with quiet_transformers():
-            report = run(EvaluateSettings(**given), reporter=_Reporter(console), state=folder)
-    except (EvaluationError, ModelError, DataError, ImportError) as error:
-        _fail(str(error))
-    except KeyboardInterrupt:
-        console.print(f"interrupted; run the same command again to continue in {output}", markup=False, highlight=False)
-        raise SystemExit(130) from None
+    with _told(console, output):
+        report = evaluate(EvaluateSettings(**given), reporter=_Reporter(console), state=folder)
     folder.mkdir(parents=True, exist_ok=True)
     plots = write_plots(folder, report)
     write_json(folder / "results.json", report)
     forget(folder)
     _print_evaluation(report, [folder / "results.json", *plots], console)
+
+
+def _new_folder(output: str, *names: str) -> Path:
+    """The folder of a run, in which none of the files is yet that it will write."""
+    from pathlib import Path
+
+    folder = Path(output)
+    for name in names:
+        if (folder / name).exists():
+            _fail(f"output: {folder / name} is there already; choose another --output")
+    return folder
+
+
+def _offline_unless_asked(given: dict[str, Any]) -> None:
+    import os
+    from pathlib import Path
+
+    models = (given["model"], *given["against"])
+    if all(Path(name).exists() for name in models) and (given["data_dir"] or not given["tasks"]):
+        os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing that was asked for is there
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+
+
+@contextmanager
+def _told(console: Console, output: str) -> Iterator[None]:
+    """Errors that a user can do something about in one line, and how to go on after Ctrl-C."""
+    from softpick.evaluation.tasks import EvaluationError
+    from softpick.loading import ModelError
+    from softpick.quantization.verify import QuantizationError
+    from softpick.training.data import DataError
+    from softpick.training.engine import quiet_transformers
+
+    try:
+        with quiet_transformers():
+            yield
+    except (EvaluationError, ModelError, QuantizationError, DataError, ImportError) as error:
+        _fail(str(error))
+    except KeyboardInterrupt:
+        console.print(f"interrupted; run the same command again to continue in {output}", markup=False, highlight=False)
+        raise SystemExit(130) from None
 
 
 def _print_evaluation(report: dict[str, Any], files: Sequence[Any], console: Console) -> None:
@@ -542,43 +566,20 @@ def _print_evaluation(report: dict[str, Any], files: Sequence[Any], console: Con
 
 
 def _run_quantize(given: dict[str, Any], output: str) -> None:
-    import os
-    from pathlib import Path
-
-    folder = Path(output)
-    if (folder / "results.json").exists():
-        _fail(f"output: {folder / 'results.json'} is there already; choose another --output")
-    if all(Path(name).exists() for name in (given["model"], *given["against"])) and (
-        given["data_dir"] or not given["tasks"]
-    ):
-        os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing that was asked for is there
-    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-    from softpick.evaluation.tasks import EvaluationError
-    from softpick.loading import ModelError
+    folder = _new_folder(output, "results.json", "table.md", "weights.png", "activations.png")
+    _offline_unless_asked(given)
     from softpick.quantization.plots import write_plots
-    from softpick.quantization.verify import QuantizationError
-    from softpick.quantize import QuantizeSettings, forget, markdown
-    from softpick.quantize import quantize as run
-    from softpick.training.data import DataError
-    from softpick.training.engine import quiet_transformers, write_json
+    from softpick.quantize import QuantizeSettings, forget, markdown, quantize
+    from softpick.training.engine import write_json, write_text
 
     console = _console(wide=True)
-    try:
-        with quiet_transformers():
-            report = run(QuantizeSettings(**given), folder, reporter=_Reporter(console))
-    except (EvaluationError, ModelError, QuantizationError, DataError, ImportError) as error:
-        _fail(str(error))
-    except KeyboardInterrupt:
-        console.print(f"interrupted; run the same command again to continue in {output}", markup=False, highlight=False)
-        raise SystemExit(130) from None
+    with _told(console, output):
+        report = quantize(QuantizeSettings(**given), folder, reporter=_Reporter(console))
     plots = write_plots(folder, report)
-    table = folder / "table.md"
-    temporary = folder / ".table.md.tmp"
-    temporary.write_text(markdown(report), encoding="utf-8")
-    temporary.replace(table)
+    write_text(folder / "table.md", markdown(report))
     write_json(folder / "results.json", report)
     forget(folder)
-    _print_quantization(report, [folder / "results.json", table, *plots], console)
+    _print_quantization(report, [folder / "results.json", folder / "table.md", *plots], console)
 
 
 def _print_quantization(report: dict[str, Any], files: Sequence[Any], console: Console) -> None:

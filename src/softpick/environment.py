@@ -17,7 +17,7 @@ __all__ = ["command_line", "hardware", "versions"]
 def hardware(device: str = "cpu") -> str:
     """Name of the GPU, or of the processor and how many of it."""
     if device.startswith("cuda"):
-        return torch.cuda.get_device_name()
+        return torch.cuda.get_device_name(device)
     name = platform.processor() or platform.machine()
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()

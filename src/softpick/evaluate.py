@@ -32,8 +32,8 @@ from softpick.evaluation.tasks import (
     run_tasks,
     starts_with_bos,
 )
-from softpick.loading import DTYPES, ModelError, Subject, load_subject
-from softpick.parts import Parts, identity, titles
+from softpick.loading import DTYPES, ModelError, Subject, identity, load_subject
+from softpick.parts import Parts, titles
 from softpick.progress import ProgressBar, Reporter, Silent
 from softpick.training.data import Corpus, read_corpus, standard_library
 
@@ -312,20 +312,14 @@ class _Run:
         return self._loaded
 
     def _about(self) -> dict[str, Any]:
-        from softpick.integrations.transformers import normalizer_of
-
         subject = self.subject
         model = subject.model
         if self.settings.passkey != ():
             self._see_attention()
-        try:
-            normalizer = normalizer_of(model)
-        except (TypeError, ValueError):
-            normalizer = str(model.config._attn_implementation)
         bos = starts_with_bos(model, subject.tokenizer)
         return {
             "model": self.name,
-            "normalizer": normalizer,
+            "normalizer": subject.normalizer,
             "parameters": sum(p.numel() for p in model.parameters()),
             "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
             "attn_implementation": str(model.config._attn_implementation),

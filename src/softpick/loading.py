@@ -18,7 +18,7 @@ from torch import Tensor
 from softpick.progress import Reporter
 from softpick.training.data import Corpus, DataError
 
-__all__ = ["DTYPES", "FUSED", "ModelError", "Subject", "first_line", "load_config", "load_subject"]
+__all__ = ["DTYPES", "FUSED", "ModelError", "Subject", "first_line", "identity", "load_config", "load_subject"]
 
 DTYPES = {"auto": "auto", "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 """What ``dtype`` may be: ``auto`` is the one that was saved."""
@@ -63,6 +63,16 @@ class Subject:
         """Positions that the model has, or very many where it does not say."""
         longest = getattr(self.model.config, "max_position_embeddings", None)
         return longest if isinstance(longest, int) and longest > 0 else sys.maxsize
+
+    @property
+    def normalizer(self) -> str:
+        """Its name, or that of an attention function that somebody else registered."""
+        from softpick.integrations.transformers import normalizer_of
+
+        try:
+            return normalizer_of(self.model)
+        except (TypeError, ValueError):
+            return str(self.model.config._attn_implementation)
 
     def ids(self, text: str) -> list[int]:
         """Token ids of a text, without special ones."""
@@ -221,3 +231,22 @@ def load_config(name: str) -> tuple[Any, str, dict[str, Any]]:
 def first_line(error: Exception) -> str:
     """Of an error's words, or its kind."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def identity(name: str) -> list[Any]:
+    """What a model is, for the key of a part: place, size and time of its files, or a hub model's revision.
+
+    Raises:
+        ModelError: there is no such model.
+    """
+    path = Path(name)
+    files = [path] if path.is_file() else sorted(path.iterdir()) if path.is_dir() else []
+    if not files:
+        return [name, getattr(load_config(name)[0], "_commit_hash", None)]
+    # parts and reports that were put beside a model do not make it another one
+    kept = [f for f in files if f.is_file() and (f.suffix in _OF_A_MODEL or f.name in _CONFIGURATIONS)]
+    return [str(path.resolve()), [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in kept]]
+
+
+_OF_A_MODEL = (".safetensors", ".bin", ".gguf", ".model", ".txt", ".py")
+_CONFIGURATIONS = ("config.json", "model.safetensors.index.json", "tokenizer.json", "tokenizer_config.json")

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-__all__ = ["Parts", "identity", "titles"]
+__all__ = ["Parts", "titles"]
 
 
 class Parts:
@@ -56,17 +56,10 @@ class Parts:
     def forget(self) -> None:
         """Remove them."""
         if self.folder is not None:
-            for pattern in (f"{self.prefix}-*.json", f".{self.prefix}-*.json.tmp"):
+            digest = "[0-9a-f]" * 16  # a user's own file may begin like ours
+            for pattern in (f"{self.prefix}-{digest}.json", f".{self.prefix}-{digest}.json.tmp"):
                 for file in self.folder.glob(pattern):
                     file.unlink()
-
-
-def identity(name: str) -> list[Any]:
-    """What a model is, for the key of a part: its place, and the size and time of its files."""
-    path = Path(name)
-    files = [path] if path.is_file() else sorted(path.iterdir()) if path.is_dir() else []
-    found = [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files if f.is_file()]
-    return [str(path.resolve()) if files else name, found]
 
 
 def titles(names: Sequence[str]) -> list[str]:

@@ -13,7 +13,7 @@ import hashlib
 import math
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -25,13 +25,14 @@ from torch import Tensor
 from softpick.environment import command_line, hardware, versions
 from softpick.evaluation.perplexity import perplexity
 from softpick.evaluation.tasks import HEADLINES, EvaluationError, check_tasks, expected_files, run_tasks
-from softpick.loading import DTYPES, Subject, load_subject
-from softpick.parts import Parts, identity, titles
+from softpick.loading import DTYPES, Subject, identity, load_config, load_subject
+from softpick.parts import Parts, titles
 from softpick.progress import Reporter, Silent
 from softpick.quantization.methods import METHODS, Job
+from softpick.quantization.methods import check as check_weights
 from softpick.quantization.methods import quantize as quantize_weights
 from softpick.quantization.simulate import FORMATS, GRANULARITIES, quantized_activations, quantized_cache
-from softpick.quantization.verify import QuantizationError, quiet_libraries
+from softpick.quantization.verify import QuantizationError, linear_layers, quiet_libraries
 from softpick.training.data import Corpus, read_corpus, split_documents, standard_library
 
 __all__ = ["QuantizeSettings", "cells", "columns", "forget", "markdown", "quantize", "summary_rows", "weight_rows"]
@@ -52,7 +53,7 @@ class QuantizeSettings:
         activations: such as ``int8-tensor``: a format (int8, int6, int4, fp8) and whose scale (tensor, token); weights in the
             same format with a scale an output. Empty for none.
         kv_cache: bits of keys and values; empty for none.
-        group_size: neighbouring inputs of an output that share a scale (HQQ, GPTQ).
+        group_size: neighbouring inputs of an output that share a scale (HQQ, GPTQ); None is 64.
         tasks: of ``softpick.evaluation.tasks.TASKS``; empty for none.
         data_dir: local files of the tasks; None asks the hub.
         limit: examples of each task; None is all.
@@ -61,7 +62,7 @@ class QuantizeSettings:
         text_field: of JSONL and parquet files.
         samples: sequences for the perplexity.
         calibration_samples: sequences for GPTQ and for the scales of ``tensor``.
-        sequence_length: tokens of one, BOS included; None is the positions of the model, at most 2048.
+        sequence_length: tokens of one, BOS included; None is the positions of the model that has fewest, at most 2048.
         batch_size: sequences a forward pass.
         seed: of few-shot examples and resampling.
         device: where the models run.
@@ -76,7 +77,7 @@ class QuantizeSettings:
     bits: tuple[int, ...] | None = None
     activations: tuple[str, ...] = ("int8-tensor", "int8-token", "fp8-tensor", "fp8-token")
     kv_cache: tuple[int, ...] = (8, 4)
-    group_size: int = 64
+    group_size: int | None = None
     tasks: tuple[str, ...] = ()
     data_dir: str | None = None
     limit: int | None = None
@@ -127,6 +128,10 @@ class QuantizeSettings:
         unused = [bits for bits in self.bits or () if all(bits not in METHODS[name].bits for name in self.methods)]
         if unused and self.methods:
             raise EvaluationError(f"bits: none of {', '.join(self.methods)} has {', '.join(map(str, unused))} bits")
+        if self.bits is not None and not self.methods:
+            raise EvaluationError(f"bits: expected none without methods, got {', '.join(map(str, self.bits))}")
+        if self.group_size is not None and not {"hqq", "gptq"} & set(self.methods):
+            raise EvaluationError(f"group_size: expected none without hqq or gptq, got {self.group_size}")
         for choice in self.activations:
             name, _, granularity = choice.partition("-")
             if name not in FORMATS or granularity not in GRANULARITIES:
@@ -196,7 +201,7 @@ def quantize(
         docs/quantization.md lays it out.
 
     Raises:
-        EvaluationError: impossible settings, an encoder, missing files of a task.
+        EvaluationError: impossible settings, an encoder, missing files of a task, a kept model that is there already.
         QuantizationError: a library cannot take this model, or nothing was quantized.
         ModelError: a model that cannot be loaded, or has no room for so many positions.
         DataError: the data cannot be used, or are shorter than a sequence.
@@ -212,10 +217,11 @@ def quantize(
     )
     calibration, held, split = split_documents(corpus.documents)
     texts = tuple(Corpus(tuple(documents), corpus.description) for documents in (calibration, held))
+    length = settings.sequence_length or min(2048, *(_positions(name) for name in settings.models))
     parts = Parts(output, _PREFIX)
     with quiet_libraries():
         runs = [
-            _Run(name, title, settings, texts, output, parts, reporter).run()
+            _Run(name, title, settings, texts, length, output, parts, reporter).run()
             for name, title in zip(settings.models, titles(settings.models), strict=True)
         ]
     return {
@@ -225,6 +231,7 @@ def quantize(
             "tasks_from": "none" if not settings.tasks else settings.data_dir or "the Hugging Face hub",
             "data": f"{corpus.description}; {split}",
             "created": time.strftime("%Y-%m-%d %H:%M"),
+            "quantizers": ", ".join(f"{METHODS[m].title} ({METHODS[m].citation})" for m in settings.methods) or "none",
             "versions": versions("hqq", "bitsandbytes", "gptqmodel", "optimum", "lm_eval"),
             "seed": settings.seed,
             "device": settings.device,
@@ -233,9 +240,30 @@ def quantize(
             "command": command or command_line(),
         },
         "settings": asdict(settings),
-        "notes": [note for run in runs for note in run["notes"]],
+        "notes": [*_common_notes(runs), *(note for run in runs for note in run["notes"])],
         "runs": runs,
     }
+
+
+def _common_notes(runs: list[dict[str, Any]]) -> list[str]:
+    first = runs[0]
+    notes = [
+        f"Perplexity of {first['sequences']} sequences of {first['sequence_length']} tokens; calibration on "
+        f"{first['calibration_sequences']}."
+    ]
+    if len({run["vocabulary"] for run in runs}) > 1:
+        notes.append("The models have different vocabularies: their perplexities cannot be compared with each other.")
+    return notes
+
+
+def _vocabulary(model: Any) -> list[Any]:
+    ends = (model.get_input_embeddings(), model.get_output_embeddings())
+    return [module for module in ends if module is not None]
+
+
+def _positions(name: str) -> int:
+    longest = getattr(load_config(name)[0], "max_position_embeddings", None)
+    return longest if isinstance(longest, int) and longest > 0 else 2048
 
 
 def forget(output: str | Path) -> None:
@@ -252,16 +280,18 @@ class _Run:
         title: str,
         settings: QuantizeSettings,
         texts: tuple[Corpus, ...],
+        length: int,
         output: Path,
         parts: Parts,
         reporter: Reporter,
     ) -> None:
-        self.name, self.title, self.settings, self.texts = name, title, settings, texts
+        self.name, self.title, self.settings, self.texts, self.length = name, title, settings, texts, length
         self.output, self.parts, self.reporter = output, parts, reporter
         self._loaded: Subject | None = None
         self._sequences: tuple[Tensor, Tensor] | None = None
         self._key = [
             identity(name),
+            length,
             [hashlib.sha256("\0".join(text.documents).encode()).hexdigest() for text in texts],
             [[f.name, f.stat().st_size, f.stat().st_mtime_ns] for f in self._files()],
             {k: v for k, v in asdict(settings).items() if k not in _NOT_OF_A_CELL},
@@ -281,11 +311,11 @@ class _Run:
         about = self.parts.get([self._key, "about"], self._about)
         before = self.parts.again
         plan = cells(self.settings)
+        self._check_methods([cell for cell in plan if not self.parts.has(self._cell_key(cell))])
         found: list[dict[str, Any]] = []
         with self.reporter.progress(f"{self.title}: ways of rounding", len(plan)) as bar:
             for cell in plan:
-                key = [self._key, asdict(cell), self.settings.keep]
-                value = self.parts.get(key, functools.partial(self._cell, cell))
+                value = self.parts.get(self._cell_key(cell), functools.partial(self._cell, cell))
                 found.append(asdict(cell) | {"title": cell.title} | value)
                 bar.update(len(found), None, f"{cell.title}: perplexity {_short(value['perplexity'])}")
         if self.parts.again > before:
@@ -294,9 +324,12 @@ class _Run:
         return about | {
             "title": self.title,
             "cells": found,
-            "notes": _notes(self.title, found),
+            "notes": _notes(self.title, about, found),
             "seconds": time.perf_counter() - start,
         }
+
+    def _cell_key(self, cell: Cell) -> list[Any]:
+        return [self._key, asdict(cell), self.settings.keep]
 
     @property
     def subject(self) -> Subject:
@@ -311,35 +344,60 @@ class _Run:
             )
             if not self._loaded.causal:
                 raise EvaluationError(f"model: {self.name} is an encoder; expected a causal language model")
-            if getattr(self._loaded.model.config, "quantization_config", None) is not None:
+            # transformers unpacks a GGUF file, and says nevertheless that it is quantized
+            packed = getattr(self._loaded.model.config, "quantization_config", None) is not None
+            if packed and Path(self.name).suffix != ".gguf":
                 raise EvaluationError(f"model: {self.name} is quantized already; expected the model before that")
         return self._loaded
 
     def _about(self) -> dict[str, Any]:
-        from softpick.integrations.transformers import normalizer_of
-
-        model = self.subject.model
-        try:
-            normalizer = normalizer_of(model)
-        except (TypeError, ValueError):
-            normalizer = str(model.config._attn_implementation)
+        subject, (calibration, held) = self.subject, self.sequences
+        parameters = sum(p.numel() for p in subject.model.parameters())
+        # embeddings and the vocabulary's projection, once where they are tied
+        ends = {id(module.weight): module.weight.numel() for module in _vocabulary(subject.model)}
+        inner = sum(m.weight.numel() for m in linear_layers(subject.model).values() if id(m.weight) not in ends)
         return {
             "model": self.name,
-            "normalizer": normalizer,
-            "parameters": sum(p.numel() for p in model.parameters()),
-            "dtype": str(model.dtype).removeprefix("torch."),
+            "normalizer": subject.normalizer,
+            "parameters": parameters,
+            "vocabulary": len(subject.tokenizer),
+            "dtype": str(subject.model.dtype).removeprefix("torch."),
+            "linear_share": inner / max(1, parameters - sum(ends.values())),
+            "sequence_length": self.length,
+            "sequences": len(held),
+            "calibration_sequences": len(calibration),
         }
+
+    def _check_methods(self, plan: Sequence[Cell]) -> None:
+        """Raise at once what a library cannot take, and not after the cells before it."""
+        for cell in plan:
+            if cell.kind == "weights":
+                try:
+                    check_weights(cell.method, self._job(cell, self._places(cell)[1]))
+                except QuantizationError as error:
+                    raise QuantizationError(f"{self.title}, {cell.title}: {error}") from error
+
+    def _job(self, cell: Cell, folder: Path) -> Job:
+        group = self.settings.group_size or 64
+        return Job(self.subject, cell.bits, group, self.sequences[0], folder, self.reporter)
+
+    def _places(self, cell: Cell) -> tuple[Path, Path]:
+        """Where a quantized model is kept, and where it is made."""
+        name = f"{self.title.replace('/', '-')}-{cell.method}-{cell.bits}bit"
+        kept = self.output / name
+        if self.settings.keep and kept.exists():
+            raise EvaluationError(f"output: {kept} is there already; choose another --output")
+        return kept, self.output / f".{name}.tmp"
 
     @property
     def sequences(self) -> tuple[Tensor, Tensor]:
         """For calibration and for the perplexity."""
         if self._sequences is None:
             settings, subject = self.settings, self.subject
-            length = settings.sequence_length or min(subject.room, 2048)
             calibration, held = self.texts
             self._sequences = (
-                subject.sequences(calibration, settings.calibration_samples, length),
-                subject.sequences(held, settings.samples, length),
+                subject.sequences(calibration, settings.calibration_samples, self.length),
+                subject.sequences(held, settings.samples, self.length),
             )
         return self._sequences
 
@@ -360,8 +418,7 @@ class _Run:
         subject, batches = self.subject, calibration.split(self.settings.batch_size)
         if cell.kind == "weights":
             with self._folder(cell) as folder:
-                job = Job(subject, cell.bits, self.settings.group_size, calibration, folder, self.reporter)
-                made = quantize_weights(cell.method, job)
+                made = quantize_weights(cell.method, self._job(cell, folder))
                 yield made.subject, {"weights": made.verification.to_dict()}
         elif cell.kind == "activations":
             name, _, granularity = cell.method.partition("-")
@@ -376,10 +433,7 @@ class _Run:
     @contextmanager
     def _folder(self, cell: Cell) -> Iterator[Path]:
         """A new folder for a quantized model, which stays if the models are kept."""
-        name = f"{self.title.replace('/', '-')}-{cell.method}-{cell.bits}bit"
-        kept, working = self.output / name, self.output / f".{name}.tmp"
-        if self.settings.keep and kept.exists():
-            raise EvaluationError(f"output: {kept} is there already; choose another --output")
+        kept, working = self._places(cell)
         if working.exists():
             shutil.rmtree(working)  # of a crash; nothing but ours has this name
         self.output.mkdir(parents=True, exist_ok=True)
@@ -391,7 +445,7 @@ class _Run:
         finally:
             log = working.with_suffix(".log")
             if log.exists():
-                log.replace(self.output / f"{name}.log")
+                log.replace(kept.with_name(f"{kept.name}.log"))
             shutil.rmtree(working, ignore_errors=True)
 
     def _evaluate(self, subject: Subject) -> dict[str, Any]:
@@ -510,8 +564,13 @@ def markdown(report: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _notes(title: str, found: list[dict[str, Any]]) -> list[str]:
+def _notes(title: str, about: dict[str, Any], found: list[dict[str, Any]]) -> list[str]:
     notes = []
+    if about["linear_share"] < 0.9:
+        notes.append(
+            f"{title}: only {100 * about['linear_share']:.1f} % of the parameters besides the vocabulary's are in linear "
+            "layers; the others (experts that are one tensor, say) are in no way rounded."
+        )
     for cell in found:
         if cell["kind"] == "kv_cache":
             layers = cell["cache_errors"]

@@ -144,7 +144,7 @@ def _losses(
         ids = batch.to(device)
         logits = model(input_ids=ids, use_cache=False).logits
         losses = [
-            nn.functional.cross_entropy(row[:-1].float(), targets[1:], reduction="none").double().cpu()
+            nn.functional.cross_entropy(row[:-1].float(), targets[1:], reduction="none").cpu().double()
             for row, targets in zip(logits, ids, strict=True)
         ]
         del logits

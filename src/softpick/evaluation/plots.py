@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-__all__ = ["write_plots"]
+__all__ = ["COLORS", "new_figure", "save_figures", "write_plots"]
 
 # Okabe and Ito's colours, which colour-blind people tell apart
-_COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 _MARKERS = "osD^vPX"
 _LINES = ("-", "--", "-.", ":")  # so that models with equal figures can both be seen
 
 
 def _style(index: int) -> dict[str, Any]:
     return {
-        "color": _COLORS[index % len(_COLORS)],
+        "color": COLORS[index % len(COLORS)],
         "marker": _MARKERS[index % len(_MARKERS)],
         "linestyle": _LINES[index % len(_LINES)],
-        "markerfacecolor": _COLORS[index % len(_COLORS)] if index == 0 else "none",
+        "markerfacecolor": COLORS[index % len(COLORS)] if index == 0 else "none",
     }
 
 
@@ -35,9 +36,14 @@ def write_plots(folder: str | Path, report: dict[str, Any]) -> list[Path]:
     Raises:
         ImportError: matplotlib is missing; the message names the extra.
     """
+    figures = {name: draw(report["runs"]) for name, draw in _PLOTS.items()}
+    return save_figures(folder, figures)
+
+
+def save_figures(folder: str | Path, figures: Mapping[str, Any]) -> list[Path]:
+    """Write ``NAME.png`` for each figure that is not None; each appears complete or not at all."""
     made = []
-    for name, draw in (("passkey", _passkey), ("heads", _heads), ("perplexity", _perplexity)):
-        figure = draw(report["runs"])
+    for name, figure in figures.items():
         if figure is not None:
             path = Path(folder) / f"{name}.png"
             temporary = path.with_name(f".{path.name}.tmp")
@@ -47,15 +53,20 @@ def write_plots(folder: str | Path, report: dict[str, Any]) -> list[Path]:
     return made
 
 
-def _figure(columns: int = 1, width: float = 6.4) -> tuple[Any, Any]:
+def new_figure(columns: int = 1, width: float = 6.4, rows: int = 1) -> tuple[Any, list[Any]]:
+    """A figure and its axes, row after row, in the look of all plots.
+
+    Raises:
+        ImportError: matplotlib is missing; the message names the extra.
+    """
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ImportError("plots need matplotlib: pip install 'softpick[evaluate]'") from error
-    figure = Figure(figsize=(width, 4.0), layout="constrained")
+    figure = Figure(figsize=(width, 4.0 * rows), layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.subplots(1, columns, squeeze=False)[0]
+    axes = list(figure.subplots(rows, columns, squeeze=False).flat)
     for ax in axes:
         ax.spines[["top", "right"]].set_visible(False)
         ax.grid(alpha=0.25, linewidth=0.6)
@@ -87,7 +98,7 @@ def _passkey(runs: list[dict[str, Any]]) -> Any:
     shown = [(i, run) for i, run in enumerate(runs) if run.get("passkey")]
     if not shown:
         return None
-    figure, (ax,) = _figure()
+    figure, (ax,) = new_figure()
     for i, run in shown:
         x = [found["length"] for found in run["passkey"]]
         y = [found["accuracy"] for found in run["passkey"]]
@@ -117,7 +128,7 @@ def _heads(runs: list[dict[str, Any]]) -> Any:
     shown = [(i, run) for i, run in enumerate(runs) if run.get("retrieving")]
     if not shown:
         return None
-    figure, axes = _figure(3, 11.0)
+    figure, axes = new_figure(3, 11.0)
     words = {
         "key_weight": "weight on the key's tokens",
         "mass": "row mass",
@@ -149,7 +160,7 @@ def _perplexity(runs: list[dict[str, Any]]) -> Any:
     shown = [(i, run) for i, run in enumerate(runs) if run.get("perplexity")]
     if not shown:
         return None
-    figure, (ax,) = _figure()
+    figure, (ax,) = new_figure()
     for i, run in shown:
         ranges = [found for found in run["perplexity"]["ranges"] if found["perplexity"] is not None]
         x = [(found["from"] + found["to"]) / 2 for found in ranges]
@@ -170,3 +181,6 @@ def _plain_ticks(ax: Any) -> None:
     ax.yaxis.set_major_locator(LogLocator(base=10, subs=(1, 2, 5) if high / low < 1000 else (1,)))
     ax.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
     ax.yaxis.set_minor_formatter(NullFormatter())
+
+
+_PLOTS = {"passkey": _passkey, "heads": _heads, "perplexity": _perplexity}

@@ -13,12 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from softpick.integrations.transformers import normalizer_of
 from softpick.loading import DTYPES, ModelError, Subject, first_line, load_subject
 from softpick.progress import Reporter
-from softpick.quantization.verify import QuantizationError, Verification, linear_layers, verify
+from softpick.quantization.verify import QuantizationError, Verification, linear_layers, untouched, verify
 
-__all__ = ["METHODS", "Job", "Method", "Quantized", "quantize"]
+__all__ = ["METHODS", "Job", "Method", "Quantized", "check", "quantize"]
 
 
 @dataclass(frozen=True)
@@ -97,6 +96,19 @@ class Method:
     block: Callable[[Job], int | None]
 
 
+def check(name: str, job: Job) -> None:
+    """Raise what :func:`quantize` would raise before it does anything."""
+    if name not in METHODS:
+        raise ValueError(f"method: expected one of {', '.join(METHODS)}; got {name!r}")
+    method = METHODS[name]
+    if job.bits not in method.bits:
+        raise ValueError(f"bits: {name} has {', '.join(map(str, method.bits))}; got {job.bits}")
+    missing = [package for package in method.packages if importlib.util.find_spec(package) is None]
+    if missing:
+        raise ImportError(f"method {name} needs {', '.join(missing)}: pip install 'softpick[quantize]'")
+    method.check(job)
+
+
 def quantize(name: str, job: Job) -> Quantized:
     """Quantize a model by one method of :data:`METHODS`, save it in the job's folder, and check that it happened.
 
@@ -110,31 +122,26 @@ def quantize(name: str, job: Job) -> Quantized:
         ModelError: the model cannot be loaded in the way that the method needs.
         QuantizationError: the library cannot take this model, or what it made is not what was asked for.
     """
-    if name not in METHODS:
-        raise ValueError(f"method: expected one of {', '.join(METHODS)}; got {name!r}")
+    check(name, job)
     method = METHODS[name]
-    if job.bits not in method.bits:
-        raise ValueError(f"bits: {name} has {', '.join(map(str, method.bits))}; got {job.bits}")
-    missing = [package for package in method.packages if importlib.util.find_spec(package) is None]
-    if missing:
-        raise ImportError(f"method {name} needs {', '.join(missing)}: pip install 'softpick[quantize]'")
-    method.check(job)
     job.folder.mkdir(parents=True)
-    with _apart(job.folder.with_suffix(".log")):
+    log = job.folder.with_suffix(".log")
+    with _apart(log):
         try:
             model = method.apply(job)
         except (ModelError, QuantizationError):
             raise
-        except Exception as error:  # whatever a library says; all of it is in the log
+        except Exception as error:  # whatever a library says; all that it printed is in the log
             raise QuantizationError(f"{name} failed: {type(error).__name__}: {first_line(error)}") from error
         model.eval()
-        before, after = normalizer_of(job.subject.model), normalizer_of(model)
-        if before != after:
-            raise QuantizationError(f"{name} changed the attention from {before} to {after}")
+        subject = replace(job.subject, model=model)
+        if subject.normalizer != job.subject.normalizer:
+            raise QuantizationError(
+                f"{name} changed the attention from {job.subject.normalizer} to {subject.normalizer}"
+            )
         found = verify(job.subject.model, model, job.bits, method.block(job), job.dtype)
-    return Quantized(
-        replace(job.subject, model=model), replace(found, bits_per_weight=_bits_per_weight(job, model, found))
-    )
+        untouched(job.subject.model, model, [layer.name for layer in found.layers])
+    return Quantized(subject, replace(found, bits_per_weight=_bits_per_weight(job, model, found)))
 
 
 def _bits_per_weight(job: Job, model: Any, found: Verification) -> float:
@@ -204,9 +211,19 @@ def _hqq(job: Job) -> Any:
 
     model = job.load().model
     config = BaseQuantizeConfig(nbits=job.bits, group_size=job.group, axis=1)
-    AutoHQQHFModel.quantize_model(model, quant_config=config, compute_dtype=job.dtype, device=job.device)
+    # a device by name would have to be given a place for each layer, which the library knows for some models only
+    AutoHQQHFModel.quantize_model(model, quant_config=config, compute_dtype=job.dtype, device={"": job.device})
+    _put_back(job.subject.model, model)
     AutoHQQHFModel.save_quantized(model, str(job.folder))
     return model
+
+
+def _put_back(original: Any, model: Any) -> None:
+    """Undo what hqq does besides quantizing: it casts all else to the dtype of the products, rotary frequencies too."""
+    before = {**dict(original.named_parameters()), **dict(original.named_buffers())}
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if name in before and tensor.dtype != before[name].dtype and tensor.shape == before[name].shape:
+            tensor.data = before[name].detach().clone()
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from softpick.evaluation.plots import COLORS, new_figure, save_figures
+
 __all__ = ["write_plots"]
 
-# Okabe and Ito's colours, which colour-blind people tell apart: one a model
-_COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 # a method
 _MARKERS = {"hqq": "o", "bnb": "s", "gptq": "^"}
 _LINES = {"hqq": "-", "bnb": "--", "gptq": ":"}
@@ -27,35 +27,7 @@ def write_plots(folder: str | Path, report: dict[str, Any]) -> list[Path]:
     Raises:
         ImportError: matplotlib is missing; the message names the extra.
     """
-    made = []
-    for name, draw in (("weights", _weights), ("activations", _activations)):
-        figure = draw(report)
-        if figure is not None:
-            path = Path(folder) / f"{name}.png"
-            temporary = path.with_name(f".{path.name}.tmp")
-            figure.savefig(temporary, format="png", dpi=150)
-            temporary.replace(path)
-            made.append(path)
-    return made
-
-
-def _figure(count: int, width: float) -> tuple[Any, list[Any]]:
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError("plots need matplotlib: pip install 'softpick[quantize]'") from error
-    columns = min(count, 3)
-    rows = -(-count // columns)
-    figure = Figure(figsize=(width * columns, 3.6 * rows), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = list(figure.subplots(rows, columns, squeeze=False).flat)
-    for ax in axes[count:]:
-        ax.set_visible(False)
-    for ax in axes[:count]:
-        ax.spines[["top", "right"]].set_visible(False)
-        ax.grid(alpha=0.25, linewidth=0.6)
-    return figure, axes[:count]
+    return save_figures(folder, {"weights": _weights(report), "activations": _activations(report)})
 
 
 def _metrics(report: dict[str, Any]) -> list[tuple[str, str | None]]:
@@ -75,11 +47,15 @@ def _weights(report: dict[str, Any]) -> Any:
     runs, metrics = report["runs"], _metrics(report)
     if not any(cell["kind"] == "weights" for cell in runs[0]["cells"]):
         return None
-    figure, axes = _figure(len(metrics), 4.6)
+    columns = min(len(metrics), 3)
+    figure, axes = new_figure(columns, 4.6 * columns, -(-len(metrics) // columns))
+    for ax in axes[len(metrics) :]:
+        ax.set_visible(False)
+    axes = axes[: len(metrics)]
     for ax, (task, metric) in zip(axes, metrics, strict=True):
         bits: set[int] = set()
         for index, run in enumerate(runs):
-            color = _COLORS[index % len(_COLORS)]
+            color = COLORS[index % len(COLORS)]
             base = _value(run["cells"][0], task, metric)
             if base is not None:
                 ax.axhline(base, color=color, linewidth=1, alpha=0.5)
@@ -118,23 +94,25 @@ def _activations(report: dict[str, Any]) -> Any:
     picked = [i for i, cell in enumerate(runs[0]["cells"]) if cell["kind"] in ("activations", "kv_cache")]
     if not picked:
         return None
-    figure, (ax,) = _figure(1, 7.2)
+    figure, (ax,) = new_figure(width=7.2)
+    figure.set_figheight(1.2 + 0.36 * len(picked))
     width = 0.8 / len(runs)
+    changes: list[float] = [0.0]
     for index, run in enumerate(runs):
         base = run["cells"][0]["perplexity"]
         values = [run["cells"][i]["perplexity"] for i in picked]
         change = [None if v is None or base is None else 100 * (v / base - 1) for v in values]
+        changes += [value for value in change if value is not None]
         places = [row + (index - (len(runs) - 1) / 2) * width for row in range(len(picked))]
         heights = [0.0 if value is None else value for value in change]
-        bars = ax.barh(places, heights, width, color=_COLORS[index % len(_COLORS)], label=run["title"])
+        bars = ax.barh(places, heights, width, color=COLORS[index % len(COLORS)], label=run["title"])
         ax.bar_label(bars, ["beyond numbers" if v is None else f"{v:+.2f} %" for v in change], padding=3, fontsize=8)
-    largest = max((abs(x) for x in ax.get_xlim()), default=1.0)
     ax.set_xscale("symlog", linthresh=0.1)  # a hundredth of a percent stands beside thousands
-    ax.set_xlim(min(0.0, 4 * ax.get_xlim()[0]), max(1.0, 8 * largest))
+    ax.set_xlim(min(-0.01, 6 * min(changes) - 0.05), max(1.0, 8 * max(changes)))  # room for the numbers
     ax.set_yticks(range(len(picked)), [runs[0]["cells"][i]["title"] for i in picked])
     ax.invert_yaxis()
     ax.set(xlabel="change of the perplexity, % (linear below 0.1)", title="Rounded activations, keys and values")
-    ax.legend(frameon=False, loc="lower right")
+    figure.legend(*ax.get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False)
     return figure
 
 

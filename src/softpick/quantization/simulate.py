@@ -168,8 +168,9 @@ def _largest_inputs(model: nn.Module, layers: Mapping[str, Any], calibration: Se
     handles = [module.register_forward_pre_hook(watching(name)) for name, module in layers.items()]
     try:
         device = next(model.parameters()).device
+        body = getattr(model, "base_model", model)  # no vocabulary logits needed
         for batch in calibration:
-            model(input_ids=batch.to(device), use_cache=False)
+            body(input_ids=batch.to(device), use_cache=False)
     finally:
         for handle in handles:
             handle.remove()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -16,7 +16,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["LayerCheck", "QuantizationError", "Verification", "linear_layers", "quiet_libraries", "verify", "weight_of"]
+__all__ = [
+    "LayerCheck",
+    "QuantizationError",
+    "Verification",
+    "linear_layers",
+    "quiet_libraries",
+    "untouched",
+    "verify",
+    "weight_of",
+]
 
 _ROWS = 1 << 24  # entries of the identity that go through a layer at once
 
@@ -74,7 +83,7 @@ def _is_linear(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
 
 
-def weight_of(module: nn.Module, features: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+def weight_of(module: Any, features: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """``(out, in)`` fp32: what a layer multiplies by, from what it makes of the identity.
 
     Args:
@@ -84,13 +93,37 @@ def weight_of(module: nn.Module, features: int, dtype: torch.dtype, device: torc
         device: where it is.
     """
     columns = []
-    with torch.no_grad():
-        nothing = module(torch.zeros(1, features, dtype=dtype, device=device)).float()  # a bias
-        step = max(1, _ROWS // features)
-        for first in range(0, features, step):
-            rows = torch.eye(features, dtype=dtype, device=device)[first : first + step]
-            columns.append((module(rows).float() - nothing).T)
+    bias = None if type(module).__name__ == "Conv1D" else getattr(module, "bias", None)
+    if bias is not None:
+        module.bias = None  # added and subtracted in half precision it would take digits of the weight with it
+    try:
+        with torch.no_grad():
+            nothing = module(torch.zeros(1, features, dtype=dtype, device=device)).float()
+            step = max(1, _ROWS // features)
+            for first in range(0, features, step):
+                rows = torch.zeros(min(step, features - first), features, dtype=dtype, device=device)
+                rows.diagonal(first).fill_(1)
+                columns.append((module(rows).float() - nothing).T)
+    finally:
+        if bias is not None:
+            module.bias = bias
     return torch.cat(columns, 1)
+
+
+def untouched(original: nn.Module, quantized: nn.Module, layers: Sequence[str]) -> None:
+    """Raise :class:`QuantizationError` unless everything outside some layers is what it was, to the bit and the dtype.
+
+    Norms, embeddings, the vocabulary's projection, and buffers that no file holds (the frequencies of rotary embeddings).
+    """
+    inside = tuple(f"{name}." for name in layers)
+    now = {**dict(quantized.named_parameters()), **dict(quantized.named_buffers())}
+    for name, tensor in (*original.named_parameters(), *original.named_buffers()):
+        if name.startswith(inside):
+            continue
+        other = now.get(name)
+        if other is None or other.dtype != tensor.dtype or not torch.equal(other, tensor.to(other.device)):
+            what = "is gone" if other is None else f"changed ({tensor.dtype} before, {other.dtype} now)"
+            raise QuantizationError(f"{name}, which is no matrix of a layer, {what}")
 
 
 def verify(
@@ -145,8 +178,10 @@ def verify(
 
 
 def _levels(weight: Tensor, group: int | None) -> int:
-    """Largest number of different values in a group of neighbours of a row."""
-    rows = weight if group is None else weight.reshape(-1, group)
+    """Largest number of different values in a group of neighbours in memory (a last group that is not full is left out)."""
+    rows = weight
+    if group is not None and weight.numel() >= group:
+        rows = weight.flatten()[: weight.numel() // group * group].view(-1, group)
     ordered = rows.sort(1).values
     return int((ordered[:, 1:] != ordered[:, :-1]).sum(1).max()) + 1 if rows.shape[1] > 1 else 1
 
@@ -161,7 +196,9 @@ def quiet_libraries() -> Iterator[None]:
         for logger in loggers:
             logger.setLevel(logging.ERROR)
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+            warnings.filterwarnings(
+                "ignore", module=r"(bitsandbytes|gptqmodel|hqq|optimum|torch|torchao|transformers)\b"
+            )
             yield
     finally:
         for logger, level in zip(loggers, levels, strict=True):

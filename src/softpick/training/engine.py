@@ -58,6 +58,7 @@ __all__ = [
     "train",
     "training_arguments",
     "write_json",
+    "write_text",
 ]
 
 _COMPLETE = "complete.json"
@@ -577,7 +578,11 @@ def quiet_transformers() -> Iterator[None]:
 
 def write_json(path: Path, value: Any) -> None:
     """Write a JSON file that appears complete or not at all."""
-    text = json.dumps(value, indent=1, ensure_ascii=False) + "\n"
+    write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file that appears complete or not at all."""
     temporary = path.with_name(f".{path.name}.tmp")
     temporary.write_text(text, encoding="utf-8")
     os.replace(temporary, path)

@@ -432,7 +432,7 @@ def test_half_precision(home, tmp_path, method):
     given = settings(home, against=(), methods=(method,), bits=(8,), dtype="bfloat16")
     base, found = quantize(given, tmp_path)["runs"][0]["cells"]
     assert found["weights"]["error"] < 0.01
-    assert found["perplexity"] == pytest.approx(base["perplexity"], rel=0.01)
+    assert found["perplexity"] == pytest.approx(base["perplexity"], rel=0.03)
 
 
 def test_hqq_of_a_model_whose_layers_it_does_not_know(home, tmp_path):

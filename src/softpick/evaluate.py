@@ -12,7 +12,6 @@ import math
 import sys
 import time
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -34,7 +33,7 @@ from softpick.evaluation.tasks import (
 )
 from softpick.loading import DTYPES, ModelError, Subject, identity, load_subject
 from softpick.parts import Parts, titles
-from softpick.progress import ProgressBar, Reporter, Silent
+from softpick.progress import Reporter, Silent, Titled
 from softpick.training.data import Corpus, read_corpus, standard_library
 
 __all__ = ["EvaluateSettings", "evaluate", "forget", "summary_rows"]
@@ -235,7 +234,7 @@ class _Run:
     ) -> None:
         self.name, self.title, self.settings, self.corpus, self.parts = name, title, settings, corpus, parts
         self.length = length
-        self.reporter = _Titled(reporter, title)
+        self.reporter = Titled(reporter, title)
         self._loaded: Subject | None = None
         chosen = [settings.device, settings.dtype, settings.attn_implementation]
         self._identity = [identity(name), chosen, versions("lm_eval")]
@@ -427,19 +426,6 @@ class _Run:
             "beyond": _mean([found for found in ranges if found["from"] >= end]),
             "ranges": ranges,
         }
-
-
-class _Titled:
-    """A reporter whose lines and bars begin with the model."""
-
-    def __init__(self, reporter: Reporter, title: str) -> None:
-        self._reporter, self._title = reporter, title
-
-    def say(self, text: str) -> None:
-        self._reporter.say(f"{self._title}: {text}")
-
-    def progress(self, label: str, total: int) -> AbstractContextManager[ProgressBar]:
-        return self._reporter.progress(f"{self._title}: {label}", total)
 
 
 def _files(settings: EvaluateSettings, task: str) -> list[Any]:

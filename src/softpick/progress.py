@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Protocol
 
-__all__ = ["ProgressBar", "Reporter", "Silent"]
+__all__ = ["ProgressBar", "Reporter", "Silent", "Titled"]
 
 
 class ProgressBar(Protocol):
@@ -39,3 +39,25 @@ class Silent:
 
     def update(self, step: int, loss: float | None, note: str = "") -> None:
         """Nothing."""
+
+
+class Titled:
+    """A reporter whose lines and bars begin with what they are about.
+
+    Args:
+        reporter: is told.
+        title: comes first.
+        says: whether it also passes on lines, and not bars alone.
+    """
+
+    def __init__(self, reporter: Reporter, title: str, says: bool = True) -> None:
+        self._reporter, self._title, self._says = reporter, title, says
+
+    def say(self, text: str) -> None:
+        """The line, behind the title."""
+        if self._says:
+            self._reporter.say(f"{self._title}: {text}")
+
+    def progress(self, label: str, total: int) -> AbstractContextManager[ProgressBar]:
+        """The bar, behind the title."""
+        return self._reporter.progress(f"{self._title}: {label}", total)

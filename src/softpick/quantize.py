@@ -27,7 +27,7 @@ from softpick.evaluation.perplexity import perplexity
 from softpick.evaluation.tasks import HEADLINES, EvaluationError, check_tasks, expected_files, run_tasks
 from softpick.loading import DTYPES, Subject, identity, load_config, load_subject
 from softpick.parts import Parts, titles
-from softpick.progress import Reporter, Silent
+from softpick.progress import Reporter, Silent, Titled
 from softpick.quantization.methods import METHODS, Job
 from softpick.quantization.methods import check as check_weights
 from softpick.quantization.methods import quantize as quantize_weights
@@ -405,7 +405,9 @@ class _Run:
         start = time.perf_counter()
         try:
             with self._rounded(cell) as (subject, extra):
-                result = self._evaluate(subject)
+                # what a task says of its texts is the same for every way of rounding
+                reporter = Titled(self.reporter, f"{self.title}, {cell.title}", says=cell.kind == "none")
+                result = self._evaluate(subject, reporter)
                 result |= {name: value() if callable(value) else value for name, value in extra.items()}
         except QuantizationError as error:
             raise QuantizationError(f"{self.title}, {cell.title}: {error}") from error
@@ -448,7 +450,7 @@ class _Run:
                 log.replace(kept.with_name(f"{kept.name}.log"))
             shutil.rmtree(working, ignore_errors=True)
 
-    def _evaluate(self, subject: Subject) -> dict[str, Any]:
+    def _evaluate(self, subject: Subject, reporter: Reporter) -> dict[str, Any]:
         settings = self.settings
         _, held = self.sequences
         measured = perplexity(subject.model, held, batch_size=settings.batch_size)
@@ -462,7 +464,7 @@ class _Run:
                 limit=settings.limit,
                 batch_size=settings.batch_size,
                 seed=settings.seed,
-                reporter=self.reporter,
+                reporter=reporter,
             )
             if settings.tasks
             else {}

@@ -803,7 +803,7 @@ def test_a_model_with_learned_positions(home):
         ("softpick", {"tasks": (), "passkey": (), "perplexity": False}, EvaluationError, "got none of them"),
         ("softpick", {"sequence_length": 100_000}, DataError, "too few for one sequence of 100000"),
         ("softpick", {"device": "cuda:77"}, ModelError, "device: cannot move"),
-        ("bert", {}, EvaluationError, "is an encoder; expected a causal language model"),
+        ("bert", {}, ModelError, r"is an encoder \(bert\); expected a causal language model"),
         ("mamba", {"tasks": ()}, EvaluationError, r"no attention layers were seen .*--passkey none"),
         ("nothing", {}, ModelError, "there is no directory or file"),
     ],

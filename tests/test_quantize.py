@@ -39,6 +39,7 @@ from softpick import quantize as quantize_module
 from softpick.evaluation.perplexity import perplexity
 from softpick.evaluation.tasks import EvaluationError
 from softpick.integrations.transformers import SoftpickLlamaConfig, SoftpickLlamaForCausalLM, normalizer_of
+from softpick.loading import ModelError
 from softpick.quantization import methods
 from softpick.quantization.simulate import FORMATS, quantized_activations, quantized_cache, round_to
 from softpick.quantization.verify import QuantizationError, untouched, verify, weight_of
@@ -635,7 +636,7 @@ def test_models_that_a_library_cannot_take(home, tmp_path):
         given = settings(home, model=str(tmp_path / name), against=(), **changes)
         with pytest.raises(QuantizationError, match=words):
             quantize(given, tmp_path / "out")
-    with pytest.raises(EvaluationError, match="is an encoder"):
+    with pytest.raises(ModelError, match="is an encoder"):
         quantize(settings(home, model=str(tmp_path / "bert"), against=(), kv_cache=(4,)), tmp_path / "out")
     # Conv1D goes through what is simulated
     report = quantize(

@@ -74,7 +74,7 @@ def build_app() -> typer.Typer:
             typer.echo(f"softpick {__version__}")
             raise typer.Exit
 
-    @app.callback(help="Attention without softmax: compare normalizers, analyze models.")
+    @app.callback(help="Attention without softmax: compare normalizers; train, analyze, evaluate and quantize models.")
     def root(
         version: bool = option(False, "--version", callback=version, is_eager=True, help="Print the version and exit."),
     ) -> None:

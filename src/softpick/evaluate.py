@@ -136,8 +136,8 @@ def evaluate(
         docs/evaluation.md lays them out.
 
     Raises:
-        EvaluationError: impossible settings, an encoder, missing files, a model without attention that can be seen.
-        ModelError: a model that cannot be loaded, has no tokenizer or no room for so many positions.
+        EvaluationError: impossible settings, missing files, a model without attention that can be seen.
+        ModelError: an encoder, a model that cannot be loaded, has no tokenizer or no room for so many positions.
         DataError: the data cannot be used, or are shorter than a sequence.
         ImportError: a package is missing; the message names the extra.
     """
@@ -305,9 +305,8 @@ class _Run:
                 dtype=settings.dtype,
                 attn_implementation=settings.attn_implementation,
                 visible=settings.passkey != (),
+                decoder=True,
             )
-            if not self._loaded.causal:
-                raise EvaluationError(f"model: {self.name} is an encoder; expected a causal language model")
         return self._loaded
 
     def _about(self) -> dict[str, Any]:

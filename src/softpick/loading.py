@@ -126,6 +126,7 @@ def load_subject(
     dtype: str = "auto",
     attn_implementation: str | None = None,
     visible: bool = False,
+    decoder: bool = False,
     quantization_config: Any = None,
 ) -> Subject:
     """Load a model and its tokenizer.
@@ -137,6 +138,7 @@ def load_subject(
         dtype: one of :data:`DTYPES`.
         attn_implementation: of transformers or softpick; None is the model's own.
         visible: its attention weights must be visible; a fused function of softmax gives way to ``sdpa``.
+        decoder: only a causal language model will do.
         quantization_config: of transformers: the weights are quantized while they are loaded.
 
     Raises:
@@ -154,6 +156,8 @@ def load_subject(
     causal = kind in MODEL_FOR_CAUSAL_LM_MAPPING and (
         kind not in MODEL_FOR_MASKED_LM_MAPPING or getattr(config, "is_decoder", False)
     )
+    if decoder and not causal:
+        raise ModelError(f"model: {name} is an encoder ({config.model_type}); expected a causal language model")
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, **where)
     except Exception as error:

@@ -201,9 +201,9 @@ def quantize(
         docs/quantization.md lays it out.
 
     Raises:
-        EvaluationError: impossible settings, an encoder, missing files of a task, a kept model that is there already.
+        EvaluationError: impossible settings, missing files of a task, a kept model that is there already.
         QuantizationError: a library cannot take this model, or nothing was quantized.
-        ModelError: a model that cannot be loaded, or has no room for so many positions.
+        ModelError: an encoder, a model that cannot be loaded, or has no room for so many positions.
         DataError: the data cannot be used, or are shorter than a sequence.
         ImportError: a package is missing; the message names the extra.
     """
@@ -341,9 +341,8 @@ class _Run:
                 device=settings.device,
                 dtype=settings.dtype,
                 attn_implementation=settings.attn_implementation,
+                decoder=True,
             )
-            if not self._loaded.causal:
-                raise EvaluationError(f"model: {self.name} is an encoder; expected a causal language model")
             # transformers unpacks a GGUF file, and says nevertheless that it is quantized
             packed = getattr(self._loaded.model.config, "quantization_config", None) is not None
             if packed and Path(self.name).suffix != ".gguf":

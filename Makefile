@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 
 .PHONY: demo test lint bench clean
 
-demo: $(VENV)/.ready
+demo: $(VENV)/.compare
 	$(BIN)/softpick compare --output runs/demo
 
 test: $(VENV)/.ready lint
@@ -22,9 +22,14 @@ bench: $(VENV)/.ready
 	$(BIN)/python benchmarks/attention_cpu.py
 
 # torch comes first and pinned: a range could resolve to a build with gigabytes of GPU libraries
-$(VENV)/.ready: pyproject.toml constraints.txt
+$(VENV)/.compare: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check torch==2.13.0
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[compare]"
+	touch $@
+
+# the tests also need what trains on torchtitan, evaluates and quantizes: two gigabytes more
+$(VENV)/.ready: $(VENV)/.compare
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[train,evaluate,quantize,torchtitan,dev]"
 	touch $@
 

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from softpick.evaluation.tasks import EvaluationError, starts_with_bos
 
-__all__ = ["LENGTHS", "PasskeyPrompt", "make_prompts", "passkey", "retrieving_heads", "shortest_prompt"]
+__all__ = ["LENGTHS", "PasskeyPrompt", "make_prompts", "passkey", "prompt_text", "retrieving_heads", "shortest_prompt"]
 
 LENGTHS: tuple[int, ...] = (890, 1983, 3075, 4167, 4986)
 """Tokens of the paper's prompts (table 5)."""
@@ -81,7 +81,7 @@ def make_prompts(
         key, depth = str(rng.randint(1, _LARGEST_KEY)), rng.random()
 
         def tokens(filler: int, key: str = key, depth: float = depth) -> int:
-            text = _text(key, depth, filler)[0]
+            text = prompt_text(key, depth, filler)[0]
             return opening + len(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
         if characters is None:
@@ -103,7 +103,7 @@ def shortest_prompt(tokenizer: Any, bos: int | None = None) -> int:
         tokenizer: of transformers.
         bos: counted where there is one.
     """
-    text = _text(str(_LARGEST_KEY), 0.5, 0)[0]
+    text = prompt_text(str(_LARGEST_KEY), 0.5, 0)[0]
     return len(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]) + (bos is not None)
 
 
@@ -204,8 +204,17 @@ def retrieving_heads(found: dict[str, Any], count: int = 5) -> list[dict[str, An
 # The prompt
 
 
-def _text(key: str, depth: float, filler: int) -> tuple[str, list[tuple[int, int]]]:
-    """The prompt, and where in it the key stands. ``filler`` characters of filler, cut anywhere, as in the reference."""
+def prompt_text(key: str, depth: float, filler: int) -> tuple[str, list[tuple[int, int]]]:
+    """The prompt, and where in it the key stands.
+
+    Args:
+        key: the number, as text.
+        depth: share of the filler that stands before it.
+        filler: characters of filler, cut anywhere, as in the reference.
+
+    Returns:
+        The text, and first character and end of each place that names the key.
+    """
     endless = _FILLER * (filler // len(_FILLER) + 1)
     before = int(depth * filler)
     line = f"The pass key is {key}. Remember it. {key} is the pass key."
@@ -227,7 +236,7 @@ def _longest(tokens: Callable[[int], int], length: int) -> int:
 
 
 def _prompt(tokenizer: Any, key: str, depth: float, filler: int, bos: int | None) -> PasskeyPrompt:
-    text, places = _text(key, depth, filler)
+    text, places = prompt_text(key, depth, filler)
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
     shift = 0 if bos is None else 1
     at = tuple(

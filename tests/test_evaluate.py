@@ -408,7 +408,7 @@ def test_data_of_the_hub_or_downloaded_before(home, no_hub, monkeypatch, reachab
 
 def number_tokenizer():
     """Every word and every number is one token; what the filler cuts in two is unknown."""
-    text = passkey_module._text("1", 0.5, 400)[0]
+    text = passkey_module.prompt_text("1", 0.5, 400)[0]
     words = sorted(set(re.findall(r"\w+|[^\w\s]", text)) - {"1"})
     vocabulary = {word: i for i, word in enumerate(["<unk>", "<bos>", "<eos>", *words])}
     first = len(vocabulary)

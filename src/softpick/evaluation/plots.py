@@ -89,8 +89,7 @@ def _trained(ax: Any, runs: list[dict[str, Any]], low: float, high: float) -> No
             va="top",
             fontsize=8,
             color="0.35",
-            bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 1},
-            zorder=5,
+            zorder=1,  # behind the data
         )
 
 
@@ -121,6 +120,8 @@ def _passkey(runs: list[dict[str, Any]]) -> Any:
 def _lengths(ax: Any, runs: list[dict[str, Any]]) -> None:
     lengths = sorted({found["length"] for run in runs for found in run["passkey"]})
     ax.set_xticks(lengths, [f"{length}" for length in lengths])
+    if len(lengths) > 4:
+        ax.tick_params(axis="x", labelrotation=60)
     _trained(ax, runs, lengths[0], lengths[-1])
 
 

@@ -345,7 +345,7 @@ def test_cache_against_an_attention_that_rounds(normalizer):
     want = model(input_ids=ids).logits
     assert float((got - want).abs().median()) < 1e-4
     assert float((got - want).norm()) < 0.1 * float((want - before).norm())
-    layers = errors.relative()
+    layers = [layer.relative() for layer in errors]
     assert len(layers) == 2
     assert all(0.02 < layer[name] < 0.5 for layer in layers for name in ("key", "value", "output"))
 
@@ -357,7 +357,7 @@ def test_the_error_of_a_cache_halves_with_every_bit():
     for bits in (3, 4, 5, 6):
         with quantized_cache(model, bits) as errors:
             model(input_ids=ids)
-        found.append(errors.relative()[0]["key"])
+        found.append(errors[0].relative()["key"])
     for more, fewer in zip(found[1:], found[:-1], strict=True):
         assert fewer / more == pytest.approx(2, rel=0.25)
 

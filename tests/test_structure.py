@@ -31,7 +31,7 @@ ALLOWED = {
         "softpick.analysis",
         "softpick.integrations",
     },
-    "softpick.loading": {"softpick.progress", "softpick.training", "softpick.integrations"},
+    "softpick.loading": {"softpick.parts", "softpick.progress", "softpick.training", "softpick.integrations"},
     "softpick.evaluation": {
         "softpick.normalizers",
         "softpick.progress",

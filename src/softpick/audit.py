@@ -22,7 +22,7 @@ from torch import Tensor
 from softpick.environment import command_line, versions
 from softpick.loading import DTYPES, FUSED, ModelError, Subject, identity, load_subject
 from softpick.progress import Reporter, Silent
-from softpick.training.data import Corpus, read_corpus, standard_library
+from softpick.training.data import Corpus, get_corpus
 
 if TYPE_CHECKING:
     from softpick.analysis import Measurements
@@ -135,11 +135,7 @@ def audit(
     """
     settings.check()
     reporter = reporter if reporter is not None else Silent()
-    corpus = (
-        standard_library(_CORPUS_CHARACTERS)
-        if settings.data is None
-        else read_corpus(settings.data, settings.text_field, _CORPUS_CHARACTERS)
-    )
+    corpus = get_corpus(settings.data, settings.text_field, _CORPUS_CHARACTERS)
     runs: list[dict[str, Any]] = []
     for name in (settings.model, *([settings.against] if settings.against else [])):
         run = _run(name, settings, corpus, reporter, None if state is None else Path(state))

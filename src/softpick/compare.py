@@ -31,15 +31,13 @@ from softpick.environment import command_line, hardware, versions
 from softpick.normalizers import get_normalizer
 from softpick.progress import Reporter, Silent
 from softpick.training.data import (
-    Corpus,
     DataError,
     SequenceDataset,
     fingerprint,
+    get_corpus,
     make_backcopy,
     make_sequences,
-    read_corpus,
     split_documents,
-    standard_library,
     train_tokenizer,
 )
 
@@ -351,9 +349,7 @@ def _remember(output: Path, settings: Settings, data: _Data) -> None:
 def _prepare(settings: Settings, output: Path, reporter: Reporter) -> _Data:
     from transformers import PreTrainedTokenizerFast
 
-    corpus: Corpus = (
-        standard_library() if settings.data is None else read_corpus(settings.data, text_field=settings.text_field)
-    )
+    corpus = get_corpus(settings.data, settings.text_field)
     train, validation, split = split_documents(corpus.documents)
     saved = output / "tokenizer"
     if saved.exists():

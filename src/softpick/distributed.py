@@ -34,7 +34,7 @@ from softpick.functional import (
     _softcap,
 )
 from softpick.normalizers import Normalizer, get_normalizer
-from softpick.ops.library import block_backward, block_forward
+from softpick.ops.library import accumulation_dtype, block_backward, block_forward
 
 __all__ = ["ring_attention", "sequence_positions", "shard_sequence", "unshard_sequence"]
 
@@ -272,7 +272,7 @@ class _Carry:
 
     def __init__(self, norm: Normalizer, query: Tensor, value: Tensor, sink: Tensor | None, eps: float) -> None:
         b, h, t, _ = query.shape
-        dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
+        dtype = accumulation_dtype(query.dtype)
         self.norm, self.eps = norm, eps
         # eps keeps the denominator of a part from denormal numbers where no constant does
         self.part_eps = eps if norm.constant == 0 else 0.0
@@ -349,7 +349,7 @@ def _ring_forward(
 @_ring_forward.register_fake
 def _(query: Tensor, key: Tensor, value: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     b, h, t, _width = query.shape
-    dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
+    dtype = accumulation_dtype(query.dtype)
     return query.new_empty(b, h, t, value.shape[-1]), query.new_empty(b, h, t, dtype=dtype)
 
 

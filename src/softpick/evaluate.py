@@ -32,9 +32,9 @@ from softpick.evaluation.tasks import (
     starts_with_bos,
 )
 from softpick.loading import DTYPES, ModelError, Subject, identity, load_subject
-from softpick.parts import Parts, titles
+from softpick.parts import Parts, stamps, titles
 from softpick.progress import Reporter, Silent, Titled
-from softpick.training.data import Corpus, read_corpus, standard_library
+from softpick.training.data import Corpus, get_corpus
 
 __all__ = ["EvaluateSettings", "evaluate", "forget", "summary_rows"]
 
@@ -145,11 +145,7 @@ def evaluate(
     reporter = reporter if reporter is not None else Silent()
     corpus = None
     if settings.perplexity:
-        corpus = (
-            standard_library(_CORPUS_CHARACTERS)
-            if settings.data is None
-            else read_corpus(settings.data, settings.text_field, _CORPUS_CHARACTERS)
-        )
+        corpus = get_corpus(settings.data, settings.text_field, _CORPUS_CHARACTERS)
     parts = Parts(state, _PREFIX)
     runs: list[dict[str, Any]] = []
     for name, title in zip(settings.models, titles(settings.models), strict=True):
@@ -430,8 +426,7 @@ class _Run:
 def _files(settings: EvaluateSettings, task: str) -> list[Any]:
     if settings.data_dir is None:
         return []
-    files = expected_files([task], settings.data_dir, settings.num_fewshot)
-    return [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files]
+    return stamps(expected_files([task], settings.data_dir, settings.num_fewshot))
 
 
 def _mean(ranges: Sequence[dict[str, Any]]) -> float | None:

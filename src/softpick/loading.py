@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from softpick.parts import stamps
 from softpick.progress import Reporter
 from softpick.training.data import Corpus, DataError
 
@@ -249,7 +250,7 @@ def identity(name: str) -> list[Any]:
         return [name, getattr(load_config(name)[0], "_commit_hash", None)]
     # parts and reports that were put beside a model do not make it another one
     kept = [f for f in files if f.is_file() and (f.suffix in _OF_A_MODEL or f.name in _CONFIGURATIONS)]
-    return [str(path.resolve()), [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in kept]]
+    return [str(path.resolve()), stamps(kept)]
 
 
 _OF_A_MODEL = (".safetensors", ".bin", ".gguf", ".model", ".txt", ".py")

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-__all__ = ["Parts", "titles"]
+__all__ = ["Parts", "stamps", "titles"]
 
 
 class Parts:
@@ -60,6 +60,11 @@ class Parts:
             for pattern in (f"{self.prefix}-{digest}.json", f".{self.prefix}-{digest}.json.tmp"):
                 for file in self.folder.glob(pattern):
                     file.unlink()
+
+
+def stamps(files: Iterable[Path]) -> list[Any]:
+    """Names, sizes and times of files, for the key of a part that depends on what is in them."""
+    return [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
 
 
 def titles(names: Sequence[str]) -> list[str]:

@@ -26,14 +26,15 @@ from softpick.environment import command_line, hardware, versions
 from softpick.evaluation.perplexity import perplexity
 from softpick.evaluation.tasks import HEADLINES, EvaluationError, check_tasks, expected_files, run_tasks
 from softpick.loading import DTYPES, Subject, identity, load_config, load_subject
-from softpick.parts import Parts, titles
+from softpick.parts import Parts, stamps, titles
 from softpick.progress import Reporter, Silent, Titled
 from softpick.quantization.methods import METHODS, Job
 from softpick.quantization.methods import check as check_weights
 from softpick.quantization.methods import quantize as quantize_weights
+from softpick.quantization.plots import figure_of
 from softpick.quantization.simulate import FORMATS, GRANULARITIES, quantized_activations, quantized_cache
 from softpick.quantization.verify import QuantizationError, linear_layers, quiet_libraries
-from softpick.training.data import Corpus, read_corpus, split_documents, standard_library
+from softpick.training.data import Corpus, get_corpus, split_documents
 
 __all__ = ["QuantizeSettings", "cells", "columns", "forget", "markdown", "quantize", "summary_rows", "weight_rows"]
 
@@ -46,7 +47,7 @@ class QuantizeSettings:
     """What is quantized how, and on what it is evaluated.
 
     Attributes:
-        model: a hub name or a directory; a GGUF file for simulated rounding only.
+        model: a hub name or a directory; a GGUF file for hqq and simulated rounding.
         against: further ones, put beside it.
         methods: keys of ``softpick.quantization.methods.METHODS``; empty for none.
         bits: of weights; None is those of 2, 3, 4 and 8 (the paper's) that a method has.
@@ -210,11 +211,7 @@ def quantize(
     settings.check()
     reporter = reporter if reporter is not None else Silent()
     output = Path(output)
-    corpus = (
-        standard_library(_CORPUS_CHARACTERS)
-        if settings.data is None
-        else read_corpus(settings.data, settings.text_field, _CORPUS_CHARACTERS)
-    )
+    corpus = get_corpus(settings.data, settings.text_field, _CORPUS_CHARACTERS)
     calibration, held, split = split_documents(corpus.documents)
     texts = tuple(Corpus(tuple(documents), corpus.description) for documents in (calibration, held))
     length = settings.sequence_length or min(2048, *(_positions(name) for name in settings.models))
@@ -293,7 +290,7 @@ class _Run:
             identity(name),
             length,
             [hashlib.sha256("\0".join(text.documents).encode()).hexdigest() for text in texts],
-            [[f.name, f.stat().st_size, f.stat().st_mtime_ns] for f in self._files()],
+            stamps(self._files()),
             {k: v for k, v in asdict(settings).items() if k not in _NOT_OF_A_CELL},
             versions("hqq", "bitsandbytes", "gptqmodel", "optimum", "lm_eval"),
         ]
@@ -427,7 +424,7 @@ class _Run:
                 yield subject, {"activation_errors": activations.relative}
         elif cell.kind == "kv_cache":
             with quantized_cache(subject.model, cell.bits) as cache:
-                yield subject, {"cache_errors": cache.relative}
+                yield subject, {"cache_errors": lambda: [layer.relative() for layer in cache]}
         else:
             yield subject, {}
 
@@ -501,19 +498,14 @@ def summary_rows(report: dict[str, Any]) -> list[tuple[str, str, list[str]]]:
             metrics.append((task, metric, label, 100 if percent else 1))
     for task, name, label, factor in metrics:
         for index, cell in enumerate(runs[0]["cells"]):
-            values = [_figure(run["cells"][index], task, name, factor) for run in runs]
-            bases = [_figure(run["cells"][0], task, name, factor) for run in runs]
+            values = [figure_of(run["cells"][index], task, name) for run in runs]
+            bases = [figure_of(run["cells"][0], task, name) for run in runs]
             texts = [_with_change(v, b, factor, index > 0) for v, b in zip(values, bases, strict=True)]
             if len(runs) == 2:
                 first, second = values
                 texts.append("–" if first is None or second is None else f"{second - first:+.{_digits(factor)}g}")
             rows.append((label, cell["title"], texts))
     return rows
-
-
-def _figure(cell: dict[str, Any], task: str, name: str | None, factor: int) -> float | None:
-    value = cell["perplexity"] if name is None else cell["tasks"].get(task, {}).get(name)
-    return None if value is None else factor * value
 
 
 def _short(value: float | None) -> str:

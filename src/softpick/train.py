@@ -36,9 +36,8 @@ from softpick.progress import Reporter, Silent
 from softpick.training.data import (
     SequenceDataset,
     fingerprint,
-    read_corpus,
+    get_corpus,
     split_documents,
-    standard_library,
     train_tokenizer,
 )
 from softpick.training.recipes import Recipe, RecipeError
@@ -325,7 +324,7 @@ def _prepare(recipe: Recipe, output: Path, reporter: Reporter) -> _Data:
     if (output / "tokenizer").exists() and all(path.exists() for path in files.values()):
         tokenizer, description = _tokenizer(recipe, output, lambda: iter(())), recipe.data or "the built-in corpus"
     else:
-        corpus = standard_library() if recipe.data is None else read_corpus(recipe.data, text_field=recipe.text_field)
+        corpus = get_corpus(recipe.data, recipe.text_field)
         description = corpus.description
         reporter.say(f"data: {description}")
         train_texts, held_texts, _ = split_documents(corpus.documents)

@@ -299,25 +299,22 @@ def watch(
     Everything is restored on leaving.
     """
     try:
-        from transformers import AttentionInterface, PreTrainedModel
+        from transformers import PreTrainedModel
     except ImportError as error:
         raise ImportError("measuring a model needs transformers: pip install 'softpick[transformers]'") from error
 
+    from softpick.integrations.transformers import intercept_attention
+
     model = getattr(model, "_orig_mod", model)  # of torch.compile
     body = model.base_model if isinstance(model, PreTrainedModel) else model  # no vocabulary logits needed
-    mine = {id(m) for m in model.modules()}
     # A layer is what a ModuleList holds and an attention module runs in; the outermost such list counts.
     depth = attentions_in_layer = layers = hidden_seen = 0
 
     def wrapped(name: str, function: Callable[..., Any], eager: Callable[..., Any]) -> Callable[..., Any]:
-        name = name or "eager"
-
         def attention(
             module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any = None, **kwargs: Any
         ) -> Any:
             nonlocal layers, attentions_in_layer
-            if id(module) not in mine:
-                return function(module, query, key, value, attention_mask, **kwargs)
             if any(name.startswith(prefix) for prefix in _FUSED):
                 raise ValueError(f"attn_implementation {name!r} cannot show its weights: load the model with 'sdpa'")
             visible = _visible(attention_mask, name, module, query, key, kwargs).expand(query.shape[0], -1, -1, -1)
@@ -389,22 +386,16 @@ def watch(
                 "AttentionInterface, in layers held by a ModuleList"
             )
 
-    original = AttentionInterface.get_interface
-
-    def get_interface(self: Any, attn_implementation: str, default: Callable[..., Any]) -> Callable[..., Any]:
-        return wrapped(attn_implementation, original(self, attn_implementation, default), default)
-
     training = [(m, m.training) for m in model.modules()]
     held = {id(child): child for m in body.modules() if isinstance(m, nn.ModuleList) for child in m}
     handles: list[Any] = []
     try:
-        AttentionInterface.get_interface = get_interface
         for child in held.values():
             handles += [child.register_forward_pre_hook(enter), child.register_forward_hook(leave)]
         model.eval()
-        yield run
+        with intercept_attention(model, wrapped):
+            yield run
     finally:
-        AttentionInterface.get_interface = original
         for handle in handles:
             handle.remove()
         for module, mode in training:
@@ -425,22 +416,17 @@ def watch_last_query(model: nn.Module, on_row: Callable[[int, Tensor], None]) ->
     Raises:
         ValueError: inside, for an implementation that shows no weights; on leaving, where no attention was seen.
     """
-    from transformers import AttentionInterface
+    from softpick.integrations.transformers import intercept_attention
 
     model = getattr(model, "_orig_mod", model)  # of torch.compile
-    mine = {id(m) for m in model.modules()}
     layers = seen = 0
 
     def wrapped(name: str, function: Callable[..., Any], eager: Callable[..., Any]) -> Callable[..., Any]:
-        name = name or "eager"
-
         def attention(
             module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any = None, **kwargs: Any
         ) -> Any:
             nonlocal layers, seen
             result = function(module, query, key, value, attention_mask, **kwargs)
-            if id(module) not in mine:
-                return result
             if any(name.startswith(prefix) for prefix in _FUSED):
                 raise ValueError(f"attn_implementation {name!r} cannot show its weights: load the model with 'sdpa'")
             mask = attention_mask
@@ -476,17 +462,11 @@ def watch_last_query(model: nn.Module, on_row: Callable[[int, Tensor], None]) ->
         nonlocal layers
         layers = 0
 
-    original = AttentionInterface.get_interface
-
-    def get_interface(self: Any, attn_implementation: str, default: Callable[..., Any]) -> Callable[..., Any]:
-        return wrapped(attn_implementation, original(self, attn_implementation, default), default)
-
     handle = model.register_forward_pre_hook(begin)
     try:
-        AttentionInterface.get_interface = get_interface
-        yield
+        with intercept_attention(model, wrapped):
+            yield
     finally:
-        AttentionInterface.get_interface = original
         handle.remove()
     if seen == 0:
         raise ValueError(

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+from softpick.loading import first_line
 from softpick.progress import Reporter, Silent
 
 __all__ = [
@@ -282,9 +283,9 @@ def _list(tasks: Sequence[str], num_fewshot: int | None) -> str:
 
 
 def _no_data(task: str, why: Any, tasks: Sequence[str], num_fewshot: int | None) -> EvaluationError:
-    words = (str(why).strip() or type(why).__name__).splitlines()[0]
     return EvaluationError(
-        f"tasks: the data of {task} ({_TASKS[task].hub}) are not on this machine, and the hub did not give them ({words}). "
+        f"tasks: the data of {task} ({_TASKS[task].hub}) are not on this machine, and the hub did not give them "
+        f"({first_line(why)}). "
         f"Without a network give a folder (data_dir, --data-dir) with {_list(tasks, num_fewshot)}; one JSON object a line"
     )
 

@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import functools
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -56,6 +57,7 @@ __all__ = [
     "SoftpickLlamaModel",
     "SoftpickLlamaPreTrainedModel",
     "attention_forward",
+    "intercept_attention",
     "make_attention_function",
     "normalizer_of",
     "register",
@@ -289,6 +291,36 @@ def register() -> None:
     AutoModelForSequenceClassification.register(
         SoftpickLlamaConfig, SoftpickLlamaForSequenceClassification, exist_ok=True
     )
+
+
+@contextmanager
+def intercept_attention(
+    model: nn.Module, around: Callable[[str, Callable[..., Any], Callable[..., Any]], Callable[..., Any]]
+) -> Iterator[None]:
+    """While open, the attention layers of one model call another function than the one they ask transformers for.
+
+    Args:
+        model: whose layers; those of others call what they asked for.
+        around: given the name of an implementation (``"eager"`` where none is named), its function and the layer's own eager
+            function, returns what is called instead, with the same arguments.
+    """
+    mine = {id(module) for module in model.modules()}
+    original = AttentionInterface.get_interface
+
+    def get_interface(self: Any, attn_implementation: str, default: Callable[..., Any]) -> Callable[..., Any]:
+        function = original(self, attn_implementation, default)
+        instead = around(attn_implementation or "eager", function, default)
+
+        def attention(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            return (instead if id(module) in mine else function)(module, *args, **kwargs)
+
+        return attention
+
+    AttentionInterface.get_interface = get_interface
+    try:
+        yield
+    finally:
+        AttentionInterface.get_interface = original
 
 
 def _remember_choice(to_dict: Callable[[Any], dict[str, Any]]) -> Callable[[Any], dict[str, Any]]:

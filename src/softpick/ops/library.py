@@ -25,7 +25,16 @@ from softpick.ops.reference import normalize
 if TYPE_CHECKING:
     from softpick.ops.triton.launch import Options
 
-__all__ = ["HAS_TRITON", "attention", "block_backward", "block_forward", "decode", "interpreted", "rows_forward"]
+__all__ = [
+    "HAS_TRITON",
+    "accumulation_dtype",
+    "attention",
+    "block_backward",
+    "block_forward",
+    "decode",
+    "interpreted",
+    "rows_forward",
+]
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 """Whether Triton is installed; finding it does not import it."""
@@ -40,7 +49,8 @@ def interpreted() -> bool:
     return bool(triton.knobs.runtime.interpret)
 
 
-def _accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """In which sums over inputs of a dtype are kept, and lse."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
@@ -156,7 +166,7 @@ def _empty_outputs(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     b, h, t, _ = query.shape
     out = _empty_heads_last(query, value)
-    dtype = _accumulation_dtype(query.dtype)
+    dtype = accumulation_dtype(query.dtype)
     lse = query.new_empty(b, h, t, dtype=dtype)
     shape = (b, h, t) if stats else (0,)
     tiles: tuple[int, ...] = (0,)
@@ -482,7 +492,7 @@ def block_forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Output, lse and largest score over these keys alone, all in the accumulation dtype: parts are not rounded twice."""
     b, h, t, _ = query.shape
-    dtype = _accumulation_dtype(query.dtype)
+    dtype = accumulation_dtype(query.dtype)
     out = query.new_empty(b, h, t, value.shape[-1], dtype=dtype)
     lse, mass, largest = (query.new_empty(b, h, t, dtype=dtype) for _ in range(3))
     right = 0 if is_causal else -1
@@ -519,7 +529,7 @@ def block_backward(
     Nothing else of the other keys enters: with the denominator in ``lse`` and ``D = do . out`` the gradient is a sum over
     keys. In the accumulation dtype (Triton rounds each block to the inputs' dtype first).
     """
-    dtype = _accumulation_dtype(query.dtype)
+    dtype = accumulation_dtype(query.dtype)
     dquery, dkey, dvalue = (torch.empty(x.shape, dtype=dtype, device=x.device) for x in (query, key, value))
     right = 0 if is_causal else -1
     if backend == "triton":

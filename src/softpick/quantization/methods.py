@@ -15,7 +15,7 @@ from torch import Tensor
 
 from softpick.loading import DTYPES, ModelError, Subject, first_line, load_subject
 from softpick.progress import Reporter
-from softpick.quantization.verify import QuantizationError, Verification, linear_layers, untouched, verify
+from softpick.quantization.verify import QuantizationError, Verification, inner_layers, tensors, untouched, verify
 
 __all__ = ["METHODS", "Job", "Method", "Quantized", "check", "quantize"]
 
@@ -80,7 +80,7 @@ class Method:
         title: for people.
         bits: what it can do.
         packages: that it needs, by the names they are imported by.
-        block: the length of a group, where it is not for the caller to say; 0 is a whole row.
+        block: of a job, how many neighbouring weights share a scale; None is a whole row.
         check: raises :class:`QuantizationError` for shapes or devices that the library cannot take.
         apply: quantizes, saves in the job's folder, and returns the model.
         citation: of the method.
@@ -176,13 +176,11 @@ def _apart(log: Path) -> Iterator[None]:
 
 
 def _inner(job: Job) -> dict[str, tuple[int, int]]:
-    """``(out, in)`` of the matrices of the layers: all but the vocabulary's."""
-    head = job.subject.model.get_output_embeddings()
+    """``(out, in)`` of the matrices of the layers."""
     found = {}
-    for name, module in linear_layers(job.subject.model).items():
-        if module is not head:
-            rows, columns = module.weight.shape
-            found[name] = (columns, rows) if type(module).__name__ == "Conv1D" else (rows, columns)
+    for name, module in inner_layers(job.subject.model).items():
+        rows, columns = module.weight.shape
+        found[name] = (columns, rows) if type(module).__name__ == "Conv1D" else (rows, columns)
     return found
 
 
@@ -200,7 +198,7 @@ def _group_divides(job: Job) -> None:
 
 def _hqq_check(job: Job) -> None:
     _group_divides(job)
-    if any(type(module).__name__ == "Conv1D" for module in linear_layers(job.subject.model).values()):
+    if any(type(module).__name__ == "Conv1D" for module in inner_layers(job.subject.model).values()):
         raise QuantizationError("hqq: quantizes nn.Linear only, and this model has Conv1D layers (GPT-2)")
 
 
@@ -220,8 +218,8 @@ def _hqq(job: Job) -> Any:
 
 def _put_back(original: Any, model: Any) -> None:
     """Undo what hqq does besides quantizing: it casts all else to the dtype of the products, rotary frequencies too."""
-    before = {**dict(original.named_parameters()), **dict(original.named_buffers())}
-    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+    before = tensors(original)
+    for name, tensor in tensors(model).items():
         if name in before and tensor.dtype != before[name].dtype and tensor.shape == before[name].shape:
             tensor.data = before[name].detach().clone()
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from softpick.evaluation.plots import COLORS, new_figure, save_figures
 
-__all__ = ["write_plots"]
+__all__ = ["figure_of", "write_plots"]
 
 # a method
 _MARKERS = {"hqq": "o", "bnb": "s", "gptq": "^"}
@@ -36,7 +36,8 @@ def _metrics(report: dict[str, Any]) -> list[tuple[str, str | None]]:
     return [("perplexity", None), *((task, HEADLINES[task][0]) for task in report["settings"]["tasks"])]
 
 
-def _value(cell: dict[str, Any], task: str, metric: str | None) -> float | None:
+def figure_of(cell: dict[str, Any], task: str, metric: str | None) -> float | None:
+    """What a table or plot shows of a cell: its perplexity (no metric), or a task's number, accuracies in percent."""
     if metric is None:
         return cell["perplexity"]
     value = cell["tasks"].get(task, {}).get(metric)
@@ -56,13 +57,13 @@ def _weights(report: dict[str, Any]) -> Any:
         bits: set[int] = set()
         for index, run in enumerate(runs):
             color = COLORS[index % len(COLORS)]
-            base = _value(run["cells"][0], task, metric)
+            base = figure_of(run["cells"][0], task, metric)
             if base is not None:
                 ax.axhline(base, color=color, linewidth=1, alpha=0.5)
                 ax.plot([], [], color=color, linewidth=1, alpha=0.5, label=f"{run['title']}, unquantized")
             for method in dict.fromkeys(c["method"] for c in run["cells"] if c["kind"] == "weights"):
                 points = [
-                    (c["bits"], _value(c, task, metric))
+                    (c["bits"], figure_of(c, task, metric))
                     for c in run["cells"]
                     if c["kind"] == "weights" and c["method"] == method
                 ]

@@ -8,19 +8,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from softpick.quantization.verify import QuantizationError, linear_layers
+from softpick.quantization.verify import QuantizationError, inner_layers
 
 __all__ = [
     "FORMATS",
     "GRANULARITIES",
-    "ActivationErrors",
-    "CacheErrors",
+    "Errors",
     "quantized_activations",
     "quantized_cache",
     "round_to",
@@ -76,28 +75,27 @@ def round_to(x: Tensor, fmt: Format, largest: Tensor) -> Tensor:
     return (fmt.cast(x.float() / scale) * scale).to(x.dtype)
 
 
-@dataclass
-class ActivationErrors:
-    """How far rounded inputs are from what they were, a layer: ``|x' - x| / |x|`` over all tokens seen."""
+class Errors:
+    """How far rounded tensors are from what they were: ``|x' - x| / |x|`` over all that was added under a name."""
 
-    squares: dict[str, list[float]] = field(default_factory=dict)
+    def __init__(self) -> None:
+        self._squares: dict[str, list[float]] = {}
 
     def add(self, name: str, x: Tensor, rounded: Tensor) -> None:
-        """One input of a layer."""
-        difference = float((rounded.float() - x.float()).square().sum())
-        entry = self.squares.setdefault(name, [0.0, 0.0])
-        entry[0] += difference
+        """One tensor."""
+        entry = self._squares.setdefault(name, [0.0, 0.0])
+        entry[0] += float((rounded.float() - x.float()).square().sum())
         entry[1] += float(x.float().square().sum())
 
     def relative(self) -> dict[str, float]:
-        """By layer."""
-        return {name: (e / n) ** 0.5 if n else 0.0 for name, (e, n) in self.squares.items()}
+        """By name, in the order in which they came."""
+        return {name: (e / n) ** 0.5 if n else 0.0 for name, (e, n) in self._squares.items()}
 
 
 @contextmanager
 def quantized_activations(
     model: Any, format_name: str, granularity: str, calibration: Sequence[Tensor]
-) -> Iterator[ActivationErrors]:
+) -> Iterator[Errors]:
     """Inside, every matrix of the layers has rounded weights (a scale an output) and rounded inputs.
 
     The vocabulary's matrices stay as they are. Afterwards the model is what it was.
@@ -122,12 +120,11 @@ def quantized_activations(
             f"activations: expected one of {', '.join(GRANULARITIES)} behind the format; got {granularity!r}"
         )
     fmt = FORMATS[format_name]
-    head = model.get_output_embeddings()
-    layers = {name: module for name, module in linear_layers(model).items() if module is not head}
+    layers = inner_layers(model)
     if not layers:
         raise QuantizationError("activations: the model has no linear layers besides the vocabulary's")
     largest = _largest_inputs(model, layers, calibration) if granularity == "tensor" else {}
-    errors = ActivationErrors()
+    errors = Errors()
 
     def rounding(name: str) -> Callable[[nn.Module, tuple[Any, ...]], tuple[Any, ...]]:
         def hook(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -180,27 +177,8 @@ def _largest_inputs(model: nn.Module, layers: Mapping[str, Any], calibration: Se
     return found
 
 
-@dataclass
-class CacheErrors:
-    """What rounding keys and values does, a layer: relative errors (Frobenius) of keys, values and attention outputs."""
-
-    squares: list[dict[str, list[float]]] = field(default_factory=list)
-
-    def add(self, layer: int, name: str, x: Tensor, rounded: Tensor) -> None:
-        """One call of a layer."""
-        while len(self.squares) <= layer:
-            self.squares.append({})
-        entry = self.squares[layer].setdefault(name, [0.0, 0.0])
-        entry[0] += float((rounded.float() - x.float()).square().sum())
-        entry[1] += float(x.float().square().sum())
-
-    def relative(self) -> list[dict[str, float]]:
-        """A layer: ``key``, ``value``, ``output``."""
-        return [{name: (e / n) ** 0.5 if n else 0.0 for name, (e, n) in layer.items()} for layer in self.squares]
-
-
 @contextmanager
-def quantized_cache(model: nn.Module, bits: int) -> Iterator[CacheErrors]:
+def quantized_cache(model: nn.Module, bits: int) -> Iterator[list[Errors]]:
     """Inside, attention sees keys and values as a cache of few bits would give them back.
 
     Each head of each token has a scale and an offset of its own (asymmetric, from its smallest to its largest entry), keys
@@ -211,51 +189,42 @@ def quantized_cache(model: nn.Module, bits: int) -> Iterator[CacheErrors]:
         bits: of an entry, 2 to 8.
 
     Yields:
-        The errors seen so far. The error of an attention output is that of the layer alone: queries, and the keys and
-        values before rounding, are the same for both.
+        The errors seen so far, a layer, under ``key``, ``value`` and ``output``. That of an attention output is of the layer
+        alone: queries, and the keys and values before rounding, are the same for both.
 
     Raises:
         ValueError: other bits.
     """
-    from transformers import AttentionInterface
+    from softpick.integrations.transformers import intercept_attention
 
     if not 2 <= bits <= 8:
         raise ValueError(f"kv_cache: expected 2 to 8 bits, got {bits}")
     steps = (1 << bits) - 1
-    errors = CacheErrors()
-    numbers: dict[int, int] = {}
-    mine = {id(module) for module in model.modules()}
+    errors: list[Errors] = []
+    of_layer: dict[int, Errors] = {}
 
     def rounded(x: Tensor) -> Tensor:
         low, high = x.float().aminmax(dim=-1, keepdim=True)
         scale = ((high - low) / steps).clamp(min=torch.finfo(torch.float32).tiny)
         return (((x.float() - low) / scale).round() * scale + low).to(x.dtype)
 
-    def wrapped(function: Callable[..., Any]) -> Callable[..., Any]:
+    def around(name: str, function: Callable[..., Any], eager: Callable[..., Any]) -> Callable[..., Any]:
         def attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Any:
-            if id(module) not in mine:
-                return function(module, query, key, value, *args, **kwargs)
-            layer = numbers.setdefault(id(module), len(numbers))
+            if id(module) not in of_layer:
+                of_layer[id(module)] = Errors()
+                errors.append(of_layer[id(module)])
             near_key, near_value = rounded(key), rounded(value)
             exact = function(module, query, key, value, *args, **kwargs)[0]
             result = function(module, query, near_key, near_value, *args, **kwargs)
-            for name, x, y in (("key", key, near_key), ("value", value, near_value), ("output", exact, result[0])):
-                errors.add(layer, name, x, y)
+            for what, x, y in (("key", key, near_key), ("value", value, near_value), ("output", exact, result[0])):
+                of_layer[id(module)].add(what, x, y)
             return result
 
         return attention
 
-    original = AttentionInterface.get_interface
-
-    def get_interface(self: Any, attn_implementation: str, default: Callable[..., Any]) -> Callable[..., Any]:
-        return wrapped(original(self, attn_implementation, default))
-
-    AttentionInterface.get_interface = get_interface
-    try:
+    with intercept_attention(model, around):
         yield errors
-    finally:
-        AttentionInterface.get_interface = original
-    if not numbers:
+    if not errors:
         raise QuantizationError(
             f"kv_cache: no attention was seen in {type(model).__name__}: expected a transformers model whose attention goes "
             "through AttentionInterface"

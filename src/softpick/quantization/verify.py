@@ -20,8 +20,10 @@ __all__ = [
     "LayerCheck",
     "QuantizationError",
     "Verification",
+    "inner_layers",
     "linear_layers",
     "quiet_libraries",
+    "tensors",
     "untouched",
     "verify",
     "weight_of",
@@ -79,6 +81,17 @@ def linear_layers(model: nn.Module) -> dict[str, Any]:
     return {name: module for name, module in model.named_modules() if _is_linear(module)}
 
 
+def inner_layers(model: Any) -> dict[str, Any]:
+    """The same without the vocabulary's projection: what quantizers quantize."""
+    head = model.get_output_embeddings()
+    return {name: module for name, module in linear_layers(model).items() if module is not head}
+
+
+def tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers, by name; also the buffers that no file holds."""
+    return {**dict(model.named_parameters()), **dict(model.named_buffers())}
+
+
 def _is_linear(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
 
@@ -116,8 +129,8 @@ def untouched(original: nn.Module, quantized: nn.Module, layers: Sequence[str]) 
     Norms, embeddings, the vocabulary's projection, and buffers that no file holds (the frequencies of rotary embeddings).
     """
     inside = tuple(f"{name}." for name in layers)
-    now = {**dict(quantized.named_parameters()), **dict(quantized.named_buffers())}
-    for name, tensor in (*original.named_parameters(), *original.named_buffers()):
+    now = tensors(quantized)
+    for name, tensor in tensors(original).items():
         if name.startswith(inside):
             continue
         other = now.get(name)

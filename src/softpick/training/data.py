@@ -184,6 +184,22 @@ def _read_parquet(file: Path, field: str) -> Iterator[str]:
             yield value
 
 
+def get_corpus(path: str | Path | None, text_field: str = "text", characters: int | None = None) -> Corpus:
+    """:func:`read_corpus`, or where there is no path the sources of :func:`standard_library`.
+
+    Args:
+        path: file, directory, or None.
+        text_field: as for :func:`read_corpus`.
+        characters: at most; None is all of a path, and the default of :func:`standard_library`.
+
+    Raises:
+        DataError: as :func:`read_corpus`.
+    """
+    if path is not None:
+        return read_corpus(path, text_field, characters)
+    return standard_library() if characters is None else standard_library(characters)
+
+
 def split_documents(documents: Sequence[str], share: float = VALIDATION_SHARE) -> tuple[list[str], list[str], str]:
     """Training and validation documents, and a sentence about the split.
 

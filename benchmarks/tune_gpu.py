@@ -36,8 +36,8 @@ CANDIDATES = {
         (128, 64, 4, 3),
     ],
     ("queries", 128): [(128, 64, 8, 3), (128, 64, 8, 2), (64, 32, 4, 3), (64, 64, 4, 2), (128, 32, 8, 3)],
-    ("keys", 64): [(64, 64, 4, 3), (64, 64, 4, 4), (64, 128, 8, 3), (64, 128, 8, 2), (32, 64, 4, 3), (128, 64, 8, 2)],
-    ("keys", 128): [(64, 128, 8, 3), (64, 128, 8, 2), (32, 64, 4, 3), (32, 128, 8, 3), (32, 128, 8, 4), (64, 64, 4, 2)],
+    ("keys", 64): [(64, 64, 4, 3), (64, 64, 4, 2), (64, 128, 8, 3), (64, 128, 8, 2), (128, 128, 8, 2), (32, 64, 4, 3)],
+    ("keys", 128): [(64, 128, 8, 3), (64, 128, 8, 2), (32, 128, 8, 3), (64, 64, 4, 2), (64, 64, 4, 3), (64, 64, 8, 3)],
     ("decode", 128): [(16, 32, 2, 3), (16, 32, 2, 4), (16, 64, 2, 3), (16, 64, 2, 4), (16, 64, 4, 3), (16, 32, 1, 3)],
 }
 
@@ -184,7 +184,9 @@ def tune_rows() -> None:
             lse = torch.empty(x.shape[0], device="cuda")
             best = {}
             long = n > 16384
-            for size, warps in itertools.product((4096, 8192, 16384) if long else (1024, 2048, 4096, 8192), (4, 8, 16)):
+            for size, warps in itertools.product(
+                (4096, 8192, 16384) if long else (1024, 2048, 4096, 8192), (4, 8, 16, 32) if n > 1024 else (1, 2, 4, 8)
+            ):
                 if long:
                     launch._LONG_BLOCK, launch._LONG_WARPS = size, warps
                 else:
@@ -198,16 +200,9 @@ def tune_rows() -> None:
                 )
                 size_in_bytes = x.numel() * x.element_size()
                 best[size, warps] = (2 * size_in_bytes / f / 1e9, 3 * size_in_bytes / b / 1e9)
-            top = [max(best.items(), key=lambda item, i=i: item[1][i]) for i in (0, 1)]
-            print(
-                dtype,
-                n,
-                "forward",
-                top[0][0],
-                f"{top[0][1][0]:.2f} TB/s; backward",
-                top[1][0],
-                f"{top[1][1][1]:.2f} TB/s",
-            )
+            for i, what in enumerate(("forward", "backward")):
+                top = sorted(best.items(), key=lambda item, i=i: -item[1][i])[:4]
+                print(dtype, n, what, *(f"{shape} {speeds[i]:.2f}" for shape, speeds in top), "TB/s", flush=True)
 
 
 def tune_splits() -> None:
@@ -232,22 +227,26 @@ def tune_splits() -> None:
                 torch.nn.functional.scaled_dot_product_attention(q, k, v, enable_gqa=True)
 
         bench = triton.testing.do_bench_cudagraph
-        line = [f"{b}x{t} cudnn {1e3 * bench(peer, rep=30, return_mode='median'):.0f}"]
-        for programs, blocks, skip in itertools.product((2, 4, 8, 12), CANDIDATES["decode", 128][:4], (False, True)):
-            tuning.OVERRIDE["decode"] = tuning.OVERRIDE["decode_skip"] = tuning.Blocks(*blocks)
-            launch.PROGRAMS["decode_skip" if skip else "decode"] = programs
+        line = [f"{b}x{t} cudnn {1e3 * bench(peer, rep=20, return_mode='median'):.0f}"]
+        variants = itertools.product((2, 4, 8, 12), (64, 128, 256), CANDIDATES["decode", 128][:5], (False, True))
+        for programs, fewest, blocks, skip in variants:
+            if fewest > 64 and t > 8192:
+                continue
+            kind = "decode_skip" if skip else "decode"
+            tuning.OVERRIDE[kind] = tuning.Blocks(*blocks)
+            launch.PROGRAMS[kind], launch.FEWEST_KEYS[kind] = programs, fewest
             ours = [
                 1e3
                 * bench(
                     lambda q=q, k=k, skip=skip: launch.decode(
                         options._replace(skip=skip), q, k, v, None, None, None, None, out, lse
                     ),
-                    rep=30,
+                    rep=10,
                     return_mode="median",
                 )
                 for q, k in ((q, k), (sparse_q, sparse_k))
             ]
-            line.append((programs, blocks, skip, [round(x, 1) for x in ours]))
+            line.append(((programs, fewest), blocks, skip, [round(x, 1) for x in ours]))
         print(line[0])
         for skip in (False, True):
             for i in (0, 1):
@@ -260,6 +259,7 @@ def main() -> None:
     parser.add_argument("--output", default="tune.csv")
     parser.add_argument("--kinds", default="forward,keys,queries,decode")
     parser.add_argument("--dims", default="64,128")
+    parser.add_argument("--skip", choices=("both", "no"), default="both", help="whether to time skipping as well")
     parser.add_argument("--budget", type=float, default=400.0, help="seconds after which nothing new is timed")
     options = parser.parse_args()
     began = time.time()
@@ -269,7 +269,7 @@ def main() -> None:
         for kind in options.kinds.split(",")
         for dim in dims
         for blocks in candidates(kind, dim)
-        for skip in (False, True)
+        for skip in ((False, True) if options.skip == "both" else (False,))
         if kind != "decode" or dim == 128
     ]
     with multiprocessing.get_context("spawn").Pool(min(16, os.cpu_count() or 1)) as pool:

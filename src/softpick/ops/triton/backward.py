@@ -23,6 +23,7 @@ from softpick.ops.triton.tile import (
     INF,
     LINEAR,
     LOG2E,
+    assignment,
     dropout_factor,
     expm1_exp2,
     finish_scores,
@@ -33,6 +34,7 @@ from softpick.ops.triton.tile import (
     narrow_gradient,
     queries_of_keys,
     signed,
+    zeros,
 )
 
 __all__ = ["attention_backward_keys", "attention_backward_queries", "live_segments", "row_statistics"]
@@ -213,12 +215,12 @@ def _sweep_keys(
     return dq
 
 
-@triton.jit(do_not_specialize=["heads", "tq", "tk", "left", "right", "s_b", "s_h", "s_t"])
+@triton.jit(do_not_specialize=["heads", "tiles", "pairs", "together", "tq", "tk", "left", "right", "s_b", "s_h", "s_t"])
 def attention_backward_queries(
     query, key, value, grad_out, statistics, dquery, dbias, segments, mask, cu_q, cu_k, seed_at,
     q_b, q_h, q_t, q_d, k_b, k_h, k_t, k_d, v_b, v_h, v_t, v_d, g_b, g_h, g_t, g_d, dq_b, dq_h, dq_t, dq_d,
     m_b, m_h, m_q, m_k, s_b, s_h, s_t,
-    heads, groups, tq, tk, width, v_width, left, right, unit, scale, softcap, dropout_p,
+    tiles, heads, pairs, together, groups, tq, tk, width, v_width, left, right, unit, scale, softcap, dropout_p,
     BASE: tl.constexpr, RECTIFY: tl.constexpr, ABSOLUTE: tl.constexpr, CONSTANT: tl.constexpr,
     NEGATIVE_GRADIENT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr, PAD_D: tl.constexpr, PAD_DV: tl.constexpr, MASK: tl.constexpr, MASK_ROWS: tl.constexpr,
@@ -226,8 +228,8 @@ def attention_backward_queries(
     BIAS_GRADIENT: tl.constexpr, VARLEN: tl.constexpr, EXACT: tl.constexpr, SKIP: tl.constexpr, GRAIN: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """``dQ`` of one query tile. Grid: (query tiles, heads, batch or sequences)."""
-    h, b = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
+    """``dQ`` of one query tile. Grid: query tiles of all ``pairs`` of head and sequence (:func:`assignment`)."""
+    tile, h, b = assignment(tiles, heads, pairs, together)
     start = (b * heads + h) * 1_000_003
     sequence = b
     total_q = tq
@@ -241,7 +243,7 @@ def attention_backward_queries(
         grad_out += q0 * g_t
         dquery += q0 * dq_t
         b *= 0
-    i0 = (tl.num_programs(0) - 1 - tl.program_id(0)) * BLOCK_M
+    i0 = (tiles - 1 - tile) * BLOCK_M
     if i0 >= tq:
         return
     offset = 0
@@ -383,12 +385,12 @@ def _sweep_queries(
     return dk, dv_acc
 
 
-@triton.jit(do_not_specialize=["heads", "tq", "tk", "left", "right", "s_b", "s_h", "s_t"])
+@triton.jit(do_not_specialize=["heads", "tiles", "pairs", "together", "tq", "tk", "left", "right", "s_b", "s_h", "s_t"])
 def attention_backward_keys(
     query, key, value, grad_out, statistics, dkey, dvalue, segments, mask, cu_q, cu_k, seed_at,
     q_b, q_h, q_t, q_d, k_b, k_h, k_t, k_d, v_b, v_h, v_t, v_d, g_b, g_h, g_t, g_d,
     dk_b, dk_h, dk_t, dk_d, dv_b, dv_h, dv_t, dv_d, m_b, m_h, m_q, m_k, s_b, s_h, s_t,
-    heads, groups, tq, tk, width, v_width, left, right, unit, scale, softcap, dropout_p,
+    tiles, heads, pairs, together, groups, tq, tk, width, v_width, left, right, unit, scale, softcap, dropout_p,
     BASE: tl.constexpr, RECTIFY: tl.constexpr, ABSOLUTE: tl.constexpr, CONSTANT: tl.constexpr,
     NEGATIVE_GRADIENT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr, PAD_D: tl.constexpr, PAD_DV: tl.constexpr, MASK: tl.constexpr, MASK_ROWS: tl.constexpr,
@@ -396,8 +398,11 @@ def attention_backward_keys(
     VARLEN: tl.constexpr, EXACT: tl.constexpr, SKIP: tl.constexpr, GRAIN: tl.constexpr, RELU_ASM: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """``dK`` and ``dV`` of one key tile, summed over the query heads of its group. Grid: (key tiles, Hkv, batch)."""
-    kv, b = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
+    """``dK`` and ``dV`` of one key tile, summed over the query heads of its group.
+
+    Grid: key tiles of all ``pairs`` of key head and sequence (:func:`assignment`).
+    """
+    tile, kv, b = assignment(tiles, heads // groups, pairs, together)
     sequence = b
     total_q = tq
     q0 = tl.cast(0, tl.int64)
@@ -411,7 +416,7 @@ def attention_backward_keys(
         dkey += k0 * dk_t
         dvalue += k0 * dv_t
         b *= 0
-    j0 = tl.program_id(0) * BLOCK_N
+    j0 = tile * BLOCK_N
     if j0 >= tk:
         return
     offset = 0
@@ -432,12 +437,12 @@ def attention_backward_keys(
     lo, full_lo, full_hi, hi = queries_of_keys(
         j0, tl.minimum(j0 + BLOCK_N, tk), tq, offset, left, right, BLOCK_M, LEFT, RIGHT
     )
-    dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
-    dv_acc = tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)
+    dk = zeros(BLOCK_N, BLOCK_D, RELU_ASM)
+    dv_acc = zeros(BLOCK_N, BLOCK_DV, RELU_ASM)
     for group in range(groups):
         h = kv * groups + group
         if SKIP:
-            runs = segments + sequence * s_b + h * s_h + tl.program_id(0) * s_t
+            runs = segments + sequence * s_b + h * s_h + tile * s_t
         start = (sequence * heads + h) * 1_000_003
         q_of_head = query + b * q_b + h * q_h
         g_of_head = grad_out + b * g_b + h * g_h

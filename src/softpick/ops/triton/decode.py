@@ -1,13 +1,15 @@
 """Attention of few queries against a long cache: the keys are split over programs, the partial results merged.
 
 The queries of a group of heads that share a key head are rows of one tile, so each key is read once. The cache is
-contiguous or paged (``block_table``). With SKIP the values of a key tile that keeps no score are not read.
+contiguous or paged (``block_table``). With SKIP the values of a key for which no query of the tile keeps its score are not
+read.
 """
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from softpick.ops.triton.tile import (
     EXP,
@@ -41,9 +43,18 @@ def _load_keys(
     if PAGE == 0:
         return load_rows(base + tl.cast(j, tl.int64) * stride_t, n, d, stride_t, stride_d, tk - j, width, EDGE, PAD)
     else:
-        block = tl.load(table + (j + n) // PAGE, mask=j + n < tk, other=0).to(tl.int64)
+        return _load_wanted(base, j, n, d, j + n < tk, stride_block, stride_t, stride_d, table, PAGE, width)
+
+
+@triton.jit
+def _load_wanted(base, j, n, d, wanted, stride_block, stride_t, stride_d, table, PAGE: tl.constexpr, width):
+    """The ``wanted`` rows of a key tile, zero in the place of the others."""
+    if PAGE == 0:
+        at = base + (tl.cast(j, tl.int64) * stride_t + n * stride_t)[:, None] + d[None, :] * stride_d
+    else:
+        block = tl.load(table + (j + n) // PAGE, mask=wanted, other=0).to(tl.int64)
         at = base + (block * stride_block + ((j + n) % PAGE) * stride_t)[:, None] + d[None, :] * stride_d
-        return tl.load(at, mask=(j + n < tk)[:, None] & (d[None, :] < width), other=0.0)
+    return tl.load(at, mask=wanted[:, None] & (d[None, :] < width), other=0.0)
 
 
 @triton.jit
@@ -56,6 +67,9 @@ def _sweep(
     EXACT: tl.constexpr, SKIP: tl.constexpr, RELU_ASM: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     d, dv, n = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV), tl.arange(0, BLOCK_N)
+    if SKIP:  # which values are wanted is known late: their product waits until the next tile's scores are there
+        waiting = tl.zeros([q.shape[0], BLOCK_N], q.dtype)
+        v = tl.zeros([BLOCK_N, BLOCK_DV], q.dtype)
     for j in tl.range(lo, hi, BLOCK_N):
         k = _load_keys(key, j, n, d, tk, k_b, k_t, k_d, table, PAGE, width, EDGE, PAD_D)
         if not SKIP:
@@ -67,6 +81,9 @@ def _sweep(
         )  # fmt: skip
         if EDGE or MASK != 0:
             s = tl.where(keep, s, -INF if BASE == EXP else 0.0)
+        if SKIP:
+            acc = tl.dot(waiting, v, acc, input_precision=PRECISION)
+            v = _load_wanted(value, j, n, dv, any_kept(s, RECTIFY), v_b, v_t, v_d, table, PAGE, v_width)
         if BASE != LINEAR:
             high = tl.maximum(m, tl.max(s, 1))
             fresh = tl.where(high == -INF, 0.0, high)
@@ -91,12 +108,13 @@ def _sweep(
                 p /= high[:, None]
                 m = high
             p *= FP16_SCALE
+        p = narrow(p, v, RELU, RELU_ASM and RELU)
         if SKIP:
-            if any_kept(s, RECTIFY):
-                v = _load_keys(value, j, n, dv, tk, v_b, v_t, v_d, table, PAGE, v_width, EDGE, PAD_DV)
-                acc = tl.dot(narrow(p, v, RELU, RELU_ASM and RELU), v, acc, input_precision=PRECISION)
+            waiting = p
         else:
-            acc = tl.dot(narrow(p, v, RELU, RELU_ASM and RELU), v, acc, input_precision=PRECISION)
+            acc = tl.dot(p, v, acc, input_precision=PRECISION)
+    if SKIP:
+        acc = tl.dot(waiting, v, acc, input_precision=PRECISION)
     return acc, total, m
 
 
@@ -110,11 +128,15 @@ def decode_split(
     BLOCK_DV: tl.constexpr, PAD_D: tl.constexpr, PAD_DV: tl.constexpr, MASK: tl.constexpr, MASK_ROWS: tl.constexpr,
     LEFT: tl.constexpr, RIGHT: tl.constexpr, BOTTOM_RIGHT: tl.constexpr, SOFTCAP: tl.constexpr, PAGE: tl.constexpr,
     LENGTHS: tl.constexpr, EXACT: tl.constexpr, SKIP: tl.constexpr, RELU_ASM: tl.constexpr, PRECISION: tl.constexpr,
+    EARLY: tl.constexpr,
 ):  # fmt: skip
     """Keys ``[split * chunk, (split + 1) * chunk)`` of one sequence and key head. Grid: (splits, Hkv, B).
 
     Writes the unnormalized output, the sum of ``g`` and ``m`` of every row, contiguous ``(B, Hkv, splits, BLOCK_M, ...)``.
+    EARLY: the merge may be launched while this runs; it waits by itself.
     """
+    if EARLY:
+        gdc_launch_dependents()
     split, kv, b = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
     r, d, dv = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
     if LENGTHS:
@@ -188,8 +210,11 @@ def decode_merge(
     part_out, part_total, part_m, sink, out, lse, o_b, o_h, o_t, o_d, l_b, l_h, l_t,
     kv_heads, groups, tq, v_width, splits, eps,
     BASE: tl.constexpr, CONSTANT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_DV: tl.constexpr, SPLITS: tl.constexpr,
+    EARLY: tl.constexpr,
 ):  # fmt: skip
     """Partial results relative to their ``m`` into one, in the order of the splits. Grid: (queries, heads, B)."""
+    if EARLY:
+        gdc_wait()
     i, h, b = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
     p, dv = tl.arange(0, SPLITS), tl.arange(0, BLOCK_DV)
     kv, r = h // groups, (h % groups) * tq + i

@@ -22,6 +22,7 @@ from softpick.ops.triton.tile import (
     POSITIVE,
     SINK,
     TINY,
+    assignment,
     dropout_factor,
     either,
     finish_scores,
@@ -199,11 +200,14 @@ def _all_keys(
     return acc, total, kept, m, top
 
 
-@triton.jit(do_not_specialize=["heads", "tq", "tk", "left", "right", "live_b", "live_h", "live_r"])
+@triton.jit(
+    do_not_specialize=["heads", "tiles", "pairs", "together", "tq", "tk", "left", "right", "live_b", "live_h", "live_r"]
+)
 def attention_forward(
     query, key, value, out, lse, mass, largest, live, mask, sink, cu_q, cu_k, seed_at,
     q_b, q_h, q_t, q_d, k_b, k_h, k_t, k_d, v_b, v_h, v_t, v_d, o_b, o_h, o_t, o_d, l_b, l_h, l_t, m_b, m_h, m_q, m_k,
-    live_b, live_h, live_r, heads, groups, tq, tk, width, v_width, left, right, unit, eps, softcap, dropout_p,
+    live_b, live_h, live_r, tiles, heads, pairs, together, groups, tq, tk, width, v_width, left, right, unit, eps, softcap,
+    dropout_p,
     BASE: tl.constexpr, RECTIFY: tl.constexpr, ABSOLUTE: tl.constexpr, CONSTANT: tl.constexpr,
     NEGATIVE_GRADIENT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr, PAD_D: tl.constexpr, PAD_DV: tl.constexpr, MASK: tl.constexpr, MASK_ROWS: tl.constexpr,
@@ -211,12 +215,14 @@ def attention_forward(
     STATS: tl.constexpr, VARLEN: tl.constexpr, OPTIMISTIC: tl.constexpr, EXACT: tl.constexpr, TRACK: tl.constexpr,
     RELU_ASM: tl.constexpr, PRECISION: tl.constexpr, SIGNED: tl.constexpr,
 ):  # fmt: skip
-    """Grid: (query tiles, heads, batch or sequences). Writes ``out``, ``lse`` (natural), with STATS mass and largest.
+    """Grid: query tiles of all ``pairs`` of head and sequence (:func:`assignment`).
+
+    Writes ``out``, ``lse`` (natural), with STATS mass and largest.
 
     With TRACK also ``live``: bit ``c % 32`` of word ``c // 32`` of row ``r`` says whether the numerator keeps a score of
     query tile ``r`` and key tile ``c``, both of BLOCK_N positions. Words that no query of the row sees are not written.
     """
-    h, b = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
+    tile, h, b = assignment(tiles, heads, pairs, together)
     start = (b * heads + h) * 1_000_003
     if TRACK:
         live += b * live_b + h * live_h
@@ -232,8 +238,7 @@ def attention_forward(
             mass += q0 * l_t
             largest += q0 * l_t
         b *= 0
-    # the longest rows first: under a causal mask the last programs to start are then the shortest
-    i0 = (tl.num_programs(0) - 1 - tl.program_id(0)) * BLOCK_M
+    i0 = (tiles - 1 - tile) * BLOCK_M  # under a causal mask the last queries see the most keys
     if i0 >= tq:
         return
     offset = 0

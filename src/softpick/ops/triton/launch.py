@@ -19,7 +19,7 @@ from softpick.ops.triton.decode import decode_merge, decode_split
 from softpick.ops.triton.forward import attention_forward
 from softpick.ops.triton.rows import rows_backward, rows_backward_long, rows_forward, rows_forward_long
 from softpick.ops.triton.tile import LOG2E, switches
-from softpick.ops.triton.tuning import PROGRAMS, SHORTEST_SKIP, blocks, multiprocessors
+from softpick.ops.triton.tuning import FEWEST_KEYS, PROGRAMS, SHORTEST_SKIP, blocks, multiprocessors
 
 __all__ = [
     "Options",
@@ -34,6 +34,8 @@ __all__ = [
 
 _LONGEST_ROW = 16384  # elements of a row that one program holds in registers
 _LONGEST_MAP = 65536  # keys; beyond, the runs of the map would take more memory than they are worth
+_L2_SHARE = 2**24  # bytes of keys and values (or queries and gradients) in use at a time
+_FEWEST_TOGETHER = 8  # fewer pairs at a time leave the longest tiles of one of them for the end
 _LARGEST_OPTIMISTIC_EPS = 1e-5  # eps is relative to e^m; without m it is off by a factor of at most 1 + eps
 
 
@@ -109,6 +111,11 @@ def _relu_asm(query: Tensor) -> bool:
     )
 
 
+def _dependent_launch(query: Tensor) -> bool:
+    """Whether a kernel can be launched before the one it depends on has ended (NVIDIA, compute capability 9.0 and later)."""
+    return not _interpreted() and torch.version.hip is None and torch.cuda.get_device_capability(query.device)[0] >= 9
+
+
 def _mask_arguments(mask: Tensor | None) -> tuple[Tensor | None, tuple[int, int, int, int]]:
     if mask is None:
         return None, (0, 0, 0, 0)
@@ -124,6 +131,19 @@ def _line_strides(x: Tensor | None) -> tuple[int, ...]:
 def _sequences(query: Tensor, cu_q: Tensor | None, longest: int) -> tuple[int, int]:
     """(sequences in the batch, queries of the longest)."""
     return (query.shape[0], query.shape[2]) if cu_q is None else (cu_q.numel() - 1, longest)
+
+
+def _row_bytes(*tensors: Tensor) -> int:
+    """Bytes of a position of one head."""
+    return sum(x.shape[-1] * x.element_size() for x in tensors)
+
+
+def _together(pairs: int, sharing: int, read: int) -> int:
+    """How many pairs of head and sequence run at a time (:func:`softpick.ops.triton.tile.assignment`).
+
+    ``sharing`` of them read the same ``read`` bytes over and over, which should come from the L2 cache.
+    """
+    return min(pairs, max(_FEWEST_TOGETHER, _L2_SHARE // max(1, read) * sharing))
 
 
 def skippable(norm: Normalizer) -> bool:
@@ -174,11 +194,14 @@ def forward(
     common = _common(options, query, value, mask)
     tile = blocks("forward", max(common["BLOCK_D"], common["BLOCK_DV"]), query.dtype, query.device)
     pointer, mask_strides = _mask_arguments(mask)
-    attention_forward[triton.cdiv(longest, tile.m), heads, b](
+    tiles = triton.cdiv(longest, tile.m)
+    groups = heads // key.shape[1]
+    together = _together(heads * b, groups, _row_bytes(key, value) * (key.shape[2] if cu_k is None else longest))
+    attention_forward[(tiles * heads * b,)](
         query, key, value, out, lse, mass, largest, live, pointer, sink, cu_q, cu_k, seed,
         *query.stride(), *key.stride(), *value.stride(), *out.stride(), *lse.stride(), *mask_strides,
         *_line_strides(live),
-        heads, heads // key.shape[1], query.shape[2], key.shape[2], query.shape[-1], value.shape[-1],
+        tiles, heads, heads * b, together, groups, query.shape[2], key.shape[2], query.shape[-1], value.shape[-1],
         options.left, options.right, _unit(options), options.eps, options.softcap, _dropped(options),
         **common,
         BLOCK_M=tile.m,
@@ -251,8 +274,9 @@ def backward(
     )  # fmt: skip
     pointer, mask_strides = _mask_arguments(mask)
     shared = {**common, "DROPOUT": options.dropout_p > 0, "VARLEN": cu_q is not None}
+    groups = heads // kv_heads
     numbers = (
-        heads, heads // kv_heads, total_q, key.shape[2], query.shape[-1], value.shape[-1],
+        groups, total_q, key.shape[2], query.shape[-1], value.shape[-1],
         options.left, options.right, _unit(options), options.scale, options.softcap, _dropped(options),
     )  # fmt: skip
     strides = (*query.stride(), *key.stride(), *value.stride(), *grad_out.stride())
@@ -264,17 +288,22 @@ def backward(
     span = (cu_q, cu_k, longest, key.shape[2] if cu_k is None else longest_k)
     tile = blocks("keys", widest, query.dtype, query.device)
     runs = None if live is None else _segments(live, True, tile.n, grain, *span)
-    attention_backward_keys[triton.cdiv(span[3], tile.n), kv_heads, b](
+    tiles = triton.cdiv(span[3], tile.n)
+    together = _together(kv_heads * b, 1, groups * longest * _row_bytes(query, grad_out))
+    attention_backward_keys[(tiles * kv_heads * b,)](
         query, key, value, grad_out, statistics, dkey, dvalue, runs, pointer, cu_q, cu_k, seed,
-        *strides, *dkey.stride(), *dvalue.stride(), *mask_strides, *_line_strides(runs), *numbers,
+        *strides, *dkey.stride(), *dvalue.stride(), *mask_strides, *_line_strides(runs),
+        tiles, heads, kv_heads * b, together, *numbers,
         **shared, BLOCK_M=tile.m, BLOCK_N=tile.n, SKIP=runs is not None, GRAIN=grain, RELU_ASM=_relu_asm(query),
         num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     tile = blocks("queries", widest, query.dtype, query.device)
     runs = None if live is None else _segments(live, False, tile.m, grain, *span)
-    attention_backward_queries[triton.cdiv(longest, tile.m), heads, b](
+    tiles = triton.cdiv(longest, tile.m)
+    together = _together(heads * b, groups, span[3] * _row_bytes(key, value))
+    attention_backward_queries[(tiles * heads * b,)](
         query, key, value, grad_out, statistics, dquery, dmask, runs, pointer, cu_q, cu_k, seed,
-        *strides, *dquery.stride(), *mask_strides, *_line_strides(runs), *numbers,
+        *strides, *dquery.stride(), *mask_strides, *_line_strides(runs), tiles, heads, heads * b, together, *numbers,
         **shared, BLOCK_M=tile.m, BLOCK_N=tile.n, SKIP=runs is not None, GRAIN=grain, BIAS_GRADIENT=dmask is not None,
         num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
@@ -310,7 +339,8 @@ def decode(
     kind = "decode_skip" if skip else "decode"
     tile = blocks(kind, widest, query.dtype, query.device)
     rows = _padded(groups * tq)
-    splits, chunk = _splits(PROGRAMS[kind], b * kv_heads, tk, tile.n, query.device)
+    splits, chunk = _splits(kind, b * kv_heads, tk, tile.n, query.device)
+    early = _dependent_launch(query)
     shape = (b, kv_heads, splits, rows)
     part_out = torch.empty(*shape, common["BLOCK_DV"], dtype=torch.float32, device=query.device)
     part_total, part_m = (torch.empty(shape, dtype=torch.float32, device=query.device) for _ in range(2))
@@ -327,6 +357,7 @@ def decode(
         LENGTHS=lengths is not None,
         SKIP=skip,
         RELU_ASM=_relu_asm(query),
+        EARLY=early,
         num_warps=tile.warps,
         num_stages=tile.stages,
     )  # fmt: skip
@@ -334,15 +365,16 @@ def decode(
         part_out, part_total, part_m, sink, out, lse, *out.stride(), *lse.stride(),
         kv_heads, groups, tq, value.shape[-1], splits, options.eps,
         BASE=common["BASE"], CONSTANT=common["CONSTANT"], BLOCK_M=rows, BLOCK_DV=common["BLOCK_DV"],
-        SPLITS=triton.next_power_of_2(splits), num_warps=4,
+        SPLITS=triton.next_power_of_2(splits), EARLY=early, num_warps=4,
+        **({"launch_pdl": True} if early else {}),
     )  # fmt: skip
 
 
-def _splits(programs: int, pairs: int, tk: int, block_n: int, device: torch.device) -> tuple[int, int]:
+def _splits(kind: str, pairs: int, tk: int, block_n: int, device: torch.device) -> tuple[int, int]:
     """(programs a sequence and key head, keys of each): enough programs to fill the device, none with too few keys."""
-    programs *= multiprocessors(device.index or 0) if device.type == "cuda" else 2
+    programs = PROGRAMS[kind] * (multiprocessors(device.index or 0) if device.type == "cuda" else 2)
     tiles = max(1, triton.cdiv(tk, block_n))
-    wanted = max(1, min(128, triton.cdiv(programs, pairs), triton.cdiv(tiles, 4)))
+    wanted = max(1, min(128, triton.cdiv(programs, pairs), triton.cdiv(tk, FEWEST_KEYS[kind])))
     chunk = triton.cdiv(tiles, wanted) * block_n
     return max(1, triton.cdiv(tk, chunk)), chunk
 

@@ -78,11 +78,11 @@ def kept_scores(x, s, RECTIFY: tl.constexpr):
 
 @triton.jit
 def any_kept(s, RECTIFY: tl.constexpr):
-    """Whether the numerator keeps any score of the tile."""
+    """For each key, whether the numerator keeps a score of any of the queries."""
     if RECTIFY == POSITIVE:
-        return tl.max(s) > 0
+        return tl.max(s, 0) > 0
     else:
-        return tl.max(s) >= 0
+        return tl.max(s, 0) >= 0
 
 
 @triton.jit
@@ -100,6 +100,19 @@ def narrow(p, like, RELU: tl.constexpr, RELU_ASM: tl.constexpr):
         return tl.maximum(p, 0.0).to(like.dtype)
     else:
         return p.to(like.dtype)
+
+
+@triton.jit
+def zeros(ROWS: tl.constexpr, COLUMNS: tl.constexpr, OPAQUE: tl.constexpr):
+    """An accumulator. OPAQUE hides from the compiler that it is zero.
+
+    Where a loop may have no rounds, LLVM otherwise writes the zeros again on the way around it, and ptxas, which finds these
+    registers written by something else than a product, has every product of the kernel wait for the one before (C7515).
+    """
+    zero = tl.zeros([ROWS, COLUMNS], tl.float32)
+    if OPAQUE:
+        zero = tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [zero], dtype=tl.float32, is_pure=False, pack=1)
+    return zero
 
 
 @triton.jit
@@ -208,6 +221,21 @@ def load_rows(base, rows, columns, stride_t, stride_d, length, width, ROWS: tl.c
         return tl.load(at, mask=columns[None, :] < width, other=0.0)
     else:
         return tl.load(at)
+
+
+@triton.jit
+def assignment(tiles, heads, pairs, together):
+    """(tile, head, sequence) of a program of a one-dimensional grid, counted so that tile 0 has the most to do.
+
+    ``together`` of the ``pairs`` of head and sequence run at a time, all their first tiles before all their second ones:
+    programs that start late are short, and what they share stays in the L2 cache (``launch.together``).
+    """
+    at = tl.program_id(0)
+    first = at // (tiles * together) * together
+    at -= first * tiles
+    wide = tl.minimum(together, pairs - first)
+    pair = first + at % wide
+    return at // wide, (pair % heads).to(tl.int64), (pair // heads).to(tl.int64)
 
 
 @triton.jit

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import torch
 
-__all__ = ["OVERRIDE", "PROGRAMS", "SHORTEST_SKIP", "TRACKED", "Blocks", "blocks", "multiprocessors", "row"]
+__all__ = ["FEWEST_KEYS", "OVERRIDE", "PROGRAMS", "SHORTEST_SKIP", "TRACKED", "Blocks", "blocks", "multiprocessors", "row"]
 
 
 class Blocks(NamedTuple):
@@ -82,6 +82,9 @@ TRACKED: set[str] = set()
 
 # Decoding programs a multiprocessor: many hide the latency of values that are read only when they are needed.
 PROGRAMS = {"decode": 2, "decode_skip": 12}
+
+# and the fewest keys of one, whatever the device has room for: each leaves a part for the merge
+FEWEST_KEYS = {"decode": 128, "decode_skip": 256}
 
 OVERRIDE: dict[str, Blocks] = {}
 """Kernel kind to blocks, before every table: for tests and for tuning."""

@@ -1,0 +1,499 @@
+"""Attention backward: ``dQ`` a query tile and ``dK``, ``dV`` a key tile, each written by one program, without atomics.
+
+With ``E = e^{s - lse}`` (the derivative of ``e^s / l``) and ``D = do . o``
+
+    dv_j += f_j / l do        ds_j = E_j ([kept] dp_j - sign(s_j) D)        dq += ds_j k_j        dk_j += ds_j q
+
+(paper eq. 7, but a score of exactly 0 counts as a negative one).
+
+Scores are computed again from the row's ``lse``. SKIP is for normalizers whose negative scores have no gradient: it leaves
+out the tiles in which the numerator keeps nothing. Which those are the forward pass has recorded; ``live_segments`` turns
+its map into runs, so that a loop over a run is as plain as the loop without skipping, and tiles are still added up in their
+order: the result is the same to the last bit.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from softpick.ops.triton.tile import (
+    EXP,
+    EXPM1,
+    INF,
+    LINEAR,
+    LOG2E,
+    assignment,
+    dropout_factor,
+    expm1_exp2,
+    finish_scores,
+    kept_scores,
+    keys_of_queries,
+    load_rows,
+    narrow,
+    narrow_gradient,
+    queries_of_keys,
+    signed,
+    zeros,
+)
+
+__all__ = ["attention_backward_keys", "attention_backward_queries", "live_segments", "row_statistics"]
+
+
+@triton.jit(do_not_specialize=["heads", "tq"])
+def row_statistics(
+    out, grad_out, lse, statistics,
+    o_b, o_h, o_t, o_d, g_b, g_h, g_t, g_d, l_b, l_h, l_t,
+    heads, tq, v_width,
+    BASE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_DV: tl.constexpr,
+):  # fmt: skip
+    """What the backward kernels need of a row, together, because they are loaded together: contiguous ``(B, H, Tq, 4)``.
+
+    The lse in the tiles' units (plus infinity for an empty row, which zeroes its exponentials), ``1 / l``,
+    ``delta = do . out``, and a power of two that keeps ``ds`` of the row, which may reach ``dp / l``, in the range of fp16.
+    Grid: (row tiles, heads, batch).
+    """
+    h, b = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
+    rows = (tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
+    dv = tl.arange(0, BLOCK_DV)
+    inside = (rows[:, None] < tq) & (dv[None, :] < v_width)
+    o = tl.load(out + b * o_b + h * o_h + rows[:, None] * o_t + dv[None, :] * o_d, mask=inside, other=0.0)
+    g = tl.load(grad_out + b * g_b + h * g_h + rows[:, None] * g_t + dv[None, :] * g_d, mask=inside, other=0.0)
+    at = statistics + ((b * heads + h) * tq + rows) * 4
+    level = tl.load(lse + b * l_b + h * l_h + rows * l_t, mask=rows < tq, other=0.0)
+    level = tl.where(level == -INF, INF, level * LOG2E)
+    tl.store(at, level, mask=rows < tq)
+    tl.store(at + 1, tl.exp2(-level) * (1.0 + 1.1920929e-07), mask=rows < tq)  # an ulp more: see _slopes
+    tl.store(at + 2, tl.sum(o.to(tl.float32) * g.to(tl.float32), 1), mask=rows < tq)
+    # at most 2^10: query times its inverse must fit as well
+    tl.store(at + 3, tl.exp2(-tl.minimum(tl.maximum(tl.ceil(-level), 0.0), 10.0)), mask=rows < tq)
+
+
+@triton.jit
+def _slopes(s, e, inverse, BASE: tl.constexpr, EXACT: tl.constexpr):
+    """For EXPM1: ``f / l`` up to a relu, and ``e`` with a minus where the score is not positive.
+
+    ``e - inverse = (e^s - 1) / l`` has the sign of the score: ``inverse`` is an ulp above ``1 / l``, so that a score of 0
+    counts as negative.
+    """
+    if BASE != EXPM1:
+        return e, e
+    elif EXACT:
+        p = tl.where(s > 0, e * -expm1_exp2(-tl.maximum(s, 0.0)), 0.0)
+        return p, tl.where(s > 0, e, -e)
+    else:
+        p = e - inverse
+        return p, signed(e, p)
+
+
+@triton.jit
+def _score_gradient(
+    s, e, left_of_dp, right_of_dp, delta, drop,
+    BASE: tl.constexpr, RECTIFY: tl.constexpr, ABSOLUTE: tl.constexpr, NEGATIVE_GRADIENT: tl.constexpr,
+    DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """``ds`` of a tile, with ``e`` of :func:`_slopes`."""
+    dp = tl.dot(left_of_dp, right_of_dp, input_precision=PRECISION)
+    if DROPOUT:
+        dp *= drop
+    if BASE == EXPM1 and ABSOLUTE and NEGATIVE_GRADIENT:
+        return tl.maximum(e, 0.0) * dp - e * delta
+    elif BASE == EXPM1:
+        return tl.maximum(e, 0.0) * (dp - delta)
+    elif BASE == LINEAR:
+        return e * (dp - tl.where(s > 0, delta, -delta))
+    else:
+        return e * kept_scores(dp - delta, s, RECTIFY)
+
+
+@triton.jit(do_not_specialize=["live_b", "live_h", "live_r", "s_b", "s_h", "s_t", "tq", "tk"])
+def live_segments(
+    live, segments, cu_q, cu_k, live_b, live_h, live_r, s_b, s_h, s_t, tq, tk,
+    KEYS: tl.constexpr, GRAIN: tl.constexpr, TOGETHER: tl.constexpr, N: tl.constexpr, VARLEN: tl.constexpr,
+):  # fmt: skip
+    """The map of live tiles as runs along the queries of a key tile (KEYS) or along the keys of a query tile.
+
+    A line (of TOGETHER rows or columns of the map) is written as ``count, 0, end of live, end of dead, end of live, ...``
+    with an even count of ends, in units of GRAIN positions. A dead tile between live ones counts as live: starting
+    a loop costs more than it saves. Grid: (lines, heads, batch).
+    """
+    t, h, b = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
+    if VARLEN:
+        tq = (tl.load(cu_q + b + 1) - tl.load(cu_q + b)).to(tl.int32)
+        tk = (tl.load(cu_k + b + 1) - tl.load(cu_k + b)).to(tl.int32)
+    rows, columns = tl.cdiv(tq, GRAIN), tl.cdiv(tk, GRAIN)
+    live += b * live_b + h * live_h
+    n = tl.arange(0, N)
+    count = rows if KEYS else columns
+    now, before, after = _lines(live, t, n, count, rows, columns, live_r, KEYS, TOGETHER)
+    alive = now | (before & after)
+    # the same of the tile before, from the map again: Triton has no shift along an axis
+    now, before, after = _lines(live, t, n - 1, count, rows, columns, live_r, KEYS, TOGETHER)
+    earlier = tl.where(n == 0, 1, now | (before & after))
+    change = tl.where((n < count) & (alive != earlier), 1, 0)
+    place = tl.cumsum(change, 0)
+    total = tl.sum(change, 0)
+    segments += b * s_b + h * s_h + t * s_t
+    ends = total + 1 + (total + 1) % 2
+    tl.store(segments, ends.to(tl.int16))
+    tl.store(segments + 1, tl.zeros([], tl.int16))
+    tl.store(segments + 1 + place, n.to(tl.int16), mask=change == 1)
+    tl.store(segments + 2 + total, count.to(tl.int16))
+    if (total + 1) % 2 == 1:
+        tl.store(segments + 3 + total, count.to(tl.int16))
+
+
+@triton.jit
+def _lines(live, t, n, count, rows, columns, live_r, KEYS: tl.constexpr, TOGETHER: tl.constexpr):
+    """Bits ``n``, ``n - 1`` and ``n + 1`` of a line of the map."""
+    return (
+        _line(live, t, n, count, rows, columns, live_r, KEYS, TOGETHER),
+        _line(live, t, n - 1, count, rows, columns, live_r, KEYS, TOGETHER),
+        _line(live, t, n + 1, count, rows, columns, live_r, KEYS, TOGETHER),
+    )
+
+
+@triton.jit
+def _line(live, t, n, count, rows, columns, live_r, KEYS: tl.constexpr, TOGETHER: tl.constexpr):
+    bit = n * 0
+    for i in tl.static_range(TOGETHER):
+        other = t * TOGETHER + i
+        inside = (n >= 0) & (n < count) & (other < (columns if KEYS else rows))
+        row = n if KEYS else other + n * 0
+        column = other + n * 0 if KEYS else n
+        word = tl.load(live + row * live_r + column // 32, mask=inside, other=0)
+        bit |= (word >> (column % 32)) & 1
+    return bit
+
+
+@triton.jit
+def _sweep_keys(
+    dq, q, do, level, inverse, delta, shrink, key, value, mask, dbias, i2, lo, hi, tq, tk, width, v_width, offset, left, right,
+    unit, softcap, dropout_p, seed, start, k_t, k_d, v_t, v_d, m_q, m_k,
+    BASE: tl.constexpr, RECTIFY: tl.constexpr, ABSOLUTE: tl.constexpr, NEGATIVE_GRADIENT: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, PAD_D: tl.constexpr, PAD_DV: tl.constexpr,
+    MASK: tl.constexpr, MASK_ROWS: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, SOFTCAP: tl.constexpr,
+    DROPOUT: tl.constexpr, BIAS_GRADIENT: tl.constexpr, EDGE: tl.constexpr, EXACT: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    d, dv, n = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV), tl.arange(0, BLOCK_N)
+    key += tl.cast(lo, tl.int64) * k_t
+    value += tl.cast(lo, tl.int64) * v_t
+    for j in tl.range(lo, hi, BLOCK_N):
+        k = load_rows(key, n, d, k_t, k_d, tk - j, width, EDGE, PAD_D)
+        s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+        v = load_rows(value, n, dv, v_t, v_d, tk - j, v_width, EDGE, PAD_DV)
+        j2 = (j + n)[None, :]
+        s, keep, slope = finish_scores(
+            s, i2, j2, mask, m_q, m_k, tq, tk, offset, left, right, unit, softcap,
+            BASE, MASK, MASK_ROWS, LEFT, RIGHT, SOFTCAP, EDGE,
+        )  # fmt: skip
+        if BASE == LINEAR:
+            e = tl.zeros_like(s) + inverse[:, None]  # that ulp is of no account here
+        else:
+            e = tl.exp2(s - level[:, None])
+        if EDGE or MASK != 0:
+            e = tl.where(keep, e, 0.0)
+        _, e = _slopes(s, e, inverse[:, None], BASE, EXACT)
+        drop = 1.0
+        if DROPOUT:
+            drop = dropout_factor(seed, start, i2, j2, tk, dropout_p)
+        ds = _score_gradient(
+            s, e, do, tl.trans(v), delta[:, None], drop,
+            BASE, RECTIFY, ABSOLUTE, NEGATIVE_GRADIENT, DROPOUT, PRECISION,
+        )  # fmt: skip
+        if BIAS_GRADIENT:
+            at = dbias + i2.to(tl.int64) * tk + j2
+            tl.store(at, ds.to(dbias.dtype.element_ty), mask=(i2 < tq) & (j2 < tk))
+        if SOFTCAP:
+            ds *= slope
+        if k.dtype == tl.float16:
+            ds *= shrink[:, None]
+        dq = tl.dot(narrow_gradient(ds, k), k, dq, input_precision=PRECISION)
+        key += BLOCK_N * k_t
+        value += BLOCK_N * v_t
+    return dq
+
+
+@triton.jit(do_not_specialize=["heads", "tiles", "pairs", "together", "tq", "tk", "left", "right", "s_b", "s_h", "s_t"])
+def attention_backward_queries(
+    query, key, value, grad_out, statistics, dquery, dbias, segments, mask, cu_q, cu_k, seed_at,
+    q_b, q_h, q_t, q_d, k_b, k_h, k_t, k_d, v_b, v_h, v_t, v_d, g_b, g_h, g_t, g_d, dq_b, dq_h, dq_t, dq_d,
+    m_b, m_h, m_q, m_k, s_b, s_h, s_t,
+    tiles, heads, pairs, together, groups, tq, tk, width, v_width, left, right, unit, scale, softcap, dropout_p,
+    BASE: tl.constexpr, RECTIFY: tl.constexpr, ABSOLUTE: tl.constexpr, CONSTANT: tl.constexpr,
+    NEGATIVE_GRADIENT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr, PAD_D: tl.constexpr, PAD_DV: tl.constexpr, MASK: tl.constexpr, MASK_ROWS: tl.constexpr,
+    LEFT: tl.constexpr, RIGHT: tl.constexpr, BOTTOM_RIGHT: tl.constexpr, SOFTCAP: tl.constexpr, DROPOUT: tl.constexpr,
+    BIAS_GRADIENT: tl.constexpr, VARLEN: tl.constexpr, EXACT: tl.constexpr, SKIP: tl.constexpr, GRAIN: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """``dQ`` of one query tile. Grid: query tiles of all ``pairs`` of head and sequence (:func:`assignment`)."""
+    tile, h, b = assignment(tiles, heads, pairs, together)
+    start = (b * heads + h) * 1_000_003
+    sequence = b
+    total_q = tq
+    q0 = tl.cast(0, tl.int64)
+    if VARLEN:
+        q0, k0 = tl.load(cu_q + b).to(tl.int64), tl.load(cu_k + b).to(tl.int64)
+        tq, tk = (tl.load(cu_q + b + 1) - q0).to(tl.int32), (tl.load(cu_k + b + 1) - k0).to(tl.int32)
+        query += q0 * q_t
+        key += k0 * k_t
+        value += k0 * v_t
+        grad_out += q0 * g_t
+        dquery += q0 * dq_t
+        b *= 0
+    i0 = (tiles - 1 - tile) * BLOCK_M
+    if i0 >= tq:
+        return
+    offset = 0
+    if BOTTOM_RIGHT:
+        offset = tk - tq
+    kv = h // groups
+    i, d, dv = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
+    i64 = i0.to(tl.int64)
+    query += b * q_b + h * q_h + i64 * q_t
+    grad_out += b * g_b + h * g_h + i64 * g_t
+    dquery += b * dq_b + h * dq_h + i64 * dq_t
+    key += b * k_b + kv * k_h
+    value += b * v_b + kv * v_h
+    if MASK != 0:
+        mask += b * m_b + h * m_h
+    if BIAS_GRADIENT:
+        dbias += (b * heads + h) * tq * tk
+    if SKIP:
+        segments += sequence * s_b + h * s_h + (i0 // BLOCK_M) * s_t
+    seed = 0
+    if DROPOUT:
+        seed = tl.load(seed_at)
+    q = load_rows(query, i, d, q_t, q_d, tq - i0, width, True, PAD_D)
+    do = load_rows(grad_out, i, dv, g_t, g_d, tq - i0, v_width, True, PAD_DV)
+    at = statistics + ((b * heads + h) * total_q + q0 + i0 + i) * 4
+    level = tl.load(at, mask=i0 + i < tq, other=INF)
+    inverse = tl.load(at + 1, mask=i0 + i < tq, other=0.0)
+    delta = tl.load(at + 2, mask=i0 + i < tq, other=0.0)
+    shrink = tl.load(at + 3, mask=i0 + i < tq, other=1.0)
+    i2 = (i0 + i)[:, None]
+    lo, full_lo, full_hi, hi = keys_of_queries(
+        i0, tl.minimum(i0 + BLOCK_M, tq), tk, offset, left, right, BLOCK_N, LEFT, RIGHT
+    )
+    dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    if LEFT:
+        dq = _sweep_keys(
+            dq, q, do, level, inverse, delta, shrink, key, value, mask, dbias, i2, lo, full_lo, tq, tk, width, v_width,
+            offset, left, right, unit, softcap, dropout_p, seed, start, k_t, k_d, v_t, v_d, m_q, m_k,
+            BASE, RECTIFY, ABSOLUTE, NEGATIVE_GRADIENT, BLOCK_N, BLOCK_D, BLOCK_DV, PAD_D, PAD_DV, MASK, MASK_ROWS, LEFT,
+            RIGHT, SOFTCAP, DROPOUT, BIAS_GRADIENT, True, EXACT, PRECISION,
+        )  # fmt: skip
+    if SKIP:
+        for place in range(1, tl.load(segments), 2):
+            # both from memory: Triton 3.6 takes a bound that is carried from one round to the next for a constant
+            begin = tl.load(segments + place).to(tl.int32) * GRAIN
+            end = tl.load(segments + place + 1).to(tl.int32) * GRAIN
+            dq = _sweep_keys(
+                dq, q, do, level, inverse, delta, shrink, key, value, mask, dbias, i2, tl.maximum(begin, full_lo),
+                tl.minimum(end, full_hi), tq, tk, width, v_width,
+                offset, left, right, unit, softcap, dropout_p, seed, start, k_t, k_d, v_t, v_d, m_q, m_k,
+                BASE, RECTIFY, ABSOLUTE, NEGATIVE_GRADIENT, BLOCK_N, BLOCK_D, BLOCK_DV, PAD_D, PAD_DV, MASK, MASK_ROWS, LEFT,
+                RIGHT, SOFTCAP, DROPOUT, BIAS_GRADIENT, False, EXACT, PRECISION,
+            )  # fmt: skip
+    else:
+        dq = _sweep_keys(
+            dq, q, do, level, inverse, delta, shrink, key, value, mask, dbias, i2, full_lo, full_hi, tq, tk, width, v_width,
+            offset, left, right, unit, softcap, dropout_p, seed, start, k_t, k_d, v_t, v_d, m_q, m_k,
+            BASE, RECTIFY, ABSOLUTE, NEGATIVE_GRADIENT, BLOCK_N, BLOCK_D, BLOCK_DV, PAD_D, PAD_DV, MASK, MASK_ROWS, LEFT,
+            RIGHT, SOFTCAP, DROPOUT, BIAS_GRADIENT, False, EXACT, PRECISION,
+        )  # fmt: skip
+    dq = _sweep_keys(
+        dq, q, do, level, inverse, delta, shrink, key, value, mask, dbias, i2, full_hi, hi, tq, tk, width, v_width,
+        offset, left, right, unit, softcap, dropout_p, seed, start, k_t, k_d, v_t, v_d, m_q, m_k,
+        BASE, RECTIFY, ABSOLUTE, NEGATIVE_GRADIENT, BLOCK_N, BLOCK_D, BLOCK_DV, PAD_D, PAD_DV, MASK, MASK_ROWS, LEFT,
+        RIGHT, SOFTCAP, DROPOUT, BIAS_GRADIENT, True, EXACT, PRECISION,
+    )  # fmt: skip
+    if q.dtype == tl.float16:
+        dq /= shrink[:, None]
+    tl.store(
+        dquery + i[:, None] * dq_t + d[None, :] * dq_d,
+        narrow_gradient(dq * scale, q),
+        mask=(i0 + i[:, None] < tq) & (d[None, :] < width),
+    )
+
+
+@triton.jit
+def _sweep_queries(
+    dk, dv_acc, k, v, query, grad_out, statistics, mask, j2, lo, hi, tq, tk, width, v_width, offset, left, right,
+    unit, softcap, dropout_p, seed, start, q_t, q_d, g_t, g_d, m_q, m_k,
+    BASE: tl.constexpr, RECTIFY: tl.constexpr, ABSOLUTE: tl.constexpr, NEGATIVE_GRADIENT: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, PAD_D: tl.constexpr, PAD_DV: tl.constexpr,
+    MASK: tl.constexpr, MASK_ROWS: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, SOFTCAP: tl.constexpr,
+    DROPOUT: tl.constexpr, EDGE: tl.constexpr, EXACT: tl.constexpr, RELU_ASM: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Query tiles from ``lo`` to ``hi``; tiles are transposed, keys by queries."""
+    d, dv, m = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV), tl.arange(0, BLOCK_M)
+    query += tl.cast(lo, tl.int64) * q_t
+    grad_out += tl.cast(lo, tl.int64) * g_t
+    for i in tl.range(lo, hi, BLOCK_M):
+        q = load_rows(query, m, d, q_t, q_d, tq - i, width, EDGE, PAD_D)
+        s = tl.dot(k, tl.trans(q), input_precision=PRECISION)
+        do = load_rows(grad_out, m, dv, g_t, g_d, tq - i, v_width, EDGE, PAD_DV)
+        four = statistics + (i + m)[:, None] * 4 + tl.arange(0, 4)[None, :]
+        if EDGE:
+            four = tl.load(four, mask=(i + m)[:, None] < tq, other=0.0)
+        else:
+            four = tl.load(four)
+        one, other = tl.split(tl.reshape(four, [BLOCK_M, 2, 2]))
+        level, delta = tl.split(one)
+        inverse, shrink = tl.split(other)
+        i2 = (i + m)[None, :]
+        s, keep, slope = finish_scores(
+            s, i2, j2, mask, m_q, m_k, tq, tk, offset, left, right, unit, softcap,
+            BASE, MASK, MASK_ROWS, LEFT, RIGHT, SOFTCAP, EDGE,
+        )  # fmt: skip
+        if BASE == LINEAR:
+            e = tl.zeros_like(s) + inverse[None, :]
+        else:
+            e = tl.exp2(s - level[None, :])
+        if EDGE:
+            keep = keep & (i2 < tq)
+        if EDGE or MASK != 0:
+            e = tl.where(keep, e, 0.0)
+        drop = 1.0
+        if DROPOUT:
+            drop = dropout_factor(seed, start, i2, j2, tk, dropout_p)
+        p, e = _slopes(s, e, inverse[None, :], BASE, EXACT)
+        if BASE == LINEAR:
+            p = s * e
+        elif BASE == EXP:
+            p = kept_scores(e, s, RECTIFY)
+        if DROPOUT:
+            p *= drop
+        RELU: tl.constexpr = BASE == EXPM1
+        ds = _score_gradient(
+            s, e, v, tl.trans(do), delta[None, :], drop,
+            BASE, RECTIFY, ABSOLUTE, NEGATIVE_GRADIENT, DROPOUT, PRECISION,
+        )  # fmt: skip
+        dv_acc = tl.dot(narrow(p, do, RELU, RELU_ASM and RELU), do, dv_acc, input_precision=PRECISION)
+        if SOFTCAP:
+            ds *= slope
+        if q.dtype == tl.float16:
+            ds *= shrink[None, :]
+            q = (q.to(tl.float32) / tl.maximum(shrink, 2.0**-10)[:, None]).to(tl.float16)  # 0 beyond the last row
+        dk = tl.dot(narrow_gradient(ds, q), q, dk, input_precision=PRECISION)
+        query += BLOCK_M * q_t
+        grad_out += BLOCK_M * g_t
+    return dk, dv_acc
+
+
+@triton.jit(do_not_specialize=["heads", "tiles", "pairs", "together", "tq", "tk", "left", "right", "s_b", "s_h", "s_t"])
+def attention_backward_keys(
+    query, key, value, grad_out, statistics, dkey, dvalue, segments, mask, cu_q, cu_k, seed_at,
+    q_b, q_h, q_t, q_d, k_b, k_h, k_t, k_d, v_b, v_h, v_t, v_d, g_b, g_h, g_t, g_d,
+    dk_b, dk_h, dk_t, dk_d, dv_b, dv_h, dv_t, dv_d, m_b, m_h, m_q, m_k, s_b, s_h, s_t,
+    tiles, heads, pairs, together, groups, tq, tk, width, v_width, left, right, unit, scale, softcap, dropout_p,
+    BASE: tl.constexpr, RECTIFY: tl.constexpr, ABSOLUTE: tl.constexpr, CONSTANT: tl.constexpr,
+    NEGATIVE_GRADIENT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr, PAD_D: tl.constexpr, PAD_DV: tl.constexpr, MASK: tl.constexpr, MASK_ROWS: tl.constexpr,
+    LEFT: tl.constexpr, RIGHT: tl.constexpr, BOTTOM_RIGHT: tl.constexpr, SOFTCAP: tl.constexpr, DROPOUT: tl.constexpr,
+    VARLEN: tl.constexpr, EXACT: tl.constexpr, SKIP: tl.constexpr, GRAIN: tl.constexpr, RELU_ASM: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """``dK`` and ``dV`` of one key tile, summed over the query heads of its group.
+
+    Grid: key tiles of all ``pairs`` of key head and sequence (:func:`assignment`).
+    """
+    tile, kv, b = assignment(tiles, heads // groups, pairs, together)
+    sequence = b
+    total_q = tq
+    q0 = tl.cast(0, tl.int64)
+    if VARLEN:
+        q0, k0 = tl.load(cu_q + b).to(tl.int64), tl.load(cu_k + b).to(tl.int64)
+        tq, tk = (tl.load(cu_q + b + 1) - q0).to(tl.int32), (tl.load(cu_k + b + 1) - k0).to(tl.int32)
+        query += q0 * q_t
+        key += k0 * k_t
+        value += k0 * v_t
+        grad_out += q0 * g_t
+        dkey += k0 * dk_t
+        dvalue += k0 * dv_t
+        b *= 0
+    j0 = tile * BLOCK_N
+    if j0 >= tk:
+        return
+    offset = 0
+    if BOTTOM_RIGHT:
+        offset = tk - tq
+    n, d, dv = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
+    j64 = j0.to(tl.int64)
+    key += b * k_b + kv * k_h + j64 * k_t
+    value += b * v_b + kv * v_h + j64 * v_t
+    dkey += b * dk_b + kv * dk_h + j64 * dk_t
+    dvalue += b * dv_b + kv * dv_h + j64 * dv_t
+    k = load_rows(key, n, d, k_t, k_d, tk - j0, width, True, PAD_D)
+    v = load_rows(value, n, dv, v_t, v_d, tk - j0, v_width, True, PAD_DV)
+    seed = 0
+    if DROPOUT:
+        seed = tl.load(seed_at)
+    j2 = (j0 + n)[:, None]
+    lo, full_lo, full_hi, hi = queries_of_keys(
+        j0, tl.minimum(j0 + BLOCK_N, tk), tq, offset, left, right, BLOCK_M, LEFT, RIGHT
+    )
+    dk = zeros(BLOCK_N, BLOCK_D, RELU_ASM)
+    dv_acc = zeros(BLOCK_N, BLOCK_DV, RELU_ASM)
+    for group in range(groups):
+        h = kv * groups + group
+        if SKIP:
+            runs = segments + sequence * s_b + h * s_h + tile * s_t
+        start = (sequence * heads + h) * 1_000_003
+        q_of_head = query + b * q_b + h * q_h
+        g_of_head = grad_out + b * g_b + h * g_h
+        at = ((b * heads + h) * total_q + q0) * 4
+        mask_of_head = mask
+        if MASK != 0:
+            mask_of_head = mask + b * m_b + h * m_h
+        if RIGHT:
+            dk, dv_acc = _sweep_queries(
+                dk, dv_acc, k, v, q_of_head, g_of_head, statistics + at, mask_of_head, j2, lo, full_lo,
+                tq, tk, width, v_width, offset, left, right, unit, softcap, dropout_p, seed, start,
+                q_t, q_d, g_t, g_d, m_q, m_k,
+                BASE, RECTIFY, ABSOLUTE, NEGATIVE_GRADIENT, BLOCK_M, BLOCK_D, BLOCK_DV, PAD_D, PAD_DV, MASK, MASK_ROWS,
+                LEFT, RIGHT, SOFTCAP, DROPOUT, True, EXACT, RELU_ASM, PRECISION,
+            )  # fmt: skip
+        if SKIP:
+            for place in range(1, tl.load(runs), 2):
+                # both from memory: Triton 3.6 takes a bound that is carried from one round to the next for a constant
+                begin = tl.load(runs + place).to(tl.int32) * GRAIN
+                end = tl.load(runs + place + 1).to(tl.int32) * GRAIN
+                dk, dv_acc = _sweep_queries(
+                    dk, dv_acc, k, v, q_of_head, g_of_head, statistics + at, mask_of_head, j2, tl.maximum(begin, full_lo),
+                    tl.minimum(end, full_hi),
+                    tq, tk, width, v_width, offset, left, right, unit, softcap, dropout_p, seed, start,
+                    q_t, q_d, g_t, g_d, m_q, m_k,
+                    BASE, RECTIFY, ABSOLUTE, NEGATIVE_GRADIENT, BLOCK_M, BLOCK_D, BLOCK_DV, PAD_D, PAD_DV, MASK, MASK_ROWS,
+                    LEFT, RIGHT, SOFTCAP, DROPOUT, False, EXACT, RELU_ASM, PRECISION,
+                )  # fmt: skip
+        else:
+            dk, dv_acc = _sweep_queries(
+                dk, dv_acc, k, v, q_of_head, g_of_head, statistics + at, mask_of_head, j2, full_lo, full_hi,
+                tq, tk, width, v_width, offset, left, right, unit, softcap, dropout_p, seed, start,
+                q_t, q_d, g_t, g_d, m_q, m_k,
+                BASE, RECTIFY, ABSOLUTE, NEGATIVE_GRADIENT, BLOCK_M, BLOCK_D, BLOCK_DV, PAD_D, PAD_DV, MASK, MASK_ROWS,
+                LEFT, RIGHT, SOFTCAP, DROPOUT, False, EXACT, RELU_ASM, PRECISION,
+            )  # fmt: skip
+        dk, dv_acc = _sweep_queries(
+            dk, dv_acc, k, v, q_of_head, g_of_head, statistics + at, mask_of_head, j2, full_hi, hi,
+            tq, tk, width, v_width, offset, left, right, unit, softcap, dropout_p, seed, start,
+            q_t, q_d, g_t, g_d, m_q, m_k,
+            BASE, RECTIFY, ABSOLUTE, NEGATIVE_GRADIENT, BLOCK_M, BLOCK_D, BLOCK_DV, PAD_D, PAD_DV, MASK, MASK_ROWS,
+            LEFT, RIGHT, SOFTCAP, DROPOUT, True, EXACT, RELU_ASM, PRECISION,
+        )  # fmt: skip
+    inside = j0 + n[:, None] < tk
+    tl.store(
+        dkey + n[:, None] * dk_t + d[None, :] * dk_d,
+        narrow_gradient(dk * scale, k),
+        mask=inside & (d[None, :] < width),
+    )
+    tl.store(
+        dvalue + n[:, None] * dv_t + dv[None, :] * dv_d,
+        narrow_gradient(dv_acc, v),
+        mask=inside & (dv[None, :] < v_width),
+    )

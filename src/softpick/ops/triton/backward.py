@@ -40,14 +40,15 @@ from softpick.ops.triton.tile import (
 __all__ = ["attention_backward_keys", "attention_backward_queries", "live_segments", "row_statistics"]
 
 
-@triton.jit(do_not_specialize=["heads", "tq"])
+@triton.jit(do_not_specialize=["heads", "tq", "padded"])
 def row_statistics(
     out, grad_out, lse, statistics,
-    o_b, o_h, o_t, o_d, g_b, g_h, g_t, g_d, l_b, l_h, l_t,
-    heads, tq, v_width,
+    o_b, o_h, o_t, o_d, g_b, g_h, g_t, g_d, l_b, l_h, l_t, s_h, s_t, s_c,
+    heads, tq, padded, v_width,
     BASE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
-    """What the backward kernels need of a row, together, because they are loaded together: contiguous ``(B, H, Tq, 4)``.
+    """What the backward kernels need of a row: ``statistics`` is ``(B, H, Tq, 4)`` in memory (they are loaded together), or
+    ``(B, H, 4, padded)`` for :mod:`softpick.ops.triton.hopper`, where rows of no query come after the last one.
 
     The lse in the tiles' units (plus infinity for an empty row, which zeroes its exponentials), ``1 / l``,
     ``delta = do . out``, and a power of two that keeps ``ds`` of the row, which may reach ``dp / l``, in the range of fp16.
@@ -59,14 +60,15 @@ def row_statistics(
     inside = (rows[:, None] < tq) & (dv[None, :] < v_width)
     o = tl.load(out + b * o_b + h * o_h + rows[:, None] * o_t + dv[None, :] * o_d, mask=inside, other=0.0)
     g = tl.load(grad_out + b * g_b + h * g_h + rows[:, None] * g_t + dv[None, :] * g_d, mask=inside, other=0.0)
-    at = statistics + ((b * heads + h) * tq + rows) * 4
-    level = tl.load(lse + b * l_b + h * l_h + rows * l_t, mask=rows < tq, other=0.0)
+    at = statistics + (b * heads + h) * s_h + rows * s_t
+    level = tl.load(lse + b * l_b + h * l_h + rows * l_t, mask=rows < tq, other=-INF)
     level = tl.where(level == -INF, INF, level * LOG2E)
-    tl.store(at, level, mask=rows < tq)
-    tl.store(at + 1, tl.exp2(-level) * (1.0 + 1.1920929e-07), mask=rows < tq)  # an ulp more: see _slopes
-    tl.store(at + 2, tl.sum(o.to(tl.float32) * g.to(tl.float32), 1), mask=rows < tq)
+    wanted = rows < padded
+    tl.store(at, level, mask=wanted)
+    tl.store(at + s_c, tl.exp2(-level) * (1.0 + 1.1920929e-07), mask=wanted)  # an ulp more: see _slopes
+    tl.store(at + 2 * s_c, tl.sum(o.to(tl.float32) * g.to(tl.float32), 1), mask=wanted)
     # at most 2^10: query times its inverse must fit as well
-    tl.store(at + 3, tl.exp2(-tl.minimum(tl.maximum(tl.ceil(-level), 0.0), 10.0)), mask=rows < tq)
+    tl.store(at + 3 * s_c, tl.exp2(-tl.minimum(tl.maximum(tl.ceil(-level), 0.0), 10.0)), mask=wanted)
 
 
 @triton.jit
@@ -369,11 +371,11 @@ def _sweep_queries(
         if DROPOUT:
             p *= drop
         RELU: tl.constexpr = BASE == EXPM1
-        dv_acc = tl.dot(narrow(p, do, RELU, RELU_ASM and RELU), do, dv_acc, input_precision=PRECISION)
         ds = _score_gradient(
             s, e, v, tl.trans(do), delta[None, :], drop,
             BASE, RECTIFY, ABSOLUTE, NEGATIVE_GRADIENT, DROPOUT, PRECISION,
         )  # fmt: skip
+        dv_acc = tl.dot(narrow(p, do, RELU, RELU_ASM and RELU), do, dv_acc, input_precision=PRECISION)
         if SOFTCAP:
             ds *= slope
         if q.dtype == tl.float16:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any, NamedTuple
 
 import torch
@@ -19,7 +20,20 @@ from softpick.ops.triton.decode import decode_merge, decode_split
 from softpick.ops.triton.forward import attention_forward
 from softpick.ops.triton.rows import rows_backward, rows_backward_long, rows_forward, rows_forward_long
 from softpick.ops.triton.tile import LOG2E, switches
-from softpick.ops.triton.tuning import FEWEST_KEYS, PROGRAMS, SHORTEST_SKIP, blocks, multiprocessors
+from softpick.ops.triton.tuning import (
+    FEWEST_KEYS,
+    HOPPER,
+    LONGEST_TILE,
+    PROGRAMS,
+    SHORTEST_SKIP,
+    blocks,
+    multiprocessors,
+)
+
+hopper: Any = None
+if not triton.knobs.runtime.interpret:  # Gluon has no interpreter
+    with contextlib.suppress(ImportError):  # an experimental part of Triton, which other versions may not have
+        from softpick.ops.triton import hopper
 
 __all__ = [
     "Options",
@@ -35,7 +49,8 @@ __all__ = [
 _LONGEST_ROW = 16384  # elements of a row that one program holds in registers
 _LONGEST_MAP = 65536  # keys; beyond, the runs of the map would take more memory than they are worth
 _L2_SHARE = 2**24  # bytes of keys and values (or queries and gradients) in use at a time
-_FEWEST_TOGETHER = 8  # fewer pairs at a time leave the longest tiles of one of them for the end
+_FEWEST_TOGETHER = 256  # tiles: with fewer the longest ones of some pair are left for the end
+_FEWEST_SCORES = 2**24  # fewer take hardly longer on the GPU than it takes to describe the tensors to it
 _LARGEST_OPTIMISTIC_EPS = 1e-5  # eps is relative to e^m; without m it is off by a factor of at most 1 + eps
 
 
@@ -138,12 +153,12 @@ def _row_bytes(*tensors: Tensor) -> int:
     return sum(x.shape[-1] * x.element_size() for x in tensors)
 
 
-def _together(pairs: int, sharing: int, read: int) -> int:
+def _together(pairs: int, sharing: int, read: int, tiles: int) -> int:
     """How many pairs of head and sequence run at a time (:func:`softpick.ops.triton.tile.assignment`).
 
-    ``sharing`` of them read the same ``read`` bytes over and over, which should come from the L2 cache.
+    ``sharing`` of them read the same ``read`` bytes over and over, which should come from the L2 cache; each has ``tiles``.
     """
-    return min(pairs, max(_FEWEST_TOGETHER, _L2_SHARE // max(1, read) * sharing))
+    return max(1, min(pairs, max(_FEWEST_TOGETHER // max(1, tiles), _L2_SHARE // max(1, read) * sharing)))
 
 
 def skippable(norm: Normalizer) -> bool:
@@ -196,7 +211,7 @@ def forward(
     pointer, mask_strides = _mask_arguments(mask)
     tiles = triton.cdiv(longest, tile.m)
     groups = heads // key.shape[1]
-    together = _together(heads * b, groups, _row_bytes(key, value) * (key.shape[2] if cu_k is None else longest))
+    together = _together(heads * b, groups, _row_bytes(key, value) * (key.shape[2] if cu_k is None else longest), tiles)
     attention_forward[(tiles * heads * b,)](
         query, key, value, out, lse, mass, largest, live, pointer, sink, cu_q, cu_k, seed,
         *query.stride(), *key.stride(), *value.stride(), *out.stride(), *lse.stride(), *mask_strides,
@@ -257,21 +272,65 @@ def backward(
 ) -> Tensor | None:
     """Gradients into ``dquery``, ``dkey``, ``dvalue`` and ``dmask`` (contiguous ``(B, H, Tq, Tk)``, zeroed); returns dsink."""
     rows, heads, total_q = query.shape[0], query.shape[1], query.shape[2]
-    b, longest = _sequences(query, cu_q, longest_q)
-    kv_heads = key.shape[1]
+    longest = _sequences(query, cu_q, longest_q)[1]
     if key.shape[2] == 0 or total_q == 0 or not rows * heads:
         for grad in (dquery, dkey, dvalue):
             grad.zero_()
         return None if sink is None else torch.zeros_like(sink)
-    statistics = torch.empty(rows, heads, total_q, 4, dtype=torch.float32, device=query.device)
+    if (
+        not skippable(options.norm) or dmask is not None
+    ):  # the bias gradient of a tile that is left out would not be written
+        live = None
     common = _common(options, query, value, mask)
+    by_hand = live is None and dmask is None and cu_q is None and hopper_can(options, query, key, value, mask, grad_out)
+    padded = triton.cdiv(total_q, LONGEST_TILE) * LONGEST_TILE if by_hand else total_q
+    shape = (rows, heads, 4, padded) if by_hand else (rows, heads, padded, 4)
+    statistics = torch.empty(shape, dtype=torch.float32, device=query.device)
+    of_row = (4 * padded, 1, padded) if by_hand else (4 * padded, 4, 1)
     widest = max(common["BLOCK_D"], common["BLOCK_DV"])
     lines = 64 if widest <= 128 else 32
-    row_statistics[triton.cdiv(total_q, lines), heads, rows](
+    row_statistics[triton.cdiv(padded, lines), heads, rows](
         out, grad_out, lse, statistics,
-        *out.stride(), *grad_out.stride(), *lse.stride(), heads, total_q, value.shape[-1],
+        *out.stride(), *grad_out.stride(), *lse.stride(), *of_row, heads, total_q, padded, value.shape[-1],
         BASE=common["BASE"], BLOCK_M=lines, BLOCK_DV=common["BLOCK_DV"], num_warps=4,
     )  # fmt: skip
+    if by_hand:
+        _backward_by_hand(options, query, key, value, grad_out, statistics, dquery, dkey, dvalue)
+    else:
+        _backward_kernels(
+            options, query, key, value, mask, cu_q, cu_k, seed, longest, longest_k, grad_out, statistics, dquery, dkey,
+            dvalue, dmask, live,
+        )  # fmt: skip
+    if sink is None:
+        return None
+    level, delta = (statistics[:, :, i, :total_q] if by_hand else statistics[..., i] for i in (0, 2))
+    return -(delta * torch.exp2(sink.float().view(1, -1, 1) * LOG2E.value - level)).sum((0, 2))
+
+
+def _backward_kernels(
+    options: Options,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    cu_q: Tensor | None,
+    cu_k: Tensor | None,
+    seed: Tensor | None,
+    longest: int,
+    longest_k: int,
+    grad_out: Tensor,
+    statistics: Tensor,
+    dquery: Tensor,
+    dkey: Tensor,
+    dvalue: Tensor,
+    dmask: Tensor | None,
+    live: Tensor | None,
+) -> None:
+    """The kernels of ``backward.py``."""
+    heads, total_q, kv_heads = query.shape[1], query.shape[2], key.shape[1]
+    b = query.shape[0] if cu_q is None else cu_q.numel() - 1
+    common = _common(options, query, value, mask)
+    widest = max(common["BLOCK_D"], common["BLOCK_DV"])
     pointer, mask_strides = _mask_arguments(mask)
     shared = {**common, "DROPOUT": options.dropout_p > 0, "VARLEN": cu_q is not None}
     groups = heads // kv_heads
@@ -280,16 +339,12 @@ def backward(
         options.left, options.right, _unit(options), options.scale, options.softcap, _dropped(options),
     )  # fmt: skip
     strides = (*query.stride(), *key.stride(), *value.stride(), *grad_out.stride())
-    if (
-        not skippable(options.norm) or dmask is not None
-    ):  # the bias gradient of a tile that is left out would not be written
-        live = None
     grain = 0 if live is None else _grain(query, value)
     span = (cu_q, cu_k, longest, key.shape[2] if cu_k is None else longest_k)
     tile = blocks("keys", widest, query.dtype, query.device)
     runs = None if live is None else _segments(live, True, tile.n, grain, *span)
     tiles = triton.cdiv(span[3], tile.n)
-    together = _together(kv_heads * b, 1, groups * longest * _row_bytes(query, grad_out))
+    together = _together(kv_heads * b, 1, groups * longest * _row_bytes(query, grad_out), tiles)
     attention_backward_keys[(tiles * kv_heads * b,)](
         query, key, value, grad_out, statistics, dkey, dvalue, runs, pointer, cu_q, cu_k, seed,
         *strides, *dkey.stride(), *dvalue.stride(), *mask_strides, *_line_strides(runs),
@@ -300,17 +355,88 @@ def backward(
     tile = blocks("queries", widest, query.dtype, query.device)
     runs = None if live is None else _segments(live, False, tile.m, grain, *span)
     tiles = triton.cdiv(longest, tile.m)
-    together = _together(heads * b, groups, span[3] * _row_bytes(key, value))
+    together = _together(heads * b, groups, span[3] * _row_bytes(key, value), tiles)
     attention_backward_queries[(tiles * heads * b,)](
         query, key, value, grad_out, statistics, dquery, dmask, runs, pointer, cu_q, cu_k, seed,
         *strides, *dquery.stride(), *mask_strides, *_line_strides(runs), tiles, heads, heads * b, together, *numbers,
         **shared, BLOCK_M=tile.m, BLOCK_N=tile.n, SKIP=runs is not None, GRAIN=grain, BIAS_GRADIENT=dmask is not None,
         num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
-    if sink is None:
-        return None
-    level, delta = statistics[..., 0], statistics[..., 2]
-    return -(delta * torch.exp2(sink.float().view(1, -1, 1) * LOG2E.value - level)).sum((0, 2))
+
+
+def hopper_can(
+    options: Options, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, grad_out: Tensor
+) -> bool:
+    """Whether the kernels of ``hopper.py`` compute this gradient, and it is long enough for them to be faster."""
+    tensors = query, key, value, grad_out
+    return (
+        hopper is not None
+        and query.device.type == "cuda"
+        and not _interpreted()
+        and torch.version.hip is None
+        and torch.cuda.get_device_capability(query.device)[0] == 9
+        and query.dtype == torch.bfloat16
+        and options.norm.base != "linear"
+        and query.shape[0] * query.shape[1] * query.shape[2] * key.shape[2] >= _FEWEST_SCORES
+        and mask is None
+        and options.left < 0
+        and not options.softcap
+        and not options.dropout_p
+        and _padded(query.shape[-1]) == _padded(value.shape[-1])
+        and _padded(query.shape[-1]) in (64, 128)
+        and all(
+            x.data_ptr() % 16 == 0
+            and x.stride(-1) == 1
+            and all(n and s and s % 8 == 0 for n, s in zip(x.shape, x.stride()[:-1], strict=False))
+            for x in tensors
+        )
+    )
+
+
+def _tiles(x: Tensor, rows: int) -> Any:
+    """``x`` for the tensor memory accelerator, which fetches ``rows`` positions of a head at a time."""
+    return hopper.tiles(x, [1, 1, rows, _padded(x.shape[-1])])
+
+
+def _backward_by_hand(
+    options: Options,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    grad_out: Tensor,
+    statistics: Tensor,
+    dquery: Tensor,
+    dkey: Tensor,
+    dvalue: Tensor,
+) -> None:
+    """The kernels of ``hopper.py``."""
+    (b, heads, tq, width), kv_heads, tk = query.shape, key.shape[1], key.shape[2]
+    groups, padded = heads // kv_heads, _padded(width)
+    shared = {
+        **switches(options.norm),
+        "BLOCK_D": padded,
+        "RIGHT": options.right >= 0,
+        "BOTTOM_RIGHT": options.bottom_right,
+    }
+    plane = statistics.shape[-1]
+    tile = HOPPER["keys", padded]
+    tiles = triton.cdiv(tk, tile.n)
+    together = _together(kv_heads * b, 1, groups * tq * _row_bytes(query, grad_out), tiles)
+    hopper.backward_keys[(tiles * kv_heads * b,)](
+        _tiles(query, tile.m), _tiles(key, tile.n), _tiles(value, tile.n), _tiles(grad_out, tile.m), statistics, dkey, dvalue,
+        *dkey.stride(), *dvalue.stride(), plane,
+        tiles, heads, kv_heads * b, together, groups, tq, tk, width, value.shape[-1], options.right, _unit(options),
+        options.scale, **shared, BLOCK_M=tile.m, BLOCK_N=tile.n, STAGES=tile.stages, LATE=tile.late, num_warps=tile.warps,
+    )  # fmt: skip
+    tile = HOPPER["queries", padded]
+    tiles = triton.cdiv(tq, tile.m)
+    together = _together(heads * b, groups, tk * _row_bytes(key, value), tiles)
+    hopper.backward_queries[(tiles * heads * b,)](
+        _tiles(query, tile.m), _tiles(key, tile.n), _tiles(value, tile.n), _tiles(grad_out, tile.m), statistics, dquery,
+        *dquery.stride(), plane,
+        tiles, heads, heads * b, together, groups, tq, tk, width, options.right, _unit(options), options.scale,
+        **shared, BLOCK_M=tile.m, BLOCK_N=tile.n, STAGES=tile.stages, LATE=tile.late, num_warps=tile.warps,
+    )  # fmt: skip
 
 
 def decode(
@@ -374,7 +500,7 @@ def _splits(kind: str, pairs: int, tk: int, block_n: int, device: torch.device) 
     """(programs a sequence and key head, keys of each): enough programs to fill the device, none with too few keys."""
     programs = PROGRAMS[kind] * (multiprocessors(device.index or 0) if device.type == "cuda" else 2)
     tiles = max(1, triton.cdiv(tk, block_n))
-    wanted = max(1, min(128, triton.cdiv(programs, pairs), triton.cdiv(tk, FEWEST_KEYS[kind])))
+    wanted = max(1, min(128, programs // pairs, triton.cdiv(tk, FEWEST_KEYS[kind])))
     chunk = triton.cdiv(tiles, wanted) * block_n
     return max(1, triton.cdiv(tk, chunk)), chunk
 

@@ -12,7 +12,20 @@ from typing import NamedTuple
 
 import torch
 
-__all__ = ["FEWEST_KEYS", "OVERRIDE", "PROGRAMS", "SHORTEST_SKIP", "TRACKED", "Blocks", "blocks", "multiprocessors", "row"]
+__all__ = [
+    "FEWEST_KEYS",
+    "HOPPER",
+    "LONGEST_TILE",
+    "OVERRIDE",
+    "PROGRAMS",
+    "SHORTEST_SKIP",
+    "TRACKED",
+    "Blocks",
+    "Schedule",
+    "blocks",
+    "multiprocessors",
+    "row",
+]
 
 
 class Blocks(NamedTuple):
@@ -24,6 +37,27 @@ class Blocks(NamedTuple):
     stages: int
 
 
+class Schedule(NamedTuple):
+    """A launch of a kernel of ``hopper.py``: as :class:`Blocks`, and whether ``dP`` starts only after the exponentials."""
+
+    m: int
+    n: int
+    warps: int
+    stages: int
+    late: bool
+
+
+# H200, 4,4096,16,D, milliseconds: keys 0.69 and 1.23 (8 warps at D 64: 0.83 to 0.89; 64 query rows at D 128: 1.49 to 1.89),
+# queries 0.39 and 0.66 (8 warps: 0.41 to 0.46 and 0.73 to 0.79): several small programs a multiprocessor overlap best
+HOPPER = {
+    ("keys", 64): Schedule(64, 64, 4, 3, False),
+    ("keys", 128): Schedule(32, 128, 8, 3, False),
+    ("queries", 64): Schedule(64, 64, 4, 3, False),
+    ("queries", 128): Schedule(64, 64, 4, 2, False),
+}
+LONGEST_TILE = 128
+"""Row statistics for ``hopper.py`` are padded to a multiple of its query tiles."""
+
 # 16-bit inputs: (kernel, head dim up to) -> blocks
 _HOPPER = {
     ("forward", 64): Blocks(128, 64, 4, 3),
@@ -33,7 +67,7 @@ _HOPPER = {
     ("queries", 128): Blocks(128, 64, 8, 3),
     ("queries", 256): Blocks(64, 32, 8, 2),
     ("keys", 64): Blocks(64, 64, 4, 3),
-    ("keys", 128): Blocks(64, 128, 8, 3),
+    ("keys", 128): Blocks(32, 128, 8, 3),
     ("keys", 256): Blocks(32, 64, 8, 2),
     ("decode", 64): Blocks(16, 64, 2, 3),
     ("decode", 128): Blocks(16, 32, 2, 3),
@@ -80,8 +114,8 @@ SHORTEST_SKIP = 16384
 #   of five, skipping won 3 to 15 % at 90 % empty tiles and was removed; its name has no effect here.
 TRACKED: set[str] = set()
 
-# Decoding programs a multiprocessor: many hide the latency of values that are read only when they are needed.
-PROGRAMS = {"decode": 2, "decode_skip": 12}
+# Decoding programs a multiprocessor: as many as run at a time, so that none is left for a second round.
+PROGRAMS = {"decode": 2, "decode_skip": 4}
 
 # and the fewest keys of one, whatever the device has room for: each leaves a part for the merge
 FEWEST_KEYS = {"decode": 128, "decode_skip": 256}

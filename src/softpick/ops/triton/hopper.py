@@ -1,0 +1,285 @@
+"""The backward kernels for Hopper GPUs, in Gluon: the same formulas as :mod:`softpick.ops.triton.backward`, scheduled by hand.
+
+Triton waits for a matrix product before it goes on. Here a product runs while the results of another are worked on: of every
+tile ``S`` and ``dP`` start together, exponentials are taken while ``dP`` runs, the gradient of the scores while ``dV`` runs,
+and ``dK`` (or ``dQ``) runs into the next tile. The tensor memory accelerator fetches tiles and fills with zeros what lies
+beyond the end, so the last tile needs no mask: a key of zeros adds nothing to ``dQ``, a query of zeros with a weight of zero
+nothing to ``dK`` and ``dV``.
+
+For what most training does (:func:`softpick.ops.triton.launch.hopper_can`); everything else takes the other kernels.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_init,
+    warpgroup_mma_wait,
+)
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from softpick.ops.triton.backward import _slopes
+from softpick.ops.triton.tile import EXPM1, assignment, kept_scores, narrow
+
+__all__ = ["backward_keys", "backward_queries", "tiles"]
+
+
+def tiles(x: Tensor, block: list[int]) -> TensorDescriptor:
+    """``x`` for the tensor memory accelerator, which fetches blocks of it (bf16; strides in multiples of 8)."""
+    return TensorDescriptor(x, list(x.shape), list(x.stride()), block, _shared(tuple(block)))
+
+
+@functools.cache
+def _shared(block: tuple[int, ...]) -> Any:
+    return gl.NVMMASharedLayout.get_default_for(list(block), gl.bfloat16)
+
+
+@gluon.jit
+def _fetch(
+    it, count, per_head, lo, head, row, first, second, firsts, seconds, ready, BLOCK: gl.constexpr, STAGES: gl.constexpr
+):
+    """Start copying tile ``it`` of two tensors; tiles are counted through the heads of a group."""
+    stage = it % STAGES
+    wanted = it < count
+    at = lo + it % per_head * BLOCK
+    bar = ready.index(stage)
+    mbarrier.expect(bar, first.block_type.nbytes + second.block_type.nbytes, pred=wanted)
+    tma.async_copy_global_to_shared(first, [row, head + it // per_head, at, 0], bar, firsts.index(stage), pred=wanted)
+    tma.async_copy_global_to_shared(second, [row, head + it // per_head, at, 0], bar, seconds.index(stage), pred=wanted)
+
+
+@gluon.jit
+def _score_gradient(
+    s, e, dp, delta, BASE: gl.constexpr, RECTIFY: gl.constexpr, ABSOLUTE: gl.constexpr, NEGATIVE_GRADIENT: gl.constexpr
+):
+    if BASE == EXPM1 and ABSOLUTE and NEGATIVE_GRADIENT:
+        return gl.maximum(e, 0.0) * dp - e * delta
+    elif BASE == EXPM1:
+        return gl.maximum(e, 0.0) * (dp - delta)
+    else:
+        return e * kept_scores(dp - delta, s, RECTIFY)
+
+
+@gluon.jit
+def _tile_of_keys(
+    it, at, count, per_head, lo, head, row, dk, dv, keys, values, query_tiles, grad_tiles, queries, grads, ready,
+    statistics, plane, j2, tq, reach, unit,
+    BASE: gl.constexpr, RECTIFY: gl.constexpr, ABSOLUTE: gl.constexpr, NEGATIVE_GRADIENT: gl.constexpr,
+    BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_D: gl.constexpr, STAGES: gl.constexpr, LATE: gl.constexpr,
+    EDGE: gl.constexpr, s_layout: gl.constexpr, o_layout: gl.constexpr,
+):  # fmt: skip
+    """One query tile into ``dk`` and ``dv``; tiles are transposed, keys by queries."""
+    stage = it % STAGES
+    i = at + gl.arange(0, BLOCK_M, layout=gl.SliceLayout(0, s_layout))
+    level = gl.load(statistics + i)
+    inverse = gl.load(statistics + plane + i)
+    mbarrier.wait(ready.index(stage), (it // STAGES) & 1)
+    q, do = queries.index(stage).reshape([BLOCK_M, BLOCK_D]), grads.index(stage).reshape([BLOCK_M, BLOCK_D])
+    zero = gl.zeros([BLOCK_N, BLOCK_M], gl.float32, layout=s_layout)
+    s = warpgroup_mma(keys, q.permute([1, 0]), zero, use_acc=False, is_async=True)
+    if not LATE:
+        dp = warpgroup_mma(values, do.permute([1, 0]), zero, use_acc=False, is_async=True)
+    s, dk, dv = warpgroup_mma_wait(num_outstanding=0 if LATE else 1, deps=[s, dk, dv])
+    # every product of the tile before has ended, for every warp once they have met: its place can be filled again
+    gl.thread_barrier()
+    _fetch(
+        it + STAGES - 1, count, per_head, lo, head, row, query_tiles, grad_tiles, queries, grads, ready, BLOCK_M, STAGES
+    )
+    e = gl.exp2(s * unit - level[None, :])
+    if EDGE:
+        e = gl.where(j2 <= i[None, :] + reach, e, 0.0)
+    p, e = _slopes(s, e, inverse[None, :], BASE, False)
+    if BASE == EXPM1:
+        p = narrow(p, do, True, True)
+    else:
+        p = kept_scores(e, s, RECTIFY).to(gl.bfloat16)
+    p = gl.convert_layout(p, gl.DotOperandLayout(0, o_layout, 2))
+    if LATE:
+        dp = warpgroup_mma(values, do.permute([1, 0]), zero, use_acc=False, is_async=True)
+    dv = warpgroup_mma(p, do, dv, is_async=True)
+    delta = gl.load(statistics + 2 * plane + i)
+    dp = warpgroup_mma_wait(num_outstanding=1, deps=[dp])
+    ds = _score_gradient(s, e, dp, delta[None, :], BASE, RECTIFY, ABSOLUTE, NEGATIVE_GRADIENT)
+    ds = gl.convert_layout(ds.to(gl.bfloat16), gl.DotOperandLayout(0, o_layout, 2))
+    dk = warpgroup_mma(ds, q, dk, is_async=True)
+    return dk, dv
+
+
+@gluon.jit(do_not_specialize=["heads", "tiles", "pairs", "together", "tq", "tk", "right", "plane"])
+def backward_keys(
+    query_tiles, key_tiles, value_tiles, grad_tiles, statistics, dkey, dvalue,
+    dk_b, dk_h, dk_t, dk_d, dv_b, dv_h, dv_t, dv_d, plane,
+    tiles, heads, pairs, together, groups, tq, tk, width, v_width, right, unit, scale,
+    BASE: gl.constexpr, RECTIFY: gl.constexpr, ABSOLUTE: gl.constexpr, CONSTANT: gl.constexpr,
+    NEGATIVE_GRADIENT: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_D: gl.constexpr,
+    STAGES: gl.constexpr, LATE: gl.constexpr, RIGHT: gl.constexpr, BOTTOM_RIGHT: gl.constexpr, num_warps: gl.constexpr,
+):  # fmt: skip
+    """``dK`` and ``dV`` of one key tile, summed over the query heads of its group. Grid as in ``backward.py``."""
+    s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [num_warps, 1], [16, BLOCK_M, 16])
+    o_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [num_warps, 1], [16, BLOCK_D, 16])
+    tile, kv, b = assignment(tiles, heads // groups, pairs, together)
+    j0 = tile * BLOCK_N
+    reach = right
+    if BOTTOM_RIGHT:
+        reach += tk - tq
+    row, head = b.to(gl.int32), (kv * groups).to(gl.int32)
+    queries = gl.allocate_shared_memory(gl.bfloat16, [STAGES] + query_tiles.block_type.shape, query_tiles.layout)  # noqa: RUF005 (no stars in Triton)
+    grads = gl.allocate_shared_memory(gl.bfloat16, [STAGES] + grad_tiles.block_type.shape, grad_tiles.layout)  # noqa: RUF005 (no stars in Triton)
+    keys = gl.allocate_shared_memory(gl.bfloat16, key_tiles.block_type.shape, key_tiles.layout)
+    values = gl.allocate_shared_memory(gl.bfloat16, value_tiles.block_type.shape, value_tiles.layout)
+    ready = gl.allocate_shared_memory(gl.int64, [STAGES + 1, 1], mbarrier.MBarrierLayout())
+    for stage in gl.static_range(STAGES + 1):
+        mbarrier.init(ready.index(stage), count=1)
+    bar = ready.index(STAGES)
+    mbarrier.expect(bar, key_tiles.block_type.nbytes + value_tiles.block_type.nbytes)
+    tma.async_copy_global_to_shared(key_tiles, [row, kv.to(gl.int32), j0, 0], bar, keys)
+    tma.async_copy_global_to_shared(value_tiles, [row, kv.to(gl.int32), j0, 0], bar, values)
+    lo, full = 0, 0  # queries that see a key of the tile, and those that see every one
+    if RIGHT:
+        lo = gl.minimum(gl.maximum(0, j0 - reach), tq) // BLOCK_M * BLOCK_M
+        full = gl.maximum(lo, gl.cdiv(gl.maximum(0, j0 + BLOCK_N - 1 - reach), BLOCK_M) * BLOCK_M)
+    per_head = gl.cdiv(tq - lo, BLOCK_M)
+    edges = gl.minimum((full - lo) // BLOCK_M, per_head)
+    count = per_head * groups
+    for it in gl.static_range(STAGES - 1):
+        _fetch(it, count, per_head, lo, head, row, query_tiles, grad_tiles, queries, grads, ready, BLOCK_M, STAGES)
+    zero = gl.zeros([BLOCK_N, BLOCK_D], gl.float32, layout=o_layout)
+    dk, dv = warpgroup_mma_init(zero), warpgroup_mma_init(zero)
+    j2 = (j0 + gl.arange(0, BLOCK_N, layout=gl.SliceLayout(1, s_layout)))[:, None]
+    mbarrier.wait(bar, 0)
+    k, v = keys.reshape([BLOCK_N, BLOCK_D]), values.reshape([BLOCK_N, BLOCK_D])
+    at_head = statistics + (b * heads + head) * (4 * plane)
+    for group in range(groups):
+        for n in range(0, edges):
+            dk, dv = _tile_of_keys(
+                group * per_head + n, lo + n * BLOCK_M, count, per_head, lo, head, row, dk, dv, k, v,
+                query_tiles, grad_tiles, queries, grads, ready, at_head, plane, j2, tq, reach, unit,
+                BASE, RECTIFY, ABSOLUTE, NEGATIVE_GRADIENT, BLOCK_M, BLOCK_N, BLOCK_D, STAGES, LATE, True, s_layout, o_layout,
+            )  # fmt: skip
+        for n in range(edges, per_head):
+            dk, dv = _tile_of_keys(
+                group * per_head + n, lo + n * BLOCK_M, count, per_head, lo, head, row, dk, dv, k, v,
+                query_tiles, grad_tiles, queries, grads, ready, at_head, plane, j2, tq, reach, unit,
+                BASE, RECTIFY, ABSOLUTE, NEGATIVE_GRADIENT, BLOCK_M, BLOCK_N, BLOCK_D, STAGES, LATE, False, s_layout, o_layout,
+            )  # fmt: skip
+        at_head += 4 * plane
+    dk, dv = warpgroup_mma_wait(num_outstanding=0, deps=[dk, dv])
+    for stage in gl.static_range(STAGES + 1):
+        mbarrier.invalidate(ready.index(stage))
+    layout: gl.constexpr = gl.BlockedLayout([1, 8], [32 // (BLOCK_D // 8), BLOCK_D // 8], [num_warps, 1], [1, 0])
+    n = gl.arange(0, BLOCK_N, layout=gl.SliceLayout(1, layout))
+    d = gl.arange(0, BLOCK_D, layout=gl.SliceLayout(0, layout))
+    inside = j0 + n < tk
+    at = dkey + b * dk_b + kv * dk_h + j0.to(gl.int64) * dk_t + n[:, None] * dk_t + d[None, :] * dk_d
+    gl.store(at, gl.convert_layout((dk * scale).to(gl.bfloat16), layout), mask=inside[:, None] & (d < width)[None, :])
+    at = dvalue + b * dv_b + kv * dv_h + j0.to(gl.int64) * dv_t + n[:, None] * dv_t + d[None, :] * dv_d
+    gl.store(at, gl.convert_layout(dv.to(gl.bfloat16), layout), mask=inside[:, None] & (d < v_width)[None, :])
+
+
+@gluon.jit
+def _tile_of_queries(
+    it, at, count, lo, head, row, dq, q, do, key_tiles, value_tiles, keys, values, ready, level, inverse, delta, i2, reach,
+    unit,
+    BASE: gl.constexpr, RECTIFY: gl.constexpr, ABSOLUTE: gl.constexpr, NEGATIVE_GRADIENT: gl.constexpr,
+    BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_D: gl.constexpr, STAGES: gl.constexpr, LATE: gl.constexpr,
+    EDGE: gl.constexpr, s_layout: gl.constexpr, o_layout: gl.constexpr,
+):  # fmt: skip
+    """One key tile into ``dq``."""
+    stage = it % STAGES
+    mbarrier.wait(ready.index(stage), (it // STAGES) & 1)
+    k, v = keys.index(stage).reshape([BLOCK_N, BLOCK_D]), values.index(stage).reshape([BLOCK_N, BLOCK_D])
+    zero = gl.zeros([BLOCK_M, BLOCK_N], gl.float32, layout=s_layout)
+    s = warpgroup_mma(q, k.permute([1, 0]), zero, use_acc=False, is_async=True)
+    if not LATE:
+        dp = warpgroup_mma(do, v.permute([1, 0]), zero, use_acc=False, is_async=True)
+    s, dq = warpgroup_mma_wait(num_outstanding=0 if LATE else 1, deps=[s, dq])
+    gl.thread_barrier()  # as above
+    _fetch(it + STAGES - 1, count, count, lo, head, row, key_tiles, value_tiles, keys, values, ready, BLOCK_N, STAGES)
+    if LATE:
+        dp = warpgroup_mma(do, v.permute([1, 0]), zero, use_acc=False, is_async=True)
+    e = gl.exp2(s * unit - level)
+    if EDGE:
+        j = at + gl.arange(0, BLOCK_N, layout=gl.SliceLayout(0, s_layout))
+        e = gl.where(j[None, :] <= i2 + reach, e, 0.0)
+    _, e = _slopes(s, e, inverse, BASE, False)
+    dp = warpgroup_mma_wait(num_outstanding=0, deps=[dp])
+    ds = _score_gradient(s, e, dp, delta, BASE, RECTIFY, ABSOLUTE, NEGATIVE_GRADIENT)
+    ds = gl.convert_layout(ds.to(gl.bfloat16), gl.DotOperandLayout(0, o_layout, 2))
+    return warpgroup_mma(ds, k, dq, is_async=True)
+
+
+@gluon.jit(do_not_specialize=["heads", "tiles", "pairs", "together", "tq", "tk", "right", "plane"])
+def backward_queries(
+    query_tiles, key_tiles, value_tiles, grad_tiles, statistics, dquery, dq_b, dq_h, dq_t, dq_d, plane,
+    tiles, heads, pairs, together, groups, tq, tk, width, right, unit, scale,
+    BASE: gl.constexpr, RECTIFY: gl.constexpr, ABSOLUTE: gl.constexpr, CONSTANT: gl.constexpr,
+    NEGATIVE_GRADIENT: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_D: gl.constexpr,
+    STAGES: gl.constexpr, LATE: gl.constexpr, RIGHT: gl.constexpr, BOTTOM_RIGHT: gl.constexpr, num_warps: gl.constexpr,
+):  # fmt: skip
+    """``dQ`` of one query tile. Grid as in ``backward.py``."""
+    s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [num_warps, 1], [16, BLOCK_N, 16])
+    o_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [num_warps, 1], [16, BLOCK_D, 16])
+    tile, h, b = assignment(tiles, heads, pairs, together)
+    i0 = (tiles - 1 - tile) * BLOCK_M
+    reach = right
+    if BOTTOM_RIGHT:
+        reach += tk - tq
+    row, head = b.to(gl.int32), (h // groups).to(gl.int32)
+    keys = gl.allocate_shared_memory(gl.bfloat16, [STAGES] + key_tiles.block_type.shape, key_tiles.layout)  # noqa: RUF005 (no stars in Triton)
+    values = gl.allocate_shared_memory(gl.bfloat16, [STAGES] + value_tiles.block_type.shape, value_tiles.layout)  # noqa: RUF005 (no stars in Triton)
+    queries = gl.allocate_shared_memory(gl.bfloat16, query_tiles.block_type.shape, query_tiles.layout)
+    grads = gl.allocate_shared_memory(gl.bfloat16, grad_tiles.block_type.shape, grad_tiles.layout)
+    ready = gl.allocate_shared_memory(gl.int64, [STAGES + 1, 1], mbarrier.MBarrierLayout())
+    for stage in gl.static_range(STAGES + 1):
+        mbarrier.init(ready.index(stage), count=1)
+    bar = ready.index(STAGES)
+    mbarrier.expect(bar, query_tiles.block_type.nbytes + grad_tiles.block_type.nbytes)
+    tma.async_copy_global_to_shared(query_tiles, [row, h.to(gl.int32), i0, 0], bar, queries)
+    tma.async_copy_global_to_shared(grad_tiles, [row, h.to(gl.int32), i0, 0], bar, grads)
+    hi, full = tk, tk  # keys that a query of the tile sees, and those that every one sees
+    if RIGHT:
+        hi = gl.maximum(0, gl.minimum(tk, i0 + BLOCK_M + reach))
+        full = gl.maximum(0, gl.minimum(tk, i0 + reach + 1))
+    count = gl.cdiv(hi, BLOCK_N)
+    whole = count
+    if RIGHT:
+        whole = gl.minimum(full // BLOCK_N, count)
+    for it in gl.static_range(STAGES - 1):
+        _fetch(it, count, count, 0, head, row, key_tiles, value_tiles, keys, values, ready, BLOCK_N, STAGES)
+    i = i0 + gl.arange(0, BLOCK_M, layout=gl.SliceLayout(1, s_layout))
+    statistics += (b * heads + h) * (4 * plane)
+    level = gl.load(statistics + i)[:, None]
+    inverse = gl.load(statistics + plane + i)[:, None]
+    delta = gl.load(statistics + 2 * plane + i)[:, None]
+    dq = warpgroup_mma_init(gl.zeros([BLOCK_M, BLOCK_D], gl.float32, layout=o_layout))
+    mbarrier.wait(bar, 0)
+    q, do = queries.reshape([BLOCK_M, BLOCK_D]), grads.reshape([BLOCK_M, BLOCK_D])
+    for it in range(0, whole):
+        dq = _tile_of_queries(
+            it, it * BLOCK_N, count, 0, head, row, dq, q, do, key_tiles, value_tiles, keys, values, ready, level, inverse,
+            delta, i[:, None], reach, unit,
+            BASE, RECTIFY, ABSOLUTE, NEGATIVE_GRADIENT, BLOCK_M, BLOCK_N, BLOCK_D, STAGES, LATE, False, s_layout, o_layout,
+        )  # fmt: skip
+    for it in range(whole, count):
+        dq = _tile_of_queries(
+            it, it * BLOCK_N, count, 0, head, row, dq, q, do, key_tiles, value_tiles, keys, values, ready, level, inverse,
+            delta, i[:, None], reach, unit,
+            BASE, RECTIFY, ABSOLUTE, NEGATIVE_GRADIENT, BLOCK_M, BLOCK_N, BLOCK_D, STAGES, LATE, True, s_layout, o_layout,
+        )  # fmt: skip
+    dq = warpgroup_mma_wait(num_outstanding=0, deps=[dq])
+    for stage in gl.static_range(STAGES + 1):
+        mbarrier.invalidate(ready.index(stage))
+    layout: gl.constexpr = gl.BlockedLayout([1, 8], [32 // (BLOCK_D // 8), BLOCK_D // 8], [num_warps, 1], [1, 0])
+    m = gl.arange(0, BLOCK_M, layout=gl.SliceLayout(1, layout))
+    d = gl.arange(0, BLOCK_D, layout=gl.SliceLayout(0, layout))
+    at = dquery + b * dq_b + h * dq_h + i0.to(gl.int64) * dq_t + m[:, None] * dq_t + d[None, :] * dq_d
+    inside = (i0 + m < tq)[:, None] & (d < width)[None, :]
+    gl.store(at, gl.convert_layout((dq * scale).to(gl.bfloat16), layout), mask=inside)

@@ -547,5 +547,62 @@ def test_rows(n, dtype, poisoned, monkeypatch):
     assert (got_grad.double() - want_grad).norm() < limits[dtype] * max(want_grad.norm(), terms.norm())
 
 
+BY_HAND = {
+    f"{name}-{alignment}-{tq}x{tk}-{d}": case(
+        name,
+        b,
+        h,
+        hkv,
+        tq,
+        tk,
+        d,
+        d,
+        **({} if alignment == "none" else {"is_causal": True, "causal_alignment": alignment}),
+    )
+    for name, b, h, hkv, tq, tk, d in (
+        ("softpick", 1, 2, 2, 1, 1, 64),
+        ("softpick", 2, 4, 1, 200, 257, 64),
+        ("softpick", 1, 4, 2, 257, 200, 128),
+        ("softpick", 1, 2, 1, 1000, 1000, 128),
+        ("softpick", 1, 4, 4, 300, 300, 96),
+        ("softmax", 1, 2, 1, 300, 300, 128),
+        ("softmax_plus_one", 1, 2, 2, 300, 300, 64),
+        ("learned_sink", 1, 2, 2, 300, 300, 64),
+        ("rectified", 1, 2, 2, 300, 300, 64),
+        ("relu_softpick", 1, 2, 2, 300, 300, 128),
+        ("softpick_stop_gradient", 1, 2, 2, 300, 300, 128),
+    )
+    for alignment in ("none", "top_left", "bottom_right")
+}
+
+
+@pytest.mark.skipif(
+    not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9, reason="kernels for Hopper GPUs"
+)
+@pytest.mark.parametrize("key", BY_HAND)
+def test_backward_for_hopper(key, monkeypatch):
+    """hopper.py, whose kernels no interpreter runs, on sizes for which they would not be chosen."""
+    from softpick.ops.triton import launch
+
+    calls, run = [], launch._backward_by_hand
+    monkeypatch.setattr(launch, "_FEWEST_SCORES", 0)
+    monkeypatch.setattr(launch, "_backward_by_hand", lambda *a: calls.append(1) or run(*a))
+    setting = BY_HAND[key]
+    b, h, _, tq, _, d, _ = setting["shape"]
+    forward, backward = errors(setting)
+    assert calls, "these kernels were not used"
+    assert max(forward) < TOLERANCE[BF16][0], forward
+    # with one key the gradient of its score is 0: what is left is the rounding of the output, magnified by 1 / sum |s|
+    with monkeypatch.context() as patch:
+        patch.setattr(launch, "hopper_can", lambda *a: False)
+        plain = errors(setting)[1]
+    assert all(a < max(TOLERANCE[BF16][1], 1.3 * b) for a, b in zip(backward, plain, strict=True)), (backward, plain)
+    q, k, v = inputs(setting["shape"], BF16)
+    sink, grad = sink_for(setting["name"], h), torch.randn(b, h, tq, d, device=DEVICE, dtype=BF16)
+    out = attend(q, k, v, None, sink, normalizer=setting["name"], **setting["options"])
+    first, second = (torch.autograd.grad(out, (q, k, v), grad, retain_graph=True) for _ in range(2))
+    assert all(torch.equal(x, y) for x, y in zip(first, second, strict=True)), "not the same on repeat"
+
+
 if __name__ == "__main__":
     _compile(int(sys.argv[1]), int(sys.argv[2]))

@@ -50,7 +50,7 @@ _LONGEST_ROW = 16384  # elements of a row that one program holds in registers
 _LONGEST_MAP = 65536  # keys; beyond, the runs of the map would take more memory than they are worth
 _L2_SHARE = 2**24  # bytes of keys and values (or queries and gradients) in use at a time
 _FEWEST_TOGETHER = 256  # tiles: with fewer the longest ones of some pair are left for the end
-_FEWEST_SCORES = 2**24  # fewer take hardly longer on the GPU than it takes to describe the tensors to it
+_FEWEST_SCORES = 2**22  # fewer take hardly longer on the GPU than it takes to describe the tensors to it
 _LARGEST_OPTIMISTIC_EPS = 1e-5  # eps is relative to e^m; without m it is off by a factor of at most 1 + eps
 
 

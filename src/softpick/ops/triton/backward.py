@@ -90,14 +90,10 @@ def _slopes(s, e, inverse, BASE: tl.constexpr, EXACT: tl.constexpr):
 
 @triton.jit
 def _score_gradient(
-    s, e, left_of_dp, right_of_dp, delta, drop,
+    s, e, dp, delta,
     BASE: tl.constexpr, RECTIFY: tl.constexpr, ABSOLUTE: tl.constexpr, NEGATIVE_GRADIENT: tl.constexpr,
-    DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """``ds`` of a tile, with ``e`` of :func:`_slopes`."""
-    dp = tl.dot(left_of_dp, right_of_dp, input_precision=PRECISION)
-    if DROPOUT:
-        dp *= drop
     if BASE == EXPM1 and ABSOLUTE and NEGATIVE_GRADIENT:
         return tl.maximum(e, 0.0) * dp - e * delta
     elif BASE == EXPM1:
@@ -200,10 +196,10 @@ def _sweep_keys(
         drop = 1.0
         if DROPOUT:
             drop = dropout_factor(seed, start, i2, j2, tk, dropout_p)
-        ds = _score_gradient(
-            s, e, do, tl.trans(v), delta[:, None], drop,
-            BASE, RECTIFY, ABSOLUTE, NEGATIVE_GRADIENT, DROPOUT, PRECISION,
-        )  # fmt: skip
+        dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
+        if DROPOUT:
+            dp *= drop
+        ds = _score_gradient(s, e, dp, delta[:, None], BASE, RECTIFY, ABSOLUTE, NEGATIVE_GRADIENT)
         if BIAS_GRADIENT:
             at = dbias + i2.to(tl.int64) * tk + j2
             tl.store(at, ds.to(dbias.dtype.element_ty), mask=(i2 < tq) & (j2 < tk))
@@ -371,10 +367,10 @@ def _sweep_queries(
         if DROPOUT:
             p *= drop
         RELU: tl.constexpr = BASE == EXPM1
-        ds = _score_gradient(
-            s, e, v, tl.trans(do), delta[None, :], drop,
-            BASE, RECTIFY, ABSOLUTE, NEGATIVE_GRADIENT, DROPOUT, PRECISION,
-        )  # fmt: skip
+        dp = tl.dot(v, tl.trans(do), input_precision=PRECISION)
+        if DROPOUT:
+            dp *= drop
+        ds = _score_gradient(s, e, dp, delta[None, :], BASE, RECTIFY, ABSOLUTE, NEGATIVE_GRADIENT)
         dv_acc = tl.dot(narrow(p, do, RELU, RELU_ASM and RELU), do, dv_acc, input_precision=PRECISION)
         if SOFTCAP:
             ds *= slope

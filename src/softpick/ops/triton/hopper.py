@@ -26,7 +26,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from softpick.ops.triton.backward import _slopes
+from softpick.ops.triton.backward import _score_gradient, _slopes
 from softpick.ops.triton.tile import EXPM1, assignment, kept_scores, narrow
 
 __all__ = ["backward_keys", "backward_queries", "tiles"]
@@ -57,21 +57,50 @@ def _fetch(
 
 
 @gluon.jit
-def _score_gradient(
-    s, e, dp, delta, BASE: gl.constexpr, RECTIFY: gl.constexpr, ABSOLUTE: gl.constexpr, NEGATIVE_GRADIENT: gl.constexpr
+def _room(held, held_too, passing, passing_too, place, STAGES: gl.constexpr):
+    """Shared memory for two tiles that are held, fetched from ``place`` at once, for two that pass in STAGES, and the barriers:
+    one a stage, the last for the tiles that are held.
+    """
+    first = gl.allocate_shared_memory(gl.bfloat16, [STAGES] + passing.block_type.shape, passing.layout)  # noqa: RUF005 (no stars in Triton)
+    second = gl.allocate_shared_memory(gl.bfloat16, [STAGES] + passing_too.block_type.shape, passing_too.layout)  # noqa: RUF005
+    one = gl.allocate_shared_memory(gl.bfloat16, held.block_type.shape, held.layout)
+    other = gl.allocate_shared_memory(gl.bfloat16, held_too.block_type.shape, held_too.layout)
+    ready = gl.allocate_shared_memory(gl.int64, [STAGES + 1, 1], mbarrier.MBarrierLayout())
+    for stage in gl.static_range(STAGES + 1):
+        mbarrier.init(ready.index(stage), count=1)
+    bar = ready.index(STAGES)
+    mbarrier.expect(bar, held.block_type.nbytes + held_too.block_type.nbytes)
+    tma.async_copy_global_to_shared(held, place, bar, one)
+    tma.async_copy_global_to_shared(held_too, place, bar, other)
+    return one, other, first, second, ready
+
+
+@gluon.jit
+def _store(
+    base,
+    x,
+    first,
+    length,
+    width,
+    stride_t,
+    stride_d,
+    ROWS: gl.constexpr,
+    COLUMNS: gl.constexpr,
+    num_warps: gl.constexpr,
 ):
-    if BASE == EXPM1 and ABSOLUTE and NEGATIVE_GRADIENT:
-        return gl.maximum(e, 0.0) * dp - e * delta
-    elif BASE == EXPM1:
-        return gl.maximum(e, 0.0) * (dp - delta)
-    else:
-        return e * kept_scores(dp - delta, s, RECTIFY)
+    """Rows ``first ...`` of one head, as far as there are rows and columns."""
+    layout: gl.constexpr = gl.BlockedLayout([1, 8], [32 // (COLUMNS // 8), COLUMNS // 8], [num_warps, 1], [1, 0])
+    n = gl.arange(0, ROWS, layout=gl.SliceLayout(1, layout))
+    d = gl.arange(0, COLUMNS, layout=gl.SliceLayout(0, layout))
+    at = base + first.to(gl.int64) * stride_t + n[:, None] * stride_t + d[None, :] * stride_d
+    inside = (first + n < length)[:, None] & (d < width)[None, :]
+    gl.store(at, gl.convert_layout(x.to(gl.bfloat16), layout), mask=inside)
 
 
 @gluon.jit
 def _tile_of_keys(
     it, at, count, per_head, lo, head, row, dk, dv, keys, values, query_tiles, grad_tiles, queries, grads, ready,
-    statistics, plane, j2, tq, reach, unit,
+    statistics, plane, j2, reach, unit,
     BASE: gl.constexpr, RECTIFY: gl.constexpr, ABSOLUTE: gl.constexpr, NEGATIVE_GRADIENT: gl.constexpr,
     BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_D: gl.constexpr, STAGES: gl.constexpr, LATE: gl.constexpr,
     EDGE: gl.constexpr, s_layout: gl.constexpr, o_layout: gl.constexpr,
@@ -131,17 +160,9 @@ def backward_keys(
     if BOTTOM_RIGHT:
         reach += tk - tq
     row, head = b.to(gl.int32), (kv * groups).to(gl.int32)
-    queries = gl.allocate_shared_memory(gl.bfloat16, [STAGES] + query_tiles.block_type.shape, query_tiles.layout)  # noqa: RUF005 (no stars in Triton)
-    grads = gl.allocate_shared_memory(gl.bfloat16, [STAGES] + grad_tiles.block_type.shape, grad_tiles.layout)  # noqa: RUF005 (no stars in Triton)
-    keys = gl.allocate_shared_memory(gl.bfloat16, key_tiles.block_type.shape, key_tiles.layout)
-    values = gl.allocate_shared_memory(gl.bfloat16, value_tiles.block_type.shape, value_tiles.layout)
-    ready = gl.allocate_shared_memory(gl.int64, [STAGES + 1, 1], mbarrier.MBarrierLayout())
-    for stage in gl.static_range(STAGES + 1):
-        mbarrier.init(ready.index(stage), count=1)
-    bar = ready.index(STAGES)
-    mbarrier.expect(bar, key_tiles.block_type.nbytes + value_tiles.block_type.nbytes)
-    tma.async_copy_global_to_shared(key_tiles, [row, kv.to(gl.int32), j0, 0], bar, keys)
-    tma.async_copy_global_to_shared(value_tiles, [row, kv.to(gl.int32), j0, 0], bar, values)
+    keys, values, queries, grads, ready = _room(
+        key_tiles, value_tiles, query_tiles, grad_tiles, [row, kv.to(gl.int32), j0, 0], STAGES
+    )
     lo, full = 0, 0  # queries that see a key of the tile, and those that see every one
     if RIGHT:
         lo = gl.minimum(gl.maximum(0, j0 - reach), tq) // BLOCK_M * BLOCK_M
@@ -154,39 +175,33 @@ def backward_keys(
     zero = gl.zeros([BLOCK_N, BLOCK_D], gl.float32, layout=o_layout)
     dk, dv = warpgroup_mma_init(zero), warpgroup_mma_init(zero)
     j2 = (j0 + gl.arange(0, BLOCK_N, layout=gl.SliceLayout(1, s_layout)))[:, None]
-    mbarrier.wait(bar, 0)
+    mbarrier.wait(ready.index(STAGES), 0)
     k, v = keys.reshape([BLOCK_N, BLOCK_D]), values.reshape([BLOCK_N, BLOCK_D])
     at_head = statistics + (b * heads + head) * (4 * plane)
     for group in range(groups):
         for n in range(0, edges):
             dk, dv = _tile_of_keys(
                 group * per_head + n, lo + n * BLOCK_M, count, per_head, lo, head, row, dk, dv, k, v,
-                query_tiles, grad_tiles, queries, grads, ready, at_head, plane, j2, tq, reach, unit,
+                query_tiles, grad_tiles, queries, grads, ready, at_head, plane, j2, reach, unit,
                 BASE, RECTIFY, ABSOLUTE, NEGATIVE_GRADIENT, BLOCK_M, BLOCK_N, BLOCK_D, STAGES, LATE, True, s_layout, o_layout,
             )  # fmt: skip
         for n in range(edges, per_head):
             dk, dv = _tile_of_keys(
                 group * per_head + n, lo + n * BLOCK_M, count, per_head, lo, head, row, dk, dv, k, v,
-                query_tiles, grad_tiles, queries, grads, ready, at_head, plane, j2, tq, reach, unit,
+                query_tiles, grad_tiles, queries, grads, ready, at_head, plane, j2, reach, unit,
                 BASE, RECTIFY, ABSOLUTE, NEGATIVE_GRADIENT, BLOCK_M, BLOCK_N, BLOCK_D, STAGES, LATE, False, s_layout, o_layout,
             )  # fmt: skip
         at_head += 4 * plane
     dk, dv = warpgroup_mma_wait(num_outstanding=0, deps=[dk, dv])
     for stage in gl.static_range(STAGES + 1):
         mbarrier.invalidate(ready.index(stage))
-    layout: gl.constexpr = gl.BlockedLayout([1, 8], [32 // (BLOCK_D // 8), BLOCK_D // 8], [num_warps, 1], [1, 0])
-    n = gl.arange(0, BLOCK_N, layout=gl.SliceLayout(1, layout))
-    d = gl.arange(0, BLOCK_D, layout=gl.SliceLayout(0, layout))
-    inside = j0 + n < tk
-    at = dkey + b * dk_b + kv * dk_h + j0.to(gl.int64) * dk_t + n[:, None] * dk_t + d[None, :] * dk_d
-    gl.store(at, gl.convert_layout((dk * scale).to(gl.bfloat16), layout), mask=inside[:, None] & (d < width)[None, :])
-    at = dvalue + b * dv_b + kv * dv_h + j0.to(gl.int64) * dv_t + n[:, None] * dv_t + d[None, :] * dv_d
-    gl.store(at, gl.convert_layout(dv.to(gl.bfloat16), layout), mask=inside[:, None] & (d < v_width)[None, :])
+    _store(dkey + b * dk_b + kv * dk_h, dk * scale, j0, tk, width, dk_t, dk_d, BLOCK_N, BLOCK_D, num_warps)
+    _store(dvalue + b * dv_b + kv * dv_h, dv, j0, tk, v_width, dv_t, dv_d, BLOCK_N, BLOCK_D, num_warps)
 
 
 @gluon.jit
 def _tile_of_queries(
-    it, at, count, lo, head, row, dq, q, do, key_tiles, value_tiles, keys, values, ready, level, inverse, delta, i2, reach,
+    it, at, count, head, row, dq, q, do, key_tiles, value_tiles, keys, values, ready, level, inverse, delta, i2, reach,
     unit,
     BASE: gl.constexpr, RECTIFY: gl.constexpr, ABSOLUTE: gl.constexpr, NEGATIVE_GRADIENT: gl.constexpr,
     BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_D: gl.constexpr, STAGES: gl.constexpr, LATE: gl.constexpr,
@@ -202,7 +217,7 @@ def _tile_of_queries(
         dp = warpgroup_mma(do, v.permute([1, 0]), zero, use_acc=False, is_async=True)
     s, dq = warpgroup_mma_wait(num_outstanding=0 if LATE else 1, deps=[s, dq])
     gl.thread_barrier()  # as above
-    _fetch(it + STAGES - 1, count, count, lo, head, row, key_tiles, value_tiles, keys, values, ready, BLOCK_N, STAGES)
+    _fetch(it + STAGES - 1, count, count, 0, head, row, key_tiles, value_tiles, keys, values, ready, BLOCK_N, STAGES)
     if LATE:
         dp = warpgroup_mma(do, v.permute([1, 0]), zero, use_acc=False, is_async=True)
     e = gl.exp2(s * unit - level)
@@ -233,17 +248,9 @@ def backward_queries(
     if BOTTOM_RIGHT:
         reach += tk - tq
     row, head = b.to(gl.int32), (h // groups).to(gl.int32)
-    keys = gl.allocate_shared_memory(gl.bfloat16, [STAGES] + key_tiles.block_type.shape, key_tiles.layout)  # noqa: RUF005 (no stars in Triton)
-    values = gl.allocate_shared_memory(gl.bfloat16, [STAGES] + value_tiles.block_type.shape, value_tiles.layout)  # noqa: RUF005 (no stars in Triton)
-    queries = gl.allocate_shared_memory(gl.bfloat16, query_tiles.block_type.shape, query_tiles.layout)
-    grads = gl.allocate_shared_memory(gl.bfloat16, grad_tiles.block_type.shape, grad_tiles.layout)
-    ready = gl.allocate_shared_memory(gl.int64, [STAGES + 1, 1], mbarrier.MBarrierLayout())
-    for stage in gl.static_range(STAGES + 1):
-        mbarrier.init(ready.index(stage), count=1)
-    bar = ready.index(STAGES)
-    mbarrier.expect(bar, query_tiles.block_type.nbytes + grad_tiles.block_type.nbytes)
-    tma.async_copy_global_to_shared(query_tiles, [row, h.to(gl.int32), i0, 0], bar, queries)
-    tma.async_copy_global_to_shared(grad_tiles, [row, h.to(gl.int32), i0, 0], bar, grads)
+    queries, grads, keys, values, ready = _room(
+        query_tiles, grad_tiles, key_tiles, value_tiles, [row, h.to(gl.int32), i0, 0], STAGES
+    )
     hi, full = tk, tk  # keys that a query of the tile sees, and those that every one sees
     if RIGHT:
         hi = gl.maximum(0, gl.minimum(tk, i0 + BLOCK_M + reach))
@@ -260,26 +267,21 @@ def backward_queries(
     inverse = gl.load(statistics + plane + i)[:, None]
     delta = gl.load(statistics + 2 * plane + i)[:, None]
     dq = warpgroup_mma_init(gl.zeros([BLOCK_M, BLOCK_D], gl.float32, layout=o_layout))
-    mbarrier.wait(bar, 0)
+    mbarrier.wait(ready.index(STAGES), 0)
     q, do = queries.reshape([BLOCK_M, BLOCK_D]), grads.reshape([BLOCK_M, BLOCK_D])
     for it in range(0, whole):
         dq = _tile_of_queries(
-            it, it * BLOCK_N, count, 0, head, row, dq, q, do, key_tiles, value_tiles, keys, values, ready, level, inverse,
+            it, it * BLOCK_N, count, head, row, dq, q, do, key_tiles, value_tiles, keys, values, ready, level, inverse,
             delta, i[:, None], reach, unit,
             BASE, RECTIFY, ABSOLUTE, NEGATIVE_GRADIENT, BLOCK_M, BLOCK_N, BLOCK_D, STAGES, LATE, False, s_layout, o_layout,
         )  # fmt: skip
     for it in range(whole, count):
         dq = _tile_of_queries(
-            it, it * BLOCK_N, count, 0, head, row, dq, q, do, key_tiles, value_tiles, keys, values, ready, level, inverse,
+            it, it * BLOCK_N, count, head, row, dq, q, do, key_tiles, value_tiles, keys, values, ready, level, inverse,
             delta, i[:, None], reach, unit,
             BASE, RECTIFY, ABSOLUTE, NEGATIVE_GRADIENT, BLOCK_M, BLOCK_N, BLOCK_D, STAGES, LATE, True, s_layout, o_layout,
         )  # fmt: skip
     dq = warpgroup_mma_wait(num_outstanding=0, deps=[dq])
     for stage in gl.static_range(STAGES + 1):
         mbarrier.invalidate(ready.index(stage))
-    layout: gl.constexpr = gl.BlockedLayout([1, 8], [32 // (BLOCK_D // 8), BLOCK_D // 8], [num_warps, 1], [1, 0])
-    m = gl.arange(0, BLOCK_M, layout=gl.SliceLayout(1, layout))
-    d = gl.arange(0, BLOCK_D, layout=gl.SliceLayout(0, layout))
-    at = dquery + b * dq_b + h * dq_h + i0.to(gl.int64) * dq_t + m[:, None] * dq_t + d[None, :] * dq_d
-    inside = (i0 + m < tq)[:, None] & (d < width)[None, :]
-    gl.store(at, gl.convert_layout((dq * scale).to(gl.bfloat16), layout), mask=inside)
+    _store(dquery + b * dq_b + h * dq_h, dq * scale, i0, tq, width, dq_t, dq_d, BLOCK_M, BLOCK_D, num_warps)

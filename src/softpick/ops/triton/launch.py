@@ -116,19 +116,21 @@ def _common(options: Options, query: Tensor, value: Tensor, mask: Tensor | None)
     }
 
 
+def _capability(x: Tensor) -> int:
+    """Major compute capability of the NVIDIA GPU that runs the kernels; 0 if none does."""
+    if _interpreted() or torch.version.hip is not None:
+        return 0
+    return torch.cuda.get_device_capability(x.device)[0]
+
+
 def _relu_asm(query: Tensor) -> bool:
-    """Whether relu and the conversion to 16 bits are one instruction (NVIDIA, compute capability 8.0 and later)."""
-    return (
-        query.dtype in (torch.bfloat16, torch.float16)
-        and not _interpreted()
-        and torch.version.hip is None
-        and torch.cuda.get_device_capability(query.device)[0] >= 8
-    )
+    """Whether relu and the conversion to 16 bits are one instruction."""
+    return query.dtype in (torch.bfloat16, torch.float16) and _capability(query) >= 8
 
 
 def _dependent_launch(query: Tensor) -> bool:
-    """Whether a kernel can be launched before the one it depends on has ended (NVIDIA, compute capability 9.0 and later)."""
-    return not _interpreted() and torch.version.hip is None and torch.cuda.get_device_capability(query.device)[0] >= 9
+    """Whether a kernel can be launched before the one it depends on has ended."""
+    return _capability(query) >= 9
 
 
 def _mask_arguments(mask: Tensor | None) -> tuple[Tensor | None, tuple[int, int, int, int]]:
@@ -277,38 +279,38 @@ def backward(
         for grad in (dquery, dkey, dvalue):
             grad.zero_()
         return None if sink is None else torch.zeros_like(sink)
-    if (
-        not skippable(options.norm) or dmask is not None
-    ):  # the bias gradient of a tile that is left out would not be written
-        live = None
+    if not skippable(options.norm) or dmask is not None:
+        live = None  # the bias gradient of a tile that is left out would not be written
     common = _common(options, query, value, mask)
     by_hand = live is None and dmask is None and cu_q is None and hopper_can(options, query, key, value, mask, grad_out)
     padded = triton.cdiv(total_q, LONGEST_TILE) * LONGEST_TILE if by_hand else total_q
     shape = (rows, heads, 4, padded) if by_hand else (rows, heads, padded, 4)
     statistics = torch.empty(shape, dtype=torch.float32, device=query.device)
-    of_row = (4 * padded, 1, padded) if by_hand else (4 * padded, 4, 1)
+    if by_hand:
+        statistics = statistics.transpose(2, 3)
     widest = max(common["BLOCK_D"], common["BLOCK_DV"])
     lines = 64 if widest <= 128 else 32
     row_statistics[triton.cdiv(padded, lines), heads, rows](
         out, grad_out, lse, statistics,
-        *out.stride(), *grad_out.stride(), *lse.stride(), *of_row, heads, total_q, padded, value.shape[-1],
+        *out.stride(), *grad_out.stride(), *lse.stride(), *statistics.stride()[1:], heads, total_q, padded, value.shape[-1],
         BASE=common["BASE"], BLOCK_M=lines, BLOCK_DV=common["BLOCK_DV"], num_warps=4,
     )  # fmt: skip
     if by_hand:
-        _backward_by_hand(options, query, key, value, grad_out, statistics, dquery, dkey, dvalue)
+        _backward_by_hand(options, common, query, key, value, grad_out, statistics, dquery, dkey, dvalue)
     else:
         _backward_kernels(
-            options, query, key, value, mask, cu_q, cu_k, seed, longest, longest_k, grad_out, statistics, dquery, dkey,
+            options, common, query, key, value, mask, cu_q, cu_k, seed, longest, longest_k, grad_out, statistics, dquery, dkey,
             dvalue, dmask, live,
         )  # fmt: skip
     if sink is None:
         return None
-    level, delta = (statistics[:, :, i, :total_q] if by_hand else statistics[..., i] for i in (0, 2))
+    level, delta = statistics[:, :, :total_q, 0], statistics[:, :, :total_q, 2]
     return -(delta * torch.exp2(sink.float().view(1, -1, 1) * LOG2E.value - level)).sum((0, 2))
 
 
 def _backward_kernels(
     options: Options,
+    common: dict[str, Any],
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -328,8 +330,7 @@ def _backward_kernels(
 ) -> None:
     """The kernels of ``backward.py``."""
     heads, total_q, kv_heads = query.shape[1], query.shape[2], key.shape[1]
-    b = query.shape[0] if cu_q is None else cu_q.numel() - 1
-    common = _common(options, query, value, mask)
+    b = _sequences(query, cu_q, longest)[0]
     widest = max(common["BLOCK_D"], common["BLOCK_DV"])
     pointer, mask_strides = _mask_arguments(mask)
     shared = {**common, "DROPOUT": options.dropout_p > 0, "VARLEN": cu_q is not None}
@@ -371,10 +372,7 @@ def hopper_can(
     tensors = query, key, value, grad_out
     return (
         hopper is not None
-        and query.device.type == "cuda"
-        and not _interpreted()
-        and torch.version.hip is None
-        and torch.cuda.get_device_capability(query.device)[0] == 9
+        and _capability(query) == 9
         and query.dtype == torch.bfloat16
         and options.norm.base != "linear"
         and query.shape[0] * query.shape[1] * query.shape[2] * key.shape[2] >= _FEWEST_SCORES
@@ -400,6 +398,7 @@ def _tiles(x: Tensor, rows: int) -> Any:
 
 def _backward_by_hand(
     options: Options,
+    common: dict[str, Any],
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -411,14 +410,9 @@ def _backward_by_hand(
 ) -> None:
     """The kernels of ``hopper.py``."""
     (b, heads, tq, width), kv_heads, tk = query.shape, key.shape[1], key.shape[2]
-    groups, padded = heads // kv_heads, _padded(width)
-    shared = {
-        **switches(options.norm),
-        "BLOCK_D": padded,
-        "RIGHT": options.right >= 0,
-        "BOTTOM_RIGHT": options.bottom_right,
-    }
-    plane = statistics.shape[-1]
+    groups, padded = heads // kv_heads, common["BLOCK_D"]
+    shared = {**switches(options.norm), **{name: common[name] for name in ("BLOCK_D", "RIGHT", "BOTTOM_RIGHT")}}
+    plane = statistics.shape[2]
     tile = HOPPER["keys", padded]
     tiles = triton.cdiv(tk, tile.n)
     together = _together(kv_heads * b, 1, groups * tq * _row_bytes(query, grad_out), tiles)

@@ -5,11 +5,14 @@ kind of its parallelism; here it is told of several GPUs, and what it then does 
 on gloo as well.
 
 ``KILL_AT=N``: every rank is killed at the log line of step N.
+
+``POLICIES=FILE``: the first rank writes there the dtypes of each call of ``fully_shard``.
 """
 
 import os
 import signal
 
+import torch.distributed.fsdp
 from accelerate.state import DistributedType, PartialState
 
 from softpick.cli import main
@@ -38,8 +41,22 @@ def kill_at(step):
     engine.Speed.read = read
 
 
+def note_policies(path):
+    original = torch.distributed.fsdp.fully_shard
+
+    def fully_shard(module, *, mp_policy, **options):
+        if os.environ["RANK"] == "0":
+            with open(path, "a") as file:
+                print(mp_policy.param_dtype, mp_policy.reduce_dtype, mp_policy.output_dtype, file=file)
+        return original(module, mp_policy=mp_policy, **options)
+
+    torch.distributed.fsdp.fully_shard = fully_shard
+
+
 if os.environ.get("AS_GPUS") == "1":
     pretend_gpus()
 if "KILL_AT" in os.environ:
     kill_at(int(os.environ["KILL_AT"]))
+if "POLICIES" in os.environ:
+    note_policies(os.environ["POLICIES"])
 main()

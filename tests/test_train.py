@@ -461,14 +461,15 @@ def test_training_ends_when_no_gradient_is_finite(tmp_path, recipe, monkeypatch)
 # Ranks
 
 
-def torchrun(recipe, output, *, as_gpus, kill_at=None):
+def torchrun(recipe, output, *, as_gpus, **variables):
+    """``tests/cpu_ranks.py`` on two ranks, with ``variables`` of the environment."""
     fields = [f"{key}={value}" for key, value in recipe.to_json().items() if key != "name" and value is not None]
     command = [
         sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(HERE / "cpu_ranks.py"),
         "train", "tiny_cpu", *fields, "--output", str(output), "--device", "cpu",
     ]  # fmt: skip
     extra = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "AS_GPUS": str(int(as_gpus))}
-    extra |= {} if kill_at is None else {"KILL_AT": str(kill_at)}
+    extra |= {name: str(value) for name, value in variables.items()}
     return subprocess.run(command, capture_output=True, text=True, env=os.environ | extra, timeout=300)
 
 
@@ -492,7 +493,7 @@ def one_rank(corpus, tmp_path_factory):
     ("change", "as_gpus"),
     [
         ({"parallel": "ddp", "micro_batch_size": 2, "document_mask": True}, False),
-        ({"parallel": "fsdp", "micro_batch_size": 4}, True),
+        ({"parallel": "fsdp", "micro_batch_size": 2}, True),
         ({"tensor_parallel": 2}, True),
     ],
     ids=["ddp", "fsdp", "tensor_parallel"],
@@ -503,9 +504,11 @@ def test_two_ranks_are_one(tmp_path, recipe, one_rank, change, as_gpus):
     recipe = replace(recipe, normalizer="learned_sink", output_gate=True, score_scale="document_mask" not in change)
     parallel = replace(recipe, **change)
     one = one_rank(parallel)
-    first = torchrun(parallel, tmp_path, as_gpus=as_gpus, kill_at=6)
+    first = torchrun(parallel, tmp_path, as_gpus=as_gpus, KILL_AT=6)
     assert first.returncode != 0
     assert engine.last_checkpoint(tmp_path / "checkpoints").name == "checkpoint-4", first.stderr
+    weights = {p.name for p in (tmp_path / "checkpoints/checkpoint-4").iterdir() if p.suffix in (".bin", ".safetensors")}
+    assert weights == {"model.safetensors", "training_args.bin"}  # once, as transformers reads them
     done = torchrun(parallel, tmp_path, as_gpus=as_gpus)
     assert done.returncode == 0, done.stderr
     expected, found = losses(one), losses(tmp_path)
@@ -523,6 +526,23 @@ def test_two_ranks_are_one(tmp_path, recipe, one_rank, change, as_gpus):
     for name in whole:
         torch.testing.assert_close(gathered[name], whole[name], atol=2e-5, rtol=1e-4)
     assert json.loads((tmp_path / "results.json").read_text())["ranks"] == 2
+
+
+@pytest.mark.slow
+def test_fsdp_in_bf16_keeps_sums_in_fp32(tmp_path, recipe, one_rank):
+    """Weights are bf16 in a forward pass; gradients are summed over ranks in fp32, and the loss is not rounded to bf16."""
+    recipe = replace(recipe, normalizer="learned_sink", dtype="bfloat16", parallel="fsdp", micro_batch_size=2, probe_every=0)
+    done = torchrun(recipe, tmp_path / "run", as_gpus=True, POLICIES=tmp_path / "policies")
+    assert done.returncode == 0, done.stderr
+    policies = (tmp_path / "policies").read_text().splitlines()
+    assert len(policies) == recipe.layers + 3  # embedding, norm with head, what is left
+    assert set(policies) == {"torch.bfloat16 torch.float32 None"}
+    found, expected = losses(tmp_path / "run"), losses(one_rank(recipe))
+    assert all(4 < loss < 8 for loss in found.values())  # here a bf16 is a multiple of 1/32, a logged one a mean of eight
+    assert any(loss * 256 % 1 for loss in found.values())
+    assert all(abs(found[step] - expected[step]) < 2e-3 for step in expected), (expected, found)
+    evaluated = [entry["eval_loss"] for entry in entries(tmp_path / "run", "evaluation")]
+    assert any(loss * 256 % 1 for loss in evaluated)
 
 
 @pytest.mark.slow

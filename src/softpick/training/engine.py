@@ -24,6 +24,8 @@ import safetensors.torch
 import torch
 import torch.distributed.checkpoint.state_dict as distributed_state
 from accelerate.optimizer import AcceleratedOptimizer
+from torch.distributed.fsdp import MixedPrecisionPolicy
+from torch.distributed.tensor import DTensor
 from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -423,38 +425,42 @@ class _Trainer(Trainer):
         with self.speed.paused() if self.speed is not None else nullcontext():
             super()._save_checkpoint(*args, **kwargs)
 
-    # With tensor parallelism the Trainer would save the optimizer's state of rank 0 for all, and load whole weights into
-    # shards. Here states are gathered and dealt out again.
+    # Of a model that ranks share. With tensor parallelism the Trainer would save the optimizer's state of rank 0 for all,
+    # and load whole weights into shards; with FSDP it would gather and write the weights a second time, for itself. Here
+    # states are gathered once and dealt out again, and what lies in a checkpoint does not depend on the ranks.
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        if not _shares_tensors(self.model):
+        if not _is_sharded(self.model):
             return super()._save_optimizer_and_scheduler(output_dir)
-        states = distributed_state.get_optimizer_state_dict(self.model, _bare(self.optimizer), options=_WHOLE)
+        states = distributed_state.get_optimizer_state_dict(self.model, _bare(self.optimizer), options=_GATHER)
         if self.args.should_save:
             torch.save(states, os.path.join(output_dir, "optimizer.pt"))
             torch.save(self.lr_scheduler.state_dict(), os.path.join(output_dir, "scheduler.pt"))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        if not _shares_tensors(self.model):
+        if not _is_sharded(self.model):
             return super()._load_from_checkpoint(resume_from_checkpoint, model)
-        weights: dict[str, Any] = dict(
-            safetensors.torch.load_file(os.path.join(resume_from_checkpoint, "model.safetensors"))
-        )
-        distributed_state.set_model_state_dict(self.model, weights, options=_WHOLE)
+        weights: dict[str, Any] = {}
+        if self.args.process_index == 0:
+            weights |= safetensors.torch.load_file(os.path.join(resume_from_checkpoint, "model.safetensors"))
+        distributed_state.set_model_state_dict(self.model, weights, options=_DEAL)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        if checkpoint is None or not _shares_tensors(self.model):
+        if checkpoint is None or not _is_sharded(self.model):
             return super()._load_optimizer_and_scheduler(checkpoint)
-        states = torch.load(os.path.join(checkpoint, "optimizer.pt"), weights_only=True)
-        distributed_state.set_optimizer_state_dict(self.model, _bare(self.optimizer), states, options=_WHOLE)
+        states: dict[str, Any] = {}
+        if self.args.process_index == 0:
+            states |= torch.load(os.path.join(checkpoint, "optimizer.pt"), weights_only=True)
+        distributed_state.set_optimizer_state_dict(self.model, _bare(self.optimizer), states, options=_DEAL)
         self.lr_scheduler.load_state_dict(torch.load(os.path.join(checkpoint, "scheduler.pt"), weights_only=True))
 
 
-_WHOLE = distributed_state.StateDictOptions(full_state_dict=True, cpu_offload=True)
+_GATHER = distributed_state.StateDictOptions(full_state_dict=True, cpu_offload=True)  # on rank 0
+_DEAL = distributed_state.StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
 
 
-def _shares_tensors(model: Any) -> bool:
-    return (getattr(model, "tp_size", None) or 1) > 1
+def _is_sharded(model: torch.nn.Module) -> bool:
+    return any(isinstance(parameter, DTensor) for parameter in model.parameters())
 
 
 def _bare(optimizer: Any) -> torch.optim.Optimizer:
@@ -520,7 +526,7 @@ def train(
     watch = _Watch(stop, progress, seconds)
     with quiet_transformers():
         strategy = arguments.save_strategy
-        if _shares_tensors(model):  # the Trainer refuses what _Trainer has for it
+        if _is_sharded(model):  # by tensor parallelism; the Trainer refuses what _Trainer has for it
             arguments.save_strategy = SaveStrategy.NO
         trainer = _Trainer(
             model=model,
@@ -532,6 +538,12 @@ def train(
             callbacks=[watch, *callbacks],
         )
         arguments.save_strategy = strategy
+        if arguments.bf16 and trainer.is_fsdp_enabled:
+            # accelerate's policy would sum gradients over ranks in bf16, and round the loss to it. No output_dtype: the loss
+            # is in fp32 already, and layers would cast to fp32 what the next one casts back
+            trainer.accelerator.state.fsdp_plugin.mixed_precision_policy = MixedPrecisionPolicy(
+                param_dtype=torch.bfloat16, reduce_dtype=torch.float32
+            )
         trainer.remove_callback(PrinterCallback)
         trainer.speed, trainer.guard = speed, guard
         if guard is not None:

@@ -13,7 +13,7 @@ import shutil
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -357,42 +357,35 @@ class Speed:
 
 
 class Guard:
-    """Skips steps without a finite gradient, counts them, and ends training after too many in a row.
-
-    It stands in for accelerate's ``clip_grad_norm_``, whose norm is the same on all ranks, so all of them skip alike.
-    """
+    """Skips steps without a finite gradient, counts them, and ends training after too many in a row."""
 
     def __init__(self, limit: int) -> None:
         self.limit, self.skipped, self.row, self.largest = limit, 0, 0, 0.0
         self.where: list[str] = []
 
-    def install(self, trainer: Trainer) -> None:
-        """Stand in the way of a trainer's gradients."""
-        clip: Callable[..., Any] = trainer.accelerator.clip_grad_norm_
+    def check(self, norm: Any, model: torch.nn.Module, state: TrainerState) -> None:
+        """Drop a step's gradients if their norm, which is the same on all ranks, is not finite.
 
-        def guarded(parameters: Iterable[Any], max_norm: float, norm_type: float = 2.0) -> Any:
-            parameters = list(parameters)
-            norm = clip(parameters, max_norm, norm_type)
-            value = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
-            if math.isfinite(value):
-                self.row, self.largest = 0, max(self.largest, value)
-                return norm
-            self.skipped += 1
-            self.row += 1
-            if self.row == 1:
-                named = trainer.model.named_parameters()
-                self.where = [n for n, p in named if p.grad is not None and not bool(p.grad.isfinite().all())][:5]
-            for p in parameters:
-                p.grad = None  # an optimizer leaves alone what has no gradient
-            if self.row >= self.limit:
-                raise NonFinite(
-                    f"{self.row} steps in a row had no finite gradient, up to step {trainer.state.global_step + 1}; the "
-                    f"last loss logged was {_last_loss(trainer.state)}; not finite at first: "
-                    f"{', '.join(self.where) or 'the loss itself'}. A smaller learning_rate or a longer warm-up may help"
-                )
-            return norm
-
-        trainer.accelerator.clip_grad_norm_ = guarded
+        Raises:
+            NonFinite: too many times in a row.
+        """
+        value = float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+        if math.isfinite(value):
+            self.row, self.largest = 0, max(self.largest, value)
+            return
+        self.skipped += 1
+        self.row += 1
+        if self.row == 1:
+            named = model.named_parameters()
+            self.where = [n for n, p in named if p.grad is not None and not bool(p.grad.isfinite().all())][:5]
+        for p in model.parameters():
+            p.grad = None  # an optimizer leaves alone what has no gradient
+        if self.row >= self.limit:
+            raise NonFinite(
+                f"{self.row} steps in a row had no finite gradient, up to step {state.global_step + 1}; the "
+                f"last loss logged was {_last_loss(state)}; not finite at first: "
+                f"{', '.join(self.where) or 'the loss itself'}. A smaller learning_rate or a longer warm-up may help"
+            )
 
     def read(self) -> dict[str, float]:
         """The largest gradient norm (before clipping) since the last call, and the steps skipped so far."""
@@ -416,6 +409,12 @@ class _Trainer(Trainer):
             extra = {} if self.speed is None else self.speed.read(self.state.global_step)
             logs |= extra | ({} if self.guard is None else self.guard.read())
         super().log(logs, *args, **kwargs)
+
+    def _clip_grad_norm(self, model: Any) -> Any:  # not accelerate's: with tensor parallelism the Trainer has its own
+        norm = super()._clip_grad_norm(model)
+        if self.guard is not None:
+            self.guard.check(norm, self.model, self.state)
+        return norm
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         with self.speed.paused() if self.speed is not None else nullcontext():
@@ -546,8 +545,6 @@ def train(
             )
         trainer.remove_callback(PrinterCallback)
         trainer.speed, trainer.guard = speed, guard
-        if guard is not None:
-            guard.install(trainer)
         with stop.on_signals() if stop is not None else nullcontext():
             trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
         seconds = watch.seconds

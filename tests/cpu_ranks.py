@@ -6,6 +6,8 @@ on gloo as well.
 
 ``KILL_AT=N``: every rank is killed at the log line of step N.
 
+``STOP_AT=N``: the last rank alone gets SIGINT, as of Ctrl-C, at the log line of step N.
+
 ``POLICIES=FILE``: the first rank writes there the dtypes of each call of ``fully_shard``.
 """
 
@@ -30,12 +32,12 @@ def pretend_gpus():
     PartialState.__init__ = init
 
 
-def kill_at(step):
+def at_log_line(step, number):
     original = engine.Speed.read
 
     def read(self, now):
         if now == step:
-            os.kill(os.getpid(), signal.SIGKILL)
+            os.kill(os.getpid(), number)
         return original(self, now)
 
     engine.Speed.read = read
@@ -56,7 +58,9 @@ def note_policies(path):
 if os.environ.get("AS_GPUS") == "1":
     pretend_gpus()
 if "KILL_AT" in os.environ:
-    kill_at(int(os.environ["KILL_AT"]))
+    at_log_line(int(os.environ["KILL_AT"]), signal.SIGKILL)
+if "STOP_AT" in os.environ and int(os.environ["RANK"]) == int(os.environ["WORLD_SIZE"]) - 1:
+    at_log_line(int(os.environ["STOP_AT"]), signal.SIGINT)
 if "POLICIES" in os.environ:
     note_policies(os.environ["POLICIES"])
 main()

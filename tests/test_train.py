@@ -445,6 +445,13 @@ def test_steps_without_a_finite_gradient_are_skipped(tmp_path, recipe, monkeypat
     assert all(math.isfinite(e["loss"]) and math.isfinite(e["grad_norm_max"]) for e in entries(tmp_path))
 
 
+def test_skipped_steps_are_counted_on_after_a_stop(tmp_path, recipe, monkeypatch):
+    spoil(monkeypatch, {3, 9})  # calls: the continued run makes the steps after the checkpoint only
+    stopped(recipe, tmp_path, after=4)
+    train(recipe, tmp_path, device="cpu")
+    assert [e["skipped_steps"] for e in entries(tmp_path)] == [0, 1, 1, 1, 2, 2]
+
+
 def test_training_ends_when_no_gradient_is_finite(tmp_path, recipe, monkeypatch):
     spoil(monkeypatch, set(range(5, 100)))
     said = r"3 steps in a row had no finite gradient, up to step 7; the last loss logged was \d.*: model.embed_tokens.weight"
@@ -535,6 +542,14 @@ def test_ranks_end_when_no_gradient_is_finite(tmp_path, recipe, change):
     assert done.returncode != 0
     assert "3 steps in a row had no finite gradient, up to step 4" in done.stderr
     assert not (tmp_path / "model").exists()
+
+
+@pytest.mark.slow
+def test_ranks_stop_together(tmp_path, recipe):
+    """Ctrl-C that only one rank has seen: all stop at the next log line, at a complete checkpoint."""
+    done = torchrun(replace(recipe, parallel="ddp", micro_batch_size=4), tmp_path, as_gpus=False, STOP_AT=4)
+    assert "stopped after step 6 of 12" in done.stdout
+    assert engine.last_checkpoint(tmp_path / "checkpoints").name == "checkpoint-6"
 
 
 @pytest.mark.slow

@@ -621,7 +621,7 @@ def _run_train(name: str, overrides: list[str], output: str | None, device: str,
     except RecipeError as error:
         _fail(str(error))
         raise
-    if not any((value or "").startswith("hub:") for value in (recipe.data,)) and recipe.tokenizer is None:
+    if recipe.tokenizer is None and not (recipe.data or "").startswith("hub:"):
         os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     from softpick.train import train as run

@@ -155,7 +155,7 @@ def _read_jsonl(file: Path, field: str) -> Iterator[str]:
                 raise DataError(f"data: {file}, line {number}: not JSON ({error.msg}); one object a line") from None
             if not isinstance(record, dict) or field not in record:
                 found = ", ".join(map(repr, record)) if isinstance(record, dict) else type(record).__name__
-                raise DataError(f"data: {file}, line {number}: no field {field!r} (found {found}); see --text-field")
+                raise DataError(f"data: {file}, line {number}: no field {field!r} (found {found}); see text_field")
             if not isinstance(record[field], str):
                 got = type(record[field]).__name__
                 raise DataError(f"data: {file}, line {number}: field {field!r} is {got}, not a string")
@@ -174,7 +174,7 @@ def _read_parquet(file: Path, field: str) -> Iterator[str]:
         raise DataError(f"data: {file} is not a parquet file ({error})") from None
     if field not in table.schema_arrow.names:
         found = ", ".join(map(repr, table.schema_arrow.names))
-        raise DataError(f"data: {file}: no column {field!r} (found {found}); see --text-field")
+        raise DataError(f"data: {file}: no column {field!r} (found {found}); see text_field")
     for batch in table.iter_batches(columns=[field]):
         for value in batch.column(0).to_pylist():
             if value is None:

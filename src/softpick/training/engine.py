@@ -262,8 +262,10 @@ class StopRequest:
 class _Watch(TrainerCallback):
     """Reports progress, stops on request, and marks checkpoints that were written to the end."""
 
-    def __init__(self, stop: StopRequest | None, progress: ProgressBar | None, seconds: float) -> None:
-        self.stop, self.progress = stop, progress
+    def __init__(
+        self, stop: StopRequest | None, progress: ProgressBar | None, guard: Guard | None, seconds: float
+    ) -> None:
+        self.stop, self.progress, self.guard = stop, progress, guard
         self.before, self.start = seconds, time.perf_counter()
 
     @property
@@ -273,12 +275,8 @@ class _Watch(TrainerCallback):
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> TrainerControl:
-        if (
-            self.stop is not None
-            and self.stop.requested
-            and state.global_step % args.logging_steps == 0
-            and state.global_step < state.max_steps
-        ):
+        logged = state.global_step % args.logging_steps == 0 and state.global_step < state.max_steps
+        if self.stop is not None and logged and _on_any_rank(self.stop.requested, args.device):
             control.should_save = control.should_training_stop = True
         return control
 
@@ -296,11 +294,25 @@ class _Watch(TrainerCallback):
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         if state.is_world_process_zero:
-            write_json(folder / _COMPLETE, {"step": state.global_step, "seconds": self.seconds})
+            skipped = 0 if self.guard is None else self.guard.skipped
+            write_json(
+                folder / _COMPLETE, {"step": state.global_step, "seconds": self.seconds, "skipped_steps": skipped}
+            )
+
+
+def _on_any_rank(flag: bool, device: torch.device) -> bool:
+    """A signal reaches ranks at different steps, or one of them only; all have to stop at the same."""
+    if not torch.distributed.is_initialized():
+        return flag
+    flags = torch.tensor(int(flag), device=device)
+    torch.distributed.all_reduce(flags, torch.distributed.ReduceOp.MAX)
+    return bool(flags)
 
 
 def _speed_note(logs: dict[str, float]) -> str:
     parts = []
+    if "grad_norm_max" in logs:
+        parts.append(f"gradient norm up to {logs['grad_norm_max']:.3g}")
     if "tokens_per_second" in logs:
         parts.append(f"{logs['tokens_per_second']:,.0f} tokens/s")
     if "mfu" in logs:
@@ -521,8 +533,11 @@ def train(
     checkpoint = last_checkpoint(Path(arguments.output_dir))
     seconds = 0.0
     if checkpoint is not None:
-        seconds = float(json.loads((checkpoint / _COMPLETE).read_text())["seconds"])
-    watch = _Watch(stop, progress, seconds)
+        complete = json.loads((checkpoint / _COMPLETE).read_text())
+        seconds = float(complete["seconds"])
+        if guard is not None:
+            guard.skipped = complete.get("skipped_steps", 0)
+    watch = _Watch(stop, progress, guard, seconds)
     with quiet_transformers():
         strategy = arguments.save_strategy
         if _is_sharded(model):  # by tensor parallelism; the Trainer refuses what _Trainer has for it

@@ -248,6 +248,8 @@ def test_a_hub_data_set_is_streamed(tmp_path, corpus, recipe, monkeypatch):
     stopped(streamed, tmp_path / "cut", after=4)
     train(streamed, tmp_path / "cut", device="cpu")
     assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
+    with pytest.raises(DataError, match=r"expected more than validation_sequences = 9999 sequences of 32 .*, got [1-9]"):
+        train(replace(streamed, validation_sequences=9999), tmp_path / "short", device="cpu")
     with pytest.raises(DataError, match=r"no text field 'body' .found text.; see text_field"):
         train(replace(streamed, text_field="body"), tmp_path / "other", device="cpu")
 

@@ -34,6 +34,7 @@ from softpick.environment import command_line, hardware, versions
 from softpick.normalizers import get_normalizer
 from softpick.progress import Reporter, Silent
 from softpick.training.data import (
+    DataError,
     SequenceDataset,
     fingerprint,
     get_corpus,
@@ -349,8 +350,13 @@ def _stream(recipe: Recipe, output: Path, reporter: Reporter) -> _Data:
     description = f"the Hugging Face data set {name}" + (f" ({recipe.data_config})" if recipe.data_config else "")
     reporter.say(f"data: {description}, streamed")
     held = recipe.validation_sequences
-    validation = list(StreamedSequences(documents, tokenizer, recipe.sequence_length, at_most=held))
-    rows = torch.stack(validation)
+    beginning = list(StreamedSequences(documents, tokenizer, recipe.sequence_length, at_most=held + 1))
+    if len(beginning) <= held:
+        raise DataError(
+            f"data: expected more than validation_sequences = {held} sequences of {recipe.sequence_length} tokens in "
+            f"{recipe.data}, got {len(beginning)}"
+        )
+    rows = torch.stack(beginning[:held])
     training = StreamedSequences(documents, tokenizer, recipe.sequence_length, skip=held)
     return _Data(training, SequenceDataset(rows), tokenizer, description, fingerprint(rows))
 

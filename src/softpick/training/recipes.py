@@ -151,6 +151,11 @@ class Recipe:
                     f"tensor_parallel: expected a divisor of heads {self.heads} and kv_heads {self.kv_heads or self.heads}, "
                     f"got {self.tensor_parallel}"
                 )
+            if self.liger:
+                raise RecipeError(
+                    "liger: expected no beside tensor_parallel, whose ranks hold parts of the head that Liger's fused "
+                    "cross-entropy needs whole; got yes"
+                )
         if self.data_config is not None and not (self.data or "").startswith("hub:"):
             raise RecipeError("data_config: is for hub data sets (data=hub:NAME)")
 

@@ -407,6 +407,43 @@ def test_a_checkpoint_cut_short_is_none(tmp_path, recipe):
     assert result["validation_loss"] < math.log(300)
 
 
+def test_a_checkpoint_cut_short_never_costs_a_complete_one(tmp_path, recipe, monkeypatch):
+    stopped(recipe, tmp_path, after=4)
+    checkpoints = tmp_path / "checkpoints"
+    assert {p.name for p in checkpoints.iterdir()} == {"checkpoint-4", "checkpoint-6"}
+    (checkpoints / "checkpoint-6/complete.json").unlink()  # killed while it wrote this one
+    with monkeypatch.context() as patch:
+        patch.setattr(engine._Watch, "on_save", interrupt)  # and again, before the next was marked
+        with pytest.raises(KeyboardInterrupt):
+            train(recipe, tmp_path, device="cpu")
+    assert engine.last_checkpoint(checkpoints).name == "checkpoint-4"
+    train(recipe, tmp_path, device="cpu")
+
+
+def interrupt(*_, **__):
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("name", ["config.json", "results.json"])
+def test_killed_while_a_file_is_written(tmp_path, recipe, monkeypatch, name):
+    """Before the folder is known as a run, and between the model and the results."""
+    write = engine.write_json
+
+    def interrupted(path, value):
+        if path.name == name:
+            path.with_name(f".{name}.tmp").write_text("{")
+            raise KeyboardInterrupt
+        write(path, value)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(engine, "write_json", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            train(recipe, tmp_path, device="cpu")
+    result = train(recipe, tmp_path, device="cpu")
+    assert json.loads((tmp_path / "results.json").read_text()) == json.loads(json.dumps(result))
+    assert (tmp_path / "model/model.safetensors").exists()
+
+
 def test_a_folder_holds_one_run(tmp_path, recipe):
     stopped(recipe, tmp_path / "run", after=4)
     with pytest.raises(RecipeError, match=r"holds a run of another recipe .*seed: 0 there, 1 now"):

@@ -188,6 +188,8 @@ def train(
     if rank == 0:
         (temporary / "training_args.bin").unlink(missing_ok=True)  # a pickle with paths of this machine
         (temporary / "README.md").write_text(_card(result), encoding="utf-8")
+        if (output / "model").exists():
+            shutil.rmtree(output / "model")  # the same, of a run that was killed before the next line but one
         os.replace(temporary, output / "model")
         engine.write_json(output / "results.json", result)
         shutil.rmtree(output / "checkpoints", ignore_errors=True)
@@ -297,6 +299,7 @@ _BEGUN = {
     ".train.tokens.tmp",
     "validation.tokens",
     ".validation.tokens.tmp",
+    ".config.json.tmp",
 }
 
 

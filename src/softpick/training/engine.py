@@ -484,6 +484,13 @@ def last_checkpoint(folder: Path) -> Path | None:
     return max(found, key=lambda p: int(p.name.rpartition("-")[2]), default=None)
 
 
+def _remove_cut_short(folder: Path) -> None:
+    """Checkpoints that a crash cut short: the Trainer would keep one as the last, and remove the complete one before it."""
+    for path in folder.glob("checkpoint-*"):
+        if not (path / _COMPLETE).exists():
+            shutil.rmtree(path)
+
+
 @dataclass
 class Outcome:
     """What training gave: the loss on the evaluation data, the seconds over all its sessions, the curves."""
@@ -531,6 +538,8 @@ def train(
         NonFinite: from ``guard``.
     """
     checkpoint = last_checkpoint(Path(arguments.output_dir))
+    if arguments.process_index == 0:
+        _remove_cut_short(Path(arguments.output_dir))
     seconds = 0.0
     if checkpoint is not None:
         complete = json.loads((checkpoint / _COMPLETE).read_text())

@@ -277,15 +277,15 @@ def test_fp16_at_tiny_scores(name, poisoned):
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("scale", [0.01, 100.0])
 def test_fp16_from_small_to_large_scores(name, scale, poisoned):
-    """Early rows under a causal mask have few small scores: ``ds`` is beyond fp16 where its products are not."""
+    """Early rows under a causal mask have few small scores: ``ds`` is beyond fp16 where its products are not. Large queries
+    leave no room for a factor that keeps it inside.
+    """
     q, k, v = make(b=1, h=1, tq=64, tk=64, d=32, dv=32, scale=scale, dtype=torch.float16)
     truth = exact(q, k, v)
     sink, options = sink_for(name, 1, torch.float32), {"enable_gqa": True, "normalizer": name, "is_causal": True}
     want = scaled_dot_product_attention(*truth, sink=exact(sink)[0], backend="reference", **options)
     got = scaled_dot_product_attention(q, k, v, sink=sink, backend="triton", **options)
     close(got, want, 2e-3)
-    if scale > 1 and name != "linear_softpick":
-        return  # rows have one weight of nearly 1, and gradients that are differences of rounded numbers
     grad = (20 * torch.randn_like(want)).half()
     got_grads = torch.autograd.grad(got, (q, k, v), grad)
     for one, other in zip(got_grads, torch.autograd.grad(want, truth, grad.double()), strict=True):

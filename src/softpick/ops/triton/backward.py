@@ -67,8 +67,9 @@ def row_statistics(
     tl.store(at, level, mask=wanted)
     tl.store(at + s_c, tl.exp2(-level) * (1.0 + 1.1920929e-07), mask=wanted)  # an ulp more: see _slopes
     tl.store(at + 2 * s_c, tl.sum(o.to(tl.float32) * g.to(tl.float32), 1), mask=wanted)
-    # at most 2^10: query times its inverse must fit as well
-    tl.store(at + 3 * s_c, tl.exp2(-tl.minimum(tl.maximum(tl.ceil(-level), 0.0), 10.0)), mask=wanted)
+    # at most 2^10: query times its inverse should fit as well; e of the plain exponential is at most 1
+    excess = tl.zeros_like(level) if BASE == EXP else tl.minimum(tl.maximum(tl.ceil(-level), 0.0), 10.0)
+    tl.store(at + 3 * s_c, tl.exp2(-excess), mask=wanted)
 
 
 @triton.jit
@@ -375,8 +376,13 @@ def _sweep_queries(
         if SOFTCAP:
             ds *= slope
         if q.dtype == tl.float16:
-            ds *= shrink[None, :]
-            q = (q.to(tl.float32) / tl.maximum(shrink, 2.0**-10)[:, None]).to(tl.float16)  # 0 beyond the last row
+            # what ds is divided by, its query is multiplied by, as far as that fits; shrink is 0 beyond the last row
+            wide = q.to(tl.float32)
+            grow = tl.minimum(
+                1.0 / tl.maximum(shrink, 2.0**-10), tl.exp2(tl.floor(15.0 - tl.log2(tl.max(tl.abs(wide), 1))))
+            )
+            ds *= (1.0 / grow)[None, :]
+            q = (wide * grow[:, None]).to(tl.float16)
         dk = tl.dot(narrow_gradient(ds, q), q, dk, input_precision=PRECISION)
         query += BLOCK_M * q_t
         grad_out += BLOCK_M * g_t

@@ -3,7 +3,8 @@
     python benchmarks/tune_gpu.py [--output tune.csv] [--kinds forward,keys,queries,decode] [--dims 64,128] [--budget 400]
 
 Every variant is compiled in parallel first, then checked against fp64 on a small awkward shape, then timed (median).
-Rows go to a CSV with the GPU and the versions. A variant that fails the check is reported and not timed.
+Rows go to a CSV with the GPU and the versions. A variant that fails the check is reported and not timed. More kinds:
+hopper_keys, hopper_queries (kernels in Gluon); printed only: rows (softpick over rows), splits (programs of decode).
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ NORMALIZER = "softpick"
 HEADS = ((16, 16), (32, 8))  # query and key heads, of decode the second: the check must not compile another variant
 
 
-# (query rows, key rows, warps, stages); the first round (docs/log.md) tried all combinations, these were in front
+# (query rows, key rows, warps, stages), of hopper.py also how many held tiles are in registers. The first round (docs/log.md)
+# tried all combinations, these were in front
 CANDIDATES = {
     ("forward", 64): [(128, 64, 4, 3), (128, 64, 4, 4), (128, 64, 8, 3), (64, 64, 4, 3)],
     ("forward", 128): [(128, 64, 8, 3), (128, 64, 8, 4), (64, 64, 4, 3)],
@@ -38,11 +40,40 @@ CANDIDATES = {
     ("queries", 128): [(128, 64, 8, 3), (128, 64, 8, 2), (64, 32, 4, 3), (64, 64, 4, 2), (128, 32, 8, 3)],
     ("keys", 64): [(64, 64, 4, 3), (64, 64, 4, 2), (64, 128, 8, 3), (64, 128, 8, 2), (128, 128, 8, 2), (32, 64, 4, 3)],
     ("keys", 128): [(64, 128, 8, 3), (64, 128, 8, 2), (32, 128, 8, 3), (64, 64, 4, 2), (64, 64, 4, 3), (64, 64, 8, 3)],
+    ("hopper_keys", 64): [
+        (64, 64, 4, 3, 0),
+        (64, 64, 4, 3, 1),
+        (64, 64, 4, 3, 2),
+        (64, 64, 4, 2, 2),
+        (64, 128, 8, 3, 2),
+    ],
+    ("hopper_keys", 128): [
+        (32, 128, 8, 3, 0),
+        (32, 128, 8, 3, 1),
+        (32, 64, 4, 2, 1),
+        (32, 64, 4, 3, 0),
+        (32, 64, 4, 3, 1),
+        (32, 64, 4, 4, 1),
+    ],
+    ("hopper_queries", 64): [
+        (64, 64, 4, 3, 0),
+        (64, 64, 4, 3, 1),
+        (64, 64, 4, 3, 2),
+        (64, 64, 4, 2, 2),
+        (64, 128, 4, 2, 1),
+    ],
+    ("hopper_queries", 128): [
+        (64, 64, 4, 2, 0),
+        (64, 64, 4, 2, 1),
+        (64, 64, 4, 2, 2),
+        (128, 64, 8, 2, 2),
+        (128, 64, 8, 3, 2),
+    ],
     ("decode", 128): [(16, 32, 2, 3), (16, 32, 2, 4), (16, 64, 2, 3), (16, 64, 2, 4), (16, 64, 4, 3), (16, 32, 1, 3)],
 }
 
 
-def candidates(kind: str, dim: int) -> list[tuple[int, int, int, int]]:
+def candidates(kind: str, dim: int) -> list[tuple[int, ...]]:
     return CANDIDATES.get((kind, dim), [])
 
 
@@ -55,24 +86,29 @@ def run(kind: str, dim: int, skip: bool, blocks, tensors) -> None:
     live = live if skip else None
     options = launch.Options(norm, dim**-0.5, norm.eps, -1, 0, False, 0.0, 0.0, skip)
     tuning.OVERRIDE.clear()
-    tuning.OVERRIDE[kind] = tuning.Blocks(*blocks)
+    launch.hopper_can = lambda *_: kind.startswith("hopper")
+    if kind.startswith("hopper"):
+        tuning.HOPPER[kind.removeprefix("hopper_"), dim] = tuning.Schedule(*blocks)
+    else:
+        tuning.OVERRIDE[kind] = tuning.Blocks(*blocks)
     if kind == "forward":
         launch.forward(options, q, k, v, None, None, None, None, None, 0, out, lse, None, None, live)
     elif kind == "decode":
         one = options._replace(bottom_right=True)
         launch.decode(one, q[:, :, -1:], k, v, None, None, None, None, out[:, :, -1:], lse[:, :, -1:])
     else:
-        only = {"keys": "attention_backward_keys", "queries": "attention_backward_queries"}
-        saved = {name: getattr(launch, name) for other, name in only.items() if other != kind}
-        for name in saved:
-            setattr(launch, name, Nothing())
+        kernels = [(launch, "attention_backward_"), (launch.hopper, "backward_")]
+        other = "queries" if kind.endswith("keys") else "keys"
+        saved = [(where, name + other, getattr(where, name + other)) for where, name in kernels]
+        for where, name, _ in saved:
+            setattr(where, name, Nothing())
         try:
             launch.backward(
                 options, q, k, v, None, None, None, None, None, 0, 0, out, lse, grad, dq, dk, dv, None, live
             )  # fmt: skip
         finally:
-            for name, kernel in saved.items():
-                setattr(launch, name, kernel)
+            for where, name, kernel in saved:
+                setattr(where, name, kernel)
 
 
 def empty_map(q) -> torch.Tensor:
@@ -85,35 +121,44 @@ class Nothing:
         return lambda *args, **kwargs: None
 
 
-def compile_one(job) -> str | None:
-    """In a process without the GPU: fill the compile cache."""
-    kind, dim, skip, blocks = job
+def without_gpu() -> None:
+    """Let this process compile for the GPU and launch nothing."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.runtime import driver, jit
 
-    if "fake" not in globals():
+    from softpick.ops.triton import launch
 
-        class Fake:
-            def get_current_target(self):
-                return GPUTarget("cuda", 90, 32)
+    if "fake" in globals():
+        return
 
-            def get_current_device(self):
-                return 0
+    class Fake:
+        def get_current_target(self):
+            return GPUTarget("cuda", 90, 32)
 
-            def get_current_stream(self, device=None):
-                return 0
+        def get_current_device(self):
+            return 0
 
-            def get_active_torch_device(self):
-                return torch.device("cpu")
+        def get_current_stream(self, device=None):
+            return 0
 
-        driver.set_active(Fake())
-        original = jit.JITFunction.run
-        jit.JITFunction.run = lambda self, *a, grid=None, warmup=False, **kw: original(
-            self, *a, grid=grid, warmup=True, **kw
-        )
-        torch.cuda.get_device_capability = lambda *a: (9, 0)
-        globals()["fake"] = triton
+        def get_active_torch_device(self):
+            return torch.device("cpu")
+
+    driver.set_active(Fake())
+    original = jit.JITFunction.run
+    jit.JITFunction.run = lambda self, *a, grid=None, warmup=False, **kw: original(
+        self, *a, grid=grid, warmup=True, **kw
+    )
+    torch.cuda.get_device_capability = lambda *a: (9, 0)
+    launch.multiprocessors = lambda index: 132
+    globals()["fake"] = triton
+
+
+def compile_one(job) -> str | None:
+    """In a process without the GPU: fill the compile cache."""
+    kind, dim, skip, blocks = job
+    without_gpu()
     heads, kv_heads = HEADS[kind == "decode"]
     q, out = (torch.empty(1, heads, 4096, dim, dtype=torch.bfloat16) for _ in range(2))
     k, v = (torch.empty(1, kv_heads, 4096, dim, dtype=torch.bfloat16) for _ in range(2))
@@ -163,46 +208,100 @@ def check(kind: str, dim: int, skip: bool, blocks) -> float:
         live, out, lse = empty_map(q), want.bfloat16(), want_lse.float()
         run("forward", dim, True, (128, 64, 8, 3), (q, k, v, out.clone(), lse.clone(), grad, *nan, live))
         run(kind, dim, skip, blocks, (q, k, v, out, lse, grad, *nan, live))
-        pairs = [(nan[0], grads[0])] if kind == "queries" else [(nan[1], grads[1]), (nan[2], grads[2])]
+        pairs = [(nan[0], grads[0])] if kind.endswith("queries") else [(nan[1], grads[1]), (nan[2], grads[2])]
     return max(float((a.double() - b).norm() / b.norm()) for a, b in pairs)
 
 
-def tune_rows() -> None:
-    """Bandwidth of softpick over rows, by elements a program and warps."""
+ROWS = (128, 1024, 8192, 131072)
+
+
+def row_jobs() -> list[tuple]:
+    """(kind, dtype, length, launch) of softpick over rows; of long ones also programs a multiprocessor."""
+    short = [*itertools.product((1024, 2048, 4096, 8192), (1, 2, 4, 8, 16)), (8192, 32), (8192, 16, 2), (8192, 32, 1)]
+    long = [(4096, 8, 2), (4096, 8, 3), (4096, 8, 4), (4096, 16, 2), (8192, 16, 2), (8192, 8, 2), (8192, 8, 3)]
+    return [
+        (kind, dtype, n, launch)
+        for kind in ("forward", "backward")
+        for dtype in (torch.bfloat16, torch.float32)
+        for n in ROWS
+        for launch in (long if n > 16384 else short)
+        if n > 16384 or max(n, launch[0]) // (32 * launch[1]) in (8, 16, 32, 64)
+    ]
+
+
+def run_rows(job, x, lse, g, y) -> None:
+    from softpick.ops.triton import launch, tuning
+
+    kind, dtype, n, chosen = job
+    if n <= 16384:
+        tuning.rows = lambda *_: tuning.Rows(*chosen)
+    else:
+        tuning.SHARED_ROWS[kind, dtype.itemsize] = tuning.Rows(*chosen[:3])
+    if kind == "forward":
+        launch.softpick_forward(x, 1e-6, y, lse)
+    else:
+        launch.softpick_backward(x, lse, g, y)
+
+
+def compile_rows(job) -> str | None:
+    without_gpu()
+    x = torch.empty(2, job[2], dtype=job[1])
+    try:
+        run_rows(job, x, torch.empty(2), x, x)
+    except Exception as error:
+        return f"{type(error).__name__}: {str(error)[:80]}"
+    return None
+
+
+def tune_rows(pool) -> None:
+    """Bandwidth of softpick over rows, by elements and warps (and programs a multiprocessor), each checked first."""
     import triton
 
-    from softpick.ops.triton import launch
+    import softpick
 
-    copy = torch.empty(2**30, dtype=torch.bfloat16, device="cuda").normal_()
-    other = torch.empty_like(copy)
-    ms = triton.testing.do_bench(lambda: other.copy_(copy), return_mode="median")
-    print(f"copy {4 * 2**30 / ms / 1e9:.2f} TB/s", flush=True)
-    for dtype in (torch.bfloat16, torch.float32):
-        for n in (128, 1024, 8192, 131072):
-            x = torch.randn(2**28 // n, n, device="cuda", dtype=dtype)
-            y, g, dx = torch.empty_like(x), torch.randn_like(x), torch.empty_like(x)
-            lse = torch.empty(x.shape[0], device="cuda")
-            best = {}
-            long = n > 16384
-            for size, warps in itertools.product(
-                (4096, 8192, 16384) if long else (1024, 2048, 4096, 8192), (4, 8, 16, 32) if n > 1024 else (1, 2, 4, 8)
-            ):
-                if long:
-                    launch._LONG_BLOCK, launch._LONG_WARPS = size, warps
-                else:
-                    launch._ROW_ELEMENTS = size
-                    launch._row_warps = lambda block, warps=warps: warps
-                f = triton.testing.do_bench(
-                    lambda: launch.softpick_forward(x, 1e-6, y, lse), 5, 20, return_mode="median"
-                )
-                b = triton.testing.do_bench(
-                    lambda: launch.softpick_backward(x, lse, g, dx), 5, 20, return_mode="median"
-                )
-                size_in_bytes = x.numel() * x.element_size()
-                best[size, warps] = (2 * size_in_bytes / f / 1e9, 3 * size_in_bytes / b / 1e9)
-            for i, what in enumerate(("forward", "backward")):
-                top = sorted(best.items(), key=lambda item, i=i: -item[1][i])[:4]
-                print(dtype, n, what, *(f"{shape} {speeds[i]:.2f}" for shape, speeds in top), "TB/s", flush=True)
+    jobs = row_jobs()
+    failures = dict(zip(jobs, pool.map(compile_rows, jobs, chunksize=4), strict=True))
+    source, target = torch.empty(2, 2**29, dtype=torch.bfloat16, device="cuda").normal_()
+    ms = triton.testing.do_bench(lambda: target.copy_(source), return_mode="median")
+    print(f"copy {4 * 2**29 / ms / 1e9:.2f} TB/s", flush=True)
+    for (kind, dtype, n), group in itertools.groupby(jobs, key=lambda job: job[:3]):
+        x, g = (torch.randn(2**28 // n, n, device="cuda", dtype=dtype) for _ in range(2))
+        y, lse = torch.empty_like(x), torch.empty(x.shape[0], device="cuda")
+        some = [0, 1, x.shape[0] // 2, x.shape[0] - 1]
+        truth = x[some].double().requires_grad_()
+        want = softpick.softpick(truth)
+        if kind == "backward":
+            run_rows(("forward", dtype, n, (4096, 8) if n <= 16384 else (4096, 8, 2)), x, lse, g, y)
+            (want,) = torch.autograd.grad(want, truth, g[some].double())
+        found = {}
+        for job in group:
+            if failures[job]:
+                print("FAILED", job, failures[job], flush=True)
+                continue
+            try:
+                y.fill_(math.nan)
+                run_rows(job, x, lse, g, y)
+                error = float((y[some].double() - want).norm() / want.norm())
+                if not error < (1e-2 if dtype == torch.bfloat16 else 1e-5):
+                    print("WRONG", job, error, flush=True)
+                    continue
+                ms = triton.testing.do_bench(lambda job=job: run_rows(job, x, lse, g, y), 5, 20, return_mode="median")
+            except Exception as failure:
+                print("FAILED", job, type(failure).__name__, str(failure)[:100], flush=True)
+                continue
+            found[job[3]] = (2 if kind == "forward" else 3) * x.numel() * x.element_size() / ms / 1e9
+        top = sorted(found.items(), key=lambda item: -item[1])
+        print(
+            dtype,
+            n,
+            kind,
+            *(f"{shape} {speed:.2f}" for shape, speed in top[:5]),
+            "TB/s",
+            "(read twice:",
+            found.get(None),
+            ")",
+            flush=True,
+        )
 
 
 def tune_splits() -> None:
@@ -269,9 +368,13 @@ def main() -> None:
         for kind in options.kinds.split(",")
         for dim in dims
         for blocks in candidates(kind, dim)
-        for skip in ((False, True) if options.skip == "both" else (False,))
+        for skip in ((False, True) if options.skip == "both" and not kind.startswith("hopper") else (False,))
         if kind != "decode" or dim == 128
     ]
+    if "rows" in options.kinds:
+        with multiprocessing.get_context("spawn").Pool(min(16, os.cpu_count() or 1)) as pool:
+            tune_rows(pool)
+        print(f"rows: {time.time() - began:.0f} s", flush=True)
     with multiprocessing.get_context("spawn").Pool(min(16, os.cpu_count() or 1)) as pool:
         failures = dict(zip(jobs, pool.map(compile_one, jobs, chunksize=2), strict=True))
     print(f"{len(jobs)} variants compiled in {time.time() - began:.0f} s", flush=True)
@@ -330,7 +433,12 @@ def main() -> None:
             torch.cuda.synchronize()
             continue
         rows.append(
-            {"kind": kind, "dim": dim, "skip": skip, **dict(zip(("m", "n", "warps", "stages"), blocks, strict=True))}
+            {
+                "kind": kind,
+                "dim": dim,
+                "skip": skip,
+                **dict(zip(("m", "n", "warps", "stages", "in_registers"), (*blocks, 0), strict=False)),
+            }
         )
         rows[-1] |= {"dense_ms": round(times[0], 4), "sparse_ms": round(times[1], 4), "error": f"{error:.2e}", **where}
     if rows:
@@ -338,8 +446,6 @@ def main() -> None:
             writer = csv.DictWriter(file, rows[0].keys())
             writer.writeheader()
             writer.writerows(rows)
-    if "rows" in options.kinds:
-        tune_rows()
     if "splits" in options.kinds:
         tune_splits()
     for kind, dim, skip in sorted({(r["kind"], r["dim"], r["skip"]) for r in rows}):
@@ -347,7 +453,7 @@ def main() -> None:
         print(f"{kind} D{dim} skip={skip}")
         for by in ("dense_ms", "sparse_ms"):
             for r in sorted(group, key=lambda r: r[by])[:4]:
-                shape = tuple(r[x] for x in ("m", "n", "warps", "stages"))
+                shape = tuple(r[x] for x in ("m", "n", "warps", "stages", "in_registers"))
                 print(
                     f"   by {by:9s} {shape!s:20s} dense {r['dense_ms']:7.4f} sparse {r['sparse_ms']:7.4f} error {r['error']}"
                 )

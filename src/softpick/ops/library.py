@@ -57,7 +57,7 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
 def _on(x: Tensor) -> Any:
     """Triton launches on the current device, which need not be the tensor's."""
     if x.is_cuda:
-        return torch.cuda.device(x.device)
+        return torch.cuda.device(x.get_device())
     if not interpreted():  # the public functions say so earlier, except in compiled code
         raise ValueError(f"expected CUDA tensors for the 'triton' backend, got one on {x.device}")
     return contextlib.nullcontext()

@@ -94,7 +94,7 @@ def _store(
     d = gl.arange(0, COLUMNS, layout=gl.SliceLayout(0, layout))
     at = base + first.to(gl.int64) * stride_t + n[:, None] * stride_t + d[None, :] * stride_d
     inside = (first + n < length)[:, None] & (d < width)[None, :]
-    gl.store(at, gl.convert_layout(x.to(gl.bfloat16), layout), mask=inside)
+    gl.store(at, gl.convert_layout(x.to(base.dtype.element_ty), layout), mask=inside)
 
 
 @gluon.jit
@@ -102,7 +102,7 @@ def _tile_of_keys(
     it, at, count, per_head, lo, head, row, dk, dv, keys, values, query_tiles, grad_tiles, queries, grads, ready,
     statistics, plane, j2, reach, unit,
     BASE: gl.constexpr, RECTIFY: gl.constexpr, ABSOLUTE: gl.constexpr, NEGATIVE_GRADIENT: gl.constexpr,
-    BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_D: gl.constexpr, STAGES: gl.constexpr, LATE: gl.constexpr,
+    BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_D: gl.constexpr, STAGES: gl.constexpr,
     EDGE: gl.constexpr, s_layout: gl.constexpr, o_layout: gl.constexpr,
 ):  # fmt: skip
     """One query tile into ``dk`` and ``dv``; tiles are transposed, keys by queries."""
@@ -114,9 +114,8 @@ def _tile_of_keys(
     q, do = queries.index(stage).reshape([BLOCK_M, BLOCK_D]), grads.index(stage).reshape([BLOCK_M, BLOCK_D])
     zero = gl.zeros([BLOCK_N, BLOCK_M], gl.float32, layout=s_layout)
     s = warpgroup_mma(keys, q.permute([1, 0]), zero, use_acc=False, is_async=True)
-    if not LATE:
-        dp = warpgroup_mma(values, do.permute([1, 0]), zero, use_acc=False, is_async=True)
-    s, dk, dv = warpgroup_mma_wait(num_outstanding=0 if LATE else 1, deps=[s, dk, dv])
+    dp = warpgroup_mma(values, do.permute([1, 0]), zero, use_acc=False, is_async=True)
+    s, dk, dv = warpgroup_mma_wait(num_outstanding=1, deps=[s, dk, dv])
     # every product of the tile before has ended, for every warp once they have met: its place can be filled again
     gl.thread_barrier()
     _fetch(
@@ -131,8 +130,6 @@ def _tile_of_keys(
     else:
         p = kept_scores(e, s, RECTIFY).to(gl.bfloat16)
     p = gl.convert_layout(p, gl.DotOperandLayout(0, o_layout, 2))
-    if LATE:
-        dp = warpgroup_mma(values, do.permute([1, 0]), zero, use_acc=False, is_async=True)
     dv = warpgroup_mma(p, do, dv, is_async=True)
     delta = gl.load(statistics + 2 * plane + i)
     dp = warpgroup_mma_wait(num_outstanding=1, deps=[dp])
@@ -149,7 +146,7 @@ def backward_keys(
     tiles, heads, pairs, together, groups, tq, tk, width, v_width, right, unit, scale,
     BASE: gl.constexpr, RECTIFY: gl.constexpr, ABSOLUTE: gl.constexpr, CONSTANT: gl.constexpr,
     NEGATIVE_GRADIENT: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_D: gl.constexpr,
-    STAGES: gl.constexpr, LATE: gl.constexpr, RIGHT: gl.constexpr, BOTTOM_RIGHT: gl.constexpr, num_warps: gl.constexpr,
+    STAGES: gl.constexpr, IN_REGISTERS: gl.constexpr, RIGHT: gl.constexpr, BOTTOM_RIGHT: gl.constexpr, num_warps: gl.constexpr,
 ):  # fmt: skip
     """``dK`` and ``dV`` of one key tile, summed over the query heads of its group. Grid as in ``backward.py``."""
     s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [num_warps, 1], [16, BLOCK_M, 16])
@@ -177,19 +174,23 @@ def backward_keys(
     j2 = (j0 + gl.arange(0, BLOCK_N, layout=gl.SliceLayout(1, s_layout)))[:, None]
     mbarrier.wait(ready.index(STAGES), 0)
     k, v = keys.reshape([BLOCK_N, BLOCK_D]), values.reshape([BLOCK_N, BLOCK_D])
+    if IN_REGISTERS > 0:
+        k = k.load(gl.DotOperandLayout(0, s_layout, 2))
+    if IN_REGISTERS > 1:
+        v = v.load(gl.DotOperandLayout(0, s_layout, 2))
     at_head = statistics + (b * heads + head) * (4 * plane)
     for group in range(groups):
         for n in range(0, edges):
             dk, dv = _tile_of_keys(
                 group * per_head + n, lo + n * BLOCK_M, count, per_head, lo, head, row, dk, dv, k, v,
                 query_tiles, grad_tiles, queries, grads, ready, at_head, plane, j2, reach, unit,
-                BASE, RECTIFY, ABSOLUTE, NEGATIVE_GRADIENT, BLOCK_M, BLOCK_N, BLOCK_D, STAGES, LATE, True, s_layout, o_layout,
+                BASE, RECTIFY, ABSOLUTE, NEGATIVE_GRADIENT, BLOCK_M, BLOCK_N, BLOCK_D, STAGES, True, s_layout, o_layout,
             )  # fmt: skip
         for n in range(edges, per_head):
             dk, dv = _tile_of_keys(
                 group * per_head + n, lo + n * BLOCK_M, count, per_head, lo, head, row, dk, dv, k, v,
                 query_tiles, grad_tiles, queries, grads, ready, at_head, plane, j2, reach, unit,
-                BASE, RECTIFY, ABSOLUTE, NEGATIVE_GRADIENT, BLOCK_M, BLOCK_N, BLOCK_D, STAGES, LATE, False, s_layout, o_layout,
+                BASE, RECTIFY, ABSOLUTE, NEGATIVE_GRADIENT, BLOCK_M, BLOCK_N, BLOCK_D, STAGES, False, s_layout, o_layout,
             )  # fmt: skip
         at_head += 4 * plane
     dk, dv = warpgroup_mma_wait(num_outstanding=0, deps=[dk, dv])
@@ -204,7 +205,7 @@ def _tile_of_queries(
     it, at, count, head, row, dq, q, do, key_tiles, value_tiles, keys, values, ready, level, inverse, delta, i2, reach,
     unit,
     BASE: gl.constexpr, RECTIFY: gl.constexpr, ABSOLUTE: gl.constexpr, NEGATIVE_GRADIENT: gl.constexpr,
-    BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_D: gl.constexpr, STAGES: gl.constexpr, LATE: gl.constexpr,
+    BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_D: gl.constexpr, STAGES: gl.constexpr,
     EDGE: gl.constexpr, s_layout: gl.constexpr, o_layout: gl.constexpr,
 ):  # fmt: skip
     """One key tile into ``dq``."""
@@ -213,13 +214,10 @@ def _tile_of_queries(
     k, v = keys.index(stage).reshape([BLOCK_N, BLOCK_D]), values.index(stage).reshape([BLOCK_N, BLOCK_D])
     zero = gl.zeros([BLOCK_M, BLOCK_N], gl.float32, layout=s_layout)
     s = warpgroup_mma(q, k.permute([1, 0]), zero, use_acc=False, is_async=True)
-    if not LATE:
-        dp = warpgroup_mma(do, v.permute([1, 0]), zero, use_acc=False, is_async=True)
-    s, dq = warpgroup_mma_wait(num_outstanding=0 if LATE else 1, deps=[s, dq])
+    dp = warpgroup_mma(do, v.permute([1, 0]), zero, use_acc=False, is_async=True)
+    s, dq = warpgroup_mma_wait(num_outstanding=1, deps=[s, dq])
     gl.thread_barrier()  # as above
     _fetch(it + STAGES - 1, count, count, 0, head, row, key_tiles, value_tiles, keys, values, ready, BLOCK_N, STAGES)
-    if LATE:
-        dp = warpgroup_mma(do, v.permute([1, 0]), zero, use_acc=False, is_async=True)
     e = gl.exp2(s * unit - level)
     if EDGE:
         j = at + gl.arange(0, BLOCK_N, layout=gl.SliceLayout(0, s_layout))
@@ -237,7 +235,7 @@ def backward_queries(
     tiles, heads, pairs, together, groups, tq, tk, width, right, unit, scale,
     BASE: gl.constexpr, RECTIFY: gl.constexpr, ABSOLUTE: gl.constexpr, CONSTANT: gl.constexpr,
     NEGATIVE_GRADIENT: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_D: gl.constexpr,
-    STAGES: gl.constexpr, LATE: gl.constexpr, RIGHT: gl.constexpr, BOTTOM_RIGHT: gl.constexpr, num_warps: gl.constexpr,
+    STAGES: gl.constexpr, IN_REGISTERS: gl.constexpr, RIGHT: gl.constexpr, BOTTOM_RIGHT: gl.constexpr, num_warps: gl.constexpr,
 ):  # fmt: skip
     """``dQ`` of one query tile. Grid as in ``backward.py``."""
     s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [num_warps, 1], [16, BLOCK_N, 16])
@@ -269,17 +267,21 @@ def backward_queries(
     dq = warpgroup_mma_init(gl.zeros([BLOCK_M, BLOCK_D], gl.float32, layout=o_layout))
     mbarrier.wait(ready.index(STAGES), 0)
     q, do = queries.reshape([BLOCK_M, BLOCK_D]), grads.reshape([BLOCK_M, BLOCK_D])
+    if IN_REGISTERS > 0:
+        q = q.load(gl.DotOperandLayout(0, s_layout, 2))
+    if IN_REGISTERS > 1:
+        do = do.load(gl.DotOperandLayout(0, s_layout, 2))
     for it in range(0, whole):
         dq = _tile_of_queries(
             it, it * BLOCK_N, count, head, row, dq, q, do, key_tiles, value_tiles, keys, values, ready, level, inverse,
             delta, i[:, None], reach, unit,
-            BASE, RECTIFY, ABSOLUTE, NEGATIVE_GRADIENT, BLOCK_M, BLOCK_N, BLOCK_D, STAGES, LATE, False, s_layout, o_layout,
+            BASE, RECTIFY, ABSOLUTE, NEGATIVE_GRADIENT, BLOCK_M, BLOCK_N, BLOCK_D, STAGES, False, s_layout, o_layout,
         )  # fmt: skip
     for it in range(whole, count):
         dq = _tile_of_queries(
             it, it * BLOCK_N, count, head, row, dq, q, do, key_tiles, value_tiles, keys, values, ready, level, inverse,
             delta, i[:, None], reach, unit,
-            BASE, RECTIFY, ABSOLUTE, NEGATIVE_GRADIENT, BLOCK_M, BLOCK_N, BLOCK_D, STAGES, LATE, True, s_layout, o_layout,
+            BASE, RECTIFY, ABSOLUTE, NEGATIVE_GRADIENT, BLOCK_M, BLOCK_N, BLOCK_D, STAGES, True, s_layout, o_layout,
         )  # fmt: skip
     dq = warpgroup_mma_wait(num_outstanding=0, deps=[dq])
     for stage in gl.static_range(STAGES + 1):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from typing import Any, NamedTuple
 
 import torch
@@ -10,6 +11,7 @@ import triton
 from torch import Tensor
 
 from softpick.normalizers import Normalizer
+from softpick.ops.triton import tuning
 from softpick.ops.triton.backward import (
     attention_backward_keys,
     attention_backward_queries,
@@ -18,13 +20,21 @@ from softpick.ops.triton.backward import (
 )
 from softpick.ops.triton.decode import decode_merge, decode_split
 from softpick.ops.triton.forward import attention_forward
-from softpick.ops.triton.rows import rows_backward, rows_backward_long, rows_forward, rows_forward_long
+from softpick.ops.triton.rows import (
+    rows_backward,
+    rows_backward_long,
+    rows_backward_shared,
+    rows_forward,
+    rows_forward_long,
+    rows_forward_shared,
+)
 from softpick.ops.triton.tile import LOG2E, switches
 from softpick.ops.triton.tuning import (
     FEWEST_KEYS,
     HOPPER,
     LONGEST_TILE,
     PROGRAMS,
+    SHARED_ROWS,
     SHORTEST_SKIP,
     blocks,
     multiprocessors,
@@ -78,8 +88,14 @@ def _optimistic(dtype: torch.dtype, options: Options) -> bool:
     return dtype == torch.bfloat16 and options.norm.base != "linear" and options.eps <= _LARGEST_OPTIMISTIC_EPS
 
 
+def _cdiv(x: int, y: int) -> int:
+    """As ``triton.cdiv``, which looks for compile-time arguments first, and takes as long as allocating a tensor."""
+    return (x + y - 1) // y
+
+
 def _padded(width: int) -> int:
-    return max(16, triton.next_power_of_2(width))
+    """The next power of 2, at least 16 (``triton.next_power_of_2`` is as slow as ``triton.cdiv``)."""
+    return max(16, 1 << (int(width) - 1).bit_length())
 
 
 def _precision(dtype: torch.dtype) -> str:
@@ -120,7 +136,12 @@ def _capability(x: Tensor) -> int:
     """Major compute capability of the NVIDIA GPU that runs the kernels; 0 if none does."""
     if _interpreted() or torch.version.hip is not None:
         return 0
-    return torch.cuda.get_device_capability(x.device)[0]
+    return _major(x.get_device())
+
+
+@functools.cache
+def _major(device: int) -> int:
+    return torch.cuda.get_device_capability(device)[0]
 
 
 def _relu_asm(query: Tensor) -> bool:
@@ -180,7 +201,7 @@ def live_shape(query: Tensor, value: Tensor, sequences: int, longest_q: int, lon
     grain = _grain(query, value)
     if longest_k > _LONGEST_MAP or grain == 0:
         return (0,)
-    return sequences, query.shape[1], triton.cdiv(longest_q, grain), triton.cdiv(triton.cdiv(longest_k, grain), 32)
+    return sequences, query.shape[1], _cdiv(longest_q, grain), _cdiv(_cdiv(longest_k, grain), 32)
 
 
 def forward(
@@ -211,7 +232,7 @@ def forward(
     common = _common(options, query, value, mask)
     tile = blocks("forward", max(common["BLOCK_D"], common["BLOCK_DV"]), query.dtype, query.device)
     pointer, mask_strides = _mask_arguments(mask)
-    tiles = triton.cdiv(longest, tile.m)
+    tiles = _cdiv(longest, tile.m)
     groups = heads // key.shape[1]
     together = _together(heads * b, groups, _row_bytes(key, value) * (key.shape[2] if cu_k is None else longest), tiles)
     attention_forward[(tiles * heads * b,)](
@@ -241,7 +262,7 @@ def _segments(
     """Runs of live and dead tiles, for each key tile (``keys``) or query tile of ``block`` positions."""
     sequences, heads = live.shape[:2]
     across, along = (tk, tq) if keys else (tq, tk)
-    lines, length = triton.cdiv(across, block), triton.cdiv(along, grain)
+    lines, length = _cdiv(across, block), _cdiv(along, grain)
     out = torch.empty(sequences, heads, lines, length + 4, dtype=torch.int16, device=live.device)
     live_segments[lines, heads, sequences](
         live, out, cu_q, cu_k, *live.stride()[:3], *out.stride()[:3], tq, tk,
@@ -283,14 +304,14 @@ def backward(
         live = None  # the bias gradient of a tile that is left out would not be written
     common = _common(options, query, value, mask)
     by_hand = live is None and dmask is None and cu_q is None and hopper_can(options, query, key, value, mask, grad_out)
-    padded = triton.cdiv(total_q, LONGEST_TILE) * LONGEST_TILE if by_hand else total_q
+    padded = _cdiv(total_q, LONGEST_TILE) * LONGEST_TILE if by_hand else total_q
     shape = (rows, heads, 4, padded) if by_hand else (rows, heads, padded, 4)
     statistics = torch.empty(shape, dtype=torch.float32, device=query.device)
     if by_hand:
         statistics = statistics.transpose(2, 3)
     widest = max(common["BLOCK_D"], common["BLOCK_DV"])
     lines = 64 if widest <= 128 else 32
-    row_statistics[triton.cdiv(padded, lines), heads, rows](
+    row_statistics[_cdiv(padded, lines), heads, rows](
         out, grad_out, lse, statistics,
         *out.stride(), *grad_out.stride(), *lse.stride(), *statistics.stride()[1:], heads, total_q, padded, value.shape[-1],
         BASE=common["BASE"], BLOCK_M=lines, BLOCK_DV=common["BLOCK_DV"], num_warps=4,
@@ -344,7 +365,7 @@ def _backward_kernels(
     span = (cu_q, cu_k, longest, key.shape[2] if cu_k is None else longest_k)
     tile = blocks("keys", widest, query.dtype, query.device)
     runs = None if live is None else _segments(live, True, tile.n, grain, *span)
-    tiles = triton.cdiv(span[3], tile.n)
+    tiles = _cdiv(span[3], tile.n)
     together = _together(kv_heads * b, 1, groups * longest * _row_bytes(query, grad_out), tiles)
     attention_backward_keys[(tiles * kv_heads * b,)](
         query, key, value, grad_out, statistics, dkey, dvalue, runs, pointer, cu_q, cu_k, seed,
@@ -355,7 +376,7 @@ def _backward_kernels(
     )  # fmt: skip
     tile = blocks("queries", widest, query.dtype, query.device)
     runs = None if live is None else _segments(live, False, tile.m, grain, *span)
-    tiles = triton.cdiv(longest, tile.m)
+    tiles = _cdiv(longest, tile.m)
     together = _together(heads * b, groups, span[3] * _row_bytes(key, value), tiles)
     attention_backward_queries[(tiles * heads * b,)](
         query, key, value, grad_out, statistics, dquery, dmask, runs, pointer, cu_q, cu_k, seed,
@@ -369,7 +390,7 @@ def hopper_can(
     options: Options, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, grad_out: Tensor
 ) -> bool:
     """Whether the kernels of ``hopper.py`` compute this gradient, and it is long enough for them to be faster."""
-    tensors = query, key, value, grad_out
+    padded = _padded(query.shape[-1])
     return (
         hopper is not None
         and _capability(query) == 9
@@ -380,20 +401,19 @@ def hopper_can(
         and options.left < 0
         and not options.softcap
         and not options.dropout_p
-        and _padded(query.shape[-1]) == _padded(value.shape[-1])
-        and _padded(query.shape[-1]) in (64, 128)
-        and all(
-            x.data_ptr() % 16 == 0
-            and x.stride(-1) == 1
-            and all(n and s and s % 8 == 0 for n, s in zip(x.shape, x.stride()[:-1], strict=False))
-            for x in tensors
-        )
+        and padded in (64, 128)
+        and padded == _padded(value.shape[-1])
+        and _fetchable(query)
+        and _fetchable(key)
+        and _fetchable(value)
+        and _fetchable(grad_out)
     )
 
 
-def _tiles(x: Tensor, rows: int) -> Any:
-    """``x`` for the tensor memory accelerator, which fetches ``rows`` positions of a head at a time."""
-    return hopper.tiles(x, [1, 1, rows, _padded(x.shape[-1])])
+def _fetchable(x: Tensor) -> bool:
+    """Whether the tensor memory accelerator takes this bf16 tensor: multiples of 16 bytes, nothing empty, nothing expanded."""
+    b, h, t, d = x.stride()
+    return d == 1 and (b | h | t) % 8 == 0 and 0 not in (b, h, t) and x.numel() > 0 and x.data_ptr() % 16 == 0
 
 
 def _backward_by_hand(
@@ -413,23 +433,34 @@ def _backward_by_hand(
     groups, padded = heads // kv_heads, common["BLOCK_D"]
     shared = {**switches(options.norm), **{name: common[name] for name in ("BLOCK_D", "RIGHT", "BOTTOM_RIGHT")}}
     plane = statistics.shape[2]
+
+    def described(m: int, n: int) -> tuple[Any, ...]:
+        """The inputs for the tensor memory accelerator, which fetches ``m`` queries or ``n`` keys of a head at a time."""
+        rows = (query, m), (key, n), (value, n), (grad_out, m)
+        return tuple(hopper.tiles(x, [1, 1, positions, padded]) for x, positions in rows)
+
     tile = HOPPER["keys", padded]
-    tiles = triton.cdiv(tk, tile.n)
+    tensors = described(tile.m, tile.n)
+    tiles = _cdiv(tk, tile.n)
     together = _together(kv_heads * b, 1, groups * tq * _row_bytes(query, grad_out), tiles)
     hopper.backward_keys[(tiles * kv_heads * b,)](
-        _tiles(query, tile.m), _tiles(key, tile.n), _tiles(value, tile.n), _tiles(grad_out, tile.m), statistics, dkey, dvalue,
+        *tensors, statistics, dkey, dvalue,
         *dkey.stride(), *dvalue.stride(), plane,
         tiles, heads, kv_heads * b, together, groups, tq, tk, width, value.shape[-1], options.right, _unit(options),
-        options.scale, **shared, BLOCK_M=tile.m, BLOCK_N=tile.n, STAGES=tile.stages, LATE=tile.late, num_warps=tile.warps,
+        options.scale, **shared, BLOCK_M=tile.m, BLOCK_N=tile.n, STAGES=tile.stages, IN_REGISTERS=tile.in_registers,
+        num_warps=tile.warps,
     )  # fmt: skip
-    tile = HOPPER["queries", padded]
-    tiles = triton.cdiv(tq, tile.m)
+    before, tile = tile, HOPPER["queries", padded]
+    if tile[:2] != before[:2]:  # else the descriptions serve again: making them takes as long as a launch
+        tensors = described(tile.m, tile.n)
+    tiles = _cdiv(tq, tile.m)
     together = _together(heads * b, groups, tk * _row_bytes(key, value), tiles)
     hopper.backward_queries[(tiles * heads * b,)](
-        _tiles(query, tile.m), _tiles(key, tile.n), _tiles(value, tile.n), _tiles(grad_out, tile.m), statistics, dquery,
+        *tensors, statistics, dquery,
         *dquery.stride(), plane,
         tiles, heads, heads * b, together, groups, tq, tk, width, options.right, _unit(options), options.scale,
-        **shared, BLOCK_M=tile.m, BLOCK_N=tile.n, STAGES=tile.stages, LATE=tile.late, num_warps=tile.warps,
+        **shared, BLOCK_M=tile.m, BLOCK_N=tile.n, STAGES=tile.stages, IN_REGISTERS=tile.in_registers,
+        num_warps=tile.warps,
     )  # fmt: skip
 
 
@@ -493,22 +524,45 @@ def decode(
 def _splits(kind: str, pairs: int, tk: int, block_n: int, device: torch.device) -> tuple[int, int]:
     """(programs a sequence and key head, keys of each): enough programs to fill the device, none with too few keys."""
     programs = PROGRAMS[kind] * (multiprocessors(device.index or 0) if device.type == "cuda" else 2)
-    tiles = max(1, triton.cdiv(tk, block_n))
-    wanted = max(1, min(128, programs // pairs, triton.cdiv(tk, FEWEST_KEYS[kind])))
-    chunk = triton.cdiv(tiles, wanted) * block_n
-    return max(1, triton.cdiv(tk, chunk)), chunk
+    tiles = max(1, _cdiv(tk, block_n))
+    wanted = max(1, min(128, programs // pairs, _cdiv(tk, FEWEST_KEYS[kind])))
+    chunk = _cdiv(tiles, wanted) * block_n
+    return max(1, _cdiv(tk, chunk)), chunk
 
 
-def _row_launch(x: Tensor) -> tuple[bool, tuple[int], dict[str, Any]]:
-    """For ``(rows, n)``: whether a row is too long for one program's registers, the grid, and the compile-time arguments."""
+def _row_options(x: Tensor, launch: tuning.Rows) -> dict[str, Any]:
+    options = {"EXACT": x.dtype == torch.float32, "num_warps": launch.warps}
+    if launch.programs and _capability(x):
+        options["maxnreg"] = min(255, 65536 // (32 * launch.warps * launch.programs) // 8 * 8)
+    return options
+
+
+def _short(kind: str, x: Tensor) -> tuple[tuple[int], dict[str, Any]]:
+    """Grid and compile-time arguments where a program holds whole rows of ``(rows, n)``."""
     rows, n = x.shape
-    exact = x.dtype == torch.float32
-    if n > _LONGEST_ROW:
-        return True, (rows,), {"N": _LONG_BLOCK, "EXACT": exact, "num_warps": _LONG_WARPS}
     block = triton.next_power_of_2(n)
-    together = max(1, _ROW_ELEMENTS // block)
-    shape = {"ROWS": together, "N": block, "EXACT": exact, "num_warps": _row_warps(block)}
-    return False, (triton.cdiv(rows, together),), shape
+    launch = tuning.rows(kind, block, x.element_size())
+    together = max(1, launch.elements // block)
+    return (_cdiv(rows, together),), {"ROWS": together, "N": block, **_row_options(x, launch)}
+
+
+_LONG = {"N": 4096, "num_warps": 16}
+
+
+def _shared(kind: str, x: Tensor) -> tuple[int, int, dict[str, Any]]:
+    """(programs in all, programs a row, compile-time arguments) for rows ``(rows, n)``; no programs where it cannot be.
+
+    The programs of a row wait for each other, so all programs have to run at the same time: the registers of one are limited to
+    its share, and the launch is cooperative, which fails if they do not fit.
+    """
+    rows, n = x.shape
+    launch = SHARED_ROWS.get((kind, x.element_size()))
+    if launch is None or not _capability(x):
+        return 0, 0, {}
+    parts = _cdiv(n, launch.elements)
+    room = launch.programs * multiprocessors(x.device.index or 0) // parts
+    shape = {"N": launch.elements, "PARTS": triton.next_power_of_2(parts), "launch_cooperative_grid": True}
+    return min(rows, room) * parts, parts, {**shape, **_row_options(x, launch)}
 
 
 def softpick_forward(x: Tensor, eps: float, y: Tensor, lse: Tensor) -> None:
@@ -516,11 +570,19 @@ def softpick_forward(x: Tensor, eps: float, y: Tensor, lse: Tensor) -> None:
     rows, n = x.shape
     if rows == 0 or n == 0:
         return
-    long, grid, shape = _row_launch(x)
-    if long:
-        rows_forward_long[grid](x, y, lse, n, x.stride(0), eps, **shape)
-    else:
+    if n <= _LONGEST_ROW:
+        grid, shape = _short("forward", x)
         rows_forward[grid](x, y, lse, rows, n, x.stride(0), eps, **shape)
+        return
+    programs, parts, shape = _shared("forward", x)
+    if programs:
+        part_m, part_total = torch.empty(2, rows, parts, dtype=torch.float32, device=x.device)
+        count = torch.zeros(rows, dtype=torch.int32, device=x.device)
+        rows_forward_shared[(programs,)](
+            x, y, lse, part_m, part_total, count, rows, n, x.stride(0), eps, parts, **shape
+        )  # fmt: skip
+        return
+    rows_forward_long[(rows,)](x, y, lse, n, x.stride(0), eps, EXACT=x.dtype == torch.float32, **_LONG)
 
 
 def softpick_backward(x: Tensor, lse: Tensor, grad: Tensor, dx: Tensor) -> None:
@@ -528,16 +590,18 @@ def softpick_backward(x: Tensor, lse: Tensor, grad: Tensor, dx: Tensor) -> None:
     rows, n = x.shape
     if rows == 0 or n == 0:
         return
-    long, grid, shape = _row_launch(x)
-    if long:
-        rows_backward_long[grid](x, lse, grad, dx, n, x.stride(0), grad.stride(0), **shape)
-    else:
+    if n <= _LONGEST_ROW:
+        grid, shape = _short("backward", x)
         rows_backward[grid](x, lse, grad, dx, rows, n, x.stride(0), grad.stride(0), **shape)
-
-
-_ROW_ELEMENTS = 4096  # of short rows that one program takes together
-_LONG_BLOCK, _LONG_WARPS = 4096, 16
-
-
-def _row_warps(block: int) -> int:
-    return 4 if block <= 2048 else 8 if block <= 8192 else 16
+        return
+    programs, parts, shape = _shared("backward", x)
+    if programs:
+        part_inner = torch.empty(rows, parts, dtype=torch.float32, device=x.device)
+        count = torch.zeros(rows, dtype=torch.int32, device=x.device)
+        rows_backward_shared[(programs,)](
+            x, lse, grad, dx, part_inner, count, rows, n, x.stride(0), grad.stride(0), parts, **shape
+        )  # fmt: skip
+        return
+    rows_backward_long[(rows,)](
+        x, lse, grad, dx, n, x.stride(0), grad.stride(0), EXACT=x.dtype == torch.float32, **_LONG
+    )  # fmt: skip

@@ -21,10 +21,12 @@ __all__ = [
     "SHORTEST_SKIP",
     "TRACKED",
     "Blocks",
+    "Rows",
     "Schedule",
     "blocks",
     "multiprocessors",
     "row",
+    "rows",
 ]
 
 
@@ -38,25 +40,60 @@ class Blocks(NamedTuple):
 
 
 class Schedule(NamedTuple):
-    """A launch of a kernel of ``hopper.py``: as :class:`Blocks`, and whether ``dP`` starts only after the exponentials."""
+    """A launch of a kernel of ``hopper.py``: as :class:`Blocks`, and how many of the two held tiles are in registers."""
 
     m: int
     n: int
     warps: int
     stages: int
-    late: bool
+    in_registers: int
 
 
-# H200, 4,4096,16,D, milliseconds: keys 0.69 and 1.23 (8 warps at D 64: 0.83 to 0.89; 64 query rows at D 128: 1.49 to 1.89),
-# queries 0.39 and 0.66 (8 warps: 0.41 to 0.46 and 0.73 to 0.79): several small programs a multiprocessor overlap best
+# H200, 4,4096,16,D, milliseconds (benchmarks/results/tune_gpu.csv): keys 0.69 and 0.99 (D 128: 1.08 with both key tiles in
+# shared memory, 1.20 with 128 keys and 8 warps; 64 query rows do not fit into registers), queries 0.41 and 0.67 (held in
+# registers 0.41 to 0.44 and 0.70): several small programs a multiprocessor overlap best
 HOPPER = {
-    ("keys", 64): Schedule(64, 64, 4, 3, False),
-    ("keys", 128): Schedule(32, 128, 8, 3, False),
-    ("queries", 64): Schedule(64, 64, 4, 3, False),
-    ("queries", 128): Schedule(64, 64, 4, 2, False),
+    ("keys", 64): Schedule(64, 64, 4, 2, 2),
+    ("keys", 128): Schedule(32, 64, 4, 3, 1),
+    ("queries", 64): Schedule(64, 64, 4, 3, 0),
+    ("queries", 128): Schedule(64, 64, 4, 2, 0),
 }
 LONGEST_TILE = 128
 """Row statistics for ``hopper.py`` are padded to a multiple of its query tiles."""
+
+
+class Rows(NamedTuple):
+    """A launch over rows: elements of a program, warps, and programs a multiprocessor that the registers have to do for
+    (0: as it comes).
+    """
+
+    elements: int
+    warps: int
+    programs: int = 0
+
+
+# softpick over rows: (kernel, bytes of an entry, padded length up to) -> launch (tune_gpu.py --kinds rows)
+ROWS = {
+    ("forward", 2, 256): Rows(2048, 2),
+    ("forward", 2, 1024): Rows(1024, 1),
+    ("forward", 2, 8192): Rows(4096, 4),
+    ("forward", 2, 16384): Rows(4096, 16),
+    ("forward", 4, 4096): Rows(1024, 4),
+    ("forward", 4, 8192): Rows(4096, 8),
+    ("forward", 4, 16384): Rows(4096, 16),
+    ("backward", 2, 256): Rows(1024, 2),
+    ("backward", 2, 4096): Rows(1024, 4),
+    ("backward", 2, 16384): Rows(4096, 16),
+    ("backward", 4, 256): Rows(2048, 4),
+    ("backward", 4, 4096): Rows(1024, 4),
+    ("backward", 4, 16384): Rows(4096, 32, 1),
+}
+# longer ones, shared by programs; what is not here is read twice, which is as fast: 2.4 TB/s
+SHARED_ROWS = {
+    ("forward", 2): Rows(8192, 8, 3),
+    ("forward", 4): Rows(8192, 8, 3),
+    ("backward", 4): Rows(4096, 8, 2),
+}
 
 # 16-bit inputs: (kernel, head dim up to) -> blocks
 _HOPPER = {
@@ -156,3 +193,10 @@ def blocks(kind: str, head_dim: int, dtype: torch.dtype, device: torch.device) -
         )
         table = _HOPPER if hopper else _PORTABLE
     return row(table, kind, head_dim)
+
+
+def rows(kind: str, length: int, itemsize: int) -> Rows:
+    """The launch of a kernel over rows (``forward``, ``backward``) of a padded length of at most 16384."""
+    return next(
+        launch for (k, size, longest), launch in ROWS.items() if (k, size) == (kind, itemsize) and length <= longest
+    )

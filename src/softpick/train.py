@@ -142,7 +142,10 @@ def train(
     if recipe.liger:
         from liger_kernel.transformers import apply_liger_kernel_to_llama
 
-        apply_liger_kernel_to_llama(model=model)  # the Trainer's option knows no softpick_llama, and says nothing
+        # inside of compiled layers inductor fuses as well, and Liger's kernels made it a quarter slower (docs/results.md)
+        inside = not recipe.compile
+        # by hand: the Trainer's option knows no softpick_llama, and says nothing
+        apply_liger_kernel_to_llama(model=model, rope=inside, rms_norm=inside, swiglu=inside)
     if recipe.compile:
         for layer in model.model.layers:  # one graph for all of them, so this compiles in seconds
             layer.compile()

@@ -58,7 +58,7 @@ class Recipe:
         validation_sequences: held out; evaluated at the end and every ``evaluate_every`` steps.
         dtype: ``bfloat16`` (autocast, fp32 weights) or ``float32``.
         compile: compile each decoder layer with ``torch.compile``.
-        liger: Liger's fused cross-entropy, norms, rotary and SwiGLU, where liger-kernel is installed.
+        liger: Liger's fused cross-entropy, and without ``compile`` its norms, rotary and SwiGLU; needs liger-kernel.
         gradient_checkpointing: recompute layers in the backward pass.
         parallel: ``none``, ``ddp`` or ``fsdp`` (FSDP2), under torchrun.
         tensor_parallel: ranks that share each layer's heads and matrices (alone: ``parallel`` is none then).

@@ -216,7 +216,7 @@ ROWS = (128, 1024, 8192, 131072)
 
 
 def row_jobs() -> list[tuple]:
-    """(kind, dtype, length, launch) of softpick over rows; of long ones also programs a multiprocessor."""
+    """(kind, dtype, length, launch) of softpick over rows; of long ones also programs a multiprocessor, or None: read twice."""
     short = [*itertools.product((1024, 2048, 4096, 8192), (1, 2, 4, 8, 16)), (8192, 32), (8192, 16, 2), (8192, 32, 1)]
     long = [(4096, 8, 2), (4096, 8, 3), (4096, 8, 4), (4096, 16, 2), (8192, 16, 2), (8192, 8, 2), (8192, 8, 3)]
     return [
@@ -224,7 +224,7 @@ def row_jobs() -> list[tuple]:
         for kind in ("forward", "backward")
         for dtype in (torch.bfloat16, torch.float32)
         for n in ROWS
-        for launch in (long if n > 16384 else short)
+        for launch in ([*long, None] if n > 16384 else short)
         if n > 16384 or max(n, launch[0]) // (32 * launch[1]) in (8, 16, 32, 64)
     ]
 
@@ -236,7 +236,9 @@ def run_rows(job, x, lse, g, y) -> None:
     if n <= 16384:
         tuning.rows = lambda *_: tuning.Rows(*chosen)
     else:
-        tuning.SHARED_ROWS[kind, dtype.itemsize] = tuning.Rows(*chosen[:3])
+        tuning.SHARED_ROWS.pop((kind, dtype.itemsize), None)
+        if chosen:
+            tuning.SHARED_ROWS[kind, dtype.itemsize] = tuning.Rows(*chosen)
     if kind == "forward":
         launch.softpick_forward(x, 1e-6, y, lse)
     else:
@@ -295,11 +297,8 @@ def tune_rows(pool) -> None:
             dtype,
             n,
             kind,
-            *(f"{shape} {speed:.2f}" for shape, speed in top[:5]),
+            *(f"{shape} {speed:.2f}" for shape, speed in top[: 5 if n <= 16384 else 99]),
             "TB/s",
-            "(read twice:",
-            found.get(None),
-            ")",
             flush=True,
         )
 

@@ -12,6 +12,8 @@ from softpick import NORMALIZERS
 
 pytest.importorskip("triton")
 
+from softpick.ops.triton import tuning
+
 KIBIBYTE = 1024
 # capability, shared memory a program may have, and what is compiled: normalizer, head dim, dtype, extra
 TARGETS = {
@@ -55,3 +57,10 @@ def test_kernels_compile_and_fit(target, tmp_path):
         for name, taken in result["kernels"].items():
             assert taken["cubin"] > 0
             assert taken["shared"] <= room, (result["case"], name, taken)
+        if result["case"].startswith("softpick,"):
+            size = 4 if "float32" in result["case"] else 2
+            for kind in ("forward", "backward"):
+                launch = tuning.SHARED_ROWS.get((kind, size))
+                taken = result["kernels"][f"rows_{kind}_shared" if launch else f"rows_{kind}_long"]
+                # all programs have to run at the same time: the limit compiled in leaves each its share
+                assert launch is None or launch.programs * taken["registers"] <= 65536

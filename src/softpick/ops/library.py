@@ -527,7 +527,7 @@ def block_backward(
     """Gradients of query, key and value from these keys, given ``out`` and ``lse`` over all keys.
 
     Nothing else of the other keys enters: with the denominator in ``lse`` and ``D = do . out`` the gradient is a sum over
-    keys. In the accumulation dtype (Triton rounds each block to the inputs' dtype first).
+    keys. In the accumulation dtype (``backward.py`` rounds each block to the inputs' dtype first).
     """
     dtype = accumulation_dtype(query.dtype)
     dquery, dkey, dvalue = (torch.empty(x.shape, dtype=dtype, device=x.device) for x in (query, key, value))

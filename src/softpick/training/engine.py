@@ -373,9 +373,15 @@ class Guard:
 
     def __init__(self, limit: int) -> None:
         self.limit, self.skipped, self.row, self.largest = limit, 0, 0, 0.0
-        self.where: list[str] = []
 
-    def check(self, norm: Any, model: torch.nn.Module, state: TrainerState) -> None:
+    def suspects(self, model: torch.nn.Module) -> list[str]:
+        """Before clipping, which spreads a NaN: some parameters without a finite gradient, if this step may be the last."""
+        if self.row + 1 < self.limit:
+            return []
+        named = model.named_parameters()
+        return [n for n, p in named if p.grad is not None and not bool(p.grad.isfinite().all())][:5]
+
+    def check(self, norm: Any, suspects: list[str], model: torch.nn.Module, state: TrainerState) -> None:
         """Drop a step's gradients if their norm, which is the same on all ranks, is not finite.
 
         Raises:
@@ -387,16 +393,13 @@ class Guard:
             return
         self.skipped += 1
         self.row += 1
-        if self.row == 1:
-            named = model.named_parameters()
-            self.where = [n for n, p in named if p.grad is not None and not bool(p.grad.isfinite().all())][:5]
         for p in model.parameters():
             p.grad = None  # an optimizer leaves alone what has no gradient
         if self.row >= self.limit:
             raise NonFinite(
                 f"{self.row} steps in a row had no finite gradient, up to step {state.global_step + 1}; the "
-                f"last loss logged was {_last_loss(state)}; not finite at first: "
-                f"{', '.join(self.where) or 'the loss itself'}. A smaller learning_rate or a longer warm-up may help"
+                f"last loss logged was {_last_loss(state)}; not finite in the last step: "
+                f"{', '.join(suspects) or 'the norm alone'}. A smaller learning_rate or a longer warm-up may help"
             )
 
     def read(self) -> dict[str, float]:
@@ -423,9 +426,10 @@ class _Trainer(Trainer):
         super().log(logs, *args, **kwargs)
 
     def _clip_grad_norm(self, model: Any) -> Any:  # not accelerate's: with tensor parallelism the Trainer has its own
+        suspects = [] if self.guard is None else self.guard.suspects(self.model)
         norm = super()._clip_grad_norm(model)
         if self.guard is not None:
-            self.guard.check(norm, self.model, self.state)
+            self.guard.check(norm, suspects, self.model, self.state)
         return norm
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
@@ -460,8 +464,13 @@ class _Trainer(Trainer):
         if checkpoint is None or not _is_sharded(self.model):
             return super()._load_optimizer_and_scheduler(checkpoint)
         states: dict[str, Any] = {}
+        path = os.path.join(checkpoint, "optimizer.pt")
+        if not os.path.exists(path):  # on every rank: one that fails alone leaves the others waiting
+            raise FileNotFoundError(
+                f"{path}: expected the optimizer's state; an older softpick wrote this checkpoint, start anew"
+            )
         if self.args.process_index == 0:
-            states |= torch.load(os.path.join(checkpoint, "optimizer.pt"), weights_only=True)
+            states |= torch.load(path, weights_only=True)
         distributed_state.set_optimizer_state_dict(self.model, _bare(self.optimizer), states, options=_DEAL)
         self.lr_scheduler.load_state_dict(torch.load(os.path.join(checkpoint, "scheduler.pt"), weights_only=True))
 
@@ -487,7 +496,8 @@ def last_checkpoint(folder: Path) -> Path | None:
 def _remove_cut_short(folder: Path) -> None:
     """Checkpoints that a crash cut short: the Trainer would keep one as the last, and remove the complete one before it."""
     for path in folder.glob("checkpoint-*"):
-        if not (path / _COMPLETE).exists():
+        ours = path.name.rpartition("-")[2].isdecimal() and path.is_dir()
+        if ours and not (path / _COMPLETE).exists():
             shutil.rmtree(path)
 
 
@@ -520,7 +530,7 @@ def train(
 
     Args:
         model: with its initial weights; trained in place.
-        arguments: from :func:`training_arguments`.
+        arguments: from :func:`training_arguments`. Of ``output_dir``, incomplete folders ``checkpoint-N`` are removed.
         train_data: rows of token ids.
         validation_data: for the final loss.
         tokenizer: saved with every checkpoint.

@@ -35,7 +35,7 @@ from softpick.ops.triton.tuning import (
     LONGEST_TILE,
     PROGRAMS,
     SHARED_ROWS,
-    SHORTEST_SKIP,
+    SKIP_FROM,
     blocks,
     multiprocessors,
 )
@@ -486,7 +486,7 @@ def decode(
     tk = key.shape[2] if table is None else table.shape[1] * page
     common = _common(options, query, value, mask)
     widest = max(common["BLOCK_D"], common["BLOCK_DV"])
-    skip = options.norm.sparse and (tk >= SHORTEST_SKIP if options.skip is None else options.skip)
+    skip = options.norm.sparse and (b * kv_heads * tk >= SKIP_FROM if options.skip is None else options.skip)
     kind = "decode_skip" if skip else "decode"
     tile = blocks(kind, widest, query.dtype, query.device)
     rows = _padded(groups * tq)
@@ -531,7 +531,11 @@ def _splits(kind: str, pairs: int, tk: int, block_n: int, device: torch.device) 
 
 
 def _row_options(x: Tensor, launch: tuning.Rows) -> dict[str, Any]:
-    options = {"EXACT": x.dtype == torch.float32, "num_warps": launch.warps}
+    # 1024 threads are the most a program may have; AMD's warps have 64
+    options = {
+        "EXACT": x.dtype == torch.float32,
+        "num_warps": min(launch.warps, 32 if torch.version.hip is None else 16),
+    }
     if launch.programs and _capability(x):
         options["maxnreg"] = min(255, 65536 // (32 * launch.warps * launch.programs) // 8 * 8)
     return options

@@ -18,7 +18,7 @@ __all__ = [
     "LONGEST_TILE",
     "OVERRIDE",
     "PROGRAMS",
-    "SHORTEST_SKIP",
+    "SKIP_FROM",
     "TRACKED",
     "Blocks",
     "Rows",
@@ -88,7 +88,7 @@ ROWS = {
     ("backward", 4, 4096): Rows(1024, 4),
     ("backward", 4, 16384): Rows(4096, 32, 1),
 }
-# longer ones, shared by programs; what is not here is read twice, which is as fast: 2.4 TB/s
+# longer ones, shared by programs; what is not here is read twice (16-bit backward: 2.4 TB/s either way)
 SHARED_ROWS = {
     ("forward", 2): Rows(8192, 8, 3),
     ("forward", 4): Rows(8192, 8, 3),
@@ -142,13 +142,15 @@ _SINGLE = {
 }
 
 # Skipping costs where nothing is empty. On an H200 (docs/kernels.md has the figures):
-#   decode: 2 to 10 % on dense caches, a third less time with 75 % empty 64-key blocks; at 8k keys launches dominate and
-#   nothing is won. A trained model has 40 % of these blocks empty, so it pays on long caches.
-SHORTEST_SKIP = 16384
-#   backward: about 10 % on dense inputs. Where negative scores have no gradient (softpick_stop_gradient, relu_softpick,
-#   rectified) an empty tile is no work at all, but a trained model had 11 % of its 64x64 tiles empty, which does not pay:
-#   add the name of the normalizer here if yours has more. For softpick itself, whose empty tiles still cost two products
-#   of five, skipping won 3 to 15 % at 90 % empty tiles and was removed; its name has no effect here.
+#   decode: nothing on dense caches of 2^20 keys (of all sequences and key heads) and more, where three quarters of empty
+#   64-key blocks save a third of the time; 10 and 16 % at 2^18 and 2^16 keys, where they save 13 % and nothing. A trained
+#   model has 40 % of these blocks empty.
+SKIP_FROM = 2**19
+#   backward: 17 % at D 64 and 42 % at D 128 on dense inputs, because the kernels of hopper.py do not skip. Where negative
+#   scores have no gradient (softpick_stop_gradient, relu_softpick, rectified) an empty tile is no work at all: it pays from
+#   50 % (D 64) or 75 % of empty 64x64 tiles, but a trained model had 11 %. Add the name of the normalizer here if yours
+#   has more. For softpick itself, whose empty tiles still cost two products of five, skipping won 3 to 15 % at 90 %
+#   empty tiles and was removed; its name has no effect here.
 TRACKED: set[str] = set()
 
 # Decoding programs a multiprocessor: as many as run at a time, so that none is left for a second round.

@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import csv
 import datetime
+import functools
 import itertools
 import math
 import multiprocessing
@@ -19,6 +20,7 @@ import os
 import time
 
 import torch
+from without_gpu import compile_only
 
 NORMALIZER = "softpick"
 HEADS = ((16, 16), (32, 8))  # query and key heads, of decode the second: the check must not compile another variant
@@ -121,38 +123,13 @@ class Nothing:
         return lambda *args, **kwargs: None
 
 
+@functools.cache
 def without_gpu() -> None:
     """Let this process compile for the GPU and launch nothing."""
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.runtime import driver, jit
-
     from softpick.ops.triton import launch
 
-    if "fake" in globals():
-        return
-
-    class Fake:
-        def get_current_target(self):
-            return GPUTarget("cuda", 90, 32)
-
-        def get_current_device(self):
-            return 0
-
-        def get_current_stream(self, device=None):
-            return 0
-
-        def get_active_torch_device(self):
-            return torch.device("cpu")
-
-    driver.set_active(Fake())
-    original = jit.JITFunction.run
-    jit.JITFunction.run = lambda self, *a, grid=None, warmup=False, **kw: original(
-        self, *a, grid=grid, warmup=True, **kw
-    )
-    torch.cuda.get_device_capability = lambda *a: (9, 0)
+    compile_only(90)
     launch.multiprocessors = lambda index: 132
-    globals()["fake"] = triton
 
 
 def compile_one(job) -> str | None:
@@ -293,14 +270,8 @@ def tune_rows(pool) -> None:
                 continue
             found[job[3]] = (2 if kind == "forward" else 3) * x.numel() * x.element_size() / ms / 1e9
         top = sorted(found.items(), key=lambda item: -item[1])
-        print(
-            dtype,
-            n,
-            kind,
-            *(f"{shape} {speed:.2f}" for shape, speed in top[: 5 if n <= 16384 else 99]),
-            "TB/s",
-            flush=True,
-        )
+        shown = " ".join(f"{shape} {speed:.2f}" for shape, speed in (top[:5] if n <= 16384 else top))
+        print(dtype, n, kind, shown, "TB/s", flush=True)
 
 
 def tune_splits() -> None:
@@ -370,11 +341,10 @@ def main() -> None:
         for skip in ((False, True) if options.skip == "both" and not kind.startswith("hopper") else (False,))
         if kind != "decode" or dim == 128
     ]
-    if "rows" in options.kinds:
-        with multiprocessing.get_context("spawn").Pool(min(16, os.cpu_count() or 1)) as pool:
-            tune_rows(pool)
-        print(f"rows: {time.time() - began:.0f} s", flush=True)
     with multiprocessing.get_context("spawn").Pool(min(16, os.cpu_count() or 1)) as pool:
+        if "rows" in options.kinds:
+            tune_rows(pool)
+            print(f"rows: {time.time() - began:.0f} s", flush=True)
         failures = dict(zip(jobs, pool.map(compile_one, jobs, chunksize=2), strict=True))
     print(f"{len(jobs)} variants compiled in {time.time() - began:.0f} s", flush=True)
 

@@ -2,51 +2,32 @@
 
 import json
 import sys
+from pathlib import Path
 
 import torch
-from triton.backends.compiler import GPUTarget
-from triton.runtime import driver, jit
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+
+from without_gpu import compile_only
 
 CAPABILITY = int(sys.argv[1])
 SHAPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
-
-class NoGPU:
-    """As much of a driver as compiling asks for."""
-
-    def get_current_target(self):
-        return GPUTarget("cuda", CAPABILITY, 32)
-
-    def get_current_device(self):
-        return 0
-
-    def get_current_stream(self, device=None):
-        return 0
-
-    def get_active_torch_device(self):
-        return torch.device("cpu")
+compiled = {}
 
 
-driver.set_active(NoGPU())
-torch.cuda.get_device_capability = lambda *_: (CAPABILITY // 10, CAPABILITY % 10)
+def note(name, kernel):
+    found = kernel.metadata
+    compiled[name] = {"shared": found.shared, "cubin": len(kernel.asm["cubin"])}
+    if found.maxnreg:
+        compiled[name]["registers"] = found.maxnreg * found.num_warps * 32
+
+
+compile_only(CAPABILITY, note)
 
 from softpick import NORMALIZERS  # noqa: E402
 from softpick.ops.triton import launch, tuning  # noqa: E402
 
-compiled = {}
-original = jit.JITFunction.run
-
-
-def compile_only(self, *args, grid=None, warmup=False, **kwargs):
-    kernel = original(self, *args, grid=grid, warmup=True, **kwargs)
-    found = kernel.metadata
-    compiled[self.fn.__name__] = {"shared": found.shared, "cubin": len(kernel.asm["cubin"])}
-    if found.maxnreg:
-        compiled[self.fn.__name__]["registers"] = found.maxnreg * found.num_warps * 32
-    return kernel
-
-
-jit.JITFunction.run = compile_only
 table = tuning._HOPPER if CAPABILITY == 90 else tuning._PORTABLE
 launch.multiprocessors = lambda _: 28
 launch.blocks = lambda kind, d, dtype, device: tuning.row(tuning._SINGLE if dtype == torch.float32 else table, kind, d)

@@ -493,7 +493,7 @@ def test_skipped_steps_are_counted_on_after_a_stop(tmp_path, recipe, monkeypatch
 
 def test_training_ends_when_no_gradient_is_finite(tmp_path, recipe, monkeypatch):
     spoil(monkeypatch, set(range(5, 100)))
-    said = r"3 steps in a row .*, up to step 7; the last loss logged was \d.* last step: model.layers.0.mlp.up_proj.weight\. "
+    said = r"3 steps in a row had no finite gradient, up to step 7; the last loss logged was \d.*: model.layers.0.mlp.up_proj"
     with pytest.raises(engine.NonFinite, match=said):
         train(replace(recipe, max_skipped=3), tmp_path, device="cpu")
     assert not (tmp_path / "model").exists()

@@ -93,9 +93,13 @@ def _cdiv(x: int, y: int) -> int:
     return (x + y - 1) // y
 
 
+def _power_of_2(x: int) -> int:
+    """The next one, as ``triton.next_power_of_2``, which is as slow as ``triton.cdiv``."""
+    return 1 << (int(x) - 1).bit_length()
+
+
 def _padded(width: int) -> int:
-    """The next power of 2, at least 16 (``triton.next_power_of_2`` is as slow as ``triton.cdiv``)."""
-    return max(16, 1 << (int(width) - 1).bit_length())
+    return max(16, _power_of_2(width))
 
 
 def _precision(dtype: torch.dtype) -> str:
@@ -266,7 +270,7 @@ def _segments(
     out = torch.empty(sequences, heads, lines, length + 4, dtype=torch.int16, device=live.device)
     live_segments[lines, heads, sequences](
         live, out, cu_q, cu_k, *live.stride()[:3], *out.stride()[:3], tq, tk,
-        KEYS=keys, GRAIN=grain, TOGETHER=max(1, block // grain), N=max(32, triton.next_power_of_2(length)),
+        KEYS=keys, GRAIN=grain, TOGETHER=max(1, block // grain), N=max(32, _power_of_2(length)),
         VARLEN=cu_q is not None, num_warps=1,
     )  # fmt: skip
     return out
@@ -516,7 +520,7 @@ def decode(
         part_out, part_total, part_m, sink, out, lse, *out.stride(), *lse.stride(),
         kv_heads, groups, tq, value.shape[-1], splits, options.eps,
         BASE=common["BASE"], CONSTANT=common["CONSTANT"], BLOCK_M=rows, BLOCK_DV=common["BLOCK_DV"],
-        SPLITS=triton.next_power_of_2(splits), EARLY=early, num_warps=4,
+        SPLITS=_power_of_2(splits), EARLY=early, num_warps=4,
         **({"launch_pdl": True} if early else {}),
     )  # fmt: skip
 
@@ -544,7 +548,7 @@ def _row_options(x: Tensor, launch: tuning.Rows) -> dict[str, Any]:
 def _short(kind: str, x: Tensor) -> tuple[tuple[int], dict[str, Any]]:
     """Grid and compile-time arguments where a program holds whole rows of ``(rows, n)``."""
     rows, n = x.shape
-    block = triton.next_power_of_2(n)
+    block = _power_of_2(n)
     launch = tuning.rows(kind, block, x.element_size())
     together = max(1, launch.elements // block)
     return (_cdiv(rows, together),), {"ROWS": together, "N": block, **_row_options(x, launch)}
@@ -565,7 +569,7 @@ def _shared(kind: str, x: Tensor) -> tuple[int, int, dict[str, Any]]:
         return 0, 0, {}
     parts = _cdiv(n, launch.elements)
     room = launch.programs * multiprocessors(x.device.index or 0) // parts
-    shape = {"N": launch.elements, "PARTS": triton.next_power_of_2(parts), "launch_cooperative_grid": True}
+    shape = {"N": launch.elements, "PARTS": _power_of_2(parts), "launch_cooperative_grid": True}
     return min(rows, room) * parts, parts, {**shape, **_row_options(x, launch)}
 
 

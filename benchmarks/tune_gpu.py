@@ -4,7 +4,8 @@
 
 Every variant is compiled in parallel first, then checked against fp64 on a small awkward shape, then timed (median).
 Rows go to a CSV with the GPU and the versions. A variant that fails the check is reported and not timed. More kinds:
-hopper_keys, hopper_queries (kernels in Gluon); printed only: rows (softpick over rows), splits (programs of decode).
+hopper_forward, hopper_keys, hopper_queries (kernels in Gluon); printed only: rows (softpick over rows), splits (programs of
+decode, and how many tiles are under way in hopper/decode.py).
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ NORMALIZER = "softpick"
 HEADS = ((16, 16), (32, 8))  # query and key heads, of decode the second: the check must not compile another variant
 
 
-# (query rows, key rows, warps, stages), of hopper.py also how many held tiles are in registers. The first round (docs/log.md)
+# (query rows, key rows, warps, stages), of hopper/ also how many held tiles are in registers. The first round (docs/log.md)
 # tried all combinations, these were in front
 CANDIDATES = {
     ("forward", 64): [(128, 64, 4, 3), (128, 64, 4, 4), (128, 64, 8, 3), (64, 64, 4, 3)],
@@ -42,6 +43,8 @@ CANDIDATES = {
     ("queries", 128): [(128, 64, 8, 3), (128, 64, 8, 2), (64, 32, 4, 3), (64, 64, 4, 2), (128, 32, 8, 3)],
     ("keys", 64): [(64, 64, 4, 3), (64, 64, 4, 2), (64, 128, 8, 3), (64, 128, 8, 2), (128, 128, 8, 2), (32, 64, 4, 3)],
     ("keys", 128): [(64, 128, 8, 3), (64, 128, 8, 2), (32, 128, 8, 3), (64, 64, 4, 2), (64, 64, 4, 3), (64, 64, 8, 3)],
+    ("hopper_forward", 64): [(128, 128, 4, 3, 0), (128, 64, 4, 4, 0), (64, 64, 4, 4, 0), (256, 64, 8, 4, 2)],
+    ("hopper_forward", 128): [(128, 128, 8, 3, 0), (128, 128, 8, 3, 1), (128, 64, 8, 5, 1), (64, 64, 4, 3, 1)],
     ("hopper_keys", 64): [
         (64, 64, 4, 3, 0),
         (64, 64, 4, 3, 1),
@@ -89,11 +92,12 @@ def run(kind: str, dim: int, skip: bool, blocks, tensors) -> None:
     options = launch.Options(norm, dim**-0.5, norm.eps, -1, 0, False, 0.0, 0.0, skip)
     tuning.OVERRIDE.clear()
     launch.hopper_can = lambda *_: kind.startswith("hopper")
+    launch.hopper_can_decode = lambda *_: False
     if kind.startswith("hopper"):
         tuning.HOPPER[kind.removeprefix("hopper_"), dim] = tuning.Schedule(*blocks)
     else:
         tuning.OVERRIDE[kind] = tuning.Blocks(*blocks)
-    if kind == "forward":
+    if kind.endswith("forward"):
         launch.forward(options, q, k, v, None, None, None, None, None, 0, out, lse, None, None, live)
     elif kind == "decode":
         one = options._replace(bottom_right=True)
@@ -175,7 +179,7 @@ def check(kind: str, dim: int, skip: bool, blocks) -> float:
     grads = torch.autograd.grad(want, leaves, grad.double())
     want = want.detach()
     nan = [torch.full_like(x, math.nan) for x in (q, k, v)]
-    if kind in ("forward", "decode"):
+    if kind.endswith(("forward", "decode")):
         out, lse = torch.full_like(q, math.nan), torch.full((1, heads, t), math.nan, device="cuda")
         run(kind, dim, skip, blocks, (q, k, v, out, lse, grad, *nan, empty_map(q)))
         if kind == "decode":
@@ -274,6 +278,10 @@ def tune_rows(pool) -> None:
         print(dtype, n, kind, shown, "TB/s", flush=True)
 
 
+# (keys of a tile, key tiles and value tiles under way, warps, programs a multiprocessor)
+DECODED = [(64, 3, 3, 4, 2), (64, 3, 3, 4, 4), (64, 3, 3, 4, 8), (64, 4, 2, 4, 2), (64, 2, 2, 4, 3), (64, 2, 2, 4, 9)]
+
+
 def tune_splits() -> None:
     """Decode against cuDNN, graph replays, by programs a multiprocessor."""
     import triton
@@ -296,7 +304,18 @@ def tune_splits() -> None:
                 torch.nn.functional.scaled_dot_product_attention(q, k, v, enable_gqa=True)
 
         bench = triton.testing.do_bench_cudagraph
+
+        def ours(skip, pairs=((q, k), (sparse_q, sparse_k)), v=v, out=out, lse=lse, options=options):
+            rest = v, None, None, None, None, out, lse
+            calls = [functools.partial(launch.decode, options._replace(skip=skip), q, k, *rest) for q, k in pairs]
+            return [round(1e3 * bench(call, rep=10, return_mode="median"), 1) for call in calls]
+
         line = [f"{b}x{t} cudnn {1e3 * bench(peer, rep=20, return_mode='median'):.0f}"]
+        launch.hopper_can_decode = lambda *_: True
+        for schedule, skip in itertools.product(DECODED, (False, True)):
+            tuning.HOPPER_DECODE[128] = tuning.Decoding(*schedule)
+            line.append(("hopper", schedule, skip, ours(skip)))
+        launch.hopper_can_decode = lambda *_: False
         variants = itertools.product((2, 4, 8, 12), (64, 128, 256), CANDIDATES["decode", 128][:5], (False, True))
         for programs, fewest, blocks, skip in variants:
             if fewest > 64 and t > 8192:
@@ -304,22 +323,11 @@ def tune_splits() -> None:
             kind = "decode_skip" if skip else "decode"
             tuning.OVERRIDE[kind] = tuning.Blocks(*blocks)
             launch.PROGRAMS[kind], launch.FEWEST_KEYS[kind] = programs, fewest
-            ours = [
-                1e3
-                * bench(
-                    lambda q=q, k=k, skip=skip: launch.decode(
-                        options._replace(skip=skip), q, k, v, None, None, None, None, out, lse
-                    ),
-                    rep=10,
-                    return_mode="median",
-                )
-                for q, k in ((q, k), (sparse_q, sparse_k))
-            ]
-            line.append(((programs, fewest), blocks, skip, [round(x, 1) for x in ours]))
+            line.append(((programs, fewest), blocks, skip, ours(skip)))
         print(line[0])
         for skip in (False, True):
             for i in (0, 1):
-                top = sorted((x for x in line[1:] if x[2] == skip), key=lambda x, i=i: x[3][i])[:3]
+                top = sorted((x for x in line[1:] if x[2] == skip), key=lambda x, i=i: x[3][i])[:5]
                 print("   ", "skip" if skip else "all ", ("dense", "75 % empty")[i], *top, flush=True)
 
 

@@ -36,7 +36,7 @@ for case in sys.argv[2:]:
     name, d, dtype, extra = case.split(",")
     d, dtype, norm = int(d), SHAPES[dtype], NORMALIZERS[name]
     compiled.clear()
-    launch.hopper_can = lambda *_, by_hand=extra == "hopper": by_hand
+    launch.hopper_can = launch.hopper_can_decode = lambda *_, by_hand=extra == "hopper": by_hand
     q, k, v, out = (torch.empty(1, 4, 256, d, dtype=dtype) for _ in range(4))
     lse, grads = torch.empty(1, 4, 256), [torch.empty_like(q) for _ in range(3)]
     sink = torch.empty(4) if norm.needs_sink else None

@@ -474,7 +474,7 @@ def test_decoding_matches_the_oracle(backend, name, case, poisoned):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_decoding_over_several_splits_of_the_keys(name, monkeypatch, poisoned):
-    monkeypatch.setattr(launch, "_splits", lambda programs, pairs, tk, block_n, device: (-(-tk // 32), 32))
+    monkeypatch.setattr(launch, "_splits", lambda programs, fewest, pairs, tk, block_n, device: (-(-tk // 32), 32))
     q, k, v = (t.detach() for t in make(h=4, hkv=2, tq=2, tk=150))
     sink = sink_for(name, 4, torch.float32)
     with torch.no_grad():

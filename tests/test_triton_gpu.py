@@ -23,6 +23,9 @@ pytestmark = pytest.mark.gpu
 
 NAMES = list(NORMALIZERS)
 DEVICE = "cuda"
+for_hopper = pytest.mark.skipif(
+    not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9, reason="kernels for Hopper GPUs"
+)
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 # relative error of the output and of gradients
 TOLERANCE = {BF16: (1e-2, 2e-2), FP16: (2e-3, 4e-3), FP32: (1e-5, 1e-4)}
@@ -314,6 +317,82 @@ def test_decoding(name, how, poisoned):
     assert relative(lse, want_lse) < 1e-3
 
 
+DECODED = {
+    "contiguous": {},
+    "one query": {"shape": (1, 4, 4, 1, 1, 128, 128)},
+    "group of 8": {"shape": (2, 16, 2, 3, 1000, 128, 128)},
+    "small heads": {"shape": (2, 8, 2, 2, 777, 80, 64)},
+    "window": {"window": 100},
+    "two-sided window and softcap": {"window": (70, 0), "softcap": 3.0},
+    "huge": {"scale": 100.0},
+    "all negative": {"scale": 3.0, "shift": -2.0},
+    "far below zero": {"scale": 30.0, "shift": -4.0},
+    "lengths": {"lengths": (960, 0, 333)},
+    "pages": {"lengths": (961, 65, 1), "page": 64},
+}
+
+
+@for_hopper
+@pytest.mark.parametrize("how", DECODED)
+@pytest.mark.parametrize("name", NAMES)
+def test_decoding_for_hopper(name, how, monkeypatch, poisoned):
+    """The kernel in Gluon against fp64; skipping changes no bit; what lies beyond the lengths may be anything."""
+    from softpick.ops.triton import launch
+
+    taken = []
+    original, decode = launch.hopper_can_decode, launch.decode
+    monkeypatch.setattr(launch, "_FEWEST_CACHED", 0)
+    monkeypatch.setattr(launch, "hopper_can_decode", lambda *args: taken.append(original(*args)) or taken[-1])
+    setting = {"shape": (3, 8, 2, 2, 1024, 128, 128), "scale": 1.0, "shift": 0.0, "lengths": None, "page": 0} | DECODED[
+        how
+    ]
+    q, k, v = (t.detach() for t in inputs(setting["shape"], BF16, setting["scale"]))
+    if setting["shift"]:
+        q, k = q.abs(), k + setting["shift"]
+    sink = sink_for(name, q.shape[1])
+    lengths = setting["lengths"] and torch.tensor(setting["lengths"], device=DEVICE, dtype=torch.int32)
+    common = {key: setting[key] for key in ("window", "softcap") if key in setting}
+    with torch.no_grad():
+        true = exact(q, k, v, sink)
+        want, want_lse = decode_attention(
+            *true[:3],
+            cache_seqlens=lengths,
+            sink=true[3],
+            normalizer=name,
+            backend="reference",
+            return_lse=True,
+            **common,
+        )
+        for i, length in enumerate(setting["lengths"] or ()):
+            k[i, :, length:] = v[i, :, length:] = math.nan
+        table = None
+        if setting["page"]:
+            (k, table), (v, _) = paged(k, setting["page"]), paged(v, setting["page"])
+        results = []
+        for skip in (None, False):
+            monkeypatch.setattr(
+                launch, "decode", lambda options, *rest, s=skip: decode(options._replace(skip=s), *rest)
+            )
+            results.append(
+                decode_attention(
+                    q,
+                    k,
+                    v,
+                    cache_seqlens=lengths,
+                    block_table=table,
+                    sink=sink,
+                    normalizer=name,
+                    return_lse=True,
+                    **common,
+                )
+            )
+    assert taken == [True, True]
+    for (out, lse), again in zip(results, reversed(results), strict=True):
+        assert torch.equal(out, again[0])
+        assert relative(out, want) < 1e-2
+        assert relative(lse, want_lse) < 1e-3
+
+
 @pytest.mark.parametrize("dtype", [BF16, FP16, FP32])
 @pytest.mark.parametrize("d", [80, 256])
 def test_decoding_with_as_many_rows_as_there_may_be(d, dtype):
@@ -594,12 +673,47 @@ BY_HAND = {
 }
 
 
-@pytest.mark.skipif(
-    not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9, reason="kernels for Hopper GPUs"
-)
+@for_hopper
+@pytest.mark.parametrize("scale", [1.0, -1.0, 30.0], ids=["normal", "negative scale", "huge"])
+@pytest.mark.parametrize("key", BY_HAND)
+def test_forward_for_hopper(key, scale, monkeypatch, poisoned):
+    """hopper/forward.py on sizes for which it would not be chosen: error at most 1.5 times that of the other kernel."""
+    from softpick.ops.triton import launch
+
+    calls, run = [], launch._forward_by_hand
+    monkeypatch.setattr(launch, "_forward_by_hand", lambda *a: calls.append(1) or run(*a))
+    setting = BY_HAND[key]
+    q, k, v = (t.detach() for t in inputs(setting["shape"], BF16, abs(scale)))
+    sink = sink_for(setting["name"], q.shape[1])
+    options, softmax_scale = setting["options"], math.copysign(q.shape[-1] ** -0.5, scale)
+
+    def kernel():
+        return functional.attention(
+            q, k, v, backend="triton", normalizer=setting["name"], scale=softmax_scale, eps=NORMALIZERS[setting["name"]].eps,
+            sink=sink, max_seqlen_q=q.shape[2], max_seqlen_k=k.shape[2], right=0 if options else -1,
+            bottom_right=options.get("causal_alignment") == "bottom_right",
+        )[:2]  # fmt: skip
+
+    with torch.no_grad():
+        want = attend(
+            *exact(q, k, v), None, exact(sink)[0], normalizer=setting["name"], scale=softmax_scale, backend="reference",
+            return_stats=True, **options,
+        )[:2]  # fmt: skip
+        plain = kernel()
+        assert not calls
+        monkeypatch.setattr(launch, "_FEWEST_SCORES", 0)
+        got, again = kernel(), kernel()
+    assert calls == [1, 1], "this kernel was not used"
+    for one, other, true, least in zip(got, plain, want, (1e-3, 1e-5), strict=True):
+        assert relative(one, true) <= max(1.5 * relative(other, true), least)
+    assert torch.equal(got[0], again[0])
+    assert torch.equal(got[1], again[1])
+
+
+@for_hopper
 @pytest.mark.parametrize("key", BY_HAND)
 def test_backward_for_hopper(key, monkeypatch):
-    """hopper.py, whose kernels no interpreter runs, on sizes for which they would not be chosen."""
+    """hopper/backward.py, whose kernels no interpreter runs, on sizes for which they would not be chosen."""
     from softpick.ops.triton import launch
 
     calls, run = [], launch._backward_by_hand

@@ -209,14 +209,17 @@ def decode_split(
 def decode_merge(
     part_out, part_total, part_m, sink, out, lse, o_b, o_h, o_t, o_d, l_b, l_h, l_t,
     kv_heads, groups, tq, v_width, splits, eps,
-    BASE: tl.constexpr, CONSTANT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_DV: tl.constexpr, SPLITS: tl.constexpr,
-    EARLY: tl.constexpr,
+    BASE: tl.constexpr, CONSTANT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_DV: tl.constexpr, COLUMNS: tl.constexpr,
+    SPLITS: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    """Partial results relative to their ``m`` into one, in the order of the splits. Grid: (queries, heads, B)."""
+    """Partial results relative to their ``m`` into one, in the order of the splits.
+
+    Grid: (queries times blocks of COLUMNS, heads, B).
+    """
     if EARLY:
         gdc_wait()
-    i, h, b = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
-    p, dv = tl.arange(0, SPLITS), tl.arange(0, BLOCK_DV)
+    i, h, b = tl.program_id(0) % tq, tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
+    p, dv = tl.arange(0, SPLITS), tl.program_id(0) // tq * COLUMNS + tl.arange(0, COLUMNS)
     kv, r = h // groups, (h % groups) * tq + i
     part = ((b * kv_heads + kv) * splits + p) * BLOCK_M + r
     m = tl.load(part_m + part, mask=p < splits, other=-INF)

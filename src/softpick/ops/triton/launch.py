@@ -32,6 +32,7 @@ from softpick.ops.triton.tile import LOG2E, switches
 from softpick.ops.triton.tuning import (
     FEWEST_KEYS,
     HOPPER,
+    HOPPER_DECODE,
     LONGEST_TILE,
     PROGRAMS,
     SHARED_ROWS,
@@ -61,6 +62,8 @@ _LONGEST_MAP = 65536  # keys; beyond, the runs of the map would take more memory
 _L2_SHARE = 2**24  # bytes of keys and values (or queries and gradients) in use at a time
 _FEWEST_TOGETHER = 256  # tiles: with fewer the longest ones of some pair are left for the end
 _FEWEST_SCORES = 2**22  # fewer take hardly longer on the GPU than it takes to describe the tensors to it
+_FEWEST_CACHED = 2**16  # keys of all sequences and heads from which decoding by hand pays, for the same reason
+_MOST_PARTS = 256  # of a sequence: the merge holds them at once
 _LARGEST_OPTIMISTIC_EPS = 1e-5  # eps is relative to e^m; without m it is off by a factor of at most 1 + eps
 
 
@@ -234,11 +237,17 @@ def forward(
     if not (b and heads and longest):
         return
     common = _common(options, query, value, mask)
+    groups = heads // key.shape[1]
+    keys = key.shape[2] if cu_k is None else longest
+    optimistic = _optimistic(query.dtype, options)
+    plain = cu_q is None and mass is None and live is None
+    if plain and optimistic and hopper_can(options, query, key, value, mask):
+        _forward_by_hand(options, common, query, key, value, sink, out, lse)
+        return
     tile = blocks("forward", max(common["BLOCK_D"], common["BLOCK_DV"]), query.dtype, query.device)
     pointer, mask_strides = _mask_arguments(mask)
     tiles = _cdiv(longest, tile.m)
-    groups = heads // key.shape[1]
-    together = _together(heads * b, groups, _row_bytes(key, value) * (key.shape[2] if cu_k is None else longest), tiles)
+    together = _together(heads * b, groups, _row_bytes(key, value) * keys, tiles)
     attention_forward[(tiles * heads * b,)](
         query, key, value, out, lse, mass, largest, live, pointer, sink, cu_q, cu_k, seed,
         *query.stride(), *key.stride(), *value.stride(), *out.stride(), *lse.stride(), *mask_strides,
@@ -251,12 +260,39 @@ def forward(
         DROPOUT=options.dropout_p > 0,
         STATS=mass is not None,
         VARLEN=cu_q is not None,
-        OPTIMISTIC=_optimistic(query.dtype, options),
+        OPTIMISTIC=optimistic,
         TRACK=live is not None,
         SIGNED=options.scale <= 0 or (mask is not None and mask.dtype != torch.bool),
         RELU_ASM=_relu_asm(query),
         num_warps=tile.warps,
         num_stages=tile.stages,
+    )  # fmt: skip
+
+
+def _forward_by_hand(
+    options: Options,
+    common: dict[str, Any],
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    sink: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+) -> None:
+    """The kernel of ``hopper/forward.py``."""
+    (b, heads, tq, _), groups, tk = query.shape, query.shape[1] // key.shape[1], key.shape[2]
+    padded = common["BLOCK_D"]
+    tile = HOPPER["forward", padded]
+    rows = 16 * tile.warps  # of a query tile; a program has one or two
+    tiles = _cdiv(tq, tile.m)
+    together = _together(heads * b, groups, _row_bytes(key, value) * tk, tiles)
+    hopper.forward_queries[(tiles * heads * b,)](
+        hopper.tiles(query, [1, 1, rows, padded]),
+        *(hopper.tiles(x, [1, 1, tile.n, padded]) for x in (key, value)),
+        out, lse, sink, *out.stride(), *lse.stride(),
+        tiles, heads, heads * b, together, groups, tq, tk, value.shape[-1], options.right, _unit(options), options.eps,
+        **switches(options.norm), **{name: common[name] for name in ("BLOCK_D", "RIGHT", "BOTTOM_RIGHT")},
+        HALVES=tile.m // rows, BLOCK_N=tile.n, STAGES=tile.stages, IN_REGISTERS=tile.in_registers, num_warps=tile.warps,
     )  # fmt: skip
 
 
@@ -390,10 +426,11 @@ def _backward_kernels(
     )  # fmt: skip
 
 
-def hopper_can(
-    options: Options, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, grad_out: Tensor
-) -> bool:
-    """Whether the kernels of ``hopper.py`` compute this gradient, and it is long enough for them to be faster."""
+def hopper_can(options: Options, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, *more: Tensor) -> bool:
+    """Whether the kernels of ``hopper/`` compute this, and it is long enough for them to be faster.
+
+    ``more`` has to be fetched, too.
+    """
     padded = _padded(query.shape[-1])
     return (
         hopper is not None
@@ -407,10 +444,27 @@ def hopper_can(
         and not options.dropout_p
         and padded in (64, 128)
         and padded == _padded(value.shape[-1])
-        and _fetchable(query)
+        and all(_fetchable(x) for x in (query, key, value, *more))
+    )
+
+
+def hopper_can_decode(
+    options: Options, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, page: int, keys: int
+) -> bool:
+    """Whether ``hopper/decode.py`` takes it; describing the cache to the GPU pays from so many keys on."""
+    return (
+        hopper is not None
+        and _capability(query) == 9
+        and query.dtype == torch.bfloat16
+        and keys >= _FEWEST_CACHED
+        and query.shape[1] // key.shape[1] * query.shape[2] <= 32
+        and mask is None
+        and (options.norm.base == "linear" or options.eps <= _LARGEST_OPTIMISTIC_EPS)
+        and _padded(key.shape[-1]) in (64, 128)
+        and _padded(value.shape[-1]) in (64, 128)
+        and page % 64 == 0
         and _fetchable(key)
         and _fetchable(value)
-        and _fetchable(grad_out)
     )
 
 
@@ -432,7 +486,7 @@ def _backward_by_hand(
     dkey: Tensor,
     dvalue: Tensor,
 ) -> None:
-    """The kernels of ``hopper.py``."""
+    """The kernels of ``hopper/backward.py``."""
     (b, heads, tq, width), kv_heads, tk = query.shape, key.shape[1], key.shape[2]
     groups, padded = heads // kv_heads, common["BLOCK_D"]
     shared = {**switches(options.norm), **{name: common[name] for name in ("BLOCK_D", "RIGHT", "BOTTOM_RIGHT")}}
@@ -490,46 +544,72 @@ def decode(
     tk = key.shape[2] if table is None else table.shape[1] * page
     common = _common(options, query, value, mask)
     widest = max(common["BLOCK_D"], common["BLOCK_DV"])
-    skip = options.norm.sparse and (b * kv_heads * tk >= SKIP_FROM if options.skip is None else options.skip)
+    by_hand = hopper_can_decode(options, query, key, value, mask, page, b * kv_heads * tk)
+    pays = by_hand or b * kv_heads * tk >= SKIP_FROM
+    skip = options.norm.sparse and (pays if options.skip is None else options.skip)
     kind = "decode_skip" if skip else "decode"
-    tile = blocks(kind, widest, query.dtype, query.device)
-    rows = _padded(groups * tq)
-    splits, chunk = _splits(kind, b * kv_heads, tk, tile.n, query.device)
+    if by_hand:
+        rows = max(8, _power_of_2(groups * tq))
+        schedule = HOPPER_DECODE[widest]
+        splits, chunk = _splits(schedule.programs, 4 * schedule.n, b * kv_heads, tk, schedule.n, query.device)
+    else:
+        rows = _padded(groups * tq)
+        tile = blocks(kind, widest, query.dtype, query.device)
+        splits, chunk = _splits(PROGRAMS[kind], FEWEST_KEYS[kind], b * kv_heads, tk, tile.n, query.device)
     early = _dependent_launch(query)
     shape = (b, kv_heads, splits, rows)
     part_out = torch.empty(*shape, common["BLOCK_DV"], dtype=torch.float32, device=query.device)
     part_total, part_m = (torch.empty(shape, dtype=torch.float32, device=query.device) for _ in range(2))
-    pointer, mask_strides = _mask_arguments(mask)
-    decode_split[splits, kv_heads, b](
-        query, key, value, part_out, part_total, part_m, pointer, sink, lengths, table,
-        *query.stride(), *key.stride(), *value.stride(), *mask_strides, 0 if table is None else table.stride(0),
-        kv_heads, groups, tq, tk, query.shape[-1], value.shape[-1],
-        options.left, options.right, _unit(options), options.softcap, chunk,
-        **common,
-        BLOCK_M=rows,
-        BLOCK_N=tile.n,
-        PAGE=page,
-        LENGTHS=lengths is not None,
-        SKIP=skip,
-        RELU_ASM=_relu_asm(query),
-        EARLY=early,
-        num_warps=tile.warps,
-        num_stages=tile.stages,
-    )  # fmt: skip
-    decode_merge[tq, heads, b](
+    if by_hand:
+        hopper.decode_keys[splits, kv_heads, b](
+            query, hopper.tiles(key, [1, 1, schedule.n, common["BLOCK_D"]]),
+            hopper.tiles(value, [1, 1, schedule.n, common["BLOCK_DV"]]), part_out, part_total, part_m, sink, lengths, table,
+            *query.stride(), 0 if table is None else table.stride(0),
+            kv_heads, groups, tq, tk, query.shape[-1], options.left, options.right, _unit(options), options.softcap, chunk,
+            **switches(options.norm),
+            **{name: common[name] for name in ("BLOCK_D", "BLOCK_DV", "LEFT", "RIGHT", "BOTTOM_RIGHT", "SOFTCAP")},
+            BLOCK_M=rows,
+            BLOCK_N=schedule.n,
+            STAGES=schedule.stages,
+            VALUES=schedule.values,
+            PAGE=page,
+            LENGTHS=lengths is not None,
+            SKIP=skip,
+            num_warps=schedule.warps,
+        )  # fmt: skip
+    else:
+        pointer, mask_strides = _mask_arguments(mask)
+        decode_split[splits, kv_heads, b](
+            query, key, value, part_out, part_total, part_m, pointer, sink, lengths, table,
+            *query.stride(), *key.stride(), *value.stride(), *mask_strides, 0 if table is None else table.stride(0),
+            kv_heads, groups, tq, tk, query.shape[-1], value.shape[-1],
+            options.left, options.right, _unit(options), options.softcap, chunk,
+            **common,
+            BLOCK_M=rows,
+            BLOCK_N=tile.n,
+            PAGE=page,
+            LENGTHS=lengths is not None,
+            SKIP=skip,
+            RELU_ASM=_relu_asm(query),
+            EARLY=early,
+            num_warps=tile.warps,
+            num_stages=tile.stages,
+        )  # fmt: skip
+    columns = min(32, common["BLOCK_DV"])  # several programs a row: at batch 1 there are few rows
+    decode_merge[tq * _cdiv(value.shape[-1], columns), heads, b](
         part_out, part_total, part_m, sink, out, lse, *out.stride(), *lse.stride(),
         kv_heads, groups, tq, value.shape[-1], splits, options.eps,
-        BASE=common["BASE"], CONSTANT=common["CONSTANT"], BLOCK_M=rows, BLOCK_DV=common["BLOCK_DV"],
+        BASE=common["BASE"], CONSTANT=common["CONSTANT"], BLOCK_M=rows, BLOCK_DV=common["BLOCK_DV"], COLUMNS=columns,
         SPLITS=_power_of_2(splits), EARLY=early, num_warps=4,
         **({"launch_pdl": True} if early else {}),
     )  # fmt: skip
 
 
-def _splits(kind: str, pairs: int, tk: int, block_n: int, device: torch.device) -> tuple[int, int]:
-    """(programs a sequence and key head, keys of each): enough programs to fill the device, none with too few keys."""
-    programs = PROGRAMS[kind] * (multiprocessors(device.index or 0) if device.type == "cuda" else 2)
+def _splits(programs: int, fewest: int, pairs: int, tk: int, block_n: int, device: torch.device) -> tuple[int, int]:
+    """(programs a sequence and key head, keys of each): as many ``programs`` a multiprocessor, none with too few keys."""
+    programs *= multiprocessors(device.index or 0) if device.type == "cuda" else 2
     tiles = max(1, _cdiv(tk, block_n))
-    wanted = max(1, min(128, programs // pairs, _cdiv(tk, FEWEST_KEYS[kind])))
+    wanted = max(1, min(_MOST_PARTS, programs // pairs, _cdiv(tk, fewest)))
     chunk = _cdiv(tiles, wanted) * block_n
     return max(1, _cdiv(tk, chunk)), chunk
 

@@ -15,6 +15,7 @@ import torch
 __all__ = [
     "FEWEST_KEYS",
     "HOPPER",
+    "HOPPER_DECODE",
     "LONGEST_TILE",
     "OVERRIDE",
     "PROGRAMS",
@@ -40,7 +41,7 @@ class Blocks(NamedTuple):
 
 
 class Schedule(NamedTuple):
-    """A launch of a kernel of ``hopper.py``: as :class:`Blocks`, and how many of the two held tiles are in registers."""
+    """A launch of a kernel of ``hopper/``: as :class:`Blocks`, and how many of the two held tiles are in registers."""
 
     m: int
     n: int
@@ -53,13 +54,30 @@ class Schedule(NamedTuple):
 # shared memory, 1.20 with 128 keys and 8 warps; 64 query rows do not fit into registers), queries 0.41 and 0.67 (held in
 # registers 0.41 to 0.44 and 0.70): several small programs a multiprocessor overlap best
 HOPPER = {
+    ("forward", 64): Schedule(128, 64, 4, 4, 0),
+    ("forward", 128): Schedule(128, 128, 8, 3, 1),
     ("keys", 64): Schedule(64, 64, 4, 2, 2),
     ("keys", 128): Schedule(32, 64, 4, 3, 1),
     ("queries", 64): Schedule(64, 64, 4, 3, 0),
     ("queries", 128): Schedule(64, 64, 4, 2, 0),
 }
+
+
+class Decoding(NamedTuple):
+    """A launch of ``hopper/decode.py``: keys of a tile, key tiles and value tiles under way, warps, programs a
+    multiprocessor.
+    """
+
+    n: int
+    stages: int
+    values: int
+    warps: int
+    programs: int
+
+
+HOPPER_DECODE = {64: Decoding(64, 3, 3, 4, 4), 128: Decoding(64, 3, 3, 4, 2)}
 LONGEST_TILE = 128
-"""Row statistics for ``hopper.py`` are padded to a multiple of its query tiles."""
+"""Row statistics for ``hopper/backward.py`` are padded to a multiple of its query tiles."""
 
 
 class Rows(NamedTuple):
@@ -146,7 +164,7 @@ _SINGLE = {
 #   64-key blocks save a third of the time; 10 and 16 % at 2^18 and 2^16 keys, where they save 13 % and nothing. A trained
 #   model has 40 % of these blocks empty.
 SKIP_FROM = 2**19
-#   backward: 17 % at D 64 and 42 % at D 128 on dense inputs, because the kernels of hopper.py do not skip. Where negative
+#   backward: 17 % at D 64 and 42 % at D 128 on dense inputs, because the kernels of hopper/ do not skip. Where negative
 #   scores have no gradient (softpick_stop_gradient, relu_softpick, rectified) an empty tile is no work at all: it pays from
 #   50 % (D 64) or 75 % of empty 64x64 tiles, but a trained model had 11 %. Add the name of the normalizer here if yours
 #   has more. For softpick itself, whose empty tiles still cost two products of five, skipping won 3 to 15 % at 90 %

@@ -1,4 +1,4 @@
-"""The backward kernels for Hopper GPUs, in Gluon: the same formulas as :mod:`softpick.ops.triton.backward`, scheduled by hand.
+"""The backward pass: the same formulas as :mod:`softpick.ops.triton.backward`, scheduled by hand.
 
 Triton waits for a matrix product before it goes on. Here a product runs while the results of another are worked on: of every
 tile ``S`` and ``dP`` start together, exponentials are taken while ``dP`` runs, the gradient of the scores while ``dV`` runs,
@@ -11,10 +11,6 @@ For what most training does (:func:`softpick.ops.triton.launch.hopper_can`); eve
 
 from __future__ import annotations
 
-import functools
-from typing import Any
-
-from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
@@ -24,22 +20,12 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_init,
     warpgroup_mma_wait,
 )
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from softpick.ops.triton.backward import _score_gradient, _slopes
+from softpick.ops.triton.hopper.tiles import store
 from softpick.ops.triton.tile import EXPM1, assignment, kept_scores, narrow
 
-__all__ = ["backward_keys", "backward_queries", "tiles"]
-
-
-def tiles(x: Tensor, block: list[int]) -> TensorDescriptor:
-    """``x`` for the tensor memory accelerator, which fetches blocks of it (bf16; strides in multiples of 8)."""
-    return TensorDescriptor(x, list(x.shape), list(x.stride()), block, _shared(tuple(block)))
-
-
-@functools.cache
-def _shared(block: tuple[int, ...]) -> Any:
-    return gl.NVMMASharedLayout.get_default_for(list(block), gl.bfloat16)
+__all__ = ["backward_keys", "backward_queries"]
 
 
 @gluon.jit
@@ -73,28 +59,6 @@ def _room(held, held_too, passing, passing_too, place, STAGES: gl.constexpr):
     tma.async_copy_global_to_shared(held, place, bar, one)
     tma.async_copy_global_to_shared(held_too, place, bar, other)
     return one, other, first, second, ready
-
-
-@gluon.jit
-def _store(
-    base,
-    x,
-    first,
-    length,
-    width,
-    stride_t,
-    stride_d,
-    ROWS: gl.constexpr,
-    COLUMNS: gl.constexpr,
-    num_warps: gl.constexpr,
-):
-    """Rows ``first ...`` of one head, as far as there are rows and columns."""
-    layout: gl.constexpr = gl.BlockedLayout([1, 8], [32 // (COLUMNS // 8), COLUMNS // 8], [num_warps, 1], [1, 0])
-    n = gl.arange(0, ROWS, layout=gl.SliceLayout(1, layout))
-    d = gl.arange(0, COLUMNS, layout=gl.SliceLayout(0, layout))
-    at = base + first.to(gl.int64) * stride_t + n[:, None] * stride_t + d[None, :] * stride_d
-    inside = (first + n < length)[:, None] & (d < width)[None, :]
-    gl.store(at, gl.convert_layout(x.to(base.dtype.element_ty), layout), mask=inside)
 
 
 @gluon.jit
@@ -196,8 +160,8 @@ def backward_keys(
     dk, dv = warpgroup_mma_wait(num_outstanding=0, deps=[dk, dv])
     for stage in gl.static_range(STAGES + 1):
         mbarrier.invalidate(ready.index(stage))
-    _store(dkey + b * dk_b + kv * dk_h, dk * scale, j0, tk, width, dk_t, dk_d, BLOCK_N, BLOCK_D, num_warps)
-    _store(dvalue + b * dv_b + kv * dv_h, dv, j0, tk, v_width, dv_t, dv_d, BLOCK_N, BLOCK_D, num_warps)
+    store(dkey + b * dk_b + kv * dk_h, dk * scale, j0, tk, width, dk_t, dk_d, BLOCK_N, BLOCK_D, num_warps)
+    store(dvalue + b * dv_b + kv * dv_h, dv, j0, tk, v_width, dv_t, dv_d, BLOCK_N, BLOCK_D, num_warps)
 
 
 @gluon.jit
@@ -286,4 +250,4 @@ def backward_queries(
     dq = warpgroup_mma_wait(num_outstanding=0, deps=[dq])
     for stage in gl.static_range(STAGES + 1):
         mbarrier.invalidate(ready.index(stage))
-    _store(dquery + b * dq_b + h * dq_h, dq * scale, i0, tq, width, dq_t, dq_d, BLOCK_M, BLOCK_D, num_warps)
+    store(dquery + b * dq_b + h * dq_h, dq * scale, i0, tq, width, dq_t, dq_d, BLOCK_M, BLOCK_D, num_warps)

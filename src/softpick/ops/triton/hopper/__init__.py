@@ -1,0 +1,12 @@
+"""The kernels once more for Hopper GPUs, in Gluon, which comes with Triton: scheduled by hand.
+
+For what most training and decoding does (:func:`softpick.ops.triton.launch.hopper_can`); everything else takes the kernels
+of :mod:`softpick.ops.triton`. No interpreter runs Gluon.
+"""
+
+from softpick.ops.triton.hopper.backward import backward_keys, backward_queries
+from softpick.ops.triton.hopper.decode import decode_keys
+from softpick.ops.triton.hopper.forward import forward_queries
+from softpick.ops.triton.hopper.tiles import tiles
+
+__all__ = ["backward_keys", "backward_queries", "decode_keys", "forward_queries", "tiles"]

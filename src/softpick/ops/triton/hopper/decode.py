@@ -1,0 +1,308 @@
+"""Decoding: :func:`softpick.ops.triton.decode.decode_split` once more, scheduled by hand.
+
+The tensor memory accelerator keeps several key tiles on their way. Values are asked for when the scores of their tile are
+known, and only if one of them is kept (SKIP); their product is taken when VALUES tiles wait, so that nobody waits for memory
+twice. Tiles are transposed, keys by queries and head dim by queries: the few queries are then the short side of a product of
+64 x 8, and a thread has four scores.
+"""
+
+from __future__ import annotations
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+)
+from triton.language.extra.cuda import gdc_launch_dependents
+
+from softpick.ops.triton.tile import (
+    EXP,
+    INF,
+    LINEAR,
+    LOG2E,
+    NONE,
+    POSITIVE,
+    SINK,
+    finish_scores,
+    kept_scores,
+    numerators,
+)
+
+__all__ = ["decode_keys"]
+
+_LARGEST, _SMALLEST = gl.constexpr(2.0**64), gl.constexpr(2.0**-64)
+
+
+@gluon.jit
+def _fetch(tiles, it, wanted, first, row, kv, table, bar, place, BLOCK_N: gl.constexpr, PAGE: gl.constexpr):
+    """Start copying tile ``it`` of the keys ``first ...``."""
+    at = first + it * BLOCK_N
+    if PAGE != 0:
+        row = gl.load(table + at // PAGE, mask=wanted, other=0).to(gl.int32)
+        at = at % PAGE
+    mbarrier.expect(bar, tiles.block_type.nbytes, pred=wanted)
+    tma.async_copy_global_to_shared(tiles, [row, kv, at, 0], bar, place, pred=wanted)
+
+
+@gluon.jit
+def _start(
+    tiles, before, count, first, row, kv, table, bars, places, BLOCK_N: gl.constexpr, PAGE: gl.constexpr, AHEAD: gl.constexpr,
+    STAGES: gl.constexpr,
+):  # fmt: skip
+    """Start copying the first AHEAD tiles; ``before`` came through the stages already."""
+    for it in gl.static_range(AHEAD):
+        stage = (before + it) % STAGES
+        _fetch(tiles, it, it < count, first, row, kv, table, bars.index(stage), places.index(stage), BLOCK_N, PAGE)
+
+
+@gluon.jit
+def _scores(
+    it, seen, first, q, keys, ready, i2, tq, tk, offset, left, right, unit, softcap,
+    BASE: gl.constexpr, LEFT: gl.constexpr, RIGHT: gl.constexpr, SOFTCAP: gl.constexpr, BLOCK_M: gl.constexpr,
+    BLOCK_N: gl.constexpr, BLOCK_D: gl.constexpr, STAGES: gl.constexpr, s_layout: gl.constexpr,
+):  # fmt: skip
+    """Scores of tile ``it``, the ``seen + it``-th that comes through the stages; what a query does not see adds nothing."""
+    stage = (seen + it) % STAGES
+    mbarrier.wait(ready.index(stage), ((seen + it) // STAGES) & 1)
+    zero = gl.zeros([BLOCK_N, BLOCK_M], gl.float32, layout=s_layout)
+    s = warpgroup_mma(keys.index(stage).reshape([BLOCK_N, BLOCK_D]), q.permute([1, 0]), zero, use_acc=False)
+    j = first + it * BLOCK_N + gl.arange(0, BLOCK_N, layout=gl.SliceLayout(1, s_layout))
+    s, keep, _ = finish_scores(
+        s, i2, j[:, None], None, 0, 0, tq, tk, offset, left, right, unit, softcap,
+        BASE, 0, False, LEFT, RIGHT, SOFTCAP, True,
+    )  # fmt: skip
+    return s, keep
+
+
+@gluon.jit
+def _sweep(
+    m, seen, taken, count, first, row, kv, q, key_tiles, value_tiles, keys, values, weights, ready, arrived, table, i2,
+    rows, tq, tk, offset, left, right, unit, softcap,
+    BASE: gl.constexpr, RECTIFY: gl.constexpr, ABSOLUTE: gl.constexpr, LEFT: gl.constexpr, RIGHT: gl.constexpr,
+    SOFTCAP: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_D: gl.constexpr, BLOCK_DV: gl.constexpr,
+    STAGES: gl.constexpr, VALUES: gl.constexpr, PAGE: gl.constexpr, LENGTHS: gl.constexpr, SKIP: gl.constexpr,
+    SHIFT: gl.constexpr, s_layout: gl.constexpr, o_layout: gl.constexpr, num_warps: gl.constexpr,
+):  # fmt: skip
+    """All keys with weights relative to ``m``; their first tiles are on the way (:func:`_start`).
+
+    ``seen`` key tiles and ``taken`` value tiles came through the stages before.
+    """
+    taken = gl.to_tensor(taken)
+    acc = gl.zeros([BLOCK_DV, BLOCK_M], gl.float32, layout=o_layout)
+    total = gl.zeros([BLOCK_N, BLOCK_M], gl.float32, layout=s_layout)
+    used = taken
+    live = gl.to_tensor(False)
+    valid = tk - first - (count - 1) * BLOCK_N  # keys of the last tile
+    for it in range(count):
+        s, keep = _scores(
+            it, seen, first, q, keys, ready, i2, tq, tk, offset, left, right, unit, softcap,
+            BASE, LEFT, RIGHT, SOFTCAP, BLOCK_M, BLOCK_N, BLOCK_D, STAGES, s_layout,
+        )  # fmt: skip
+        s = gl.where(keep, s, -INF if BASE == EXP else 0.0)
+        p = numerators(s, m, BASE, SHIFT, False)
+        kept = kept_scores(p, s, RECTIFY)
+        total += gl.abs(p) if ABSOLUTE else kept
+        # a place more than value tiles: what is written here, nobody reads who has not met the others since
+        weights.index(taken % (VALUES + 1)).store(gl.permute(kept.to(gl.bfloat16), (1, 0)))
+        fence_async_shared()
+        if SKIP:
+            top = gl.max(gl.max(gl.where(keep & rows, s, -INF), 1), 0)
+            live = top > 0 if RECTIFY == POSITIVE else top >= 0
+        gl.thread_barrier()  # scores are read by nobody any more, weights are there for everybody
+        stage = (seen + it) % STAGES
+        following = it + STAGES
+        _fetch(
+            key_tiles, following, following < count, first, row, kv, table, ready.index(stage), keys.index(stage), BLOCK_N, PAGE
+        )  # fmt: skip
+        if SKIP:
+            slot = taken % VALUES
+            _fetch(value_tiles, it, live, first, row, kv, table, arrived.index(slot), values.index(slot), BLOCK_N, PAGE)
+            taken += live.to(gl.int32)
+            if taken - used == VALUES:
+                acc = _product(acc, used, BLOCK_N, values, weights, arrived, BLOCK_N, BLOCK_DV, VALUES, num_warps)
+                used += 1
+        else:
+            following = it + VALUES - 1
+            slot = (taken + VALUES - 1) % VALUES
+            _fetch(
+                value_tiles, following, following < count, first, row, kv, table, arrived.index(slot), values.index(slot),
+                BLOCK_N, PAGE,
+            )  # fmt: skip
+            last = BLOCK_N
+            if LENGTHS:
+                last = gl.where(it == count - 1, valid, BLOCK_N)
+            acc = _product(acc, taken, last, values, weights, arrived, BLOCK_N, BLOCK_DV, VALUES, num_warps)
+            taken += 1
+    if SKIP:
+        for at in range(used, taken):
+            last = BLOCK_N
+            if LENGTHS:
+                last = gl.where(live & (at == taken - 1), valid, BLOCK_N)
+            acc = _product(acc, at, last, values, weights, arrived, BLOCK_N, BLOCK_DV, VALUES, num_warps)
+    gl.thread_barrier()
+    return acc, gl.sum(total, 0), taken
+
+
+@gluon.jit
+def _product(
+    acc, at, valid, values, weights, arrived, BLOCK_N: gl.constexpr, BLOCK_DV: gl.constexpr, VALUES: gl.constexpr,
+    num_warps: gl.constexpr,
+):  # fmt: skip
+    """The ``at``-th value tile into ``acc``; its rows from ``valid`` on may hold anything."""
+    mbarrier.wait(arrived.index(at % VALUES), (at // VALUES) & 1)
+    v = values.index(at % VALUES).reshape([BLOCK_N, BLOCK_DV])
+    if valid < BLOCK_N:
+        layout: gl.constexpr = gl.BlockedLayout([1, 8], [32 // (BLOCK_DV // 8), BLOCK_DV // 8], [num_warps, 1], [1, 0])
+        n = gl.arange(0, BLOCK_N, layout=gl.SliceLayout(1, layout))
+        v.store(gl.where((n < valid)[:, None], v.load(layout), 0.0))
+        fence_async_shared()
+        gl.thread_barrier()
+    return warpgroup_mma(v.permute([1, 0]), weights.index(at % (VALUES + 1)).permute([1, 0]), acc)
+
+
+@gluon.jit
+def _largest(
+    seen, count, first, row, kv, q, key_tiles, keys, ready, table, i2, tq, tk, offset, left, right, unit, softcap,
+    BASE: gl.constexpr, LEFT: gl.constexpr, RIGHT: gl.constexpr, SOFTCAP: gl.constexpr, BLOCK_M: gl.constexpr,
+    BLOCK_N: gl.constexpr, BLOCK_D: gl.constexpr, STAGES: gl.constexpr, PAGE: gl.constexpr, s_layout: gl.constexpr,
+):  # fmt: skip
+    """The largest score of every query; the first tiles are on the way."""
+    top = gl.full([BLOCK_N, BLOCK_M], -INF, gl.float32, layout=s_layout)
+    for it in range(count):
+        s, keep = _scores(
+            it, seen, first, q, keys, ready, i2, tq, tk, offset, left, right, unit, softcap,
+            BASE, LEFT, RIGHT, SOFTCAP, BLOCK_M, BLOCK_N, BLOCK_D, STAGES, s_layout,
+        )  # fmt: skip
+        top = gl.maximum(top, gl.where(keep, s, -INF))
+        gl.thread_barrier()
+        stage = (seen + it) % STAGES
+        following = it + STAGES
+        _fetch(
+            key_tiles, following, following < count, first, row, kv, table, ready.index(stage), keys.index(stage), BLOCK_N, PAGE
+        )  # fmt: skip
+    return gl.max(top, 0)
+
+
+@gluon.jit(do_not_specialize=["kv_heads", "tq", "tk", "left", "right", "chunk", "t_b"])
+def decode_keys(
+    query, key_tiles, value_tiles, part_out, part_total, part_m, sink, lengths, table, q_b, q_h, q_t, q_d, t_b,
+    kv_heads, groups, tq, tk, width, left, right, unit, softcap, chunk,
+    BASE: gl.constexpr, RECTIFY: gl.constexpr, ABSOLUTE: gl.constexpr, CONSTANT: gl.constexpr,
+    NEGATIVE_GRADIENT: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_D: gl.constexpr,
+    BLOCK_DV: gl.constexpr, STAGES: gl.constexpr, VALUES: gl.constexpr, LEFT: gl.constexpr, RIGHT: gl.constexpr,
+    BOTTOM_RIGHT: gl.constexpr, SOFTCAP: gl.constexpr, PAGE: gl.constexpr, LENGTHS: gl.constexpr, SKIP: gl.constexpr,
+    num_warps: gl.constexpr,
+):  # fmt: skip
+    """As ``decode.py``, with the same grid and the same parts. Pages have a multiple of BLOCK_N keys.
+
+    Weights are taken relative to 0; only where a sum left the range, once more relative to the largest score.
+    """
+    gdc_launch_dependents()  # the merge waits by itself
+    s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [num_warps, 1], [16, BLOCK_M, 16])
+    o_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [num_warps, 1], [16, BLOCK_M, 16])
+    q_layout: gl.constexpr = gl.BlockedLayout([1, 8], [32 // (BLOCK_D // 8), BLOCK_D // 8], [num_warps, 1], [1, 0])
+    shared: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK_M, BLOCK_D], gl.bfloat16)
+    weights_shared: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK_M, BLOCK_N], gl.bfloat16)
+    split, kv, b = gl.program_id(0), gl.program_id(1), gl.program_id(2)
+    if LENGTHS:
+        tk = gl.minimum(tk, gl.load(lengths + b).to(gl.int32))
+    offset = 0
+    if BOTTOM_RIGHT:
+        offset = tk - tq
+    lo, hi = split * chunk, gl.minimum((split + 1) * chunk, tk)
+    if RIGHT:
+        hi = gl.minimum(hi, tq + offset + right)
+    if LEFT:
+        lo = gl.maximum(lo, (offset - left) // BLOCK_N * BLOCK_N)
+    count = gl.cdiv(gl.maximum(hi - lo, 0), BLOCK_N)
+
+    keys = gl.allocate_shared_memory(gl.bfloat16, [STAGES] + key_tiles.block_type.shape, key_tiles.layout)  # noqa: RUF005 (no stars in Triton)
+    values = gl.allocate_shared_memory(gl.bfloat16, [VALUES] + value_tiles.block_type.shape, value_tiles.layout)  # noqa: RUF005
+    weights = gl.allocate_shared_memory(gl.bfloat16, [VALUES + 1, BLOCK_M, BLOCK_N], weights_shared)
+    ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    arrived = gl.allocate_shared_memory(gl.int64, [VALUES, 1], mbarrier.MBarrierLayout())
+    for stage in gl.static_range(STAGES):
+        mbarrier.init(ready.index(stage), count=1)
+    for stage in gl.static_range(VALUES):
+        mbarrier.init(arrived.index(stage), count=1)
+    table_of = table
+    if PAGE != 0:
+        table_of = table + b * t_b
+    _start(key_tiles, 0, count, lo, b, kv, table_of, ready, keys, BLOCK_N, PAGE, STAGES, STAGES)
+    if not SKIP:
+        _start(value_tiles, 0, count, lo, b, kv, table_of, arrived, values, BLOCK_N, PAGE, VALUES - 1, VALUES)
+    r, d = (
+        gl.arange(0, BLOCK_M, layout=gl.SliceLayout(1, q_layout)),
+        gl.arange(0, BLOCK_D, layout=gl.SliceLayout(0, q_layout)),
+    )
+    at = b.to(gl.int64) * q_b + (kv * groups + r // tq).to(gl.int64) * q_h + r % tq * q_t
+    tile = gl.load(
+        query + at[:, None] + d[None, :] * q_d, mask=(r < groups * tq)[:, None] & (d < width)[None, :], other=0.0
+    )
+    q = gl.allocate_shared_memory(gl.bfloat16, [BLOCK_M, BLOCK_D], shared, tile)
+    fence_async_shared()
+    gl.thread_barrier()
+    r = gl.arange(0, BLOCK_M, layout=gl.SliceLayout(0, s_layout))
+    rows = r < groups * tq
+    i = r % tq
+    ANCHORED: gl.constexpr = BASE != EXP or RECTIFY != NONE or CONSTANT != 0
+    zero = gl.zeros([BLOCK_M], gl.float32, layout=gl.SliceLayout(0, s_layout))
+    acc, total, taken = _sweep(
+        zero[None, :], 0, 0, count, lo, b, kv, q, key_tiles, value_tiles, keys, values, weights, ready, arrived, table_of,
+        i[None, :], rows[None, :], tq, tk, offset, left, right, unit, softcap,
+        BASE, RECTIFY, ABSOLUTE, LEFT, RIGHT, SOFTCAP, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, STAGES, VALUES, PAGE, LENGTHS, SKIP,
+        False, s_layout, o_layout, num_warps,
+    )  # fmt: skip
+    m = zero
+    if BASE != LINEAR:
+        sees = rows
+        if RIGHT:
+            sees = sees & (gl.minimum(hi, i + offset + right + 1) > lo)
+        if LEFT:
+            sees = sees & (gl.maximum(lo, i + offset - left) < hi)
+        sees = sees & (hi > lo)
+        sound = total < _LARGEST
+        if not ANCHORED:
+            sound = sound & ((total > _SMALLEST) | ~sees)
+        if CONSTANT == SINK:
+            logit = gl.load(sink + kv * groups + gl.minimum(r // tq, groups - 1)).to(gl.float32) * LOG2E
+            sound = sound & (logit < 64.0)
+        wrong = gl.max(gl.where(sound | ~rows, 0, 1), 0) + gl.max(gl.max(gl.where(gl.abs(acc) < 3.0e38, 0, 1), 0), 0)
+        if wrong > 0:
+            _start(key_tiles, count, count, lo, b, kv, table_of, ready, keys, BLOCK_N, PAGE, STAGES, STAGES)
+            m = _largest(
+                count, count, lo, b, kv, q, key_tiles, keys, ready, table_of, i[None, :],
+                tq, tk, offset, left, right, unit, softcap,
+                BASE, LEFT, RIGHT, SOFTCAP, BLOCK_M, BLOCK_N, BLOCK_D, STAGES, PAGE, s_layout,
+            )  # fmt: skip
+            if ANCHORED:
+                m = gl.maximum(m, 0.0)
+            if CONSTANT == SINK:
+                m = gl.maximum(m, logit)
+            _start(key_tiles, 2 * count, count, lo, b, kv, table_of, ready, keys, BLOCK_N, PAGE, STAGES, STAGES)
+            if not SKIP:
+                _start(
+                    value_tiles, taken, count, lo, b, kv, table_of, arrived, values, BLOCK_N, PAGE, VALUES - 1, VALUES
+                )
+            acc, total, taken = _sweep(
+                gl.where(m == -INF, 0.0, m)[None, :], 2 * count, taken, count, lo, b, kv, q, key_tiles, value_tiles, keys,
+                values, weights, ready, arrived, table_of, i[None, :], rows[None, :], tq, tk, offset, left, right, unit,
+                softcap, BASE, RECTIFY, ABSOLUTE, LEFT, RIGHT, SOFTCAP, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, STAGES, VALUES,
+                PAGE, LENGTHS, SKIP, True, s_layout, o_layout, num_warps,
+            )  # fmt: skip
+        elif not ANCHORED:  # a part without keys says nothing about the largest score
+            m = gl.where(sees, 0.0, -INF)
+    for stage in gl.static_range(STAGES):
+        mbarrier.invalidate(ready.index(stage))
+    for stage in gl.static_range(VALUES):
+        mbarrier.invalidate(arrived.index(stage))
+    part = ((b.to(gl.int64) * kv_heads + kv) * gl.num_programs(0) + split) * BLOCK_M
+    gl.store(part_total + part + r, total, mask=rows)
+    gl.store(part_m + part + r, m, mask=rows)
+    r = gl.arange(0, BLOCK_M, layout=gl.SliceLayout(0, o_layout))
+    d = gl.arange(0, BLOCK_DV, layout=gl.SliceLayout(1, o_layout))
+    at = part_out + part * BLOCK_DV + r[None, :] * BLOCK_DV + d[:, None]
+    gl.store(at, acc, mask=(r < groups * tq)[None, :] & (d < BLOCK_DV)[:, None])

@@ -437,6 +437,7 @@ def hopper_can(options: Options, query: Tensor, key: Tensor, value: Tensor, mask
         and _capability(query) == 9
         and query.dtype == torch.bfloat16
         and options.norm.base != "linear"
+        and options.scale > 0  # signs are those of the products
         and query.shape[0] * query.shape[1] * query.shape[2] * key.shape[2] >= _FEWEST_SCORES
         and mask is None
         and options.left < 0
@@ -502,8 +503,8 @@ def _backward_by_hand(
     tiles = _cdiv(tk, tile.n)
     together = _together(kv_heads * b, 1, groups * tq * _row_bytes(query, grad_out), tiles)
     hopper.backward_keys[(tiles * kv_heads * b,)](
-        *tensors, statistics, dkey, dvalue,
-        *dkey.stride(), *dvalue.stride(), plane,
+        *tensors, hopper.row_tiles(statistics.transpose(2, 3), tile.m), dkey, dvalue,
+        *dkey.stride(), *dvalue.stride(),
         tiles, heads, kv_heads * b, together, groups, tq, tk, width, value.shape[-1], options.right, _unit(options),
         options.scale, **shared, BLOCK_M=tile.m, BLOCK_N=tile.n, STAGES=tile.stages, IN_REGISTERS=tile.in_registers,
         num_warps=tile.warps,

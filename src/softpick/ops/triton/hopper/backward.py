@@ -29,17 +29,37 @@ __all__ = ["backward_keys", "backward_queries"]
 
 
 @gluon.jit
-def _fetch(
-    it, count, per_head, lo, head, row, first, second, firsts, seconds, ready, BLOCK: gl.constexpr, STAGES: gl.constexpr
-):
-    """Start copying tile ``it`` of two tensors; tiles are counted through the heads of a group."""
+def _fetch(it, count, head, row, first, second, firsts, seconds, ready, BLOCK: gl.constexpr, STAGES: gl.constexpr):
+    """Start copying tile ``it`` of two tensors."""
     stage = it % STAGES
     wanted = it < count
-    at = lo + it % per_head * BLOCK
+    at = it * BLOCK
     bar = ready.index(stage)
     mbarrier.expect(bar, first.block_type.nbytes + second.block_type.nbytes, pred=wanted)
-    tma.async_copy_global_to_shared(first, [row, head + it // per_head, at, 0], bar, firsts.index(stage), pred=wanted)
-    tma.async_copy_global_to_shared(second, [row, head + it // per_head, at, 0], bar, seconds.index(stage), pred=wanted)
+    tma.async_copy_global_to_shared(first, [row, head, at, 0], bar, firsts.index(stage), pred=wanted)
+    tma.async_copy_global_to_shared(second, [row, head, at, 0], bar, seconds.index(stage), pred=wanted)
+
+
+@gluon.jit
+def _fetch_queries(
+    it, n, h, count, per_head, lo, row, query_tiles, grad_tiles, row_tiles, queries, grads, rows, ready,
+    BLOCK: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    """Start copying tile ``it``, the ``n``-th of head ``h``; returns the place of the next one.
+
+    With it come the statistics of its rows: every warp would wait for them if it read them by itself.
+    """
+    stage = it % STAGES
+    wanted = it < count
+    at = lo + n * BLOCK
+    bar = ready.index(stage)
+    nbytes: gl.constexpr = query_tiles.block_type.nbytes + grad_tiles.block_type.nbytes + row_tiles.block_type.nbytes
+    mbarrier.expect(bar, nbytes, pred=wanted)
+    tma.async_copy_global_to_shared(query_tiles, [row, h, at, 0], bar, queries.index(stage), pred=wanted)
+    tma.async_copy_global_to_shared(grad_tiles, [row, h, at, 0], bar, grads.index(stage), pred=wanted)
+    tma.async_copy_global_to_shared(row_tiles, [row, h, 0, at], bar, rows.index(stage), pred=wanted)
+    last = n + 1 == per_head
+    return gl.where(last, 0, n + 1), gl.where(last, h + 1, h)
 
 
 @gluon.jit
@@ -63,18 +83,16 @@ def _room(held, held_too, passing, passing_too, place, STAGES: gl.constexpr):
 
 @gluon.jit
 def _tile_of_keys(
-    it, at, count, per_head, lo, head, row, dk, dv, keys, values, query_tiles, grad_tiles, queries, grads, ready,
-    statistics, plane, j2, reach, unit,
+    it, at, next_n, next_h, count, per_head, lo, row, dk, dv, keys, values, query_tiles, grad_tiles, row_tiles, queries, grads,
+    rows, ready, j2, reach, unit,
     BASE: gl.constexpr, RECTIFY: gl.constexpr, ABSOLUTE: gl.constexpr, NEGATIVE_GRADIENT: gl.constexpr,
     BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_D: gl.constexpr, STAGES: gl.constexpr,
     EDGE: gl.constexpr, s_layout: gl.constexpr, o_layout: gl.constexpr,
 ):  # fmt: skip
     """One query tile into ``dk`` and ``dv``; tiles are transposed, keys by queries."""
     stage = it % STAGES
-    i = at + gl.arange(0, BLOCK_M, layout=gl.SliceLayout(0, s_layout))
-    level = gl.load(statistics + i)
-    inverse = gl.load(statistics + plane + i)
     mbarrier.wait(ready.index(stage), (it // STAGES) & 1)
+    statistics = rows.index(stage).reshape([4, BLOCK_M])
     q, do = queries.index(stage).reshape([BLOCK_M, BLOCK_D]), grads.index(stage).reshape([BLOCK_M, BLOCK_D])
     zero = gl.zeros([BLOCK_N, BLOCK_M], gl.float32, layout=s_layout)
     s = warpgroup_mma(keys, q.permute([1, 0]), zero, use_acc=False, is_async=True)
@@ -82,31 +100,33 @@ def _tile_of_keys(
     s, dk, dv = warpgroup_mma_wait(num_outstanding=1, deps=[s, dk, dv])
     # every product of the tile before has ended, for every warp once they have met: its place can be filled again
     gl.thread_barrier()
-    _fetch(
-        it + STAGES - 1, count, per_head, lo, head, row, query_tiles, grad_tiles, queries, grads, ready, BLOCK_M, STAGES
-    )
-    e = gl.exp2(s * unit - level[None, :])
+    next_n, next_h = _fetch_queries(
+        it + STAGES - 1, next_n, next_h, count, per_head, lo, row, query_tiles, grad_tiles, row_tiles, queries, grads, rows,
+        ready, BLOCK_M, STAGES,
+    )  # fmt: skip
+    e = gl.exp2(s * unit - statistics.slice(0, 1).load(s_layout))
     if EDGE:
+        i = at + gl.arange(0, BLOCK_M, layout=gl.SliceLayout(0, s_layout))
         e = gl.where(j2 <= i[None, :] + reach, e, 0.0)
-    p, e = _slopes(s, e, inverse[None, :], BASE, False)
+    p, e = _slopes(s, e, statistics.slice(1, 1).load(s_layout), BASE, False)
     if BASE == EXPM1:
         p = narrow(p, do, True, True)
     else:
         p = kept_scores(e, s, RECTIFY).to(gl.bfloat16)
     p = gl.convert_layout(p, gl.DotOperandLayout(0, o_layout, 2))
     dv = warpgroup_mma(p, do, dv, is_async=True)
-    delta = gl.load(statistics + 2 * plane + i)
+    delta = statistics.slice(2, 1).load(s_layout)
     dp = warpgroup_mma_wait(num_outstanding=1, deps=[dp])
-    ds = _score_gradient(s, e, dp, delta[None, :], BASE, RECTIFY, ABSOLUTE, NEGATIVE_GRADIENT)
+    ds = _score_gradient(s, e, dp, delta, BASE, RECTIFY, ABSOLUTE, NEGATIVE_GRADIENT)
     ds = gl.convert_layout(ds.to(gl.bfloat16), gl.DotOperandLayout(0, o_layout, 2))
     dk = warpgroup_mma(ds, q, dk, is_async=True)
-    return dk, dv
+    return dk, dv, next_n, next_h
 
 
-@gluon.jit(do_not_specialize=["heads", "tiles", "pairs", "together", "tq", "tk", "right", "plane"])
+@gluon.jit(do_not_specialize=["heads", "tiles", "pairs", "together", "tq", "tk", "right"])
 def backward_keys(
-    query_tiles, key_tiles, value_tiles, grad_tiles, statistics, dkey, dvalue,
-    dk_b, dk_h, dk_t, dk_d, dv_b, dv_h, dv_t, dv_d, plane,
+    query_tiles, key_tiles, value_tiles, grad_tiles, row_tiles, dkey, dvalue,
+    dk_b, dk_h, dk_t, dk_d, dv_b, dv_h, dv_t, dv_d,
     tiles, heads, pairs, together, groups, tq, tk, width, v_width, right, unit, scale,
     BASE: gl.constexpr, RECTIFY: gl.constexpr, ABSOLUTE: gl.constexpr, CONSTANT: gl.constexpr,
     NEGATIVE_GRADIENT: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_D: gl.constexpr,
@@ -124,6 +144,7 @@ def backward_keys(
     keys, values, queries, grads, ready = _room(
         key_tiles, value_tiles, query_tiles, grad_tiles, [row, kv.to(gl.int32), j0, 0], STAGES
     )
+    rows = gl.allocate_shared_memory(gl.float32, [STAGES] + row_tiles.block_type.shape, row_tiles.layout)  # noqa: RUF005
     lo, full = 0, 0  # queries that see a key of the tile, and those that see every one
     if RIGHT:
         lo = gl.minimum(gl.maximum(0, j0 - reach), tq) // BLOCK_M * BLOCK_M
@@ -131,8 +152,12 @@ def backward_keys(
     per_head = gl.cdiv(tq - lo, BLOCK_M)
     edges = gl.minimum((full - lo) // BLOCK_M, per_head)
     count = per_head * groups
+    next_n, next_h = gl.to_tensor(0), head
     for it in gl.static_range(STAGES - 1):
-        _fetch(it, count, per_head, lo, head, row, query_tiles, grad_tiles, queries, grads, ready, BLOCK_M, STAGES)
+        next_n, next_h = _fetch_queries(
+            it, next_n, next_h, count, per_head, lo, row, query_tiles, grad_tiles, row_tiles, queries, grads, rows, ready,
+            BLOCK_M, STAGES,
+        )  # fmt: skip
     zero = gl.zeros([BLOCK_N, BLOCK_D], gl.float32, layout=o_layout)
     dk, dv = warpgroup_mma_init(zero), warpgroup_mma_init(zero)
     j2 = (j0 + gl.arange(0, BLOCK_N, layout=gl.SliceLayout(1, s_layout)))[:, None]
@@ -142,21 +167,22 @@ def backward_keys(
         k = k.load(gl.DotOperandLayout(0, s_layout, 2))
     if IN_REGISTERS > 1:
         v = v.load(gl.DotOperandLayout(0, s_layout, 2))
-    at_head = statistics + (b * heads + head) * (4 * plane)
     for group in range(groups):
         for n in range(0, edges):
-            dk, dv = _tile_of_keys(
-                group * per_head + n, lo + n * BLOCK_M, count, per_head, lo, head, row, dk, dv, k, v,
-                query_tiles, grad_tiles, queries, grads, ready, at_head, plane, j2, reach, unit,
+            dk, dv, next_n, next_h = _tile_of_keys(
+                group * per_head + n, lo + n * BLOCK_M, next_n, next_h, count, per_head, lo, row, dk, dv, k, v,
+                query_tiles, grad_tiles, row_tiles, queries, grads, rows, ready, j2, reach, unit,
                 BASE, RECTIFY, ABSOLUTE, NEGATIVE_GRADIENT, BLOCK_M, BLOCK_N, BLOCK_D, STAGES, True, s_layout, o_layout,
             )  # fmt: skip
         for n in range(edges, per_head):
-            dk, dv = _tile_of_keys(
-                group * per_head + n, lo + n * BLOCK_M, count, per_head, lo, head, row, dk, dv, k, v,
-                query_tiles, grad_tiles, queries, grads, ready, at_head, plane, j2, reach, unit,
+            dk, dv, next_n, next_h = _tile_of_keys(
+                group * per_head + n, lo + n * BLOCK_M, next_n, next_h, count, per_head, lo, row, dk, dv, k, v,
+                query_tiles, grad_tiles, row_tiles, queries, grads, rows, ready, j2, reach, unit,
                 BASE, RECTIFY, ABSOLUTE, NEGATIVE_GRADIENT, BLOCK_M, BLOCK_N, BLOCK_D, STAGES, False, s_layout, o_layout,
             )  # fmt: skip
-        at_head += 4 * plane
+        # accumulators that are under way around the outer loop, too, would make every product wait (ptxas C7515)
+        dk, dv = warpgroup_mma_wait(num_outstanding=0, deps=[dk, dv])
+        dk, dv = warpgroup_mma_init(dk), warpgroup_mma_init(dv)
     dk, dv = warpgroup_mma_wait(num_outstanding=0, deps=[dk, dv])
     for stage in gl.static_range(STAGES + 1):
         mbarrier.invalidate(ready.index(stage))
@@ -166,8 +192,7 @@ def backward_keys(
 
 @gluon.jit
 def _tile_of_queries(
-    it, at, count, head, row, dq, q, do, key_tiles, value_tiles, keys, values, ready, level, inverse, delta, i2, reach,
-    unit,
+    it, at, count, head, row, dq, q, do, key_tiles, value_tiles, keys, values, ready, level, delta, i2, reach, unit,
     BASE: gl.constexpr, RECTIFY: gl.constexpr, ABSOLUTE: gl.constexpr, NEGATIVE_GRADIENT: gl.constexpr,
     BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_D: gl.constexpr, STAGES: gl.constexpr,
     EDGE: gl.constexpr, s_layout: gl.constexpr, o_layout: gl.constexpr,
@@ -181,14 +206,17 @@ def _tile_of_queries(
     dp = warpgroup_mma(do, v.permute([1, 0]), zero, use_acc=False, is_async=True)
     s, dq = warpgroup_mma_wait(num_outstanding=1, deps=[s, dq])
     gl.thread_barrier()  # as above
-    _fetch(it + STAGES - 1, count, count, 0, head, row, key_tiles, value_tiles, keys, values, ready, BLOCK_N, STAGES)
+    _fetch(it + STAGES - 1, count, head, row, key_tiles, value_tiles, keys, values, ready, BLOCK_N, STAGES)
     e = gl.exp2(s * unit - level)
     if EDGE:
         j = at + gl.arange(0, BLOCK_N, layout=gl.SliceLayout(0, s_layout))
         e = gl.where(j[None, :] <= i2 + reach, e, 0.0)
-    _, e = _slopes(s, e, inverse, BASE, False)
     dp = warpgroup_mma_wait(num_outstanding=0, deps=[dp])
-    ds = _score_gradient(s, e, dp, delta, BASE, RECTIFY, ABSOLUTE, NEGATIVE_GRADIENT)
+    if BASE == EXPM1:  # as _score_gradient; the sign of the score itself takes one instruction less
+        below = delta if ABSOLUTE and NEGATIVE_GRADIENT else 0.0
+        ds = e * gl.where(s > 0, dp - delta, below)
+    else:
+        ds = _score_gradient(s, e, dp, delta, BASE, RECTIFY, ABSOLUTE, NEGATIVE_GRADIENT)
     ds = gl.convert_layout(ds.to(gl.bfloat16), gl.DotOperandLayout(0, o_layout, 2))
     return warpgroup_mma(ds, k, dq, is_async=True)
 
@@ -222,11 +250,10 @@ def backward_queries(
     if RIGHT:
         whole = gl.minimum(full // BLOCK_N, count)
     for it in gl.static_range(STAGES - 1):
-        _fetch(it, count, count, 0, head, row, key_tiles, value_tiles, keys, values, ready, BLOCK_N, STAGES)
+        _fetch(it, count, head, row, key_tiles, value_tiles, keys, values, ready, BLOCK_N, STAGES)
     i = i0 + gl.arange(0, BLOCK_M, layout=gl.SliceLayout(1, s_layout))
     statistics += (b * heads + h) * (4 * plane)
     level = gl.load(statistics + i)[:, None]
-    inverse = gl.load(statistics + plane + i)[:, None]
     delta = gl.load(statistics + 2 * plane + i)[:, None]
     dq = warpgroup_mma_init(gl.zeros([BLOCK_M, BLOCK_D], gl.float32, layout=o_layout))
     mbarrier.wait(ready.index(STAGES), 0)
@@ -237,14 +264,14 @@ def backward_queries(
         do = do.load(gl.DotOperandLayout(0, s_layout, 2))
     for it in range(0, whole):
         dq = _tile_of_queries(
-            it, it * BLOCK_N, count, head, row, dq, q, do, key_tiles, value_tiles, keys, values, ready, level, inverse,
-            delta, i[:, None], reach, unit,
+            it, it * BLOCK_N, count, head, row, dq, q, do, key_tiles, value_tiles, keys, values, ready, level, delta,
+            i[:, None], reach, unit,
             BASE, RECTIFY, ABSOLUTE, NEGATIVE_GRADIENT, BLOCK_M, BLOCK_N, BLOCK_D, STAGES, False, s_layout, o_layout,
         )  # fmt: skip
     for it in range(whole, count):
         dq = _tile_of_queries(
-            it, it * BLOCK_N, count, head, row, dq, q, do, key_tiles, value_tiles, keys, values, ready, level, inverse,
-            delta, i[:, None], reach, unit,
+            it, it * BLOCK_N, count, head, row, dq, q, do, key_tiles, value_tiles, keys, values, ready, level, delta,
+            i[:, None], reach, unit,
             BASE, RECTIFY, ABSOLUTE, NEGATIVE_GRADIENT, BLOCK_M, BLOCK_N, BLOCK_D, STAGES, True, s_layout, o_layout,
         )  # fmt: skip
     dq = warpgroup_mma_wait(num_outstanding=0, deps=[dq])

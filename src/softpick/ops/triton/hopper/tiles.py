@@ -10,12 +10,19 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-__all__ = ["store", "tiles"]
+__all__ = ["row_tiles", "store", "tiles"]
 
 
 def tiles(x: Tensor, block: list[int]) -> TensorDescriptor:
     """``x`` for the tensor memory accelerator, which fetches blocks of it (bf16; strides in multiples of 8)."""
     return TensorDescriptor(x, list(x.shape), list(x.stride()), block, _shared(tuple(block)))
+
+
+def row_tiles(statistics: Tensor, rows: int) -> TensorDescriptor:
+    """Statistics of rows, ``(B, H, 4, T)`` in fp32, as blocks of ``rows``; each of the four is read by itself: no swizzling."""
+    return TensorDescriptor(
+        statistics, list(statistics.shape), list(statistics.stride()), [1, 1, 4, rows], gl.NVMMASharedLayout(0, 32, 4)
+    )
 
 
 @functools.cache

@@ -4,7 +4,7 @@
 
 Every variant is compiled in parallel first, then checked against fp64 on a small awkward shape, then timed (median).
 Rows go to a CSV with the GPU and the versions. A variant that fails the check is reported and not timed. More kinds:
-hopper_forward, hopper_keys, hopper_queries (kernels in Gluon); printed only: rows (softpick over rows), splits (programs of
+hopper_keys, hopper_queries (kernels in Gluon); printed only: rows (softpick over rows), hopper_forward, splits (programs of
 decode, and how many tiles are under way in hopper/decode.py).
 """
 
@@ -43,8 +43,6 @@ CANDIDATES = {
     ("queries", 128): [(128, 64, 8, 3), (128, 64, 8, 2), (64, 32, 4, 3), (64, 64, 4, 2), (128, 32, 8, 3)],
     ("keys", 64): [(64, 64, 4, 3), (64, 64, 4, 2), (64, 128, 8, 3), (64, 128, 8, 2), (128, 128, 8, 2), (32, 64, 4, 3)],
     ("keys", 128): [(64, 128, 8, 3), (64, 128, 8, 2), (32, 128, 8, 3), (64, 64, 4, 2), (64, 64, 4, 3), (64, 64, 8, 3)],
-    ("hopper_forward", 64): [(128, 128, 4, 3, 0), (128, 64, 4, 4, 0), (64, 64, 4, 4, 0), (256, 64, 8, 4, 2)],
-    ("hopper_forward", 128): [(128, 128, 8, 3, 0), (128, 128, 8, 3, 1), (128, 64, 8, 5, 1), (64, 64, 4, 3, 1)],
     ("hopper_keys", 64): [
         (64, 64, 4, 3, 0),
         (64, 64, 4, 3, 1),
@@ -97,7 +95,7 @@ def run(kind: str, dim: int, skip: bool, blocks, tensors) -> None:
         tuning.HOPPER[kind.removeprefix("hopper_"), dim] = tuning.Schedule(*blocks)
     else:
         tuning.OVERRIDE[kind] = tuning.Blocks(*blocks)
-    if kind.endswith("forward"):
+    if kind == "forward":
         launch.forward(options, q, k, v, None, None, None, None, None, 0, out, lse, None, None, live)
     elif kind == "decode":
         one = options._replace(bottom_right=True)
@@ -179,7 +177,7 @@ def check(kind: str, dim: int, skip: bool, blocks) -> float:
     grads = torch.autograd.grad(want, leaves, grad.double())
     want = want.detach()
     nan = [torch.full_like(x, math.nan) for x in (q, k, v)]
-    if kind.endswith(("forward", "decode")):
+    if kind in ("forward", "decode"):
         out, lse = torch.full_like(q, math.nan), torch.full((1, heads, t), math.nan, device="cuda")
         run(kind, dim, skip, blocks, (q, k, v, out, lse, grad, *nan, empty_map(q)))
         if kind == "decode":
@@ -279,7 +277,73 @@ def tune_rows(pool) -> None:
 
 
 # (keys of a tile, key tiles and value tiles under way, warps, programs a multiprocessor)
+FORWARD = {64: [(128, 3, 3), (128, 4, 4), (64, 6, 6)], 128: [(128, 2, 3), (128, 2, 2), (64, 4, 4)]}
 DECODED = [(64, 3, 3, 4, 2), (64, 3, 3, 4, 4), (64, 3, 3, 4, 8), (64, 4, 2, 4, 2), (64, 2, 2, 4, 3), (64, 2, 2, 4, 9)]
+
+
+def compile_rings(job) -> str | None:
+    without_gpu()
+    dim, _, kv_heads, _ = job
+    q, out = (torch.empty(4, 16 if kv_heads == 16 else 32, 4096, dim, dtype=torch.bfloat16) for _ in range(2))
+    k = torch.empty(4, kv_heads, 4096, dim, dtype=torch.bfloat16)
+    try:
+        run_rings(job, q, k, k, out, torch.empty(out.shape[:3]))
+    except Exception as error:
+        return f"{type(error).__name__}: {str(error)[:80]}"
+    return None
+
+
+def run_rings(job, q, k, v, out, lse) -> None:
+    from softpick.normalizers import NORMALIZERS
+    from softpick.ops.triton import launch, tuning
+
+    dim, ring, _, normalizer = job
+    launch.hopper_can = lambda *_: True
+    tuning.HOPPER_FORWARD[dim] = tuning.Rings(*ring)
+    norm = NORMALIZERS[normalizer]
+    options = launch.Options(norm, dim**-0.5, norm.eps, -1, 0, False, 0.0, 0.0)
+    launch.forward(options, q, k, v, None, None, None, None, None, 0, out, lse, None, None)
+
+
+def tune_rings(pool) -> None:
+    """The forward kernel in Gluon against cuDNN, causal, by how many tiles are under way, each checked first."""
+    import triton
+
+    from softpick.ops.reference import attention_reference
+
+    jobs = list(
+        itertools.chain(*(itertools.product((d,), r, (16, 8), ("softpick", "softmax")) for d, r in FORWARD.items()))
+    )
+    failures = dict(zip(jobs, pool.map(compile_rings, jobs), strict=True))
+    bench = functools.partial(triton.testing.do_bench, warmup=10, rep=40, return_mode="median")
+    keep = torch.ones(1000, 1000, dtype=torch.bool, device="cuda").tril()
+    for dim, kv_heads in itertools.product(FORWARD, (16, 8)):
+        heads = 16 if kv_heads == 16 else 32
+        q, k, v = (
+            torch.randn(4, h, 4096, dim, device="cuda", dtype=torch.bfloat16) for h in (heads, kv_heads, kv_heads)
+        )
+        out, lse = torch.empty_like(q), torch.empty(4, heads, 4096, device="cuda")
+        with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.CUDNN_ATTENTION):
+            peer = bench(
+                lambda: torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+            )
+        print(f"D{dim} {heads}/{kv_heads} cudnn softmax {peer:.4f}", flush=True)
+        for job in [job for job in jobs if job[0] == dim and job[2] == kv_heads]:
+            if failures[job]:
+                print("FAILED", job, failures[job], flush=True)
+                continue
+            short = [x[:1, :, :1000].contiguous() for x in (q, k, v)]
+            short[0][:, 1, 500:510] *= 40  # these are taken twice
+            got, level = torch.full_like(short[0], math.nan), torch.full((1, heads, 1000), math.nan, device="cuda")
+            run_rings(job, *short, got, level)
+            exact = [x.double() for x in short]
+            want = attention_reference(*exact, normalizer=job[3], scale=dim**-0.5, eps=1e-6, keep=keep)[0]
+            error = float((got.double() - want).norm() / want.norm())
+            if not error < 1e-2:
+                print("WRONG", job, error, flush=True)
+                continue
+            ms = bench(lambda job=job: run_rings(job, q, k, v, out, lse))
+            print(f"    {job[1]!s:12s} {job[3]:9s} {ms:.4f} error {error:.1e}", flush=True)
 
 
 def tune_splits() -> None:
@@ -313,7 +377,7 @@ def tune_splits() -> None:
         line = [f"{b}x{t} cudnn {1e3 * bench(peer, rep=20, return_mode='median'):.0f}"]
         launch.hopper_can_decode = lambda *_: True
         for schedule, skip in itertools.product(DECODED, (False, True)):
-            tuning.HOPPER_DECODE[128] = tuning.Decoding(*schedule)
+            tuning.HOPPER_DECODE[128] = tuning.Rings(*schedule)
             line.append(("hopper", schedule, skip, ours(skip)))
         launch.hopper_can_decode = lambda *_: False
         variants = itertools.product((2, 4, 8, 12), (64, 128, 256), CANDIDATES["decode", 128][:5], (False, True))
@@ -353,6 +417,8 @@ def main() -> None:
         if "rows" in options.kinds:
             tune_rows(pool)
             print(f"rows: {time.time() - began:.0f} s", flush=True)
+        if "hopper_forward" in options.kinds:
+            tune_rings(pool)
         failures = dict(zip(jobs, pool.map(compile_one, jobs, chunksize=2), strict=True))
     print(f"{len(jobs)} variants compiled in {time.time() - began:.0f} s", flush=True)
 

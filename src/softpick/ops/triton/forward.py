@@ -204,7 +204,7 @@ def _all_keys(
     do_not_specialize=["heads", "tiles", "pairs", "together", "tq", "tk", "left", "right", "live_b", "live_h", "live_r"]
 )
 def attention_forward(
-    query, key, value, out, lse, mass, largest, live, mask, sink, cu_q, cu_k, seed_at,
+    query, key, value, out, lse, mass, largest, live, mask, sink, cu_q, cu_k, seed_at, redo,
     q_b, q_h, q_t, q_d, k_b, k_h, k_t, k_d, v_b, v_h, v_t, v_d, o_b, o_h, o_t, o_d, l_b, l_h, l_t, m_b, m_h, m_q, m_k,
     live_b, live_h, live_r, tiles, heads, pairs, together, groups, tq, tk, width, v_width, left, right, unit, eps, softcap,
     dropout_p,
@@ -221,7 +221,13 @@ def attention_forward(
 
     With TRACK also ``live``: bit ``c % 32`` of word ``c // 32`` of row ``r`` says whether the numerator keeps a score of
     query tile ``r`` and key tile ``c``, both of BLOCK_N positions. Words that no query of the row sees are not written.
+    With ``redo``, an int32 a program, those with zero have nothing to do.
     """
+    wanted = 1
+    if redo is not None:
+        wanted = tl.load(redo + tl.program_id(0))
+    if wanted == 0:
+        return
     tile, h, b = assignment(tiles, heads, pairs, together)
     start = (b * heads + h) * 1_000_003
     if TRACK:

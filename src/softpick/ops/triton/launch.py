@@ -33,6 +33,7 @@ from softpick.ops.triton.tuning import (
     FEWEST_KEYS,
     HOPPER,
     HOPPER_DECODE,
+    HOPPER_FORWARD,
     LONGEST_TILE,
     PROGRAMS,
     SHARED_ROWS,
@@ -62,6 +63,7 @@ _LONGEST_MAP = 65536  # keys; beyond, the runs of the map would take more memory
 _L2_SHARE = 2**24  # bytes of keys and values (or queries and gradients) in use at a time
 _FEWEST_TOGETHER = 256  # tiles: with fewer the longest ones of some pair are left for the end
 _FEWEST_SCORES = 2**22  # fewer take hardly longer on the GPU than it takes to describe the tensors to it
+_HOPPER_QUERIES = 128  # of a tile in hopper/forward.py
 _FEWEST_CACHED = 2**16  # keys of all sequences and heads from which decoding by hand pays, for the same reason
 _MOST_PARTS = 256  # of a sequence: the merge holds them at once
 _LARGEST_OPTIMISTIC_EPS = 1e-5  # eps is relative to e^m; without m it is off by a factor of at most 1 + eps
@@ -240,16 +242,19 @@ def forward(
     groups = heads // key.shape[1]
     keys = key.shape[2] if cu_k is None else longest
     optimistic = _optimistic(query.dtype, options)
-    plain = cu_q is None and mass is None and live is None
-    if plain and optimistic and hopper_can(options, query, key, value, mask):
-        _forward_by_hand(options, common, query, key, value, sink, out, lse)
-        return
     tile = blocks("forward", max(common["BLOCK_D"], common["BLOCK_DV"]), query.dtype, query.device)
+    plain = cu_q is None and mass is None and live is None
+    by_hand = plain and optimistic and hopper_can(options, query, key, value, mask)
+    if by_hand:
+        tile, optimistic = tile._replace(m=_HOPPER_QUERIES), False
     pointer, mask_strides = _mask_arguments(mask)
     tiles = _cdiv(longest, tile.m)
     together = _together(heads * b, groups, _row_bytes(key, value) * keys, tiles)
+    redo = None
+    if by_hand:
+        redo = _forward_by_hand(options, common, query, key, value, sink, out, lse, tiles, together)
     attention_forward[(tiles * heads * b,)](
-        query, key, value, out, lse, mass, largest, live, pointer, sink, cu_q, cu_k, seed,
+        query, key, value, out, lse, mass, largest, live, pointer, sink, cu_q, cu_k, seed, redo,
         *query.stride(), *key.stride(), *value.stride(), *out.stride(), *lse.stride(), *mask_strides,
         *_line_strides(live),
         tiles, heads, heads * b, together, groups, query.shape[2], key.shape[2], query.shape[-1], value.shape[-1],
@@ -278,22 +283,24 @@ def _forward_by_hand(
     sink: Tensor | None,
     out: Tensor,
     lse: Tensor,
-) -> None:
-    """The kernel of ``hopper/forward.py``."""
+    tiles: int,
+    together: int,
+) -> Tensor:
+    """The kernel of ``hopper/forward.py``; returns which tiles have to be taken again, an int32 each."""
     (b, heads, tq, _), groups, tk = query.shape, query.shape[1] // key.shape[1], key.shape[2]
-    padded = common["BLOCK_D"]
-    tile = HOPPER["forward", padded]
-    rows = 16 * tile.warps  # of a query tile; a program has one or two
-    tiles = _cdiv(tq, tile.m)
-    together = _together(heads * b, groups, _row_bytes(key, value) * tk, tiles)
-    hopper.forward_queries[(tiles * heads * b,)](
-        hopper.tiles(query, [1, 1, rows, padded]),
-        *(hopper.tiles(x, [1, 1, tile.n, padded]) for x in (key, value)),
-        out, lse, sink, *out.stride(), *lse.stride(),
+    padded, total = common["BLOCK_D"], tiles * heads * b
+    ring = HOPPER_FORWARD[padded]
+    turn = torch.zeros(1 + total, dtype=torch.int32, device=query.device)
+    hopper.forward_queries[(min(total, multiprocessors(query.device.index or 0)),)](
+        hopper.tiles(query, [1, 1, _HOPPER_QUERIES // 2, padded]),
+        *(hopper.tiles(x, [1, 1, ring.n, padded]) for x in (key, value)),
+        out, lse, sink, turn, *out.stride(), *lse.stride(),
         tiles, heads, heads * b, together, groups, tq, tk, value.shape[-1], options.right, _unit(options), options.eps,
         **switches(options.norm), **{name: common[name] for name in ("BLOCK_D", "RIGHT", "BOTTOM_RIGHT")},
-        HALVES=tile.m // rows, BLOCK_N=tile.n, STAGES=tile.stages, IN_REGISTERS=tile.in_registers, num_warps=tile.warps,
+        BLOCK_N=ring.n, STAGES=ring.stages, VALUES=ring.values, num_warps=ring.warps,
+        maxnreg=168,  # of three warpgroups' worth of threads; the kernel gives them out anew
     )  # fmt: skip
+    return turn[1:]
 
 
 def _segments(

@@ -16,12 +16,14 @@ __all__ = [
     "FEWEST_KEYS",
     "HOPPER",
     "HOPPER_DECODE",
+    "HOPPER_FORWARD",
     "LONGEST_TILE",
     "OVERRIDE",
     "PROGRAMS",
     "SKIP_FROM",
     "TRACKED",
     "Blocks",
+    "Rings",
     "Rows",
     "Schedule",
     "blocks",
@@ -54,8 +56,6 @@ class Schedule(NamedTuple):
 # shared memory, 1.20 with 128 keys and 8 warps; 64 query rows do not fit into registers), queries 0.41 and 0.67 (held in
 # registers 0.41 to 0.44 and 0.70): several small programs a multiprocessor overlap best
 HOPPER = {
-    ("forward", 64): Schedule(128, 64, 4, 4, 0),
-    ("forward", 128): Schedule(128, 128, 8, 3, 1),
     ("keys", 64): Schedule(64, 64, 4, 2, 2),
     ("keys", 128): Schedule(32, 64, 4, 3, 1),
     ("queries", 64): Schedule(64, 64, 4, 3, 0),
@@ -63,19 +63,20 @@ HOPPER = {
 }
 
 
-class Decoding(NamedTuple):
-    """A launch of ``hopper/decode.py``: keys of a tile, key tiles and value tiles under way, warps, programs a
-    multiprocessor.
+class Rings(NamedTuple):
+    """A launch of ``hopper/forward.py`` or ``hopper/decode.py``: keys of a tile, key tiles and value tiles under way, warps
+    that share a tile of queries, programs a multiprocessor.
     """
 
     n: int
     stages: int
     values: int
-    warps: int
-    programs: int
+    warps: int = 4
+    programs: int = 1
 
 
-HOPPER_DECODE = {64: Decoding(64, 3, 3, 4, 4), 128: Decoding(64, 3, 3, 4, 2)}
+HOPPER_FORWARD = {64: Rings(128, 3, 3), 128: Rings(128, 2, 3)}
+HOPPER_DECODE = {64: Rings(64, 3, 3, programs=4), 128: Rings(64, 3, 3, programs=2)}
 LONGEST_TILE = 128
 """Row statistics for ``hopper/backward.py`` are padded to a multiple of its query tiles."""
 

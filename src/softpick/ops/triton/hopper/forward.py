@@ -1,8 +1,12 @@
-"""The forward pass: the same formulas as :mod:`softpick.ops.triton.forward`, scheduled by hand.
+"""The forward pass: the same formulas as :mod:`softpick.ops.triton.forward`, with specialised warps.
 
-A warpgroup has two tiles of scores: while it takes exponentials of one, the tensor cores make the other and the product of
-the weights before with their values. They belong to two query tiles and the same keys (HALVES 2), or to the same queries and
-one key tile after the other (HALVES 1).
+A program takes tiles of 128 queries, one after the other. One warp fetches and runs ahead, into the next tile of queries
+too, so that one ends while the next begins. Two warpgroups of 64 queries each take the keys, from the last ones, which need
+a mask, to the first: while a warpgroup takes exponentials of its scores, the tensor cores multiply the weights before with
+their values, or work for the other warpgroup, since the two take turns to start products. Rings of key and of value tiles
+have barriers for "full" (the bytes have come) and "empty" (both warpgroups are done).
+
+There is no maximum (docs/kernels.md): a tile in which a sum left its range is noted, and ``forward.py`` takes it once more.
 """
 
 from __future__ import annotations
@@ -13,7 +17,6 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     mbarrier,
     tma,
     warpgroup_mma,
-    warpgroup_mma_init,
     warpgroup_mma_wait,
 )
 
@@ -27,7 +30,6 @@ from softpick.ops.triton.tile import (
     ONE,
     POSITIVE,
     SINK,
-    assignment,
     kept_scores,
     narrow,
     numerators,
@@ -35,40 +37,116 @@ from softpick.ops.triton.tile import (
 
 __all__ = ["forward_queries"]
 
+ROWS = gl.constexpr(64)  # queries of a warpgroup
 _LARGEST = gl.constexpr(2.0**64)  # as in forward.py
 _SMALLEST = gl.constexpr(2.0**-64)
-PART = gl.constexpr(64)  # keys of a tile of scores
+
+
+@gluon.jit
+def _place(at, shape):
+    """(first query, head, sequence) of the ``at``-th tile, in the order of :func:`softpick.ops.triton.tile.assignment`."""
+    tiles, heads, pairs, together = shape[0], shape[1], shape[2], shape[3]
+    first = at // (tiles * together) * together
+    at -= first * tiles
+    wide = gl.minimum(together, pairs - first)
+    pair = first + at % wide
+    return (tiles - 1 - at // wide) * (2 * ROWS), pair % heads, pair // heads
+
+
+@gluon.jit
+def _key_tiles(i0, shape, BLOCK_N: gl.constexpr, RIGHT: gl.constexpr):
+    """Tiles of keys that the queries from ``i0`` on see; at least one, so that there is an output."""
+    hi = shape[6]
+    if RIGHT:
+        hi = gl.minimum(hi, i0 + 2 * ROWS + shape[7])
+    return gl.maximum(1, gl.cdiv(gl.maximum(0, hi), BLOCK_N))
+
+
+# ------------------------------------------------------------------------------------------------- the warp that fetches
+
+
+@gluon.jit
+def _fill(n, tiles, at, head, row, full, empty, room, STAGES: gl.constexpr):
+    """Fetch a tile as the ``n``-th of its ring."""
+    stage = n % STAGES
+    mbarrier.wait(empty.index(stage), (n // STAGES) & 1 ^ 1)
+    mbarrier.expect(full.index(stage), tiles.block_type.nbytes)
+    tma.async_copy_global_to_shared(tiles, [row, head, at, 0], full.index(stage), room.index(stage))
+
+
+@gluon.jit
+def _tell(at, loaded, place, empty):
+    """Tell the warpgroups which tile comes next, once both have let go of the queries before."""
+    mbarrier.wait(empty, loaded & 1 ^ 1)
+    place.store(gl.full([32], at, gl.int32, gl.BlockedLayout([1], [32], [1], [0])))
+    gl.thread_barrier()
 
 
 @gluon.jit
 def _fetch(
-    it, at, end, head, row, key_tiles, value_tiles, keys, values, ready, BLOCK_N: gl.constexpr, STAGES: gl.constexpr
-):
-    """Start copying keys ``at ...`` and their values as tile ``it``, if that is below ``end``."""
-    stage = it % STAGES
-    wanted = it < end
-    bar = ready.index(stage)
-    mbarrier.expect(bar, key_tiles.block_type.nbytes + value_tiles.block_type.nbytes, pred=wanted)
-    tma.async_copy_global_to_shared(key_tiles, [row, head, at, 0], bar, keys.index(stage), pred=wanted)
-    tma.async_copy_global_to_shared(value_tiles, [row, head, at, 0], bar, values.index(stage), pred=wanted)
+    descriptors, room, bars, shape, turn,
+    BLOCK_N: gl.constexpr, STAGES: gl.constexpr, VALUES: gl.constexpr, RIGHT: gl.constexpr,
+):  # fmt: skip
+    """Take tiles as long as there are any; ``turn`` counts those that are taken."""
+    query_tiles, key_tiles, value_tiles = descriptors
+    queries, keys, values, place = room
+    q_full, q_empty, k_full, k_empty, v_full, v_empty = bars
+    end = shape[0] * shape[2]
+    at, n, loaded = gl.program_id(0), 0, 0
+    while at < end:
+        following = gl.atomic_add(turn, 1) + gl.num_programs(0)
+        i0, head, row = _place(at, shape)
+        count, kv = _key_tiles(i0, shape, BLOCK_N, RIGHT), head // shape[4]
+        _tell(at, loaded, place, q_empty)
+        mbarrier.expect(q_full, 2 * query_tiles.block_type.nbytes)
+        for half in gl.static_range(2):
+            tma.async_copy_global_to_shared(query_tiles, [row, head, i0 + half * ROWS, 0], q_full, queries.index(half))
+        j = (count - 1) * BLOCK_N
+        _fill(n, key_tiles, j, kv, row, k_full, k_empty, keys, STAGES)
+        for it in range(1, count):
+            j -= BLOCK_N
+            _fill(n + it, key_tiles, j, kv, row, k_full, k_empty, keys, STAGES)
+            _fill(n + it - 1, value_tiles, j + BLOCK_N, kv, row, v_full, v_empty, values, VALUES)
+        n += count
+        _fill(n - 1, value_tiles, 0, kv, row, v_full, v_empty, values, VALUES)
+        loaded += 1
+        at = following
+    _tell(end, loaded, place, q_empty)
+    mbarrier.arrive(q_full)
+
+
+# ------------------------------------------------------------------------------------------------------- the warpgroups
 
 
 @gluon.jit
-def _await(it, end, ready, STAGES: gl.constexpr):
-    """Wait for key tile ``it``, if there is one."""
-    mbarrier.wait(ready.index(it % STAGES), (it // STAGES) & 1, pred=it < end)
+def _told(loaded, place, full):
+    """The next tile; its queries are there."""
+    mbarrier.wait(full, loaded & 1)
+    return gl.max(place.load(gl.BlockedLayout([1], [32], [4], [0])), 0)
 
 
 @gluon.jit
-def _part(it, part, tiles, BLOCK_N: gl.constexpr, BLOCK_D: gl.constexpr, STAGES: gl.constexpr):
-    """64 of the keys (or values) of tile ``it``: scores of more take too many registers."""
-    return tiles.index(it % STAGES).reshape([BLOCK_N, BLOCK_D]).slice(part * PART, PART)
+def _wait_turn(w: gl.constexpr):
+    """Wait until the other warpgroup has started its products. (Triton uses named barriers from below.)"""
+    if w == 0:
+        gl.inline_asm_elementwise("bar.sync 14, 256; mov.b32 $0, 0;", "=r", [], dtype=gl.int32, is_pure=False, pack=1)
+    else:
+        gl.inline_asm_elementwise("bar.sync 15, 256; mov.b32 $0, 0;", "=r", [], dtype=gl.int32, is_pure=False, pack=1)
 
 
 @gluon.jit
-def _scores(q, k, ROWS: gl.constexpr, layout: gl.constexpr):
-    """Start the products with 64 keys. Beyond the last tile they are of something else, and nobody looks."""
-    zero = gl.zeros([ROWS, PART], gl.float32, layout=layout)
+def _pass_turn(w: gl.constexpr):
+    """Let the other warpgroup start."""
+    if w == 0:
+        gl.inline_asm_elementwise("bar.arrive 15, 256; mov.b32 $0, 0;", "=r", [], dtype=gl.int32, is_pure=False, pack=1)
+    else:
+        gl.inline_asm_elementwise("bar.arrive 14, 256; mov.b32 $0, 0;", "=r", [], dtype=gl.int32, is_pure=False, pack=1)
+
+
+@gluon.jit
+def _start_scores(n, q, keys, BLOCK_N: gl.constexpr, BLOCK_D: gl.constexpr, STAGES: gl.constexpr, layout: gl.constexpr):
+    k = keys.index(n % STAGES).reshape([BLOCK_N, BLOCK_D])
+    zero = gl.zeros([ROWS, BLOCK_N], gl.float32, layout=layout)
     return warpgroup_mma(q, k.permute([1, 0]), zero, use_acc=False, is_async=True)
 
 
@@ -81,286 +159,199 @@ def _row_parts(x):
 
 
 @gluon.jit
-def _seen(s, i, j, reach, tk, BASE: gl.constexpr, RIGHT: gl.constexpr):
-    """Scores of the keys that a query does not see: such that they add nothing."""
-    seen = (j < tk)[None, :]
-    if RIGHT:
-        seen = seen & (j[None, :] <= i[:, None] + reach)
-    return gl.where(seen, s, -INF if BASE == EXP else 0.0)
+def _weights(
+    s, total, at, i, tk, reach, unit, like,
+    BASE: gl.constexpr, RECTIFY: gl.constexpr, ABSOLUTE: gl.constexpr, RIGHT: gl.constexpr, EDGE: gl.constexpr,
+    s_layout: gl.constexpr, o_layout: gl.constexpr,
+):  # fmt: skip
+    """Products with the keys from ``at`` on as weights in 16 bits, and what they add to the denominator."""
+    s *= unit
+    if EDGE:
+        j = at + gl.arange(0, s.shape[1], layout=gl.SliceLayout(0, s_layout))
+        seen = (j < tk)[None, :]
+        if RIGHT:
+            seen = seen & (j[None, :] <= i[:, None] + reach)
+        s = gl.where(seen, s, -INF if BASE == EXP else 0.0)
+    p = numerators(s, 0.0, BASE, False, False)
+    if ABSOLUTE:
+        total += _row_parts(gl.abs(p))
+    else:
+        p = kept_scores(p, s, RECTIFY)
+        total += _row_parts(p)
+    p = narrow(p, like, RECTIFY == POSITIVE, RECTIFY == POSITIVE)
+    return gl.convert_layout(p, gl.DotOperandLayout(0, o_layout, 2)), total
 
 
 @gluon.jit
-def _weights(s, m, SHIFT: gl.constexpr, BASE: gl.constexpr, RECTIFY: gl.constexpr, ABSOLUTE: gl.constexpr):
-    """(numerators before relu, what they add to the denominator)."""
-    p = numerators(s, m, BASE, SHIFT, False)
-    if not ABSOLUTE:
-        p = kept_scores(p, s, RECTIFY)
-        return p, p
-    return p, gl.abs(p)
+def _step(
+    n, at, p, acc, total, q, room, bars, i, tk, reach, unit, more,
+    BASE: gl.constexpr, RECTIFY: gl.constexpr, ABSOLUTE: gl.constexpr, RIGHT: gl.constexpr, EDGE: gl.constexpr,
+    BLOCK_N: gl.constexpr, BLOCK_D: gl.constexpr, STAGES: gl.constexpr, VALUES: gl.constexpr,
+    w: gl.constexpr, s_layout: gl.constexpr, o_layout: gl.constexpr,
+):  # fmt: skip
+    """Start the scores of key tile ``n``, which is there, and the product of the weights before; exponentials beside it."""
+    _, keys, values, _ = room
+    _, _, k_full, k_empty, v_full, v_empty = bars
+    before = (n - 1) % VALUES
+    v = values.index(before).reshape([BLOCK_N, BLOCK_D])
+    _wait_turn(w)
+    s = _start_scores(n, q, keys, BLOCK_N, BLOCK_D, STAGES, s_layout)
+    mbarrier.wait(v_full.index(before), ((n - 1) // VALUES) & 1)
+    acc = warpgroup_mma(p, v, acc, is_async=True)
+    _pass_turn(w)
+    s = warpgroup_mma_wait(num_outstanding=1, deps=[s])
+    mbarrier.arrive(k_empty.index(n % STAGES))
+    p, total = _weights(s, total, at, i, tk, reach, unit, v, BASE, RECTIFY, ABSOLUTE, RIGHT, EDGE, s_layout, o_layout)
+    # here, because ptxas moves no exponentials behind it, as it does behind the wait for the product
+    mbarrier.wait(k_full.index((n + 1) % STAGES), ((n + 1) // STAGES) & 1, pred=more)
+    acc = warpgroup_mma_wait(num_outstanding=0, deps=[acc])
+    mbarrier.arrive(v_empty.index(before))
+    return p, acc, total
 
 
 @gluon.jit
 def _take(
-    s, acc, total, at, v, i, reach, tk, unit,
-    BASE: gl.constexpr, RECTIFY: gl.constexpr, ABSOLUTE: gl.constexpr, RIGHT: gl.constexpr, EDGE: gl.constexpr,
-    s_layout: gl.constexpr, o_layout: gl.constexpr,
+    w: gl.constexpr, room, bars, shape, outputs, turn, unit, eps,
+    BASE: gl.constexpr, RECTIFY: gl.constexpr, ABSOLUTE: gl.constexpr, CONSTANT: gl.constexpr, BLOCK_N: gl.constexpr,
+    BLOCK_D: gl.constexpr, STAGES: gl.constexpr, VALUES: gl.constexpr, RIGHT: gl.constexpr,
 ):  # fmt: skip
-    """Products with keys ``at ...`` to weights, and start their product with the values."""
-    s = s * unit
-    if EDGE:
-        s = _seen(s, i, at + gl.arange(0, PART, layout=gl.SliceLayout(0, s_layout)), reach, tk, BASE, RIGHT)
-    p, g = _weights(s, 0.0, False, BASE, RECTIFY, ABSOLUTE)
-    total += _row_parts(g)
-    p = narrow(p, v, RECTIFY == POSITIVE, RECTIFY == POSITIVE)
-    p = gl.convert_layout(p, gl.DotOperandLayout(0, o_layout, 2))
-    return warpgroup_mma(p, v, acc, is_async=True), total
-
-
-@gluon.jit
-def _key_tile(
-    it, count, s, acc_a, acc_b, total_a, total_b, qa, qb, head, row, key_tiles, value_tiles, keys, values, ready, ia, ib,
-    reach, tk, unit,
-    BASE: gl.constexpr, RECTIFY: gl.constexpr, ABSOLUTE: gl.constexpr, RIGHT: gl.constexpr, HALVES: gl.constexpr,
-    ROWS: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_D: gl.constexpr, STAGES: gl.constexpr, EDGE: gl.constexpr,
-    s_layout: gl.constexpr, o_layout: gl.constexpr,
-):  # fmt: skip
-    """A key tile into the query tiles. The first scores ``s`` are there; on return those of the next key tile are.
-
-    While weights are taken, the product of the weights before with their values and the next scores are under way. ptxas
-    keeps products asynchronous only if no scores are on their way around a loop: hence the wait at the end, which has
-    nothing to wait for but scores that were started before the weights.
-    """
-    for part in gl.static_range(BLOCK_N // PART):
-        at = it * BLOCK_N + part * PART
-        v = _part(it, part, values, BLOCK_N, BLOCK_D, STAGES)
-        if HALVES == 2:
-            following = _scores(qb, _part(it, part, keys, BLOCK_N, BLOCK_D, STAGES), ROWS, s_layout)
-            acc_a, total_a = _take(
-                s, acc_a, total_a, at, v, ia, reach, tk, unit,
-                BASE, RECTIFY, ABSOLUTE, RIGHT, EDGE, s_layout, o_layout,
+    """Warpgroup ``w``: its 64 queries of one tile after the other."""
+    queries, keys, values, place = room
+    q_full, q_empty, k_full, k_empty, v_full, v_empty = bars
+    tk, reach = shape[6], shape[7]
+    s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
+    o_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_D, 16])
+    q = queries.index(w).reshape([ROWS, BLOCK_D])
+    if w == 1:
+        _pass_turn(1)
+    n, loaded, end = 0, 0, shape[0] * shape[2]
+    tile = _told(loaded, place, q_full)
+    while tile < end:
+        i0, head, row = _place(tile, shape)
+        count = _key_tiles(i0, shape, BLOCK_N, RIGHT)
+        i0 += w * ROWS
+        full = tk
+        if RIGHT:
+            full = gl.maximum(0, gl.minimum(tk, i0 + reach + 1))
+        edges = gl.maximum(1, count - full // BLOCK_N)  # tiles that need a mask; the first is taken as one
+        i = i0 + gl.arange(0, ROWS, layout=gl.SliceLayout(1, s_layout))
+        at = (count - 1) * BLOCK_N
+        acc = gl.zeros([ROWS, BLOCK_D], gl.float32, layout=o_layout)
+        total = _row_parts(gl.zeros([ROWS, BLOCK_N], gl.float32, layout=s_layout))
+        mbarrier.wait(k_full.index(n % STAGES), (n // STAGES) & 1)
+        _wait_turn(w)
+        s = _start_scores(n, q, keys, BLOCK_N, BLOCK_D, STAGES, s_layout)
+        _pass_turn(w)
+        s = warpgroup_mma_wait(num_outstanding=0, deps=[s])
+        mbarrier.arrive(k_empty.index(n % STAGES))
+        p, total = _weights(
+            s, total, at, i, tk, reach, unit, q, BASE, RECTIFY, ABSOLUTE, RIGHT, True, s_layout, o_layout
+        )
+        mbarrier.wait(k_full.index((n + 1) % STAGES), ((n + 1) // STAGES) & 1, pred=count > 1)
+        for it in range(1, edges):
+            p, acc, total = _step(
+                n + it, at - it * BLOCK_N, p, acc, total, q, room, bars, i, tk, reach, unit, it + 1 < count,
+                BASE, RECTIFY, ABSOLUTE, RIGHT, True, BLOCK_N, BLOCK_D, STAGES, VALUES, w, s_layout, o_layout,
             )  # fmt: skip
-            s = warpgroup_mma_wait(num_outstanding=1, deps=[following])
-            if part == 0:
-                _refill(it, count, head, row, key_tiles, value_tiles, keys, values, ready, BLOCK_N, STAGES)
-        if part + 1 < BLOCK_N // PART:
-            k = _part(it, part + 1, keys, BLOCK_N, BLOCK_D, STAGES)
-        else:
-            _await(it + 1, count, ready, STAGES)
-            k = _part(it + 1, 0, keys, BLOCK_N, BLOCK_D, STAGES)
-        following = _scores(qa, k, ROWS, s_layout)
-        if HALVES == 2:
-            acc_b, total_b = _take(
-                s, acc_b, total_b, at, v, ib, reach, tk, unit,
-                BASE, RECTIFY, ABSOLUTE, RIGHT, EDGE, s_layout, o_layout,
+        for it in range(edges, count):
+            p, acc, total = _step(
+                n + it, at - it * BLOCK_N, p, acc, total, q, room, bars, i, tk, reach, unit, it + 1 < count,
+                BASE, RECTIFY, ABSOLUTE, RIGHT, False, BLOCK_N, BLOCK_D, STAGES, VALUES, w, s_layout, o_layout,
             )  # fmt: skip
-        else:
-            acc_a, total_a = _take(
-                s, acc_a, total_a, at, v, ia, reach, tk, unit,
-                BASE, RECTIFY, ABSOLUTE, RIGHT, EDGE, s_layout, o_layout,
-            )  # fmt: skip
-        s = warpgroup_mma_wait(num_outstanding=1, deps=[following])
-        if HALVES == 1 and part == 0:
-            _refill(it, count, head, row, key_tiles, value_tiles, keys, values, ready, BLOCK_N, STAGES)
-    return s, acc_a, acc_b, total_a, total_b
-
-
-@gluon.jit
-def _refill(
-    it, count, head, row, key_tiles, value_tiles, keys, values, ready, BLOCK_N: gl.constexpr, STAGES: gl.constexpr
-):
-    """Every product of the tile before has ended, for every warp once they have met: its place can be filled again."""
-    gl.thread_barrier()
-    ahead = it + STAGES - 1
-    _fetch(ahead, ahead * BLOCK_N, count, head, row, key_tiles, value_tiles, keys, values, ready, BLOCK_N, STAGES)
-
-
-@gluon.jit
-def _again(
-    it, at, acc, total, m, q, keys, values, i, reach, tk, unit,
-    BASE: gl.constexpr, RECTIFY: gl.constexpr, ABSOLUTE: gl.constexpr, RIGHT: gl.constexpr, ROWS: gl.constexpr,
-    BLOCK_N: gl.constexpr, BLOCK_D: gl.constexpr, STAGES: gl.constexpr, s_layout: gl.constexpr, o_layout: gl.constexpr,
-):  # fmt: skip
-    """A key tile into a query tile with a running maximum ``m``, one step after the other."""
-    for part in gl.static_range(BLOCK_N // PART):
-        s = _scores(q, _part(it, part, keys, BLOCK_N, BLOCK_D, STAGES), ROWS, s_layout)
-        s = warpgroup_mma_wait(0, deps=[s]) * unit
-        j = at + part * PART + gl.arange(0, PART, layout=gl.SliceLayout(0, s_layout))
-        s = _seen(s, i, j, reach, tk, BASE, RIGHT)
-        high = gl.maximum(m, gl.max(s, 1))
-        fresh = gl.where(high == -INF, 0.0, high)  # as in forward.py
-        factor = gl.exp2(m - fresh)
-        p, g = _weights(s, fresh[:, None], True, BASE, RECTIFY, ABSOLUTE)
-        total = total * factor + gl.sum(g, 1)
-        m = high
-        v = _part(it, part, values, BLOCK_N, BLOCK_D, STAGES)
-        p = narrow(p, v, RECTIFY == POSITIVE, RECTIFY == POSITIVE)
-        p = gl.convert_layout(p, gl.DotOperandLayout(0, o_layout, 2))
-        acc *= gl.convert_layout(factor, gl.SliceLayout(1, o_layout))[:, None]
-        acc = warpgroup_mma(p, v, acc)
-    return acc, total, m
-
-
-@gluon.jit
-def _unsound(acc, total, logit, count, ANCHORED: gl.constexpr, CONSTANT: gl.constexpr):
-    """Whether a sum left the safe range, so that the keys are taken again with a running maximum."""
-    sound = total < _LARGEST
-    if not ANCHORED:
-        sound = sound & ((total > _SMALLEST) | (count == 0))
-    if CONSTANT == SINK:
-        sound = sound & (logit < 64.0)
-    return gl.max(gl.where(sound, 0, 1), 0) + gl.max(gl.max(gl.where(gl.abs(acc) < 3.0e38, 0, 1), 1), 0)
+        n += count
+        mbarrier.arrive(q_empty)
+        loaded += 1
+        last = (n - 1) % VALUES
+        mbarrier.wait(v_full.index(last), ((n - 1) // VALUES) & 1)
+        acc = warpgroup_mma(p, values.index(last).reshape([BLOCK_N, BLOCK_D]), acc, is_async=True)
+        acc = warpgroup_mma_wait(num_outstanding=0, deps=[acc])
+        mbarrier.arrive(v_empty.index(last))
+        _finish(
+            acc, gl.convert_layout(gl.sum(total, 1), gl.SliceLayout(1, s_layout)), i0, head, row, tile, turn, eps, shape,
+            outputs, BASE, RECTIFY, CONSTANT, BLOCK_D, o_layout,
+        )  # fmt: skip
+        tile = _told(loaded, place, q_full)
+    if w == 0:
+        _wait_turn(0)  # what the other one has passed on last
 
 
 @gluon.jit
 def _finish(
-    acc, total, m, logit, eps, i0, tq, v_width, out, lse, o_t, o_d, l_t,
-    BASE: gl.constexpr, CONSTANT: gl.constexpr, ROWS: gl.constexpr, BLOCK_D: gl.constexpr, num_warps: gl.constexpr,
-    layout: gl.constexpr,
+    acc, total, i0, head, row, tile, turn, eps, shape, outputs,
+    BASE: gl.constexpr, RECTIFY: gl.constexpr, CONSTANT: gl.constexpr, BLOCK_D: gl.constexpr, layout: gl.constexpr,
 ):  # fmt: skip
-    """Normalize and write rows ``i0 ...`` of one head."""
-    m = gl.where(m == -INF, 0.0, m)
+    """Normalize and write the rows of a warpgroup, or note that the tile has to be taken again."""
+    out, lse, sink, o_b, o_h, o_t, o_d, l_b, l_h, l_t = outputs
+    tq, v_width, b, h = shape[5], shape[8], row.to(gl.int64), head.to(gl.int64)
+    sound = total < _LARGEST
+    if BASE == EXP and RECTIFY == NONE and CONSTANT == 0:
+        sound = sound & (total > _SMALLEST)  # rows without a key: the other kernel knows
     if CONSTANT == ONE:
-        total += gl.exp2(-m)
+        total += 1.0
     elif CONSTANT == SINK:
-        total += gl.exp2(logit - m)
-    total += eps  # relative to m
+        logit = gl.load(sink + head).to(gl.float32) * LOG2E
+        sound = sound & (logit < 64.0)
+        total += gl.exp2(logit)
+    wrong = gl.max(gl.where(sound, 0, 1), 0) + gl.max(gl.max(gl.where(gl.abs(acc) < 3.0e38, 0, 1), 1), 0)
+    gl.store(turn + 1 + tile, 1, mask=wrong > 0)
+    total += eps
     inverse = gl.convert_layout(gl.where(total == 0, 0.0, 1.0 / total), gl.SliceLayout(1, layout))
-    store(out, acc * inverse[:, None], i0, tq, v_width, o_t, o_d, ROWS, BLOCK_D, num_warps)
-    i = i0 + gl.arange(0, ROWS, layout=gl.SliceLayout(1, gl.BlockedLayout([1, 1], [32, 1], [num_warps, 1], [1, 0])))
-    level = gl.convert_layout((m + gl.log2(total)) * LN2, i.type.layout)
-    gl.store(lse + i * l_t, level, mask=i < tq)
+    store(out + b * o_b + h * o_h, acc * inverse[:, None], i0, tq, v_width, o_t, o_d, ROWS, BLOCK_D, 4)
+    i = i0 + gl.arange(0, ROWS, layout=gl.SliceLayout(1, gl.BlockedLayout([1, 1], [32, 1], [4, 1], [1, 0])))
+    level = gl.convert_layout(gl.log2(total) * LN2, i.type.layout)
+    gl.store(lse + b * l_b + h * l_h + i * l_t, level, mask=i < tq)
+
+
+@gluon.jit
+def _barriers(COUNT: gl.constexpr, arrivals: gl.constexpr):
+    bars = gl.allocate_shared_memory(gl.int64, [COUNT, 1], mbarrier.MBarrierLayout())
+    for at in gl.static_range(COUNT):
+        mbarrier.init(bars.index(at), count=arrivals)
+    return bars
 
 
 @gluon.jit(
     do_not_specialize=["heads", "tiles", "pairs", "together", "groups", "tq", "tk", "v_width", "right", "l_b", "l_h"]
 )
 def forward_queries(
-    query_tiles, key_tiles, value_tiles, out, lse, sink, o_b, o_h, o_t, o_d, l_b, l_h, l_t,
+    query_tiles, key_tiles, value_tiles, out, lse, sink, turn, o_b, o_h, o_t, o_d, l_b, l_h, l_t,
     tiles, heads, pairs, together, groups, tq, tk, v_width, right, unit, eps,
     BASE: gl.constexpr, RECTIFY: gl.constexpr, ABSOLUTE: gl.constexpr, CONSTANT: gl.constexpr,
-    NEGATIVE_GRADIENT: gl.constexpr, HALVES: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_D: gl.constexpr,
-    STAGES: gl.constexpr, IN_REGISTERS: gl.constexpr, RIGHT: gl.constexpr,
-    BOTTOM_RIGHT: gl.constexpr, num_warps: gl.constexpr,
+    NEGATIVE_GRADIENT: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_D: gl.constexpr,
+    STAGES: gl.constexpr, VALUES: gl.constexpr, RIGHT: gl.constexpr, BOTTOM_RIGHT: gl.constexpr, num_warps: gl.constexpr,
 ):  # fmt: skip
-    """``out`` and ``lse`` of HALVES times 16 num_warps queries. Grid as in ``forward.py``."""
-    ROWS: gl.constexpr = 16 * num_warps
-    s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [num_warps, 1], [16, PART, 16])
-    o_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [num_warps, 1], [16, BLOCK_D, 16])
-    ANCHORED: gl.constexpr = BASE != EXP or RECTIFY != NONE or CONSTANT != 0
-    tile, h, b = assignment(tiles, heads, pairs, together)
-    i0 = (tiles - 1 - tile) * (HALVES * ROWS)  # under a causal mask the last queries see the most keys
+    """``out`` and ``lse`` of all queries. Grid: as many programs as run at a time, or fewer.
+
+    ``turn``: zeros; the first counts tiles of 128 queries in the order of ``forward.py``, the others note which of them have
+    to be taken again, with a running maximum.
+    """
     reach = right
     if BOTTOM_RIGHT:
         reach += tk - tq
-    hi, full = tk, tk  # keys that a query of the program sees, and those that every one sees
-    if RIGHT:
-        hi = gl.maximum(0, gl.minimum(tk, i0 + HALVES * ROWS + reach))
-        full = gl.maximum(0, gl.minimum(tk, i0 + reach + 1))
-    count, whole = gl.cdiv(hi, BLOCK_N), full // BLOCK_N
-    row, head = b.to(gl.int32), (h // groups).to(gl.int32)
-    queries = gl.allocate_shared_memory(gl.bfloat16, [HALVES] + query_tiles.block_type.shape, query_tiles.layout)  # noqa: RUF005
+    queries = gl.allocate_shared_memory(gl.bfloat16, [2] + query_tiles.block_type.shape, query_tiles.layout)  # noqa: RUF005 (no stars in Triton)
     keys = gl.allocate_shared_memory(gl.bfloat16, [STAGES] + key_tiles.block_type.shape, key_tiles.layout)  # noqa: RUF005
-    values = gl.allocate_shared_memory(gl.bfloat16, [STAGES] + value_tiles.block_type.shape, value_tiles.layout)  # noqa: RUF005
-    ready = gl.allocate_shared_memory(gl.int64, [STAGES + 1, 1], mbarrier.MBarrierLayout())
-    for stage in gl.static_range(STAGES + 1):
-        mbarrier.init(ready.index(stage), count=1)
-    bar = ready.index(STAGES)
-    mbarrier.expect(bar, HALVES * query_tiles.block_type.nbytes)
-    for half in gl.static_range(HALVES):
-        tma.async_copy_global_to_shared(
-            query_tiles, [row, h.to(gl.int32), i0 + half * ROWS, 0], bar, queries.index(half)
-        )
-    for it in gl.static_range(STAGES - 1):
-        _fetch(it, it * BLOCK_N, count, head, row, key_tiles, value_tiles, keys, values, ready, BLOCK_N, STAGES)
-    ia = i0 + gl.arange(0, ROWS, layout=gl.SliceLayout(1, s_layout))
-    ib = ia + ROWS
-    zero = gl.zeros([ROWS, BLOCK_D], gl.float32, layout=o_layout)
-    acc_a, acc_b = warpgroup_mma_init(zero), warpgroup_mma_init(zero)
-    total_a = _row_parts(gl.zeros([ROWS, PART], gl.float32, layout=s_layout))
-    total_b = total_a
-    mbarrier.wait(bar, 0)
-    qa, qb = queries.index(0).reshape([ROWS, BLOCK_D]), queries.index(HALVES - 1).reshape([ROWS, BLOCK_D])
-    if IN_REGISTERS > 0:
-        qa = qa.load(gl.DotOperandLayout(0, s_layout, 2))
-    if IN_REGISTERS > 1 or HALVES == 1:
-        qb = qa if HALVES == 1 else qb.load(gl.DotOperandLayout(0, s_layout, 2))
-    _await(0, count, ready, STAGES)
-    s = _scores(qa, _part(0, 0, keys, BLOCK_N, BLOCK_D, STAGES), ROWS, s_layout)
-    s = warpgroup_mma_wait(num_outstanding=0, deps=[s])
-    for it in range(0, whole):
-        s, acc_a, acc_b, total_a, total_b = _key_tile(
-            it, count, s, acc_a, acc_b, total_a, total_b, qa, qb, head, row, key_tiles, value_tiles, keys, values, ready,
-            ia, ib, reach, tk, unit,
-            BASE, RECTIFY, ABSOLUTE, RIGHT, HALVES, ROWS, BLOCK_N, BLOCK_D, STAGES, False, s_layout, o_layout,
-        )  # fmt: skip
-    for it in range(whole, count):
-        s, acc_a, acc_b, total_a, total_b = _key_tile(
-            it, count, s, acc_a, acc_b, total_a, total_b, qa, qb, head, row, key_tiles, value_tiles, keys, values, ready,
-            ia, ib, reach, tk, unit,
-            BASE, RECTIFY, ABSOLUTE, RIGHT, HALVES, ROWS, BLOCK_N, BLOCK_D, STAGES, True, s_layout, o_layout,
-        )  # fmt: skip
-    acc_a, acc_b = warpgroup_mma_wait(num_outstanding=0, deps=[acc_a, acc_b])
-    rows: gl.constexpr = gl.SliceLayout(1, s_layout)
-    total_a, total_b = gl.convert_layout(gl.sum(total_a, 1), rows), gl.convert_layout(gl.sum(total_b, 1), rows)
-    m_a = gl.zeros([ROWS], gl.float32, layout=rows)
-    m_b = m_a
-    logit = 0.0
-    if CONSTANT == SINK:
-        logit = gl.load(sink + h).to(gl.float32) * LOG2E
-    trouble = _unsound(acc_a, total_a, logit, count, ANCHORED, CONSTANT)
-    if HALVES == 2:
-        trouble += _unsound(acc_b, total_b, logit, count, ANCHORED, CONSTANT)
-    if trouble > 0:
-        anchor = 0.0 if ANCHORED else -INF
-        if CONSTANT == SINK:
-            anchor = gl.maximum(anchor, logit)
-        acc_a, acc_b, total_a, total_b = zero, zero, m_a, m_a
-        m_a += anchor
-        m_b = m_a
-        end = 2 * count  # tiles are counted on, for the barriers
-        gl.thread_barrier()
-        for it in gl.static_range(STAGES - 1):
-            _fetch(
-                count + it, it * BLOCK_N, end, head, row, key_tiles, value_tiles, keys, values, ready, BLOCK_N, STAGES
-            )
-        for it in range(count, end):
-            at = (it - count) * BLOCK_N
-            _await(it, end, ready, STAGES)
-            acc_a, total_a, m_a = _again(
-                it, at, acc_a, total_a, m_a, qa, keys, values, ia, reach, tk, unit,
-                BASE, RECTIFY, ABSOLUTE, RIGHT, ROWS, BLOCK_N, BLOCK_D, STAGES, s_layout, o_layout,
-            )  # fmt: skip
-            if HALVES == 2:
-                acc_b, total_b, m_b = _again(
-                    it, at, acc_b, total_b, m_b, qb, keys, values, ib, reach, tk, unit,
-                    BASE, RECTIFY, ABSOLUTE, RIGHT, ROWS, BLOCK_N, BLOCK_D, STAGES, s_layout, o_layout,
-                )  # fmt: skip
-            gl.thread_barrier()
-            ahead = STAGES - 1
-            _fetch(
-                it + ahead,
-                at + ahead * BLOCK_N,
-                end,
-                head,
-                row,
-                key_tiles,
-                value_tiles,
-                keys,
-                values,
-                ready,
-                BLOCK_N,
-                STAGES,
-            )
-    for stage in gl.static_range(STAGES + 1):
-        mbarrier.invalidate(ready.index(stage))
-    out += b * o_b + h * o_h
-    lse += b * l_b + h * l_h
-    _finish(
-        acc_a, total_a, m_a, logit, eps, i0, tq, v_width, out, lse, o_t, o_d, l_t,
-        BASE, CONSTANT, ROWS, BLOCK_D, num_warps, o_layout,
+    values = gl.allocate_shared_memory(gl.bfloat16, [VALUES] + value_tiles.block_type.shape, value_tiles.layout)  # noqa: RUF005
+    place = gl.allocate_shared_memory(gl.int32, [32], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    descriptors = (query_tiles, key_tiles, value_tiles)
+    room = (queries, keys, values, place)
+    bars = (
+        _barriers(1, 1).index(0), _barriers(1, 2).index(0), _barriers(STAGES, 1), _barriers(STAGES, 2), _barriers(VALUES, 1),
+        _barriers(VALUES, 2),
     )  # fmt: skip
-    if HALVES == 2:
-        _finish(
-            acc_b, total_b, m_b, logit, eps, i0 + ROWS, tq, v_width, out, lse, o_t, o_d, l_t,
-            BASE, CONSTANT, ROWS, BLOCK_D, num_warps, o_layout,
-        )  # fmt: skip
+    shape = (tiles, heads, pairs, together, groups, tq, tk, reach, v_width)
+    outputs = (out, lse, sink, o_b, o_h, o_t, o_d, l_b, l_h, l_t)
+    gl.warp_specialize(
+        [
+            (_take, (
+                0, room, bars, shape, outputs, turn, unit, eps, BASE, RECTIFY, ABSOLUTE, CONSTANT, BLOCK_N, BLOCK_D,
+                STAGES, VALUES, RIGHT,
+            )),
+            (_take, (
+                1, room, bars, shape, outputs, turn, unit, eps, BASE, RECTIFY, ABSOLUTE, CONSTANT, BLOCK_N, BLOCK_D,
+                STAGES, VALUES, RIGHT,
+            )),
+            (_fetch, (descriptors, room, bars, shape, turn, BLOCK_N, STAGES, VALUES, RIGHT)),
+        ],
+        [4, 1],
+        [240, 24],  # registers a thread of the second and the third; the first gets what is left
+    )  # fmt: skip

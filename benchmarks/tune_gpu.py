@@ -277,7 +277,7 @@ def tune_rows(pool) -> None:
 
 
 # (keys of a tile, key tiles and value tiles under way, warps, programs a multiprocessor)
-FORWARD = {64: [(128, 3, 3), (128, 4, 4), (64, 6, 6)], 128: [(128, 2, 3), (128, 2, 2), (64, 4, 4)]}
+FORWARD = {64: [(64, 4, 4), (64, 3, 3), (64, 5, 5)], 128: [(128, 2, 3), (128, 2, 2), (64, 4, 4)]}
 DECODED = [(64, 3, 3, 4, 2), (64, 3, 3, 4, 4), (64, 3, 3, 4, 8), (64, 4, 2, 4, 2), (64, 2, 2, 4, 3), (64, 2, 2, 4, 9)]
 
 

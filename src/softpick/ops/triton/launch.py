@@ -63,7 +63,7 @@ _LONGEST_MAP = 65536  # keys; beyond, the runs of the map would take more memory
 _L2_SHARE = 2**24  # bytes of keys and values (or queries and gradients) in use at a time
 _FEWEST_TOGETHER = 256  # tiles: with fewer the longest ones of some pair are left for the end
 _FEWEST_SCORES = 2**22  # fewer take hardly longer on the GPU than it takes to describe the tensors to it
-_HOPPER_QUERIES = 128  # of a tile in hopper/forward.py
+_HOPPER_QUERIES = 128  # of a tile in hopper/forward.py and hopper/forward_narrow.py
 _FEWEST_CACHED = 2**16  # keys of all sequences and heads from which decoding by hand pays, for the same reason
 _MOST_PARTS = 256  # of a sequence: the merge holds them at once
 _LARGEST_OPTIMISTIC_EPS = 1e-5  # eps is relative to e^m; without m it is off by a factor of at most 1 + eps
@@ -286,19 +286,23 @@ def _forward_by_hand(
     tiles: int,
     together: int,
 ) -> Tensor:
-    """The kernel of ``hopper/forward.py``; returns which tiles have to be taken again, an int32 each."""
+    """A kernel of ``hopper/``; returns which tiles have to be taken again, an int32 each."""
     (b, heads, tq, _), groups, tk = query.shape, query.shape[1] // key.shape[1], key.shape[2]
     padded, total = common["BLOCK_D"], tiles * heads * b
     ring = HOPPER_FORWARD[padded]
     turn = torch.zeros(1 + total, dtype=torch.int32, device=query.device)
-    hopper.forward_queries[(min(total, multiprocessors(query.device.index or 0)),)](
+    kernel, programs, registers = hopper.forward_narrow, total, None
+    if (
+        padded > 64
+    ):  # programs that stay; registers of three warpgroups' worth of threads, which the kernel gives out anew
+        kernel, programs, registers = hopper.forward_queries, min(total, multiprocessors(query.device.index or 0)), 168
+    kernel[(programs,)](
         hopper.tiles(query, [1, 1, _HOPPER_QUERIES // 2, padded]),
         *(hopper.tiles(x, [1, 1, ring.n, padded]) for x in (key, value)),
         out, lse, sink, turn, *out.stride(), *lse.stride(),
         tiles, heads, heads * b, together, groups, tq, tk, value.shape[-1], options.right, _unit(options), options.eps,
         **switches(options.norm), **{name: common[name] for name in ("BLOCK_D", "RIGHT", "BOTTOM_RIGHT")},
-        BLOCK_N=ring.n, STAGES=ring.stages, VALUES=ring.values, num_warps=ring.warps,
-        maxnreg=168,  # of three warpgroups' worth of threads; the kernel gives them out anew
+        BLOCK_N=ring.n, STAGES=ring.stages, VALUES=ring.values, num_warps=ring.warps, maxnreg=registers,
     )  # fmt: skip
     return turn[1:]
 

@@ -75,7 +75,7 @@ class Rings(NamedTuple):
     programs: int = 1
 
 
-HOPPER_FORWARD = {64: Rings(128, 3, 3), 128: Rings(128, 2, 3)}
+HOPPER_FORWARD = {64: Rings(64, 4, 4), 128: Rings(128, 2, 3)}
 HOPPER_DECODE = {64: Rings(64, 3, 3, programs=4), 128: Rings(64, 3, 3, programs=2)}
 LONGEST_TILE = 128
 """Row statistics for ``hopper/backward.py`` are padded to a multiple of its query tiles."""

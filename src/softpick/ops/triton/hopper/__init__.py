@@ -7,6 +7,15 @@ of :mod:`softpick.ops.triton`. No interpreter runs Gluon.
 from softpick.ops.triton.hopper.backward import backward_keys, backward_queries
 from softpick.ops.triton.hopper.decode import decode_keys
 from softpick.ops.triton.hopper.forward import forward_queries
+from softpick.ops.triton.hopper.forward_narrow import forward_narrow
 from softpick.ops.triton.hopper.tiles import row_tiles, tiles
 
-__all__ = ["backward_keys", "backward_queries", "decode_keys", "forward_queries", "row_tiles", "tiles"]
+__all__ = [
+    "backward_keys",
+    "backward_queries",
+    "decode_keys",
+    "forward_narrow",
+    "forward_queries",
+    "row_tiles",
+    "tiles",
+]

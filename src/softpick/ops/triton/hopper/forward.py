@@ -151,7 +151,7 @@ def _start_scores(n, q, keys, BLOCK_N: gl.constexpr, BLOCK_D: gl.constexpr, STAG
 
 
 @gluon.jit
-def _row_parts(x):
+def row_parts(x):
     """Sums over what a thread holds of a row; the four threads of a row meet at the end only."""
     M: gl.constexpr = x.shape[0]
     N: gl.constexpr = x.shape[1]
@@ -159,7 +159,7 @@ def _row_parts(x):
 
 
 @gluon.jit
-def _weights(
+def weights_of(
     s, total, at, i, tk, reach, unit, like,
     BASE: gl.constexpr, RECTIFY: gl.constexpr, ABSOLUTE: gl.constexpr, RIGHT: gl.constexpr, EDGE: gl.constexpr,
     s_layout: gl.constexpr, o_layout: gl.constexpr,
@@ -174,10 +174,10 @@ def _weights(
         s = gl.where(seen, s, -INF if BASE == EXP else 0.0)
     p = numerators(s, 0.0, BASE, False, False)
     if ABSOLUTE:
-        total += _row_parts(gl.abs(p))
+        total += row_parts(gl.abs(p))
     else:
         p = kept_scores(p, s, RECTIFY)
-        total += _row_parts(p)
+        total += row_parts(p)
     p = narrow(p, like, RECTIFY == POSITIVE, RECTIFY == POSITIVE)
     return gl.convert_layout(p, gl.DotOperandLayout(0, o_layout, 2)), total
 
@@ -201,7 +201,7 @@ def _step(
     _pass_turn(w)
     s = warpgroup_mma_wait(num_outstanding=1, deps=[s])
     mbarrier.arrive(k_empty.index(n % STAGES))
-    p, total = _weights(s, total, at, i, tk, reach, unit, v, BASE, RECTIFY, ABSOLUTE, RIGHT, EDGE, s_layout, o_layout)
+    p, total = weights_of(s, total, at, i, tk, reach, unit, v, BASE, RECTIFY, ABSOLUTE, RIGHT, EDGE, s_layout, o_layout)
     # here, because ptxas moves no exponentials behind it, as it does behind the wait for the product
     mbarrier.wait(k_full.index((n + 1) % STAGES), ((n + 1) // STAGES) & 1, pred=more)
     acc = warpgroup_mma_wait(num_outstanding=0, deps=[acc])
@@ -237,14 +237,14 @@ def _take(
         i = i0 + gl.arange(0, ROWS, layout=gl.SliceLayout(1, s_layout))
         at = (count - 1) * BLOCK_N
         acc = gl.zeros([ROWS, BLOCK_D], gl.float32, layout=o_layout)
-        total = _row_parts(gl.zeros([ROWS, BLOCK_N], gl.float32, layout=s_layout))
+        total = row_parts(gl.zeros([ROWS, BLOCK_N], gl.float32, layout=s_layout))
         mbarrier.wait(k_full.index(n % STAGES), (n // STAGES) & 1)
         _wait_turn(w)
         s = _start_scores(n, q, keys, BLOCK_N, BLOCK_D, STAGES, s_layout)
         _pass_turn(w)
         s = warpgroup_mma_wait(num_outstanding=0, deps=[s])
         mbarrier.arrive(k_empty.index(n % STAGES))
-        p, total = _weights(
+        p, total = weights_of(
             s, total, at, i, tk, reach, unit, q, BASE, RECTIFY, ABSOLUTE, RIGHT, True, s_layout, o_layout
         )
         mbarrier.wait(k_full.index((n + 1) % STAGES), ((n + 1) // STAGES) & 1, pred=count > 1)
@@ -266,7 +266,7 @@ def _take(
         acc = warpgroup_mma(p, values.index(last).reshape([BLOCK_N, BLOCK_D]), acc, is_async=True)
         acc = warpgroup_mma_wait(num_outstanding=0, deps=[acc])
         mbarrier.arrive(v_empty.index(last))
-        _finish(
+        finish(
             acc, gl.convert_layout(gl.sum(total, 1), gl.SliceLayout(1, s_layout)), i0, head, row, tile, turn, eps, shape,
             outputs, BASE, RECTIFY, CONSTANT, BLOCK_D, o_layout,
         )  # fmt: skip
@@ -276,7 +276,7 @@ def _take(
 
 
 @gluon.jit
-def _finish(
+def finish(
     acc, total, i0, head, row, tile, turn, eps, shape, outputs,
     BASE: gl.constexpr, RECTIFY: gl.constexpr, CONSTANT: gl.constexpr, BLOCK_D: gl.constexpr, layout: gl.constexpr,
 ):  # fmt: skip

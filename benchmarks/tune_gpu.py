@@ -195,15 +195,24 @@ ROWS = (128, 1024, 8192, 131072)
 
 
 def row_jobs() -> list[tuple]:
-    """(kind, dtype, length, launch) of softpick over rows; of long ones also programs a multiprocessor, or None: read twice."""
+    """(kind, dtype, length, launch) of softpick over rows; of long ones as ``tuning.HOPPER_ROWS``, or None: read twice."""
     short = [*itertools.product((1024, 2048, 4096, 8192), (1, 2, 4, 8, 16)), (8192, 32), (8192, 16, 2), (8192, 32, 1)]
-    long = [(4096, 8, 2), (4096, 8, 3), (4096, 8, 4), (4096, 16, 2), (8192, 16, 2), (8192, 8, 2), (8192, 8, 3)]
+    long = [  # KiB of a program's share of a row, entries of a chunk, warps, stages, programs a multiprocessor
+        (32, 4096, 8, 3, 2), (32, 2048, 8, 3, 2), (16, 2048, 4, 3, 4), (32, 2048, 4, 3, 2), (16, 2048, 8, 4, 3),
+        (64, 4096, 16, 3, 1),
+    ]  # fmt: skip
+
+    def parts(kind, dtype):
+        """A share is of one input, or of both."""
+        entry = dtype.itemsize * (1 if kind == "forward" else 2)
+        return [(share * 1024 // entry, *shape) for share, *shape in long]
+
     return [
         (kind, dtype, n, launch)
         for kind in ("forward", "backward")
         for dtype in (torch.bfloat16, torch.float32)
         for n in ROWS
-        for launch in ([*long, None] if n > 16384 else short)
+        for launch in ([*parts(kind, dtype), None] if n > 16384 else short)
         if n > 16384 or max(n, launch[0]) // (32 * launch[1]) in (8, 16, 32, 64)
     ]
 
@@ -214,10 +223,10 @@ def run_rows(job, x, lse, g, y) -> None:
     kind, dtype, n, chosen = job
     if n <= 16384:
         tuning.rows = lambda *_: tuning.Rows(*chosen)
+    elif chosen:
+        tuning.HOPPER_ROWS[kind, dtype.itemsize] = tuning.Parts(*chosen)
     else:
-        tuning.SHARED_ROWS.pop((kind, dtype.itemsize), None)
-        if chosen:
-            tuning.SHARED_ROWS[kind, dtype.itemsize] = tuning.Rows(*chosen)
+        tuning.HOPPER_ROWS.pop((kind, dtype.itemsize), None)
     if kind == "forward":
         launch.softpick_forward(x, 1e-6, y, lse)
     else:
@@ -235,7 +244,7 @@ def compile_rows(job) -> str | None:
 
 
 def tune_rows(pool) -> None:
-    """Bandwidth of softpick over rows, by elements and warps (and programs a multiprocessor), each checked first."""
+    """Bandwidth of softpick over rows, by shape of the launch, each checked first."""
     import triton
 
     import softpick
@@ -252,7 +261,7 @@ def tune_rows(pool) -> None:
         truth = x[some].double().requires_grad_()
         want = softpick.softpick(truth)
         if kind == "backward":
-            run_rows(("forward", dtype, n, (4096, 8) if n <= 16384 else (4096, 8, 2)), x, lse, g, y)
+            run_rows(("forward", dtype, n, (4096, 8) if n <= 16384 else None), x, lse, g, y)
             (want,) = torch.autograd.grad(want, truth, g[some].double())
         found = {}
         for job in group:

@@ -61,7 +61,11 @@ def test_kernels_compile_and_fit(target, tmp_path):
         if result["case"].startswith("softpick,"):
             size = 4 if "float32" in result["case"] else 2
             for kind in ("forward", "backward"):
-                launch = tuning.SHARED_ROWS.get((kind, size))
-                taken = result["kernels"][f"rows_{kind}_shared" if launch else f"rows_{kind}_long"]
-                # all programs have to run at the same time: the limit compiled in leaves each its share
-                assert launch is None or launch.programs * taken["registers"] <= 65536
+                assert f"rows_{kind}_long" in result["kernels"]
+                taken = result["kernels"].get(f"rows_{kind}_ring")
+                assert (taken is not None) == (capability == 90)
+                if taken:  # all programs have to run at the same time: each keeps to its share of a multiprocessor
+                    programs = tuning.HOPPER_ROWS[kind, size].programs
+                    assert programs * taken["registers"] <= 65536
+                    assert programs * (taken["shared"] + KIBIBYTE) <= 228 * KIBIBYTE
+                    assert programs * taken["warps"] <= 64

@@ -18,6 +18,7 @@ from torch.nn.functional import scaled_dot_product_attention as torch_attention
 
 import softpick
 from softpick import NORMALIZERS, decode_attention, functional, scaled_dot_product_attention, varlen_attention
+from softpick.ops import library
 
 pytestmark = pytest.mark.gpu
 
@@ -629,19 +630,82 @@ def test_rows(rows, n, dtype, poisoned, monkeypatch):
     assert (got_grad.double() - want_grad).norm() < limits[dtype] * max(want_grad.norm(), terms.norm())
 
 
-def test_rows_that_programs_share_in_a_graph():
-    x = torch.randn(50, 40000, device=DEVICE, dtype=BF16)
-    softpick.softpick(x)
+@pytest.mark.parametrize("dtype", [BF16, FP16, FP32])
+@pytest.mark.parametrize("n", [16384, 16385, 16392, 20000, 131072])
+@pytest.mark.parametrize("eps", [1e-6, 0.0])
+def test_long_rows(n, eps, dtype, poisoned):
+    """More rows than programs take at a time, each against fp64, with a stride, twice the same. On Hopper GPUs programs share
+    those longer than 16384 that begin at multiples of 16 bytes.
+    """
+    from softpick.ops.triton import launch
+
+    rows = 150 if n > 100_000 else 300
+    x, grad = (torch.empty(rows, n + 64, device=DEVICE, dtype=dtype)[:, :n] for _ in range(2))
+    x.copy_(torch.randn(rows, n, device=DEVICE) * 3)
+    grad.copy_(torch.randn(rows, n, device=DEVICE))
+    x[::3, 5] = -math.inf
+    x[-1] += 80
+    x[1] += 80
+    x[2, n // 3 :] = -math.inf
+    x[3] = -x[3].abs()
+    x[4], x[5] = -math.inf, 0
+    x[6], x[6, 7] = -(10.0**4), 0.5
+    shared = torch.cuda.get_device_capability()[0] == 9 and n > 16384 and n % 8 == 0
+    if n > 16384:
+        assert (launch._ring("forward", x) is not None) == (launch._ring("backward", x, grad) is not None) == shared
+    y, lse = library._rows_forward(x, eps)
+    dx = library._rows_backward(grad, x, lse, eps)
+    again, again_lse = library._rows_forward(x, eps)
+    assert torch.equal(y, again)
+    assert torch.equal(lse, again_lse)
+    assert torch.equal(dx, library._rows_backward(grad, x, lse, eps))
+
+    (true,) = exact(x.detach().requires_grad_())
+    want = softpick.softpick(true, eps=eps)
+    (want_dx,) = torch.autograd.grad(want, true, grad.double())
+    true, want = true.detach(), want.detach()
+    m = true.amax(-1, keepdim=True).clamp(min=0)
+    total = (torch.where(true == -math.inf, 0.0, torch.expm1(true)).abs() * torch.exp(-m)).sum(-1, keepdim=True)
+    want_lse = (m + (total + eps).log())[:, 0]
+    limit = {BF16: 5e-3, FP16: 1e-3, FP32: 1e-5}[dtype]
+    step = 2.0**-24 if dtype == FP16 else 0.0  # between its numbers near 0
+    difference = (y.double() - want).norm(dim=-1)
+    assert (difference <= limit * want.norm(dim=-1) + step * n**0.5).all()
+    assert torch.equal(lse.isfinite(), want_lse.isfinite())
+    finite = want_lse.isfinite()
+    assert (lse - want_lse)[finite].abs().max() < (3e-5 if dtype == FP32 else 1e-4)
+    assert not y[~finite].any()
+    assert not dx[~finite].any()  # the gradient of a row of zeros is not defined with eps 0
+    # where terms of the gradient cancel, what counts is the error beside them
+    terms = (grad.double() * torch.exp(true - want_lse[:, None]))[finite].norm(dim=-1)
+    difference = (dx.double() - want_dx)[finite].norm(dim=-1)
+    assert (difference <= limit * torch.maximum(want_dx[finite].norm(dim=-1), terms) + step * n**0.5).all()
+
+
+@pytest.mark.parametrize("dtype", [BF16, FP32])
+def test_rows_that_programs_share_in_a_graph(dtype):
+    """Replayed, programs must wait again for what the others have to tell."""
+    x, grad = torch.randn(2, 300, 40000, device=DEVICE, dtype=dtype)
+
+    def both():
+        y, lse = library._rows_forward(x, 1e-6)
+        return y, library._rows_backward(grad, x, lse, 1e-6)
+
+    both()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        y = softpick.softpick(x)
+        y, dx = both()
     for _ in range(3):
         x.normal_()
         graph.replay()
-        assert relative(y, softpick.softpick(x.double())) < 5e-3
-    first = y.clone()
+        true = x.double().requires_grad_()
+        want = softpick.softpick(true)
+        assert relative(y, want) < 5e-3
+        assert relative(dx, torch.autograd.grad(want, true, grad.double())[0]) < 5e-3
+        assert all(map(torch.equal, both(), (y, dx)))
+    first = y.clone(), dx.clone()
     graph.replay()
-    assert torch.equal(first, y)
+    assert all(map(torch.equal, first, (y, dx)))
 
 
 BY_HAND = {

@@ -23,10 +23,8 @@ from softpick.ops.triton.forward import attention_forward
 from softpick.ops.triton.rows import (
     rows_backward,
     rows_backward_long,
-    rows_backward_shared,
     rows_forward,
     rows_forward_long,
-    rows_forward_shared,
 )
 from softpick.ops.triton.tile import LOG2E, switches
 from softpick.ops.triton.tuning import (
@@ -34,9 +32,10 @@ from softpick.ops.triton.tuning import (
     HOPPER,
     HOPPER_DECODE,
     HOPPER_FORWARD,
+    HOPPER_ROWS,
     LONGEST_TILE,
+    MOST_WORDS,
     PROGRAMS,
-    SHARED_ROWS,
     SKIP_FROM,
     blocks,
     multiprocessors,
@@ -626,6 +625,11 @@ def _splits(programs: int, fewest: int, pairs: int, tk: int, block_n: int, devic
     return max(1, _cdiv(tk, chunk)), chunk
 
 
+def _registers(warps: int) -> int:
+    """How many a thread may have if so many warps are to run on a multiprocessor."""
+    return min(255, 65536 // (32 * warps) // 8 * 8)
+
+
 def _row_options(x: Tensor, launch: tuning.Rows) -> dict[str, Any]:
     # 1024 threads are the most a program may have; AMD's warps have 64
     options = {
@@ -633,7 +637,7 @@ def _row_options(x: Tensor, launch: tuning.Rows) -> dict[str, Any]:
         "num_warps": min(launch.warps, 32 if torch.version.hip is None else 16),
     }
     if launch.programs and _capability(x):
-        options["maxnreg"] = min(255, 65536 // (32 * launch.warps * launch.programs) // 8 * 8)
+        options["maxnreg"] = _registers(launch.warps * launch.programs)
     return options
 
 
@@ -649,20 +653,41 @@ def _short(kind: str, x: Tensor) -> tuple[tuple[int], dict[str, Any]]:
 _LONG = {"N": 4096, "num_warps": 16}
 
 
-def _shared(kind: str, x: Tensor) -> tuple[int, int, dict[str, Any]]:
-    """(programs in all, programs a row, compile-time arguments) for rows ``(rows, n)``; no programs where it cannot be.
+def _in_16_bytes(x: Tensor) -> bool:
+    """Whether rows begin and end at multiples of 16 bytes."""
+    entries = 16 // x.element_size()
+    return x.shape[1] % entries == 0 and x.stride(0) % entries == 0 and x.data_ptr() % 16 == 0
 
-    The programs of a row wait for each other, so all programs have to run at the same time: the registers of one are limited to
-    its share, and the launch is cooperative, which fails if they do not fit.
+
+def _ring(kind: str, x: Tensor, *more: Tensor) -> tuple[int, int, Tensor, dict[str, Any]] | None:
+    """(programs in all, programs a row, zeros for their words, compile-time arguments) of ``hopper/rows.py`` for ``(rows, n)``;
+    None where rows are read twice instead: on other GPUs, where rows do not begin at multiples of 16 bytes, and where they are
+    too long for all programs of one to run at the same time.
+
+    They wait for each other: the registers of one are limited to its share, and the launch is cooperative, which fails if they
+    do not fit.
     """
+    launch = HOPPER_ROWS.get((kind, x.element_size()))
+    if launch is None or hopper is None or _capability(x) != 9 or not all(map(_in_16_bytes, (x, *more))):
+        return None
     rows, n = x.shape
-    launch = SHARED_ROWS.get((kind, x.element_size()))
-    if launch is None or not _capability(x):
-        return 0, 0, {}
-    parts = _cdiv(n, launch.elements)
-    room = launch.programs * multiprocessors(x.device.index or 0) // parts
-    shape = {"N": launch.elements, "PARTS": _power_of_2(parts), "launch_cooperative_grid": True}
-    return min(rows, room) * parts, parts, {**shape, **_row_options(x, launch)}
+    parts = _cdiv(n, launch.entries)
+    together = min(rows, launch.programs * multiprocessors(x.device.index or 0) // parts)
+    if together == 0:
+        return None
+    words = launch.warps if parts * launch.warps <= MOST_WORDS else 1
+    shape = {
+        "WIDTH": launch.chunk // launch.warps,
+        "CHUNKS": launch.entries // launch.chunk,
+        "STAGES": launch.stages,
+        "WORDS": words,
+        "COUNT": _power_of_2(parts * words),
+        "num_warps": launch.warps,
+        "maxnreg": _registers(launch.warps * launch.programs),
+        "launch_cooperative_grid": True,
+    }
+    zeros = torch.zeros(rows, parts * words, dtype=torch.int64, device=x.device)
+    return together * parts, parts, zeros, shape
 
 
 def softpick_forward(x: Tensor, eps: float, y: Tensor, lse: Tensor) -> None:
@@ -674,12 +699,12 @@ def softpick_forward(x: Tensor, eps: float, y: Tensor, lse: Tensor) -> None:
         grid, shape = _short("forward", x)
         rows_forward[grid](x, y, lse, rows, n, x.stride(0), eps, **shape)
         return
-    programs, parts, shape = _shared("forward", x)
-    if programs:
-        part_m, part_total = torch.empty(2, rows, parts, dtype=torch.float32, device=x.device)
-        count = torch.zeros(rows, dtype=torch.int32, device=x.device)
-        rows_forward_shared[(programs,)](
-            x, y, lse, part_m, part_total, count, rows, n, x.stride(0), eps, parts, **shape
+    ring = _ring("forward", x)
+    if ring is not None:
+        programs, parts, words, shape = ring
+        entries = 16 // x.element_size()
+        hopper.rows_forward_ring[(programs,)](
+            x, y, lse, words, rows, n // entries, x.stride(0) // entries, eps, parts, **shape
         )  # fmt: skip
         return
     rows_forward_long[(rows,)](x, y, lse, n, x.stride(0), eps, EXACT=x.dtype == torch.float32, **_LONG)
@@ -694,12 +719,12 @@ def softpick_backward(x: Tensor, lse: Tensor, grad: Tensor, dx: Tensor) -> None:
         grid, shape = _short("backward", x)
         rows_backward[grid](x, lse, grad, dx, rows, n, x.stride(0), grad.stride(0), **shape)
         return
-    programs, parts, shape = _shared("backward", x)
-    if programs:
-        part_inner = torch.empty(rows, parts, dtype=torch.float32, device=x.device)
-        count = torch.zeros(rows, dtype=torch.int32, device=x.device)
-        rows_backward_shared[(programs,)](
-            x, lse, grad, dx, part_inner, count, rows, n, x.stride(0), grad.stride(0), parts, **shape
+    ring = _ring("backward", x, grad)
+    if ring is not None:
+        programs, parts, words, shape = ring
+        entries = 16 // x.element_size()
+        hopper.rows_backward_ring[(programs,)](
+            x, lse, grad, dx, words, rows, n // entries, x.stride(0) // entries, grad.stride(0) // entries, parts, **shape
         )  # fmt: skip
         return
     rows_backward_long[(rows,)](

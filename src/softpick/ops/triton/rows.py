@@ -1,9 +1,8 @@
 """Softpick over the last dimension of a matrix.
 
-A program holds whole rows in registers. Longer rows are shared by programs that run at the same time and add up their parts
-(``_shared``), so that a row is still read once; where that is no faster (``tuning.SHARED_ROWS``) or cannot be, one program
-reads the row twice (``_long``). Scores are natural, entries of minus infinity are excluded. The backward pass needs only the
-input and the lse.
+A program holds whole rows in registers. It reads longer ones twice (``_long``); on Hopper GPUs programs share those and read
+them once (``hopper/rows.py``), unless lengths or addresses are odd. Scores are natural, entries of minus infinity are excluded.
+The backward pass needs only the input and the lse.
 """
 
 from __future__ import annotations
@@ -16,10 +15,8 @@ from softpick.ops.triton.tile import INF, LN2, LOG2E
 __all__ = [
     "rows_backward",
     "rows_backward_long",
-    "rows_backward_shared",
     "rows_forward",
     "rows_forward_long",
-    "rows_forward_shared",
 ]
 
 
@@ -76,45 +73,6 @@ def rows_forward(x, y, lse, rows, n, x_r, eps, ROWS: tl.constexpr, N: tl.constex
 
 
 @triton.jit
-def _wait(count, parts):
-    """Go on when ``parts`` programs have counted; what each wrote before is visible then."""
-    while tl.atomic_add(count, 0, sem="acquire") < parts:
-        pass
-
-
-@triton.jit(do_not_specialize=["rows", "parts"])
-def rows_forward_shared(
-    x, y, lse, part_m, part_total, count, rows, n, x_r, eps, parts,
-    N: tl.constexpr, PARTS: tl.constexpr, EXACT: tl.constexpr,
-):  # fmt: skip
-    """N entries of a row a program, ``parts`` programs a row; all programs run at the same time and take rows in turn.
-
-    ``part_m``, ``part_total``: ``(rows, parts)``; ``count``: ``(rows,)`` zeros. PARTS: a power of two, at least ``parts``.
-    """
-    first, part, step = tl.program_id(0) // parts, tl.program_id(0) % parts, tl.num_programs(0) // parts
-    c, i = part * N + tl.arange(0, N), tl.arange(0, PARTS)
-    ahead = tl.load(x + first.to(tl.int64) * x_r + c, mask=c < n, other=-INF)
-    for r in tl.range(first, rows, step):
-        s = ahead.to(tl.float32)
-        m = tl.maximum(tl.max(s, 0), 0.0)
-        f = _signed(s, m, EXACT)
-        tl.store(part_m + r * parts + part, m)
-        tl.store(part_total + r * parts + part, tl.sum(tl.abs(f), 0))
-        tl.atomic_add(count + r, 1, sem="release")
-        # the next row is on its way while this program waits
-        ahead = tl.load(x + tl.cast(r + step, tl.int64) * x_r + c, mask=(c < n) & (r + step < rows), other=-INF)
-        _wait(count + r, parts)
-        m_i = tl.load(part_m + r * parts + i, mask=i < parts, other=0.0, cache_modifier=".cg")
-        total_i = tl.load(part_total + r * parts + i, mask=i < parts, other=0.0, cache_modifier=".cg")
-        top = tl.max(m_i, 0)
-        total = tl.sum(total_i * tl.exp2((m_i - top) * LOG2E), 0) + eps
-        factor = tl.where(total == 0, 0.0, tl.exp2((m - top) * LOG2E) / total)
-        out = (tl.maximum(f, 0.0) * factor).to(y.dtype.element_ty)
-        tl.store(y + tl.cast(r, tl.int64) * n + c, out, mask=c < n)
-        tl.store(lse + r, top + tl.log2(total) * LN2, mask=part == 0)
-
-
-@triton.jit
 def rows_forward_long(x, y, lse, n, x_r, eps, N: tl.constexpr, EXACT: tl.constexpr):
     """One row a program, read twice."""
     r = tl.program_id(0).to(tl.int64)
@@ -150,37 +108,6 @@ def rows_backward(x, lse, dy, dx, rows, n, x_r, g_r, ROWS: tl.constexpr, N: tl.c
     e = tl.exp2((s - level) * LOG2E)
     inner = tl.sum(_weight(s, e, tl.exp2(-level * LOG2E), EXACT) * g, 1)
     tl.store(dx + r[:, None] * n + c[None, :], _gradient(s, e, g, inner[:, None]).to(dx.dtype.element_ty), mask=inside)
-
-
-@triton.jit(do_not_specialize=["rows", "parts"])
-def rows_backward_shared(
-    x, lse, dy, dx, part_inner, count, rows, n, x_r, g_r, parts,
-    N: tl.constexpr, PARTS: tl.constexpr, EXACT: tl.constexpr,
-):  # fmt: skip
-    """As :func:`rows_forward_shared`, but a row is finished one round after its parts were summed up: then the others have
-    counted, and nobody waits. (In the forward pass that was slower.)
-    """
-    first, part, step = tl.program_id(0) // parts, tl.program_id(0) % parts, tl.num_programs(0) // parts
-    c, i = part * N + tl.arange(0, N), tl.arange(0, PARTS)
-    ahead = tl.load(x + first.to(tl.int64) * x_r + c, mask=c < n, other=-INF)
-    ahead_g = tl.load(dy + first.to(tl.int64) * g_r + c, mask=c < n, other=0.0)
-    held, slope = tl.zeros([N], tl.float32), tl.zeros([N], tl.float32)
-    for r in tl.range(first, rows + step, step):
-        s, g = ahead.to(tl.float32), ahead_g.to(tl.float32)
-        level = _level(lse, r, r < rows)
-        e = tl.exp2((s - level) * LOG2E)
-        inner = tl.sum(_weight(s, e, tl.exp2(-level * LOG2E), EXACT) * g, 0)
-        ahead = tl.load(x + tl.cast(r + step, tl.int64) * x_r + c, mask=(c < n) & (r + step < rows), other=-INF)
-        ahead_g = tl.load(dy + tl.cast(r + step, tl.int64) * g_r + c, mask=(c < n) & (r + step < rows), other=0.0)
-        tl.store(part_inner + r * parts + part, inner, mask=r < rows)
-        tl.atomic_add(count + r, 1, mask=r < rows, sem="release")
-        done = r - step
-        if done >= 0:
-            _wait(count + done, parts)
-            inner_i = tl.load(part_inner + done * parts + i, mask=i < parts, other=0.0, cache_modifier=".cg")
-            out = (held + slope * tl.sum(inner_i, 0)).to(dx.dtype.element_ty)
-            tl.store(dx + tl.cast(done, tl.int64) * n + c, out, mask=c < n)
-        held, slope = _gradient(s, e, g, 0.0), _gradient(s, e, 0.0, 1.0)
 
 
 @triton.jit

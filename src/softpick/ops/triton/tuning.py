@@ -17,12 +17,15 @@ __all__ = [
     "HOPPER",
     "HOPPER_DECODE",
     "HOPPER_FORWARD",
+    "HOPPER_ROWS",
     "LONGEST_TILE",
+    "MOST_WORDS",
     "OVERRIDE",
     "PROGRAMS",
     "SKIP_FROM",
     "TRACKED",
     "Blocks",
+    "Parts",
     "Rings",
     "Rows",
     "Schedule",
@@ -107,12 +110,31 @@ ROWS = {
     ("backward", 4, 4096): Rows(1024, 4),
     ("backward", 4, 16384): Rows(4096, 32, 1),
 }
-# longer ones, shared by programs; what is not here is read twice (16-bit backward: 2.4 TB/s either way)
-SHARED_ROWS = {
-    ("forward", 2): Rows(8192, 8, 3),
-    ("forward", 4): Rows(8192, 8, 3),
-    ("backward", 4): Rows(4096, 8, 2),
+
+
+class Parts(NamedTuple):
+    """A launch of ``hopper/rows.py``: entries of a program's part of a row and of a chunk of it, warps, parts under way, and
+    programs a multiprocessor, which all have to run at the same time.
+    """
+
+    entries: int
+    chunk: int
+    warps: int
+    stages: int
+    programs: int
+
+
+# longer ones on Hopper: (kernel, bytes of an entry) -> launch. H200, bf16 and fp32, TB/s at (2048, 131072), (8192, 32768) and
+# (2048, 128256), copy 4.25: bf16 forward 3.41, 3.36, 3.35, backward 3.92, 4.02, 3.89, fp32 forward 3.77, 3.83, 3.80, backward
+# 4.20, 4.21, 4.20 (docs/log.md has the others). Small parts leave less of a row's last one empty
+HOPPER_ROWS = {
+    ("forward", 2): Parts(8192, 2048, 4, 3, 4),
+    ("backward", 2): Parts(4096, 2048, 4, 3, 4),
+    ("forward", 4): Parts(4096, 2048, 4, 3, 4),
+    ("backward", 4): Parts(4096, 2048, 4, 3, 2),
 }
+MOST_WORDS = 128
+"""Of a row, in ``hopper/rows.py``: every warp looks at all of them. With 256, 1.9 TB/s instead of 4.2 (fp32 backward)."""
 
 # 16-bit inputs: (kernel, head dim up to) -> blocks
 _HOPPER = {

@@ -1,13 +1,14 @@
 """The kernels once more for Hopper GPUs, in Gluon, which comes with Triton: scheduled by hand.
 
-For what most training and decoding does (:func:`softpick.ops.triton.launch.hopper_can`); everything else takes the kernels
-of :mod:`softpick.ops.triton`. No interpreter runs Gluon.
+For what most training and decoding does (:func:`softpick.ops.triton.launch.hopper_can`), and for long rows; everything else
+takes the kernels of :mod:`softpick.ops.triton`. No interpreter runs Gluon.
 """
 
 from softpick.ops.triton.hopper.backward import backward_keys, backward_queries
 from softpick.ops.triton.hopper.decode import decode_keys
 from softpick.ops.triton.hopper.forward import forward_queries
 from softpick.ops.triton.hopper.forward_narrow import forward_narrow
+from softpick.ops.triton.hopper.rows import rows_backward_ring, rows_forward_ring
 from softpick.ops.triton.hopper.tiles import row_tiles, tiles
 
 __all__ = [
@@ -17,5 +18,7 @@ __all__ = [
     "forward_narrow",
     "forward_queries",
     "row_tiles",
+    "rows_backward_ring",
+    "rows_forward_ring",
     "tiles",
 ]

@@ -1,0 +1,281 @@
+"""Softpick over rows too long for one program: programs share a row and keep a ring of parts in shared memory.
+
+All programs run at the same time (a cooperative launch) and take rows in turn. While later parts are fetched, a program sums
+up its part of one row and finishes that of the row before, both from shared memory: by then the sums of the other programs
+have arrived, and nobody waits. Nothing stays in registers from one row to the next; exponentials are taken twice, which costs
+less. What a program has to tell of its part is words in global memory: the value above, below it the anchor it is relative to,
+whose sign bit says that the word has been written. So a word is all there is to wait for: no counter and no fence. Sums are
+added in the same order every time.
+
+A part is CHUNKS chunks ``(num_warps, WIDTH)``, a line of a chunk a warp. Beyond the end of a row a chunk has zeros, which count
+nowhere. Rows begin at multiples of 16 bytes; ``n`` and strides count in those (VEC entries), so that Triton knows.
+"""
+
+from __future__ import annotations
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.ampere import async_copy
+
+from softpick.ops.triton.rows import _gradient, _level
+from softpick.ops.triton.tile import INF, LN2, LOG2E
+
+__all__ = ["rows_backward_ring", "rows_forward_ring"]
+
+_PLAIN = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [1, 0]))
+_WRITTEN = gl.constexpr(-(2**31))
+
+
+@gluon.constexpr_function
+def _layout(VEC, num_warps):
+    return gl.BlockedLayout([1, VEC], [1, 32], [num_warps, 1], [1, 0])
+
+
+@gluon.jit
+def _columns(LINES: gl.constexpr, WIDTH: gl.constexpr, layout: gl.constexpr):
+    """Where the entries of these lines are."""
+    line = gl.arange(0, LINES, layout=gl.SliceLayout(1, layout))
+    return line[:, None] * WIDTH + gl.arange(0, WIDTH, layout=gl.SliceLayout(0, layout))[None, :]
+
+
+@gluon.jit
+def _fetch(ring, it, x, r, rows, stride, c, n):
+    """Start copying entries ``c`` of row ``r``, the ``it``-th of this program; zeros where there are none."""
+    VEC: gl.constexpr = 128 // ring.dtype.primitive_bitwidth
+    at = x + gl.cast(r, gl.int64) * stride * VEC + c
+    # one copy a part: with one a chunk Triton puts a barrier before each
+    async_copy.async_copy_global_to_shared(ring.index(it % ring.shape[0]), at, mask=(c < n * VEC) & (r < rows))
+
+
+@gluon.jit
+def _chunk(ring, stage, chunk, layout: gl.constexpr, num_warps: gl.constexpr):
+    """A chunk of a part, ``(num_warps, WIDTH)`` in fp32."""
+    CHUNKS: gl.constexpr = ring.shape[1] // num_warps
+    chunks = ring._reinterpret(ring.dtype, [ring.shape[0] * CHUNKS, num_warps, ring.shape[2]], _PLAIN)
+    s = chunks.index(stage * CHUNKS + chunk).load(layout)
+    if s.dtype == gl.bfloat16:  # the compiler takes three instructions for two
+        return gl.inline_asm_elementwise(
+            "shl.b32 $0, $2, 16; and.b32 $1, $2, 0xffff0000;", "=r,=r,r", [s], dtype=gl.float32, is_pure=True, pack=2
+        )
+    else:
+        return s.to(gl.float32)
+
+
+@gluon.jit
+def _high(ring, stage, num_warps: gl.constexpr):
+    """The highest positive entry of a part, or 0, for each warp: as integers such entries have the same order, and others
+    are below 0.
+    """
+    CHUNKS: gl.constexpr = ring.shape[1] // num_warps
+    HALF: gl.constexpr = ring.dtype.primitive_bitwidth == 16
+    WIDTH: gl.constexpr = ring.shape[2] * ring.dtype.primitive_bitwidth // 32
+    layout: gl.constexpr = _layout(4, num_warps)
+    words = ring._reinterpret(gl.int32, [ring.shape[0] * CHUNKS, num_warps, WIDTH], _PLAIN)
+    high = gl.zeros([num_warps, WIDTH], gl.int32, layout)
+    for chunk in range(CHUNKS):
+        word = words.index(stage * CHUNKS + chunk).load(layout)
+        if HALF:  # two entries
+            high = gl.inline_asm_elementwise(
+                "max.s16x2 $0, $1, $2;", "=r,r,r", [high, word], dtype=gl.int32, is_pure=True, pack=1
+            )
+        else:
+            high = gl.maximum(high, word)
+    if HALF:
+        top = gl.max(gl.maximum(high >> 16, high & 0xFFFF), 1)
+        return top.to(gl.int16).to(ring.dtype, bitcast=True).to(gl.float32)
+    else:
+        return gl.max(high, 1).to(gl.float32, bitcast=True)
+
+
+@gluon.jit
+def _difference(x, e, c, EXACT: gl.constexpr):
+    """``c (e^x - 1)`` with ``e = c e^x`` given: the difference, and a series where it would cancel."""
+    if EXACT:
+        near = c * (x * (1.0 + x * (0.5 + x * (1 / 6 + x * (1 / 24 + x * (1 / 120 + x * (1 / 720)))))))
+        return gl.where(gl.abs(x) < 0.25, near, e - c)
+    else:  # for 16-bit outputs: to 4e-5 where a row has scores around 20 or all are small
+        return gl.where(gl.abs(x) < 0.015625, x * (c + x * (0.5 * c)), e - c)
+
+
+@gluon.jit
+def _exponential(s, level, EXACT: gl.constexpr):
+    """``e^(s - level)``. One instruction less if the product with ``level`` is rounded, to 6e-6 at levels around 100."""
+    if EXACT:
+        return gl.exp2((s - level) * LOG2E)
+    else:
+        return gl.exp2(s * LOG2E - level * LOG2E)
+
+
+@gluon.jit
+def _narrow(f, dtype: gl.constexpr):
+    """``relu(f)`` in this dtype; NaN stays."""
+    if dtype == gl.bfloat16:
+        return gl.inline_asm_elementwise(
+            "cvt.rn.relu.bf16x2.f32 $0, $2, $1;", "=r,r,r", [f], dtype=gl.bfloat16, is_pure=True, pack=2
+        )
+    elif dtype == gl.float16:
+        return gl.inline_asm_elementwise(
+            "cvt.rn.relu.f16x2.f32 $0, $2, $1;", "=r,r,r", [f], dtype=gl.float16, is_pure=True, pack=2
+        )
+    else:
+        return gl.where(f < 0, 0.0, f)
+
+
+@gluon.jit
+def _word(value, anchor):
+    low = anchor.to(gl.int32, bitcast=True) | _WRITTEN
+    return (value.to(gl.int32, bitcast=True).to(gl.int64) << 32) | low.to(gl.uint32, bitcast=True).to(gl.int64)
+
+
+@gluon.jit
+def _value(word):
+    return (word >> 32).to(gl.int32).to(gl.float32, bitcast=True)
+
+
+@gluon.jit
+def _anchor(word):
+    return (word.to(gl.int32) & ~_WRITTEN).to(gl.float32, bitcast=True)
+
+
+@gluon.jit
+def _tell(words, part, value, anchor, WORDS: gl.constexpr):
+    """Write what the warps ``(num_warps,)`` have to tell: a word each, or one for all of them (WORDS 1)."""
+    if WORDS == 1:
+        top = gl.max(anchor, 0)
+        one = _word(gl.sum(value * gl.exp2(anchor - top), 0), top)
+        gl.atomic_xchg(words + part, one, sem="relaxed")
+    else:
+        line = gl.arange(0, WORDS, layout=value.type.layout)
+        gl.atomic_xchg(words + part * WORDS + line, _word(value, anchor), sem="relaxed")
+
+
+@gluon.jit
+def _words(words, count, COUNT: gl.constexpr, num_warps: gl.constexpr):
+    """What is there of the words of a row; every warp has them all and needs no other to wait."""
+    layout: gl.constexpr = gl.BlockedLayout([max(1, COUNT // 32)], [32], [num_warps], [0])
+    i = gl.arange(0, COUNT, layout=layout)
+    return gl.load(words + i, mask=i < count, other=2**31, volatile=True)
+
+
+@gluon.jit
+def _all_words(found, words, count, COUNT: gl.constexpr, num_warps: gl.constexpr):
+    """All of them; ``found`` is what was there before."""
+    while gl.min((found >> 31).to(gl.int32) & 1, 0) == 0:
+        found = _words(words, count, COUNT, num_warps)
+    return found
+
+
+@gluon.jit(do_not_specialize=["rows", "n", "stride", "parts"])
+def rows_forward_ring(
+    x, y, lse, words, rows, n, stride, eps, parts,
+    WIDTH: gl.constexpr, CHUNKS: gl.constexpr, STAGES: gl.constexpr, WORDS: gl.constexpr, COUNT: gl.constexpr,
+    num_warps: gl.constexpr,
+):  # fmt: skip
+    """``parts`` programs a row of ``x`` ``(rows, n)``, whose rows are ``stride`` apart; ``y`` is contiguous.
+
+    ``words``: ``(rows, parts * WORDS)`` zeros, WORDS ``num_warps`` or 1. COUNT: a power of two, at least ``parts * WORDS``.
+    """
+    VEC: gl.constexpr = 128 // x.dtype.element_ty.primitive_bitwidth
+    EXACT: gl.constexpr = VEC == 4
+    layout: gl.constexpr = _layout(VEC, num_warps)
+    first, part, step = gl.program_id(0) // parts, gl.program_id(0) % parts, gl.num_programs(0) // parts
+    start, count = part * (CHUNKS * num_warps * WIDTH), parts * WORDS
+    c = start + _columns(CHUNKS * num_warps, WIDTH, layout)
+    columns = start + _columns(num_warps, WIDTH, layout)
+    ring = gl.allocate_shared_memory(x.dtype.element_ty, [STAGES, CHUNKS * num_warps, WIDTH], _PLAIN)
+    for it in gl.static_range(STAGES - 1):
+        _fetch(ring, it, x, first + it * step, rows, stride, c, n)
+        async_copy.commit_group()
+    rounds = (rows - first + step - 1) // step
+    for it in range(rounds + 1):
+        r = first + it * step
+        done = gl.maximum(r - step, first)
+        found = _words(words + done * count, count, COUNT, num_warps)  # on their way during the sums
+        async_copy.wait_group(STAGES - 2)
+        if it < rounds:
+            stage = it % STAGES
+            # anchors are in base 2, so that exponentials take one fma
+            m = gl.convert_layout(_high(ring, stage, num_warps) * LOG2E, gl.SliceLayout(1, layout))
+            e0 = gl.exp2(-m)[:, None]
+            total = gl.zeros([num_warps, WIDTH], gl.float32, layout)
+            for chunk in range(CHUNKS):
+                s = _chunk(ring, stage, chunk, layout, num_warps)
+                f = _difference(s, gl.exp2(s * LOG2E - m[:, None]), e0, EXACT)
+                total += gl.where(s == -INF, 0.0, gl.abs(f))
+            _tell(words + r * count, part, gl.sum(total, 1), m, WORDS)
+        if it > 0:  # told the sums of row r before waiting for those of the row before: so everybody goes on
+            stage = (it + STAGES - 1) % STAGES
+            found = _all_words(found, words + done * count, count, COUNT, num_warps)
+            m_i = _anchor(found)
+            top = gl.max(m_i, 0)
+            total = gl.sum(_value(found) * gl.exp2(m_i - top), 0) + eps
+            factor = gl.where(total == 0, 0.0, 1.0 / total)
+            e0 = gl.exp2(-top) * factor
+            to = y + gl.cast(done, gl.int64) * n * VEC
+            for chunk in range(CHUNKS):
+                s = _chunk(ring, stage, chunk, layout, num_warps)
+                f = _difference(s, gl.exp2(s * LOG2E - top) * factor, e0, EXACT)
+                at = chunk * (num_warps * WIDTH) + columns
+                gl.store(to + at, _narrow(f, y.dtype.element_ty), mask=at < n * VEC)
+            if part == 0:
+                gl.store(lse + done, (top + gl.log2(total)) * LN2)
+        ahead = it + STAGES - 1
+        _fetch(ring, ahead, x, first + ahead * step, rows, stride, c, n)
+        async_copy.commit_group()
+
+
+@gluon.jit(do_not_specialize=["rows", "n", "stride", "grad_stride", "parts"])
+def rows_backward_ring(
+    x, lse, dy, dx, words, rows, n, stride, grad_stride, parts,
+    WIDTH: gl.constexpr, CHUNKS: gl.constexpr, STAGES: gl.constexpr, WORDS: gl.constexpr, COUNT: gl.constexpr,
+    num_warps: gl.constexpr,
+):  # fmt: skip
+    """As :func:`rows_forward_ring`, for ``dx``; the sums are those of ``y dy``, with anchors 0."""
+    VEC: gl.constexpr = 128 // x.dtype.element_ty.primitive_bitwidth
+    EXACT: gl.constexpr = VEC == 4
+    layout: gl.constexpr = _layout(VEC, num_warps)
+    first, part, step = gl.program_id(0) // parts, gl.program_id(0) % parts, gl.num_programs(0) // parts
+    start, count = part * (CHUNKS * num_warps * WIDTH), parts * WORDS
+    c = start + _columns(CHUNKS * num_warps, WIDTH, layout)
+    columns = start + _columns(num_warps, WIDTH, layout)
+    ring = gl.allocate_shared_memory(x.dtype.element_ty, [STAGES, CHUNKS * num_warps, WIDTH], _PLAIN)
+    grads = gl.allocate_shared_memory(dy.dtype.element_ty, [STAGES, CHUNKS * num_warps, WIDTH], _PLAIN)
+    for it in gl.static_range(STAGES - 1):
+        _fetch(ring, it, x, first + it * step, rows, stride, c, n)
+        _fetch(grads, it, dy, first + it * step, rows, grad_stride, c, n)
+        async_copy.commit_group()
+    rounds = (rows - first + step - 1) // step
+    held = 0.0
+    level = _level(lse, first, first < rows)
+    for it in range(rounds + 1):
+        r = first + it * step
+        done = gl.maximum(r - step, first)
+        found = _words(words + done * count, count, COUNT, num_warps)
+        after = _level(lse, r + step, r + step < rows)
+        async_copy.wait_group(STAGES - 2)
+        if it < rounds:
+            stage = it % STAGES
+            e0 = gl.exp2(-level * LOG2E)
+            inner = gl.zeros([num_warps, WIDTH], gl.float32, layout)
+            for chunk in range(CHUNKS):
+                s = _chunk(ring, stage, chunk, layout, num_warps)
+                g = _chunk(grads, stage, chunk, layout, num_warps)
+                inner += gl.maximum(_difference(s, _exponential(s, level, EXACT), e0, EXACT), 0.0) * g
+            one = gl.sum(inner, 1)
+            _tell(words + r * count, part, one, gl.zeros_like(one), WORDS)
+        if it > 0:
+            stage = (it + STAGES - 1) % STAGES
+            found = _all_words(found, words + done * count, count, COUNT, num_warps)
+            total = gl.sum(_value(found), 0)
+            to = dx + gl.cast(done, gl.int64) * n * VEC
+            for chunk in range(CHUNKS):
+                s = _chunk(ring, stage, chunk, layout, num_warps)
+                g = _chunk(grads, stage, chunk, layout, num_warps)
+                out = _gradient(s, _exponential(s, held, EXACT), g, total)
+                at = chunk * (num_warps * WIDTH) + columns
+                gl.store(to + at, out.to(dx.dtype.element_ty), mask=at < n * VEC)
+        held, level = level, after
+        ahead = it + STAGES - 1
+        _fetch(ring, ahead, x, first + ahead * step, rows, stride, c, n)
+        _fetch(grads, ahead, dy, first + ahead * step, rows, grad_stride, c, n)
+        async_copy.commit_group()

@@ -62,6 +62,9 @@ _LONGEST_MAP = 65536  # keys; beyond, the runs of the map would take more memory
 _L2_SHARE = 2**24  # bytes of keys and values (or queries and gradients) in use at a time
 _FEWEST_TOGETHER = 256  # tiles: with fewer the longest ones of some pair are left for the end
 _FEWEST_SCORES = 2**22  # fewer take hardly longer on the GPU than it takes to describe the tensors to it
+_FEWEST_FORWARD = (
+    2**28
+)  # the same for the forward pass, which is launched twice and takes a fifth of a millisecond of Python
 _HOPPER_QUERIES = 128  # of a tile in hopper/forward.py and hopper/forward_narrow.py
 _FEWEST_CACHED = 2**16  # keys of all sequences and heads from which decoding by hand pays, for the same reason
 _MOST_PARTS = 256  # of a sequence: the merge holds them at once
@@ -243,7 +246,8 @@ def forward(
     optimistic = _optimistic(query.dtype, options)
     tile = blocks("forward", max(common["BLOCK_D"], common["BLOCK_DV"]), query.dtype, query.device)
     plain = cu_q is None and mass is None and live is None
-    by_hand = plain and optimistic and hopper_can(options, query, key, value, mask)
+    many = b * heads * longest * keys >= _FEWEST_FORWARD
+    by_hand = plain and optimistic and many and hopper_can(options, query, key, value, mask)
     if by_hand:
         tile, optimistic = tile._replace(m=_HOPPER_QUERIES), False
     pointer, mask_strides = _mask_arguments(mask)

@@ -55,9 +55,9 @@ class Schedule(NamedTuple):
     in_registers: int
 
 
-# H200, 4,4096,16,D, milliseconds (benchmarks/results/tune_gpu.csv): keys 0.69 and 0.99 (D 128: 1.08 with both key tiles in
-# shared memory, 1.20 with 128 keys and 8 warps; 64 query rows do not fit into registers), queries 0.41 and 0.67 (held in
-# registers 0.41 to 0.44 and 0.70): several small programs a multiprocessor overlap best
+# H200, 4,4096,16,D, milliseconds (benchmarks/results/tune_gpu.csv): keys 0.54 and 0.94 (before the statistics of rows came
+# with their tile 0.70 and 1.01; D 128 with both key tiles in shared memory 1.01; 64 query rows do not fit into registers),
+# queries 0.38 and 0.63: several small programs a multiprocessor overlap best
 HOPPER = {
     ("keys", 64): Schedule(64, 64, 4, 2, 2),
     ("keys", 128): Schedule(32, 64, 4, 3, 1),
@@ -78,6 +78,8 @@ class Rings(NamedTuple):
     programs: int = 1
 
 
+# forward 0.31 and 0.46 (cuDNN 0.335 and 0.48); D 64 with specialised warps 0.32, D 128 without 0.52, with two value tiles 0.46
+# to 0.47 but GQA 5 % slower. Decode: docs/kernels.md; more programs a multiprocessor than have room at a time only cost
 HOPPER_FORWARD = {64: Rings(64, 4, 4), 128: Rings(128, 2, 3)}
 HOPPER_DECODE = {64: Rings(64, 3, 3, programs=4), 128: Rings(64, 3, 3, programs=2)}
 LONGEST_TILE = 128
@@ -183,9 +185,9 @@ _SINGLE = {
 }
 
 # Skipping costs where nothing is empty. On an H200 (docs/kernels.md has the figures):
-#   decode: nothing on dense caches of 2^20 keys (of all sequences and key heads) and more, where three quarters of empty
-#   64-key blocks save a third of the time; 10 and 16 % at 2^18 and 2^16 keys, where they save 13 % and nothing. A trained
-#   model has 40 % of these blocks empty.
+#   decode.py (hopper/decode.py skips at no cost): nothing on dense caches of 2^20 keys (of all sequences and key heads) and
+#   more, where three quarters of empty 64-key blocks save a third of the time; 10 and 16 % at 2^18 and 2^16 keys, where they
+#   save 13 % and nothing. A trained model has 40 % of these blocks empty.
 SKIP_FROM = 2**19
 #   backward: 17 % at D 64 and 42 % at D 128 on dense inputs, because the kernels of hopper/ do not skip. Where negative
 #   scores have no gradient (softpick_stop_gradient, relu_softpick, rectified) an empty tile is no work at all: it pays from

@@ -472,6 +472,16 @@ def test_decoding_matches_the_oracle(backend, name, case, poisoned):
     assert not lse.isnan().any()
 
 
+def test_a_window_of_any_size_does_not_overflow(poisoned):
+    q, k, v = make(tq=21, tk=37)
+    for window in ((2**31 - 1, 2**31 - 1), (2**62, 0)):
+        check("softpick", q, k, v, window=window)
+        with torch.no_grad():
+            few = [t.detach()[:, :, :2] if t is q else t.detach() for t in (q, k, v)]
+            want = decode_attention(*exact(*few), window=window, is_causal=False, backend="reference")
+            close(decode_attention(*few, window=window, is_causal=False, backend="triton"), want)
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_decoding_over_several_splits_of_the_keys(name, monkeypatch, poisoned):
     monkeypatch.setattr(launch, "_splits", lambda programs, fewest, pairs, tk, block_n, device: (-(-tk // 32), 32))

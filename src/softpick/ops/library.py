@@ -220,6 +220,7 @@ def _options(
 ) -> Options:
     from softpick.ops.triton.launch import Options
 
+    left, right = min(left, 2**30), min(right, 2**30)  # the kernels add positions to them in 32 bits
     return Options(get_normalizer(normalizer), scale, eps, left, right, bottom_right, softcap, dropout_p)
 
 

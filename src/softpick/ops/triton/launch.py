@@ -484,9 +484,10 @@ def hopper_can_decode(
 
 
 def _fetchable(x: Tensor) -> bool:
-    """Whether the tensor memory accelerator takes this bf16 tensor: multiples of 16 bytes, nothing empty, nothing expanded."""
+    """Whether the tensor memory accelerator takes this as bf16: multiples of 16 bytes, nothing empty, nothing expanded."""
     b, h, t, d = x.stride()
-    return d == 1 and (b | h | t) % 8 == 0 and 0 not in (b, h, t) and x.numel() > 0 and x.data_ptr() % 16 == 0
+    there = x.dtype == torch.bfloat16 and x.numel() > 0 and x.data_ptr() % 16 == 0
+    return there and d == 1 and (b | h | t) % 8 == 0 and 0 not in (b, h, t)
 
 
 def _backward_by_hand(

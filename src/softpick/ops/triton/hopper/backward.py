@@ -3,8 +3,7 @@
 Triton waits for a matrix product before it goes on. Here a product runs while the results of another are worked on: of every
 tile ``S`` and ``dP`` start together, exponentials are taken while ``dP`` runs, the gradient of the scores while ``dV`` runs,
 and ``dK`` (or ``dQ``) runs into the next tile. The tensor memory accelerator fetches tiles and fills with zeros what lies
-beyond the end, so the last tile needs no mask: a key of zeros adds nothing to ``dQ``, a query of zeros with a weight of zero
-nothing to ``dK`` and ``dV``.
+beyond the end: a query of zeros with a weight of zero adds nothing to ``dK`` and ``dV``.
 
 For what most training does (:func:`softpick.ops.triton.launch.hopper_can`); everything else takes the other kernels.
 """
@@ -192,10 +191,10 @@ def backward_keys(
 
 @gluon.jit
 def _tile_of_queries(
-    it, at, count, head, row, dq, q, do, key_tiles, value_tiles, keys, values, ready, level, delta, i2, reach, unit,
+    it, at, count, head, row, dq, q, do, key_tiles, value_tiles, keys, values, ready, level, delta, i2, reach, tk, unit,
     BASE: gl.constexpr, RECTIFY: gl.constexpr, ABSOLUTE: gl.constexpr, NEGATIVE_GRADIENT: gl.constexpr,
     BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_D: gl.constexpr, STAGES: gl.constexpr,
-    EDGE: gl.constexpr, s_layout: gl.constexpr, o_layout: gl.constexpr,
+    RIGHT: gl.constexpr, EDGE: gl.constexpr, s_layout: gl.constexpr, o_layout: gl.constexpr,
 ):  # fmt: skip
     """One key tile into ``dq``."""
     stage = it % STAGES
@@ -210,7 +209,10 @@ def _tile_of_queries(
     e = gl.exp2(s * unit - level)
     if EDGE:
         j = at + gl.arange(0, BLOCK_N, layout=gl.SliceLayout(0, s_layout))
-        e = gl.where(j[None, :] <= i2 + reach, e, 0.0)
+        seen = (j < tk)[None, :]  # a key of zeros adds nothing only as long as its exponential is finite
+        if RIGHT:
+            seen = seen & (j[None, :] <= i2 + reach)
+        e = gl.where(seen, e, 0.0)
     dp = warpgroup_mma_wait(num_outstanding=0, deps=[dp])
     if BASE == EXPM1:  # as _score_gradient; the sign of the score itself takes one instruction less
         below = delta if ABSOLUTE and NEGATIVE_GRADIENT else 0.0
@@ -246,9 +248,7 @@ def backward_queries(
         hi = gl.maximum(0, gl.minimum(tk, i0 + BLOCK_M + reach))
         full = gl.maximum(0, gl.minimum(tk, i0 + reach + 1))
     count = gl.cdiv(hi, BLOCK_N)
-    whole = count
-    if RIGHT:
-        whole = gl.minimum(full // BLOCK_N, count)
+    whole = gl.minimum(full // BLOCK_N, count)
     for it in gl.static_range(STAGES - 1):
         _fetch(it, count, head, row, key_tiles, value_tiles, keys, values, ready, BLOCK_N, STAGES)
     i = i0 + gl.arange(0, BLOCK_M, layout=gl.SliceLayout(1, s_layout))
@@ -265,14 +265,14 @@ def backward_queries(
     for it in range(0, whole):
         dq = _tile_of_queries(
             it, it * BLOCK_N, count, head, row, dq, q, do, key_tiles, value_tiles, keys, values, ready, level, delta,
-            i[:, None], reach, unit,
-            BASE, RECTIFY, ABSOLUTE, NEGATIVE_GRADIENT, BLOCK_M, BLOCK_N, BLOCK_D, STAGES, False, s_layout, o_layout,
+            i[:, None], reach, tk, unit,
+            BASE, RECTIFY, ABSOLUTE, NEGATIVE_GRADIENT, BLOCK_M, BLOCK_N, BLOCK_D, STAGES, RIGHT, False, s_layout, o_layout,
         )  # fmt: skip
     for it in range(whole, count):
         dq = _tile_of_queries(
             it, it * BLOCK_N, count, head, row, dq, q, do, key_tiles, value_tiles, keys, values, ready, level, delta,
-            i[:, None], reach, unit,
-            BASE, RECTIFY, ABSOLUTE, NEGATIVE_GRADIENT, BLOCK_M, BLOCK_N, BLOCK_D, STAGES, True, s_layout, o_layout,
+            i[:, None], reach, tk, unit,
+            BASE, RECTIFY, ABSOLUTE, NEGATIVE_GRADIENT, BLOCK_M, BLOCK_N, BLOCK_D, STAGES, RIGHT, True, s_layout, o_layout,
         )  # fmt: skip
     dq = warpgroup_mma_wait(num_outstanding=0, deps=[dq])
     for stage in gl.static_range(STAGES + 1):

@@ -47,6 +47,6 @@ def store(
     layout: gl.constexpr = gl.BlockedLayout([1, 8], [32 // (COLUMNS // 8), COLUMNS // 8], [num_warps, 1], [1, 0])
     n = gl.arange(0, ROWS, layout=gl.SliceLayout(1, layout))
     d = gl.arange(0, COLUMNS, layout=gl.SliceLayout(0, layout))
-    at = base + first.to(gl.int64) * stride_t + n[:, None] * stride_t + d[None, :] * stride_d
+    at = base + (first + n).to(gl.int64)[:, None] * stride_t + d[None, :] * stride_d
     inside = (first + n < length)[:, None] & (d < width)[None, :]
     gl.store(at, gl.convert_layout(x.to(base.dtype.element_ty), layout), mask=inside)

@@ -292,8 +292,8 @@ DECODED = [(64, 3, 3, 4, 2), (64, 3, 3, 4, 4), (64, 3, 3, 4, 8), (64, 4, 2, 4, 2
 
 def compile_rings(job) -> str | None:
     without_gpu()
-    dim, _, kv_heads, _ = job
-    q, out = (torch.empty(4, 16 if kv_heads == 16 else 32, 4096, dim, dtype=torch.bfloat16) for _ in range(2))
+    dim, _, (heads, kv_heads), _ = job
+    q, out = (torch.empty(4, heads, 4096, dim, dtype=torch.bfloat16) for _ in range(2))
     k = torch.empty(4, kv_heads, 4096, dim, dtype=torch.bfloat16)
     try:
         run_rings(job, q, k, k, out, torch.empty(out.shape[:3]))
@@ -321,13 +321,12 @@ def tune_rings(pool) -> None:
     from softpick.ops.reference import attention_reference
 
     jobs = list(
-        itertools.chain(*(itertools.product((d,), r, (16, 8), ("softpick", "softmax")) for d, r in FORWARD.items()))
+        itertools.chain(*(itertools.product((d,), r, HEADS, ("softpick", "softmax")) for d, r in FORWARD.items()))
     )
     failures = dict(zip(jobs, pool.map(compile_rings, jobs), strict=True))
     bench = functools.partial(triton.testing.do_bench, warmup=10, rep=40, return_mode="median")
     keep = torch.ones(1000, 1000, dtype=torch.bool, device="cuda").tril()
-    for dim, kv_heads in itertools.product(FORWARD, (16, 8)):
-        heads = 16 if kv_heads == 16 else 32
+    for dim, (heads, kv_heads) in itertools.product(FORWARD, HEADS):
         q, k, v = (
             torch.randn(4, h, 4096, dim, device="cuda", dtype=torch.bfloat16) for h in (heads, kv_heads, kv_heads)
         )
@@ -337,7 +336,7 @@ def tune_rings(pool) -> None:
                 lambda: torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
             )
         print(f"D{dim} {heads}/{kv_heads} cudnn softmax {peer:.4f}", flush=True)
-        for job in [job for job in jobs if job[0] == dim and job[2] == kv_heads]:
+        for job in [job for job in jobs if job[0] == dim and job[2] == (heads, kv_heads)]:
             if failures[job]:
                 print("FAILED", job, failures[job], flush=True)
                 continue

@@ -62,9 +62,7 @@ _LONGEST_MAP = 65536  # keys; beyond, the runs of the map would take more memory
 _L2_SHARE = 2**24  # bytes of keys and values (or queries and gradients) in use at a time
 _FEWEST_TOGETHER = 256  # tiles: with fewer the longest ones of some pair are left for the end
 _FEWEST_SCORES = 2**22  # fewer take hardly longer on the GPU than it takes to describe the tensors to it
-_FEWEST_FORWARD = (
-    2**28
-)  # the same for the forward pass, which is launched twice and takes a fifth of a millisecond of Python
+_FEWEST_FORWARD = 2**28  # the same for the forward pass, which is launched twice: a fifth of a millisecond of Python
 _HOPPER_QUERIES = 128  # of a tile in hopper/forward.py and hopper/forward_narrow.py
 _FEWEST_CACHED = 2**16  # keys of all sequences and heads from which decoding by hand pays, for the same reason
 _MOST_PARTS = 256  # of a sequence: the merge holds them at once
@@ -148,6 +146,11 @@ def _capability(x: Tensor) -> int:
     if _interpreted() or torch.version.hip is not None:
         return 0
     return _major(x.get_device())
+
+
+def _on_hopper(x: Tensor) -> bool:
+    """Whether the kernels of ``hopper/`` are there and run on its GPU."""
+    return hopper is not None and _capability(x) == 9
 
 
 @functools.cache
@@ -295,9 +298,8 @@ def _forward_by_hand(
     ring = HOPPER_FORWARD[padded]
     turn = torch.zeros(1 + total, dtype=torch.int32, device=query.device)
     kernel, programs, registers = hopper.forward_narrow, total, None
-    if (
-        padded > 64
-    ):  # programs that stay; registers of three warpgroups' worth of threads, which the kernel gives out anew
+    if padded > 64:
+        # programs that stay, and registers of three warpgroups' worth of threads, which the kernel gives out anew
         kernel, programs, registers = hopper.forward_queries, min(total, multiprocessors(query.device.index or 0)), 168
     kernel[(programs,)](
         hopper.tiles(query, [1, 1, _HOPPER_QUERIES // 2, padded]),
@@ -447,8 +449,7 @@ def hopper_can(options: Options, query: Tensor, key: Tensor, value: Tensor, mask
     """
     padded = _padded(query.shape[-1])
     return (
-        hopper is not None
-        and _capability(query) == 9
+        _on_hopper(query)
         and query.dtype == torch.bfloat16
         and options.norm.base != "linear"
         and options.scale > 0  # signs are those of the products
@@ -468,8 +469,7 @@ def hopper_can_decode(
 ) -> bool:
     """Whether ``hopper/decode.py`` takes it; describing the cache to the GPU pays from so many keys on."""
     return (
-        hopper is not None
-        and _capability(query) == 9
+        _on_hopper(query)
         and query.dtype == torch.bfloat16
         and keys >= _FEWEST_CACHED
         and query.shape[1] // key.shape[1] * query.shape[2] <= 32
@@ -673,7 +673,7 @@ def _ring(kind: str, x: Tensor, *more: Tensor) -> tuple[int, int, Tensor, dict[s
     do not fit.
     """
     launch = HOPPER_ROWS.get((kind, x.element_size()))
-    if launch is None or hopper is None or _capability(x) != 9 or not all(map(_in_16_bytes, (x, *more))):
+    if launch is None or not _on_hopper(x) or not all(map(_in_16_bytes, (x, *more))):
         return None
     rows, n = x.shape
     parts = _cdiv(n, launch.entries)

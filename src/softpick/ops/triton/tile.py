@@ -224,18 +224,24 @@ def load_rows(base, rows, columns, stride_t, stride_d, length, width, ROWS: tl.c
 
 
 @triton.jit
+def tile_at(at, tiles, heads, pairs, together):
+    """(tile, head, sequence) of the ``at``-th tile in the order of :func:`assignment`."""
+    first = at // (tiles * together) * together
+    at -= first * tiles
+    wide = tl.minimum(together, pairs - first)
+    pair = first + at % wide
+    return at // wide, pair % heads, pair // heads
+
+
+@triton.jit
 def assignment(tiles, heads, pairs, together):
     """(tile, head, sequence) of a program of a one-dimensional grid, counted so that tile 0 has the most to do.
 
     ``together`` of the ``pairs`` of head and sequence run at a time, all their first tiles before all their second ones:
     programs that start late are short, and what they share stays in the L2 cache (``launch.together``).
     """
-    at = tl.program_id(0)
-    first = at // (tiles * together) * together
-    at -= first * tiles
-    wide = tl.minimum(together, pairs - first)
-    pair = first + at % wide
-    return at // wide, (pair % heads).to(tl.int64), (pair // heads).to(tl.int64)
+    tile, head, sequence = tile_at(tl.program_id(0), tiles, heads, pairs, together)
+    return tile, head.to(tl.int64), sequence.to(tl.int64)
 
 
 @triton.jit

@@ -33,6 +33,7 @@ from softpick.ops.triton.tile import (
     kept_scores,
     narrow,
     numerators,
+    tile_at,
 )
 
 __all__ = ["forward_queries"]
@@ -45,12 +46,8 @@ _SMALLEST = gl.constexpr(2.0**-64)
 @gluon.jit
 def _place(at, shape):
     """(first query, head, sequence) of the ``at``-th tile, in the order of :func:`softpick.ops.triton.tile.assignment`."""
-    tiles, heads, pairs, together = shape[0], shape[1], shape[2], shape[3]
-    first = at // (tiles * together) * together
-    at -= first * tiles
-    wide = gl.minimum(together, pairs - first)
-    pair = first + at % wide
-    return (tiles - 1 - at // wide) * (2 * ROWS), pair % heads, pair // heads
+    tile, head, row = tile_at(at, shape[0], shape[1], shape[2], shape[3])
+    return (shape[0] - 1 - tile) * (2 * ROWS), head, row
 
 
 @gluon.jit
@@ -144,7 +141,7 @@ def _pass_turn(w: gl.constexpr):
 
 
 @gluon.jit
-def _start_scores(n, q, keys, BLOCK_N: gl.constexpr, BLOCK_D: gl.constexpr, STAGES: gl.constexpr, layout: gl.constexpr):
+def start_scores(n, q, keys, BLOCK_N: gl.constexpr, BLOCK_D: gl.constexpr, STAGES: gl.constexpr, layout: gl.constexpr):
     k = keys.index(n % STAGES).reshape([BLOCK_N, BLOCK_D])
     zero = gl.zeros([ROWS, BLOCK_N], gl.float32, layout=layout)
     return warpgroup_mma(q, k.permute([1, 0]), zero, use_acc=False, is_async=True)
@@ -195,7 +192,7 @@ def _step(
     before = (n - 1) % VALUES
     v = values.index(before).reshape([BLOCK_N, BLOCK_D])
     _wait_turn(w)
-    s = _start_scores(n, q, keys, BLOCK_N, BLOCK_D, STAGES, s_layout)
+    s = start_scores(n, q, keys, BLOCK_N, BLOCK_D, STAGES, s_layout)
     mbarrier.wait(v_full.index(before), ((n - 1) // VALUES) & 1)
     acc = warpgroup_mma(p, v, acc, is_async=True)
     _pass_turn(w)
@@ -240,7 +237,7 @@ def _take(
         total = row_parts(gl.zeros([ROWS, BLOCK_N], gl.float32, layout=s_layout))
         mbarrier.wait(k_full.index(n % STAGES), (n // STAGES) & 1)
         _wait_turn(w)
-        s = _start_scores(n, q, keys, BLOCK_N, BLOCK_D, STAGES, s_layout)
+        s = start_scores(n, q, keys, BLOCK_N, BLOCK_D, STAGES, s_layout)
         _pass_turn(w)
         s = warpgroup_mma_wait(num_outstanding=0, deps=[s])
         mbarrier.arrive(k_empty.index(n % STAGES))

@@ -17,7 +17,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from softpick.ops.triton.hopper.forward import ROWS, finish, row_parts, weights_of
+from softpick.ops.triton.hopper.forward import ROWS, finish, row_parts, start_scores, weights_of
 from softpick.ops.triton.tile import assignment
 
 __all__ = ["forward_narrow"]
@@ -37,29 +37,20 @@ def _fetch(
 
 
 @gluon.jit
-def _start_scores(
-    it, q, keys, BLOCK_N: gl.constexpr, BLOCK_D: gl.constexpr, STAGES: gl.constexpr, layout: gl.constexpr
-):
-    """Start the products with a key tile. Beyond the last one they are of something else, and nobody looks."""
-    k = keys.index(it % STAGES).reshape([BLOCK_N, BLOCK_D])
-    zero = gl.zeros([ROWS, BLOCK_N], gl.float32, layout=layout)
-    return warpgroup_mma(q, k.permute([1, 0]), zero, use_acc=False, is_async=True)
-
-
-@gluon.jit
 def _tile_of_keys(
     it, count, s, acc, other_acc, total, other_total, q, other_q, head, row, key_tiles, value_tiles, keys, values, ready,
     i, other_i, tk, reach, unit,
     BASE: gl.constexpr, RECTIFY: gl.constexpr, ABSOLUTE: gl.constexpr, RIGHT: gl.constexpr, BLOCK_N: gl.constexpr,
     BLOCK_D: gl.constexpr, STAGES: gl.constexpr, EDGE: gl.constexpr, s_layout: gl.constexpr, o_layout: gl.constexpr,
 ):  # fmt: skip
-    """A key tile into both query tiles. The scores ``s`` of the first are there; on return those of the next key tile are.
+    """A key tile into both query tiles. The scores ``s`` of the first are there; on return those of the next key tile are
+    (after the last one they are of something else, and nobody looks).
 
     ptxas keeps products asynchronous only if no scores are on their way around the loop (its notes C7513, C7515): hence the
     wait at the end, which has nothing to wait for but scores that were started before the exponentials.
     """
     v = values.index(it % STAGES).reshape([BLOCK_N, BLOCK_D])
-    following = _start_scores(it, other_q, keys, BLOCK_N, BLOCK_D, STAGES, s_layout)
+    following = start_scores(it, other_q, keys, BLOCK_N, BLOCK_D, STAGES, s_layout)
     p, total = weights_of(
         s, total, it * BLOCK_N, i, tk, reach, unit, v, BASE, RECTIFY, ABSOLUTE, RIGHT, EDGE, s_layout, o_layout
     )  # fmt: skip
@@ -69,7 +60,7 @@ def _tile_of_keys(
     gl.thread_barrier()
     _fetch(it + STAGES - 1, count, head, row, key_tiles, value_tiles, keys, values, ready, BLOCK_N, STAGES)
     mbarrier.wait(ready.index((it + 1) % STAGES), ((it + 1) // STAGES) & 1, pred=it + 1 < count)
-    following = _start_scores(it + 1, q, keys, BLOCK_N, BLOCK_D, STAGES, s_layout)
+    following = start_scores(it + 1, q, keys, BLOCK_N, BLOCK_D, STAGES, s_layout)
     p, other_total = weights_of(
         s, other_total, it * BLOCK_N, other_i, tk, reach, unit, v,
         BASE, RECTIFY, ABSOLUTE, RIGHT, EDGE, s_layout, o_layout,
@@ -126,7 +117,7 @@ def forward_narrow(
     mbarrier.wait(bar, 0)
     q, other_q = queries.index(0).reshape([ROWS, BLOCK_D]), queries.index(1).reshape([ROWS, BLOCK_D])
     mbarrier.wait(ready.index(0), 0, pred=count > 0)
-    s = _start_scores(0, q, keys, BLOCK_N, BLOCK_D, STAGES, s_layout)
+    s = start_scores(0, q, keys, BLOCK_N, BLOCK_D, STAGES, s_layout)
     s = warpgroup_mma_wait(num_outstanding=0, deps=[s])
     for it in range(0, whole):
         s, acc, other_acc, total, other_total = _tile_of_keys(

@@ -17,8 +17,9 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
 
+from softpick.ops.triton.rows import _difference as _exact_difference
 from softpick.ops.triton.rows import _gradient, _level
-from softpick.ops.triton.tile import INF, LN2, LOG2E
+from softpick.ops.triton.tile import INF, LN2, LOG2E, narrow
 
 __all__ = ["rows_backward_ring", "rows_forward_ring"]
 
@@ -91,8 +92,7 @@ def _high(ring, stage, num_warps: gl.constexpr):
 def _difference(x, e, c, EXACT: gl.constexpr):
     """``c (e^x - 1)`` with ``e = c e^x`` given: the difference, and a series where it would cancel."""
     if EXACT:
-        near = c * (x * (1.0 + x * (0.5 + x * (1 / 6 + x * (1 / 24 + x * (1 / 120 + x * (1 / 720)))))))
-        return gl.where(gl.abs(x) < 0.25, near, e - c)
+        return _exact_difference(x, e, c, True)
     else:  # for 16-bit outputs: to 4e-5 where a row has scores around 20 or all are small
         return gl.where(gl.abs(x) < 0.015625, x * (c + x * (0.5 * c)), e - c)
 
@@ -107,18 +107,12 @@ def _exponential(s, level, EXACT: gl.constexpr):
 
 
 @gluon.jit
-def _narrow(f, dtype: gl.constexpr):
-    """``relu(f)`` in this dtype; NaN stays."""
-    if dtype == gl.bfloat16:
-        return gl.inline_asm_elementwise(
-            "cvt.rn.relu.bf16x2.f32 $0, $2, $1;", "=r,r,r", [f], dtype=gl.bfloat16, is_pure=True, pack=2
-        )
-    elif dtype == gl.float16:
-        return gl.inline_asm_elementwise(
-            "cvt.rn.relu.f16x2.f32 $0, $2, $1;", "=r,r,r", [f], dtype=gl.float16, is_pure=True, pack=2
-        )
-    else:
+def _narrow(f, like):
+    """``relu(f)`` in the dtype of ``like``; NaN stays."""
+    if like.dtype == gl.float32:
         return gl.where(f < 0, 0.0, f)
+    else:
+        return narrow(f, like, True, True)
 
 
 @gluon.jit
@@ -216,7 +210,7 @@ def rows_forward_ring(
                 s = _chunk(ring, stage, chunk, layout, num_warps)
                 f = _difference(s, gl.exp2(s * LOG2E - top) * factor, e0, EXACT)
                 at = chunk * (num_warps * WIDTH) + columns
-                gl.store(to + at, _narrow(f, y.dtype.element_ty), mask=at < n * VEC)
+                gl.store(to + at, _narrow(f, ring), mask=at < n * VEC)
             if part == 0:
                 gl.store(lse + done, (top + gl.log2(total)) * LN2)
         ahead = it + STAGES - 1

@@ -250,7 +250,7 @@ def forward(
     tile = blocks("forward", max(common["BLOCK_D"], common["BLOCK_DV"]), query.dtype, query.device)
     plain = cu_q is None and mass is None and live is None
     many = b * heads * longest * keys >= _FEWEST_FORWARD
-    by_hand = plain and optimistic and many and hopper_can(options, query, key, value, mask)
+    by_hand = plain and optimistic and many and hopper_can(options, query, key, value, mask, out)
     if by_hand:
         tile, optimistic = tile._replace(m=_HOPPER_QUERIES), False
     pointer, mask_strides = _mask_arguments(mask)
@@ -304,8 +304,8 @@ def _forward_by_hand(
     kernel[(programs,)](
         hopper.tiles(query, [1, 1, _HOPPER_QUERIES // 2, padded]),
         *(hopper.tiles(x, [1, 1, ring.n, padded]) for x in (key, value)),
-        out, lse, sink, turn, *out.stride(), *lse.stride(),
-        tiles, heads, heads * b, together, groups, tq, tk, value.shape[-1], options.right, _unit(options), options.eps,
+        hopper.tiles(out, [1, 1, _HOPPER_QUERIES // 2, padded]), lse, sink, turn, *lse.stride(),
+        tiles, heads, heads * b, together, groups, tq, tk, options.right, _unit(options), options.eps,
         **switches(options.norm), **{name: common[name] for name in ("BLOCK_D", "RIGHT", "BOTTOM_RIGHT")},
         BLOCK_N=ring.n, STAGES=ring.stages, VALUES=ring.values, num_warps=ring.warps, maxnreg=registers,
     )  # fmt: skip

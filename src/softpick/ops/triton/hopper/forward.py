@@ -6,7 +6,9 @@ a mask, to the first: while a warpgroup takes exponentials of its scores, the te
 their values, or work for the other warpgroup, since the two take turns to start products. Rings of key and of value tiles
 have barriers for "full" (the bytes have come) and "empty" (both warpgroups are done).
 
-There is no maximum (docs/kernels.md): a tile in which a sum left its range is noted, and ``forward.py`` takes it once more.
+The rows of a tile leave through shared memory, so that a warpgroup is soon at the next one: with stores of its own a fifth of
+its time went there (docs/kernels.md). There is no maximum: a tile in which a sum left its range is noted, and ``forward.py``
+takes it once more.
 """
 
 from __future__ import annotations
@@ -14,13 +16,13 @@ from __future__ import annotations
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
     mbarrier,
     tma,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
 
-from softpick.ops.triton.hopper.tiles import store
 from softpick.ops.triton.tile import (
     EXP,
     INF,
@@ -41,6 +43,7 @@ __all__ = ["forward_queries"]
 ROWS = gl.constexpr(64)  # queries of a warpgroup
 _LARGEST = gl.constexpr(2.0**64)  # as in forward.py
 _SMALLEST = gl.constexpr(2.0**-64)
+_FINITE = gl.constexpr(3.0e38)
 
 
 @gluon.jit
@@ -86,7 +89,7 @@ def _fetch(
 ):  # fmt: skip
     """Take tiles as long as there are any; ``turn`` counts those that are taken."""
     query_tiles, key_tiles, value_tiles = descriptors
-    queries, keys, values, place = room
+    queries, keys, values, place, _ = room
     q_full, q_empty, k_full, k_empty, v_full, v_empty = bars
     end = shape[0] * shape[2]
     at, n, loaded = gl.program_id(0), 0, 0
@@ -187,7 +190,7 @@ def _step(
     w: gl.constexpr, s_layout: gl.constexpr, o_layout: gl.constexpr,
 ):  # fmt: skip
     """Start the scores of key tile ``n``, which is there, and the product of the weights before; exponentials beside it."""
-    _, keys, values, _ = room
+    _, keys, values, _, _ = room
     _, _, k_full, k_empty, v_full, v_empty = bars
     before = (n - 1) % VALUES
     v = values.index(before).reshape([BLOCK_N, BLOCK_D])
@@ -213,7 +216,7 @@ def _take(
     BLOCK_D: gl.constexpr, STAGES: gl.constexpr, VALUES: gl.constexpr, RIGHT: gl.constexpr,
 ):  # fmt: skip
     """Warpgroup ``w``: its 64 queries of one tile after the other."""
-    queries, keys, values, place = room
+    queries, keys, values, place, rows = room
     q_full, q_empty, k_full, k_empty, v_full, v_empty = bars
     tk, reach = shape[6], shape[7]
     s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
@@ -263,23 +266,29 @@ def _take(
         acc = warpgroup_mma(p, values.index(last).reshape([BLOCK_N, BLOCK_D]), acc, is_async=True)
         acc = warpgroup_mma_wait(num_outstanding=0, deps=[acc])
         mbarrier.arrive(v_empty.index(last))
+        tma.store_wait(0)  # the rows before have left their room; for every warp once they have met
+        gl.thread_barrier()
         finish(
-            acc, gl.convert_layout(gl.sum(total, 1), gl.SliceLayout(1, s_layout)), i0, head, row, tile, turn, eps, shape,
-            outputs, BASE, RECTIFY, CONSTANT, BLOCK_D, o_layout,
+            acc, total, i0, head, row, tile, turn, eps, shape, outputs, rows.index(w), BASE, RECTIFY, CONSTANT, o_layout
         )  # fmt: skip
         tile = _told(loaded, place, q_full)
+    tma.store_wait(0)
     if w == 0:
         _wait_turn(0)  # what the other one has passed on last
 
 
 @gluon.jit
 def finish(
-    acc, total, i0, head, row, tile, turn, eps, shape, outputs,
-    BASE: gl.constexpr, RECTIFY: gl.constexpr, CONSTANT: gl.constexpr, BLOCK_D: gl.constexpr, layout: gl.constexpr,
+    acc, total, i0, head, row, tile, turn, eps, shape, outputs, room,
+    BASE: gl.constexpr, RECTIFY: gl.constexpr, CONSTANT: gl.constexpr, layout: gl.constexpr,
 ):  # fmt: skip
-    """Normalize and write the rows of a warpgroup, or note that the tile has to be taken again."""
-    out, lse, sink, o_b, o_h, o_t, o_d, l_b, l_h, l_t = outputs
-    tq, v_width, b, h = shape[5], shape[8], row.to(gl.int64), head.to(gl.int64)
+    """Normalize and write the rows of a warpgroup, or note that the tile has to be taken again.
+
+    ``room``: shared memory for the rows, free for the whole warpgroup; the accelerator reads it until ``tma.store_wait``.
+    """
+    out_tiles, lse, sink, l_b, l_h, l_t = outputs
+    parts = row_parts(gl.abs(acc))  # threads look at what they hold: nobody has to be asked
+    total = gl.sum(total, 1)
     sound = total < _LARGEST
     if BASE == EXP and RECTIFY == NONE and CONSTANT == 0:
         sound = sound & (total > _SMALLEST)  # rows without a key: the other kernel knows
@@ -289,14 +298,18 @@ def finish(
         logit = gl.load(sink + head).to(gl.float32) * LOG2E
         sound = sound & (logit < 64.0)
         total += gl.exp2(logit)
-    wrong = gl.max(gl.where(sound, 0, 1), 0) + gl.max(gl.max(gl.where(gl.abs(acc) < 3.0e38, 0, 1), 1), 0)
-    gl.store(turn + 1 + tile, 1, mask=wrong > 0)
+    note = turn + 1 + tile
+    gl.store(note + gl.zeros_like(total).to(gl.int32), 1, mask=~sound)
+    gl.store(note + gl.zeros_like(parts).to(gl.int32), 1, mask=~(parts < _FINITE))
     total += eps
+    i = i0 + gl.arange(0, ROWS, layout=total.type.layout)
+    to = lse + row.to(gl.int64) * l_b + head.to(gl.int64) * l_h + i * l_t
+    gl.store(to, gl.log2(total) * LN2, mask=i < shape[5])
     inverse = gl.convert_layout(gl.where(total == 0, 0.0, 1.0 / total), gl.SliceLayout(1, layout))
-    store(out + b * o_b + h * o_h, acc * inverse[:, None], i0, tq, v_width, o_t, o_d, ROWS, BLOCK_D, 4)
-    i = i0 + gl.arange(0, ROWS, layout=gl.SliceLayout(1, gl.BlockedLayout([1, 1], [32, 1], [4, 1], [1, 0])))
-    level = gl.convert_layout(gl.log2(total) * LN2, i.type.layout)
-    gl.store(lse + b * l_b + h * l_h + i * l_t, level, mask=i < tq)
+    room.store((acc * inverse[:, None]).to(gl.bfloat16).reshape([1, 1, ROWS, acc.shape[1]]))
+    fence_async_shared()
+    gl.thread_barrier()
+    tma.async_copy_shared_to_global(out_tiles, [row, head, i0, 0], room)
 
 
 @gluon.jit
@@ -307,12 +320,10 @@ def _barriers(COUNT: gl.constexpr, arrivals: gl.constexpr):
     return bars
 
 
-@gluon.jit(
-    do_not_specialize=["heads", "tiles", "pairs", "together", "groups", "tq", "tk", "v_width", "right", "l_b", "l_h"]
-)
+@gluon.jit(do_not_specialize=["heads", "tiles", "pairs", "together", "groups", "tq", "tk", "right", "l_b", "l_h"])
 def forward_queries(
-    query_tiles, key_tiles, value_tiles, out, lse, sink, turn, o_b, o_h, o_t, o_d, l_b, l_h, l_t,
-    tiles, heads, pairs, together, groups, tq, tk, v_width, right, unit, eps,
+    query_tiles, key_tiles, value_tiles, out_tiles, lse, sink, turn, l_b, l_h, l_t,
+    tiles, heads, pairs, together, groups, tq, tk, right, unit, eps,
     BASE: gl.constexpr, RECTIFY: gl.constexpr, ABSOLUTE: gl.constexpr, CONSTANT: gl.constexpr,
     NEGATIVE_GRADIENT: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_D: gl.constexpr,
     STAGES: gl.constexpr, VALUES: gl.constexpr, RIGHT: gl.constexpr, BOTTOM_RIGHT: gl.constexpr, num_warps: gl.constexpr,
@@ -328,15 +339,16 @@ def forward_queries(
     queries = gl.allocate_shared_memory(gl.bfloat16, [2] + query_tiles.block_type.shape, query_tiles.layout)  # noqa: RUF005 (no stars in Triton)
     keys = gl.allocate_shared_memory(gl.bfloat16, [STAGES] + key_tiles.block_type.shape, key_tiles.layout)  # noqa: RUF005
     values = gl.allocate_shared_memory(gl.bfloat16, [VALUES] + value_tiles.block_type.shape, value_tiles.layout)  # noqa: RUF005
+    rows = gl.allocate_shared_memory(gl.bfloat16, [2] + out_tiles.block_type.shape, out_tiles.layout)  # noqa: RUF005
     place = gl.allocate_shared_memory(gl.int32, [32], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     descriptors = (query_tiles, key_tiles, value_tiles)
-    room = (queries, keys, values, place)
+    room = (queries, keys, values, place, rows)
     bars = (
         _barriers(1, 1).index(0), _barriers(1, 2).index(0), _barriers(STAGES, 1), _barriers(STAGES, 2), _barriers(VALUES, 1),
         _barriers(VALUES, 2),
     )  # fmt: skip
-    shape = (tiles, heads, pairs, together, groups, tq, tk, reach, v_width)
-    outputs = (out, lse, sink, o_b, o_h, o_t, o_d, l_b, l_h, l_t)
+    shape = (tiles, heads, pairs, together, groups, tq, tk, reach)
+    outputs = (out_tiles, lse, sink, l_b, l_h, l_t)
     gl.warp_specialize(
         [
             (_take, (

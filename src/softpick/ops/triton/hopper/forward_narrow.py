@@ -70,12 +70,10 @@ def _tile_of_keys(
     return s, acc, other_acc, total, other_total
 
 
-@gluon.jit(
-    do_not_specialize=["heads", "tiles", "pairs", "together", "groups", "tq", "tk", "v_width", "right", "l_b", "l_h"]
-)
+@gluon.jit(do_not_specialize=["heads", "tiles", "pairs", "together", "groups", "tq", "tk", "right", "l_b", "l_h"])
 def forward_narrow(
-    query_tiles, key_tiles, value_tiles, out, lse, sink, turn, o_b, o_h, o_t, o_d, l_b, l_h, l_t,
-    tiles, heads, pairs, together, groups, tq, tk, v_width, right, unit, eps,
+    query_tiles, key_tiles, value_tiles, out_tiles, lse, sink, turn, l_b, l_h, l_t,
+    tiles, heads, pairs, together, groups, tq, tk, right, unit, eps,
     BASE: gl.constexpr, RECTIFY: gl.constexpr, ABSOLUTE: gl.constexpr, CONSTANT: gl.constexpr,
     NEGATIVE_GRADIENT: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_D: gl.constexpr,
     STAGES: gl.constexpr, VALUES: gl.constexpr, RIGHT: gl.constexpr, BOTTOM_RIGHT: gl.constexpr, num_warps: gl.constexpr,
@@ -134,15 +132,15 @@ def forward_narrow(
     acc, other_acc = warpgroup_mma_wait(num_outstanding=0, deps=[acc, other_acc])
     for stage in gl.static_range(STAGES + 1):
         mbarrier.invalidate(ready.index(stage))
-    shape = (tiles, heads, pairs, together, groups, tq, tk, reach, v_width)
-    outputs = (out, lse, sink, o_b, o_h, o_t, o_d, l_b, l_h, l_t)
+    shape = (tiles, heads, pairs, together, groups, tq, tk, reach)
+    outputs = (out_tiles, lse, sink, l_b, l_h, l_t)
     at = gl.program_id(0)
-    rows: gl.constexpr = gl.SliceLayout(1, s_layout)
+    gl.thread_barrier()  # nobody reads the queries any more
     finish(
-        acc, gl.convert_layout(gl.sum(total, 1), rows), i0, head, row, at, turn, eps, shape, outputs,
-        BASE, RECTIFY, CONSTANT, BLOCK_D, o_layout,
+        acc, total, i0, head, row, at, turn, eps, shape, outputs, queries.index(0), BASE, RECTIFY, CONSTANT, o_layout
     )  # fmt: skip
     finish(
-        other_acc, gl.convert_layout(gl.sum(other_total, 1), rows), i0 + ROWS, head, row, at, turn, eps, shape, outputs,
-        BASE, RECTIFY, CONSTANT, BLOCK_D, o_layout,
+        other_acc, other_total, i0 + ROWS, head, row, at, turn, eps, shape, outputs, queries.index(1),
+        BASE, RECTIFY, CONSTANT, o_layout,
     )  # fmt: skip
+    tma.store_wait(0)

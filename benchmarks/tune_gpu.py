@@ -198,7 +198,8 @@ def row_jobs() -> list[tuple]:
     """(kind, dtype, length, launch) of softpick over rows; of long ones as ``tuning.HOPPER_ROWS``, or None: read twice."""
     short = [*itertools.product((1024, 2048, 4096, 8192), (1, 2, 4, 8, 16)), (8192, 32), (8192, 16, 2), (8192, 32, 1)]
     long = [  # KiB of a program's share of a row, entries of a chunk, warps, stages, programs a multiprocessor
-        (32, 4096, 8, 3, 2), (32, 2048, 8, 3, 2), (16, 2048, 4, 3, 4), (32, 2048, 4, 3, 2), (16, 2048, 8, 4, 3),
+        (32, 4096, 8, 3, 2), (32, 2048, 8, 3, 2), (16, 2048, 4, 3, 4), (16, 1024, 4, 3, 4), (16, 4096, 4, 3, 4),
+        (32, 2048, 4, 3, 2), (16, 2048, 8, 4, 3),
         (64, 4096, 16, 3, 1),
     ]  # fmt: skip
 

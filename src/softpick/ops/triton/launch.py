@@ -691,7 +691,8 @@ def _ring(kind: str, x: Tensor, *more: Tensor) -> tuple[int, int, Tensor, dict[s
         "maxnreg": _registers(launch.warps * launch.programs),
         "launch_cooperative_grid": True,
     }
-    zeros = torch.zeros(rows, parts * words, dtype=torch.int64, device=x.device)
+    sums = 2 if kind == "forward" else 1  # 16-bit rows are summed up once more where quick sums were not sound
+    zeros = torch.zeros(sums, rows, parts * words, dtype=torch.int64, device=x.device)
     return together * parts, parts, zeros, shape
 
 

@@ -127,10 +127,10 @@ class Parts(NamedTuple):
 
 
 # longer ones on Hopper: (kernel, bytes of an entry) -> launch. H200, bf16 and fp32, TB/s at (2048, 131072), (8192, 32768) and
-# (2048, 128256), copy 4.25: bf16 forward 3.41, 3.36, 3.35, backward 3.92, 4.02, 3.89, fp32 forward 3.77, 3.83, 3.80, backward
+# (2048, 128256), copy 4.25: bf16 forward 3.81, 3.78, 3.81, backward 3.92, 4.02, 3.89, fp32 forward 3.77, 3.83, 3.80, backward
 # 4.20, 4.21, 4.20 (docs/log.md has the others). Small parts leave less of a row's last one empty
 HOPPER_ROWS = {
-    ("forward", 2): Parts(8192, 2048, 4, 3, 4),
+    ("forward", 2): Parts(8192, 1024, 4, 3, 4),
     ("backward", 2): Parts(4096, 2048, 4, 3, 4),
     ("forward", 4): Parts(4096, 2048, 4, 3, 4),
     ("backward", 4): Parts(4096, 2048, 4, 3, 2),

@@ -7,6 +7,10 @@ less. What a program has to tell of its part is words in global memory: the valu
 whose sign bit says that the word has been written. So a word is all there is to wait for: no counter and no fence. Sums are
 added in the same order every time.
 
+In bf16 the forward pass has too few bytes to hide instructions behind. 16-bit inputs are therefore summed up relative to 0 and
+without a series where ``e^x - 1`` cancels; what the programs of a row were told shows them all whether that was sound, and
+where it was not, they sum up once more.
+
 A part is CHUNKS chunks ``(num_warps, WIDTH)``, a line of a chunk a warp. Beyond the end of a row a chunk has zeros, which count
 nowhere. Rows begin at multiples of 16 bytes; ``n`` and strides count in those (VEC entries), so that Triton knows.
 """
@@ -19,12 +23,15 @@ from triton.experimental.gluon.language.nvidia.ampere import async_copy
 
 from softpick.ops.triton.rows import _difference as _exact_difference
 from softpick.ops.triton.rows import _gradient, _level
-from softpick.ops.triton.tile import INF, LN2, LOG2E, narrow
+from softpick.ops.triton.tile import INF, LN2, LOG2E
 
 __all__ = ["rows_backward_ring", "rows_forward_ring"]
 
 _PLAIN = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [1, 0]))
 _WRITTEN = gl.constexpr(-(2**31))
+# sums relative to 0 are sound below, and from so much an entry on: e^x - 1 is off by 2^-22, of a sum 6e-5 at the very worst
+_LARGEST, _LEAST = gl.constexpr(2.0**64), gl.constexpr(2.0**-8)
+_LARGEST_EPS = gl.constexpr(1e-5)  # eps is relative to e^m; without m it is off by a factor of at most 1 + eps
 
 
 @gluon.constexpr_function
@@ -50,10 +57,15 @@ def _fetch(ring, it, x, r, rows, stride, c, n):
 
 @gluon.jit
 def _chunk(ring, stage, chunk, layout: gl.constexpr, num_warps: gl.constexpr):
-    """A chunk of a part, ``(num_warps, WIDTH)`` in fp32."""
+    """A chunk of a part, ``(num_warps, WIDTH)``."""
     CHUNKS: gl.constexpr = ring.shape[1] // num_warps
     chunks = ring._reinterpret(ring.dtype, [ring.shape[0] * CHUNKS, num_warps, ring.shape[2]], _PLAIN)
-    s = chunks.index(stage * CHUNKS + chunk).load(layout)
+    return chunks.index(stage * CHUNKS + chunk).load(layout)
+
+
+@gluon.jit
+def _wide(s):
+    """In fp32."""
     if s.dtype == gl.bfloat16:  # the compiler takes three instructions for two
         return gl.inline_asm_elementwise(
             "shl.b32 $0, $2, 16; and.b32 $1, $2, 0xffff0000;", "=r,=r,r", [s], dtype=gl.float32, is_pure=True, pack=2
@@ -106,13 +118,96 @@ def _exponential(s, level, EXACT: gl.constexpr):
         return gl.exp2(s * LOG2E - level * LOG2E)
 
 
+@gluon.constexpr_function
+def _pair(dtype):
+    return "bf16x2" if dtype == gl.bfloat16 else "f16x2"
+
+
+@gluon.constexpr_function
+def _adding(dtype):
+    """PTX for two entries of 16 bits, $2, and in fp32, $3 and $4: adds ``|e^x - 1|`` to $5 and $6, nothing for minus infinity.
+    One comparison does for both.
+    """
+    infinity = "0xff80ff80" if dtype == gl.bfloat16 else "0xfc00fc00"
+    return f"""{{
+        .reg .f32 a, b; .reg .b32 i; .reg .pred p, q;
+        mov.b32 i, {infinity};
+        setp.neu.{_pair(dtype)} p|q, $2, i;
+        mul.f32 a, $3, 0f3FB8AA3B;
+        mul.f32 b, $4, 0f3FB8AA3B;
+        ex2.approx.ftz.f32 a, a;
+        ex2.approx.ftz.f32 b, b;
+        add.f32 a, a, 0fBF800000;
+        add.f32 b, b, 0fBF800000;
+        abs.f32 a, a;
+        abs.f32 b, b;
+        mov.f32 $0, $5;
+        mov.f32 $1, $6;
+        @p add.f32 $0, $0, a;
+        @q add.f32 $1, $1, b;
+    }}"""
+
+
+@gluon.constexpr_function
+def _finishing(dtype):
+    """PTX for two entries of 16 bits, $1, and in fp32, $2 and $3: ``relu(c (e^x - 1))`` with ``c`` $6 and $7, its logarithm in
+    base 2 $4 and $5. One comparison does for both.
+
+    bf16: below 2^-10 ``c x``, off by 2^-11; for all negative ``x``, too, which relu makes 0. fp16 needs the second term, below
+    2^-6.
+    """
+    series = "mov.f32 c, $6; mov.f32 d, $7;"
+    near, bound = "mov.b32", "0x3a803a80"
+    if dtype == gl.float16:
+        series = "mul.f32 h, $6, 0f3F000000; fma.rn.f32 c, $2, h, $6; fma.rn.f32 d, $3, h, $7;"
+        near, bound = "abs.f16x2", "0x24002400"
+    return f"""{{
+        .reg .f32 a, b, c, d, h; .reg .b32 i, s; .reg .pred p, q;
+        mov.b32 i, {bound};
+        {near} s, $1;
+        setp.lt.{_pair(dtype)} p|q, s, i;
+        fma.rn.f32 a, $2, 0f3FB8AA3B, $4;
+        fma.rn.f32 b, $3, 0f3FB8AA3B, $5;
+        ex2.approx.ftz.f32 a, a;
+        ex2.approx.ftz.f32 b, b;
+        sub.f32 a, a, $6;
+        sub.f32 b, b, $7;
+        {series}
+        @p mul.f32 a, $2, c;
+        @q mul.f32 b, $3, d;
+        cvt.rn.relu.{_pair(dtype)}.f32 $0, b, a;
+    }}"""
+
+
 @gluon.jit
-def _narrow(f, like):
-    """``relu(f)`` in the dtype of ``like``; NaN stays."""
-    if like.dtype == gl.float32:
-        return gl.where(f < 0, 0.0, f)
-    else:
-        return narrow(f, like, True, True)
+def _sums(ring, stage, layout: gl.constexpr, num_warps: gl.constexpr):
+    """Sums ``(num_warps,)`` of ``|e^x - 1|`` over a part, and anchors in base 2 that they are relative to."""
+    CHUNKS: gl.constexpr = ring.shape[1] // num_warps
+    WIDTH: gl.constexpr = ring.shape[2]
+    EXACT: gl.constexpr = ring.dtype == gl.float32
+    m = gl.convert_layout(_high(ring, stage, num_warps) * LOG2E, gl.SliceLayout(1, layout))
+    e0 = gl.exp2(-m)[:, None]
+    total = gl.zeros([num_warps, WIDTH], gl.float32, layout)
+    for chunk in range(CHUNKS):
+        s = _wide(_chunk(ring, stage, chunk, layout, num_warps))
+        f = _difference(s, gl.exp2(s * LOG2E - m[:, None]), e0, EXACT)
+        total += gl.where(s == -INF, 0.0, gl.abs(f))
+    return gl.sum(total, 1), m
+
+
+@gluon.jit
+def _quick_sums(ring, stage, layout: gl.constexpr, num_warps: gl.constexpr):
+    """As :func:`_sums`, relative to 0, and without a series."""
+    CHUNKS: gl.constexpr = ring.shape[1] // num_warps
+    WIDTH: gl.constexpr = ring.shape[2]
+    total = gl.zeros([num_warps, WIDTH], gl.float32, layout)
+    for chunk in range(CHUNKS):
+        s = _chunk(ring, stage, chunk, layout, num_warps)
+        total = gl.inline_asm_elementwise(
+            _adding(ring.dtype), "=&r,=&r,r,r,r,r,r", [s, _wide(s), total], dtype=gl.float32, is_pure=True, pack=2
+        )
+    total = gl.sum(total, 1)
+    return total, gl.zeros_like(total)
 
 
 @gluon.jit
@@ -159,6 +254,14 @@ def _all_words(found, words, count, COUNT: gl.constexpr, num_warps: gl.constexpr
     return found
 
 
+@gluon.jit
+def _total(words, eps):
+    """(anchor, sum relative to it) of a row."""
+    m = _anchor(words)
+    top = gl.max(m, 0)
+    return top, gl.sum(_value(words) * gl.exp2(m - top), 0) + eps
+
+
 @gluon.jit(do_not_specialize=["rows", "n", "stride", "parts"])
 def rows_forward_ring(
     x, y, lse, words, rows, n, stride, eps, parts,
@@ -167,7 +270,8 @@ def rows_forward_ring(
 ):  # fmt: skip
     """``parts`` programs a row of ``x`` ``(rows, n)``, whose rows are ``stride`` apart; ``y`` is contiguous.
 
-    ``words``: ``(rows, parts * WORDS)`` zeros, WORDS ``num_warps`` or 1. COUNT: a power of two, at least ``parts * WORDS``.
+    ``words``: ``(2, rows, parts * WORDS)`` zeros, WORDS ``num_warps`` or 1; the second half is for rows that are summed up once
+    more. COUNT: a power of two, at least ``parts * WORDS``.
     """
     VEC: gl.constexpr = 128 // x.dtype.element_ty.primitive_bitwidth
     EXACT: gl.constexpr = VEC == 4
@@ -181,38 +285,50 @@ def rows_forward_ring(
         _fetch(ring, it, x, first + it * step, rows, stride, c, n)
         async_copy.commit_group()
     rounds = (rows - first + step - 1) // step
+    least = gl.where(eps > _LARGEST_EPS, INF, n * (VEC * _LEAST))
     for it in range(rounds + 1):
         r = first + it * step
         done = gl.maximum(r - step, first)
         found = _words(words + done * count, count, COUNT, num_warps)  # on their way during the sums
         async_copy.wait_group(STAGES - 2)
         if it < rounds:
-            stage = it % STAGES
-            # anchors are in base 2, so that exponentials take one fma
-            m = gl.convert_layout(_high(ring, stage, num_warps) * LOG2E, gl.SliceLayout(1, layout))
-            e0 = gl.exp2(-m)[:, None]
-            total = gl.zeros([num_warps, WIDTH], gl.float32, layout)
-            for chunk in range(CHUNKS):
-                s = _chunk(ring, stage, chunk, layout, num_warps)
-                f = _difference(s, gl.exp2(s * LOG2E - m[:, None]), e0, EXACT)
-                total += gl.where(s == -INF, 0.0, gl.abs(f))
-            _tell(words + r * count, part, gl.sum(total, 1), m, WORDS)
+            if EXACT:
+                value, anchor = _sums(ring, it % STAGES, layout, num_warps)
+            else:
+                value, anchor = _quick_sums(ring, it % STAGES, layout, num_warps)
+            _tell(words + r * count, part, value, anchor, WORDS)
         if it > 0:  # told the sums of row r before waiting for those of the row before: so everybody goes on
             stage = (it + STAGES - 1) % STAGES
             found = _all_words(found, words + done * count, count, COUNT, num_warps)
-            m_i = _anchor(found)
-            top = gl.max(m_i, 0)
-            total = gl.sum(_value(found) * gl.exp2(m_i - top), 0) + eps
+            if EXACT:
+                top, total = _total(found, eps)
+            else:
+                top, total = gl.to_tensor(0.0), gl.sum(_value(found), 0) + eps
+                if not ((total >= least) & (total < _LARGEST)):  # all programs of the row see it
+                    value, anchor = _sums(ring, stage, layout, num_warps)
+                    again = words + (rows + done) * count
+                    _tell(again, part, value, anchor, WORDS)
+                    found = _words(again, count, COUNT, num_warps)
+                    top, total = _total(_all_words(found, again, count, COUNT, num_warps), eps)
+            level = top + gl.log2(total)
             factor = gl.where(total == 0, 0.0, 1.0 / total)
-            e0 = gl.exp2(-top) * factor
+            # where the total is 0, entries are 0 or minus infinity, of which any factor but 0 makes 0
+            lower = gl.where(total == 0, 0.0, -level)
             to = y + gl.cast(done, gl.int64) * n * VEC
             for chunk in range(CHUNKS):
                 s = _chunk(ring, stage, chunk, layout, num_warps)
-                f = _difference(s, gl.exp2(s * LOG2E - top) * factor, e0, EXACT)
+                if EXACT:
+                    f = _difference(s, gl.exp2(s * LOG2E - top) * factor, gl.exp2(-top) * factor, EXACT)
+                    out = gl.where(f < 0, 0.0, f)  # NaN stays
+                else:
+                    out = gl.inline_asm_elementwise(
+                        _finishing(ring.dtype), "=r,r,r,r,r,r,r,r", [s, _wide(s), lower, gl.exp2(lower)],
+                        dtype=ring.dtype, is_pure=True, pack=2,
+                    )  # fmt: skip
                 at = chunk * (num_warps * WIDTH) + columns
-                gl.store(to + at, _narrow(f, ring), mask=at < n * VEC)
+                gl.store(to + at, out, mask=at < n * VEC)
             if part == 0:
-                gl.store(lse + done, (top + gl.log2(total)) * LN2)
+                gl.store(lse + done, level * LN2)
         ahead = it + STAGES - 1
         _fetch(ring, ahead, x, first + ahead * step, rows, stride, c, n)
         async_copy.commit_group()
@@ -224,7 +340,9 @@ def rows_backward_ring(
     WIDTH: gl.constexpr, CHUNKS: gl.constexpr, STAGES: gl.constexpr, WORDS: gl.constexpr, COUNT: gl.constexpr,
     num_warps: gl.constexpr,
 ):  # fmt: skip
-    """As :func:`rows_forward_ring`, for ``dx``; the sums are those of ``y dy``, with anchors 0."""
+    """As :func:`rows_forward_ring`, for ``dx``; the sums are those of ``y dy``, with anchors 0, in ``words``
+    ``(rows, parts * WORDS)``.
+    """
     VEC: gl.constexpr = 128 // x.dtype.element_ty.primitive_bitwidth
     EXACT: gl.constexpr = VEC == 4
     layout: gl.constexpr = _layout(VEC, num_warps)
@@ -252,8 +370,8 @@ def rows_backward_ring(
             e0 = gl.exp2(-level * LOG2E)
             inner = gl.zeros([num_warps, WIDTH], gl.float32, layout)
             for chunk in range(CHUNKS):
-                s = _chunk(ring, stage, chunk, layout, num_warps)
-                g = _chunk(grads, stage, chunk, layout, num_warps)
+                s = _wide(_chunk(ring, stage, chunk, layout, num_warps))
+                g = _wide(_chunk(grads, stage, chunk, layout, num_warps))
                 inner += gl.maximum(_difference(s, _exponential(s, level, EXACT), e0, EXACT), 0.0) * g
             one = gl.sum(inner, 1)
             _tell(words + r * count, part, one, gl.zeros_like(one), WORDS)
@@ -263,8 +381,8 @@ def rows_backward_ring(
             total = gl.sum(_value(found), 0)
             to = dx + gl.cast(done, gl.int64) * n * VEC
             for chunk in range(CHUNKS):
-                s = _chunk(ring, stage, chunk, layout, num_warps)
-                g = _chunk(grads, stage, chunk, layout, num_warps)
+                s = _wide(_chunk(ring, stage, chunk, layout, num_warps))
+                g = _wide(_chunk(grads, stage, chunk, layout, num_warps))
                 out = _gradient(s, _exponential(s, held, EXACT), g, total)
                 at = chunk * (num_warps * WIDTH) + columns
                 gl.store(to + at, out.to(dx.dtype.element_ty), mask=at < n * VEC)

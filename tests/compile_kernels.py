@@ -30,7 +30,7 @@ from softpick.ops.triton import launch, tuning  # noqa: E402
 
 table = tuning._HOPPER if CAPABILITY == 90 else tuning._PORTABLE
 launch.multiprocessors = lambda _: 28
-launch._FEWEST_FORWARD = 0
+launch._FEWEST_FORWARD, launch._FEWEST_TILES = 0, 1
 launch.blocks = lambda kind, d, dtype, device: tuning.row(tuning._SINGLE if dtype == torch.float32 else table, kind, d)
 
 for case in sys.argv[2:]:
@@ -50,7 +50,9 @@ for case in sys.argv[2:]:
     launch.backward(
         options, q, k, v, mask, sink, None, None, None, 0, 0, out, lse, out, *grads, bias_grad, live
     )  # fmt: skip
-    launch.decode(options, q[:, :, :1], k, v, None, sink, None, None, out[:, :, :1], lse[:, :, :1])
+    for places in (56, 3, 1):  # keys of a head divided, shared by programs of all heads, and not divided at all
+        launch._places = lambda *_, places=places: places
+        launch.decode(options, q[:, :, :1], k, v, None, sink, None, None, out[:, :, :1], lse[:, :, :1])
     if name == "softpick":
         # the last but one is read twice, as its rows do not begin at multiples of 16 bytes; the last is shared by programs
         # that wait for each other

@@ -3,6 +3,7 @@
 import math
 import warnings
 
+import numpy as np
 import pytest
 import torch
 from oracle import attention as oracle
@@ -484,7 +485,7 @@ def test_a_window_of_any_size_does_not_overflow(poisoned):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_decoding_over_several_splits_of_the_keys(name, monkeypatch, poisoned):
-    monkeypatch.setattr(launch, "_splits", lambda programs, fewest, pairs, tk, block_n, device: (-(-tk // 32), 32))
+    monkeypatch.setattr(launch, "_splits", lambda places, fewest, pairs, tk, block_n: (-(-tk // 32), 32))
     q, k, v = (t.detach() for t in make(h=4, hkv=2, tq=2, tk=150))
     sink = sink_for(name, 4, torch.float32)
     with torch.no_grad():
@@ -495,6 +496,18 @@ def test_decoding_over_several_splits_of_the_keys(name, monkeypatch, poisoned):
         want = decode_attention(*true[:3], sink=true[3], backend="reference", **options)
     for one, other in zip(got, want, strict=True):
         close(one, other)
+
+
+def test_arguments_that_mean_the_same_to_a_kernel():
+    """What Triton takes, as it distinguishes it (its own rules are in C++)."""
+    from softpick.ops.triton.run import _meaning
+
+    x = torch.zeros(64, dtype=torch.bfloat16)
+    assert _meaning(x) == _meaning(x[8:]) == _meaning(torch.nn.Parameter(x))
+    assert len({_meaning(y) for y in (x, x[1:], x.float(), x.float()[1:])}) == 4
+    assert _meaning(1.5) == _meaning(np.float64(2.5)) != _meaning(1)
+    assert _meaning(True) != _meaning(1) != _meaning(2)
+    assert _meaning(None) is None
 
 
 @pytest.mark.parametrize("pattern", PATTERNS)

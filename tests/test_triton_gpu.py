@@ -330,19 +330,31 @@ DECODED = {
     "far below zero": {"scale": 30.0, "shift": -4.0},
     "lengths": {"lengths": (960, 0, 333)},
     "pages": {"lengths": (961, 65, 1), "page": 64},
+    "one a program": {"shape": (2, 8, 2, 2, 1024, 128, 128)},
+    "one a program, lengths": {"shape": (2, 8, 2, 2, 1024, 128, 128), "lengths": (960, 0)},
+    "two a program": {"shape": (4, 8, 2, 2, 1000, 128, 128)},
+    "many sequences": {
+        "shape": (150, 4, 2, 1, 192, 64, 64),
+        "lengths": tuple(37 * i % 193 * (i % 3 > 0) for i in range(150)),
+    },
 }
 
 
 @for_hopper
+@pytest.mark.parametrize("multiprocessors", [None, 2])
 @pytest.mark.parametrize("how", DECODED)
 @pytest.mark.parametrize("name", NAMES)
-def test_decoding_for_hopper(name, how, monkeypatch, poisoned):
-    """The kernel in Gluon against fp64; skipping changes no bit; what lies beyond the lengths may be anything."""
+def test_decoding_for_hopper(name, how, multiprocessors, monkeypatch, poisoned):
+    """The kernel in Gluon against fp64; skipping changes no bit; what lies beyond the lengths may be anything; few programs
+    take many sequences and heads.
+    """
     from softpick.ops.triton import launch
 
     taken = []
     original, decode = launch.hopper_can_decode, launch.decode
     monkeypatch.setattr(launch, "_FEWEST_CACHED", 0)
+    if multiprocessors:
+        monkeypatch.setattr(launch, "multiprocessors", lambda _: multiprocessors)
     monkeypatch.setattr(launch, "hopper_can_decode", lambda *args: taken.append(original(*args)) or taken[-1])
     setting = {"shape": (3, 8, 2, 2, 1024, 128, 128), "scale": 1.0, "shift": 0.0, "lengths": None, "page": 0} | DECODED[
         how
@@ -392,6 +404,29 @@ def test_decoding_for_hopper(name, how, monkeypatch, poisoned):
         assert torch.equal(out, again[0])
         assert relative(out, want) < 1e-2
         assert relative(lse, want_lse) < 1e-3
+
+
+@for_hopper
+@pytest.mark.parametrize("multiprocessors", [2, 3, 100])
+def test_sums_out_of_range_are_decoded_again_for_hopper(multiprocessors, monkeypatch, poisoned):
+    """Of a sequence and head in the middle of what a program takes; the others keep their bits, as on every run."""
+    from softpick.ops.triton import launch
+
+    monkeypatch.setattr(launch, "_FEWEST_CACHED", 0)
+    monkeypatch.setattr(launch, "multiprocessors", lambda _: multiprocessors)
+    q, k, v = (t.detach() for t in inputs((5, 8, 2, 1, 1024, 128, 128), BF16))
+    lengths = torch.tensor([1024, 300, 0, 777, 65], device=DEVICE, dtype=torch.int32)
+    huge = q.clone()
+    huge[1, 4:] *= 100.0
+    with torch.no_grad():
+        usual = decode_attention(q, k, v, cache_seqlens=lengths)
+        runs = [decode_attention(huge, k, v, cache_seqlens=lengths) for _ in range(3)]
+        want = decode_attention(*exact(huge, k, v), cache_seqlens=lengths, backend="reference")
+    assert all(torch.equal(run, runs[0]) for run in runs)
+    assert relative(runs[0], want) < 1e-2
+    assert relative(runs[0][1, 4:], want[1, 4:]) < 1e-2
+    runs[0][1, 4:] = usual[1, 4:]
+    assert torch.equal(runs[0], usual)
 
 
 @pytest.mark.parametrize("dtype", [BF16, FP16, FP32])
@@ -635,7 +670,8 @@ def test_rows(rows, n, dtype, poisoned, monkeypatch):
 @pytest.mark.parametrize("eps", [1e-6, 0.0, 1e-2])
 def test_long_rows(n, eps, dtype, poisoned):
     """More rows than programs take at a time, each against fp64, with a stride, twice the same. On Hopper GPUs programs share
-    those longer than 16384 that begin at multiples of 16 bytes.
+    those longer than 16384 that begin at multiples of 16 bytes, and take 16-bit ones together once more where sums relative to
+    0 are not sound: tiny or large scores, nearly all minus infinity, NaN, a large eps.
     """
     from softpick.ops.triton import launch
 
@@ -650,9 +686,11 @@ def test_long_rows(n, eps, dtype, poisoned):
     x[3] = -x[3].abs()
     x[4], x[5] = -math.inf, 0
     x[6], x[6, 7] = -(10.0**4), 0.5
-    x[7] *= 3e-3  # the smallest that 16-bit sums relative to 0 take
+    x[1, 5] = -math.inf
+    x[7] *= 3e-3  # just large enough
     x[8] *= 1e-3
     x[9] = 43
+    x[10], x[10, 9] = -math.inf, 1
     shared = torch.cuda.get_device_capability()[0] == 9 and n > 16384 and n % 8 == 0
     if n > 16384:
         assert (launch._ring("forward", x) is not None) == (launch._ring("backward", x, grad) is not None) == shared
@@ -683,6 +721,36 @@ def test_long_rows(n, eps, dtype, poisoned):
     terms = (grad.double() * torch.exp(true - want_lse[:, None]))[finite].norm(dim=-1)
     difference = (dx.double() - want_dx)[finite].norm(dim=-1)
     assert (difference <= limit * torch.maximum(want_dx[finite].norm(dim=-1), terms) + step * n**0.5).all()
+
+    x[7, 9] = math.nan
+    broken, broken_lse = library._rows_forward(x, eps)
+    others = torch.arange(rows, device=DEVICE) != 7
+    assert broken[7].isnan().all()
+    assert broken_lse[7].isnan()
+    assert torch.equal(broken[others], y[others])
+    assert torch.equal(broken_lse[others], lse[others])
+
+
+def test_kernels_are_launched_again_for_arguments_that_mean_the_same():
+    """Aligned or not, another stride, another length: the right variant each time, also where all were launched before."""
+    from softpick.ops.triton.run import _known
+
+    store = torch.randn(64 * 1024, device=DEVICE).bfloat16()
+    views = [
+        lambda: store[: 32 * 1000].view(32, 1000),
+        lambda: store[1 : 32 * 1000 + 1].view(32, 1000),
+        lambda: store[: 32 * 1024].view(32, 1024)[:, :1000],
+        lambda: store[: 31 * 1001].view(31, 1001),
+        lambda: store[: 32 * 1000].view(32, 1000).float(),
+    ]
+    for _ in range(2):
+        for view in views:
+            close = {"rtol": 0, "atol": 1e-2} if view().dtype == BF16 else {"rtol": 1e-5, "atol": 1e-6}
+            torch.testing.assert_close(softpick.softpick(view()).double(), softpick.softpick(view().double()), **close)
+    before = len(_known)
+    for view in views:
+        softpick.softpick(view())
+    assert len(_known) == before
 
 
 @pytest.mark.parametrize("dtype", [BF16, FP32])

@@ -32,7 +32,7 @@ from softpick.ops.triton.tile import (
     numerators,
 )
 
-__all__ = ["decode_merge", "decode_split"]
+__all__ = ["count_tiles", "decode_merge", "decode_split", "keys_of_sequence", "sequence_at", "share_of"]
 
 
 @triton.jit
@@ -205,35 +205,151 @@ def decode_split(
     tl.store(part_out + part[:, None] * BLOCK_DV + dv[None, :], acc, mask=rows[:, None])
 
 
-@triton.jit(do_not_specialize=["kv_heads", "tq", "splits"])
-def decode_merge(
-    part_out, part_total, part_m, sink, out, lse, o_b, o_h, o_t, o_d, l_b, l_h, l_t,
-    kv_heads, groups, tq, v_width, splits, eps,
-    BASE: tl.constexpr, CONSTANT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_DV: tl.constexpr, COLUMNS: tl.constexpr,
-    SPLITS: tl.constexpr, EARLY: tl.constexpr,
+@triton.jit
+def keys_of_sequence(
+    s, sequences, lengths, tq, tk, left, right,
+    BLOCK_N: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, BOTTOM_RIGHT: tl.constexpr, LENGTHS: tl.constexpr,
 ):  # fmt: skip
-    """Partial results relative to their ``m`` into one, in the order of the splits.
+    """Filled length of sequences ``s``, the queries' offset, start and end of the visible keys, number of their tiles."""
+    if LENGTHS:
+        tk = tl.minimum(tk, tl.load(lengths + s, mask=s < sequences, other=0).to(tl.int32))
+    offset = 0
+    if BOTTOM_RIGHT:
+        offset = tk - tq
+    lo, _, _, hi = keys_of_queries(0, tq, tk, offset, left, right, BLOCK_N, LEFT, RIGHT)
+    return tk, offset, lo, hi, (tl.maximum(hi - lo, 0) + BLOCK_N - 1) // BLOCK_N
 
-    Grid: (queries times blocks of COLUMNS, heads, B).
+
+@triton.jit
+def count_tiles(
+    some, b, sequences, lengths, tq, tk, left, right,
+    BLOCK_N: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, BOTTOM_RIGHT: tl.constexpr, LENGTHS: tl.constexpr,
+):  # fmt: skip
+    """Key tiles of one head, of all sequences and of those before ``b``. ``some``: 0, 1, ... as many as are counted at once."""
+    if LENGTHS:
+        tiles, before = 0, 0
+        for s in range(0, sequences, some.shape[0]):
+            _, _, _, _, n = keys_of_sequence(
+                s + some, sequences, lengths, tq, tk, left, right, BLOCK_N, LEFT, RIGHT, BOTTOM_RIGHT, LENGTHS
+            )
+            tiles += tl.sum(n, 0)
+            before += tl.sum(tl.where(s + some < b, n, 0), 0)
+        return tiles, before
+    else:
+        _, _, _, _, n = keys_of_sequence(
+            0, sequences, lengths, tq, tk, left, right, BLOCK_N, LEFT, RIGHT, BOTTOM_RIGHT, LENGTHS
+        )
+        return n * sequences, n * b
+
+
+@triton.jit
+def sequence_at(
+    some, place, sequences, kv_heads, lengths, tq, tk, left, right,
+    BLOCK_N: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, BOTTOM_RIGHT: tl.constexpr, LENGTHS: tl.constexpr,
+):  # fmt: skip
+    """The sequence that has the ``place``-th tile of all sequences and heads, and the tiles of one head before it."""
+    if LENGTHS:
+        b, tiles, before = 0, 0, 0
+        for s in range(0, sequences, some.shape[0]):
+            _, _, _, _, n = keys_of_sequence(
+                s + some, sequences, lengths, tq, tk, left, right, BLOCK_N, LEFT, RIGHT, BOTTOM_RIGHT, LENGTHS
+            )
+            passed = (tiles + tl.cumsum(n, 0)) * kv_heads <= place
+            b += tl.sum(passed.to(tl.int32), 0)
+            before += tl.sum(tl.where(passed, n, 0), 0)
+            tiles += tl.sum(n, 0)
+        return b, before
+    else:
+        _, _, _, _, n = keys_of_sequence(
+            0, sequences, lengths, tq, tk, left, right, BLOCK_N, LEFT, RIGHT, BOTTOM_RIGHT, LENGTHS
+        )
+        b = place // (n * kv_heads)
+        return b, n * b
+
+
+@triton.jit
+def share_of(tiles, programs, fewest):
+    """How many key tiles of all a program takes."""
+    return tl.maximum(fewest, (tiles + programs - 1) // programs)
+
+
+@triton.jit
+def _add_parts(
+    high, one, o, p, first, parts, r, dv, part_out, part_total, part_m, BLOCK_M: tl.constexpr, BLOCK_DV: tl.constexpr
+):
+    """Parts ``p`` of row ``r`` into the sum ``one`` and the numerator ``o``, all relative to the largest anchor ``high``."""
+    part = (first + p) * BLOCK_M + r
+    m = tl.load(part_m + part, mask=p < parts, other=-INF)
+    total = tl.load(part_total + part, mask=p < parts, other=0.0)
+    acc = tl.load(part_out + part[:, None] * BLOCK_DV + dv[None, :], mask=(p < parts)[:, None], other=0.0)
+    top = tl.maximum(high, tl.max(m, 0))
+    fresh = tl.where(top == -INF, 0.0, top)
+    factor, old = tl.exp2(m - fresh), tl.exp2(high - fresh)
+    return top, one * old + tl.sum(total * factor, 0), o * old + tl.sum(acc * factor[:, None], 0)
+
+
+@triton.jit(do_not_specialize=["sequences", "kv_heads", "tq", "tk", "left", "right", "splits", "fewest"])
+def decode_merge(
+    part_out, part_total, part_m, sink, lengths, out, lse, o_b, o_h, o_t, o_d, l_b, l_h, l_t,
+    sequences, kv_heads, groups, tq, tk, v_width, left, right, splits, fewest, eps,
+    BASE: tl.constexpr, CONSTANT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_DV: tl.constexpr,
+    COLUMNS: tl.constexpr, PARTS: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, BOTTOM_RIGHT: tl.constexpr,
+    LENGTHS: tl.constexpr, SHARED: tl.constexpr, EARLY: tl.constexpr,
+):  # fmt: skip
+    """Partial results relative to their ``m`` into one, in the order of the keys.
+
+    Every sequence and key head has ``splits`` of them, PARTS or fewer; with SHARED, ``splits`` programs shared all key tiles
+    (``hopper/decode.py``), and what they left is added PARTS at a time. Grid: (queries times blocks of COLUMNS, heads, B).
     """
+    i, h, b = tl.program_id(0) % tq, tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
+    kv, r = h // groups, (h % groups) * tq + i
+    first, parts = (b * kv_heads + kv) * splits, splits
+    if SHARED:
+        tiles, before = count_tiles(
+            tl.arange(0, 128), b, sequences, lengths, tq, tk, left, right, BLOCK_N, LEFT, RIGHT, BOTTOM_RIGHT, LENGTHS
+        )
+        _, _, _, _, n = keys_of_sequence(
+            b, sequences, lengths, tq, tk, left, right, BLOCK_N, LEFT, RIGHT, BOTTOM_RIGHT, LENGTHS
+        )
+        share = share_of(tiles * kv_heads, splits, fewest)
+        place = before * kv_heads + kv * n
+        first = b * kv_heads + kv + place // share
+        parts = tl.where(n > 0, (place + n - 1) // share - place // share + 1, 0)
     if EARLY:
         gdc_wait()
-    i, h, b = tl.program_id(0) % tq, tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
-    p, dv = tl.arange(0, SPLITS), tl.program_id(0) // tq * COLUMNS + tl.arange(0, COLUMNS)
-    kv, r = h // groups, (h % groups) * tq + i
-    part = ((b * kv_heads + kv) * splits + p) * BLOCK_M + r
-    m = tl.load(part_m + part, mask=p < splits, other=-INF)
-    total = tl.load(part_total + part, mask=p < splits, other=0.0)
-    acc = tl.load(part_out + part[:, None] * BLOCK_DV + dv[None, :], mask=(p < splits)[:, None], other=0.0)
-    high = tl.max(m, 0)
+    dv = tl.program_id(0) // tq * COLUMNS + tl.arange(0, COLUMNS)
+    high, one, o = -INF, 0.0, tl.zeros([COLUMNS], tl.float32)
+    if SHARED:
+        for p in range(0, parts, PARTS):
+            high, one, o = _add_parts(
+                high,
+                one,
+                o,
+                p + tl.arange(0, PARTS),
+                first,
+                parts,
+                r,
+                dv,
+                part_out,
+                part_total,
+                part_m,
+                BLOCK_M,
+                BLOCK_DV,
+            )
+    else:
+        high, one, o = _add_parts(
+            high, one, o, tl.arange(0, PARTS), first, parts, r, dv, part_out, part_total, part_m, BLOCK_M, BLOCK_DV
+        )
     high = tl.where(high == -INF, 0.0, high)
-    factor = tl.exp2(m - high)
-    one = tl.sum(total * factor, 0)
-    o = tl.sum(acc * factor[:, None], 0)
+    if CONSTANT == SINK:
+        logit = tl.load(sink + h).to(tl.float32) * LOG2E
+        # where the sink is all there is, it is its own anchor, however low; eps is relative to one that is at least 0
+        alone = tl.where((eps == 0) & (logit > -INF), logit, tl.maximum(logit, 0.0))
+        high = tl.where(one == 0, alone, tl.maximum(high, 0.0))
     if CONSTANT == ONE:
         one += 1.0 if BASE == LINEAR else tl.exp2(-high)
     elif CONSTANT == SINK:
-        one += tl.exp2(tl.load(sink + h).to(tl.float32) * LOG2E - high)
+        one += tl.exp2(logit - high)
     one += eps
     inverse = tl.where(one == 0, 0.0, 1.0 / one)
     tl.store(out + b * o_b + h * o_h + i * o_t + dv * o_d, (o * inverse).to(out.dtype.element_ty), mask=dv < v_width)

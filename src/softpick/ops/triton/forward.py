@@ -22,6 +22,7 @@ from softpick.ops.triton.tile import (
     POSITIVE,
     SINK,
     TINY,
+    Constant,
     assignment,
     dropout_factor,
     either,
@@ -33,8 +34,8 @@ from softpick.ops.triton.tile import (
     numerators,
 )
 
-_LARGEST = tl.constexpr(2.0**64)  # sums beyond this are computed again with a shift
-_SMALLEST = tl.constexpr(2.0**-64)  # likewise below, for the normalizer without an anchor
+_LARGEST = Constant(2.0**64)  # sums beyond this are computed again with a shift
+_SMALLEST = Constant(2.0**-64)  # likewise below, for the normalizer without an anchor
 
 __all__ = ["attention_forward"]
 

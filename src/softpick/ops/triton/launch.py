@@ -26,6 +26,7 @@ from softpick.ops.triton.rows import (
     rows_forward,
     rows_forward_long,
 )
+from softpick.ops.triton.run import run
 from softpick.ops.triton.tile import LOG2E, switches
 from softpick.ops.triton.tuning import (
     FEWEST_KEYS,
@@ -62,10 +63,14 @@ _LONGEST_MAP = 65536  # keys; beyond, the runs of the map would take more memory
 _L2_SHARE = 2**24  # bytes of keys and values (or queries and gradients) in use at a time
 _FEWEST_TOGETHER = 256  # tiles: with fewer the longest ones of some pair are left for the end
 _FEWEST_SCORES = 2**22  # fewer take hardly longer on the GPU than it takes to describe the tensors to it
-_FEWEST_FORWARD = 2**28  # the same for the forward pass, which is launched twice: a fifth of a millisecond of Python
+_FEWEST_FORWARD = 2**30  # the same for the forward pass, which is launched twice: a third of a millisecond of Python
 _HOPPER_QUERIES = 128  # of a tile in hopper/forward.py and hopper/forward_narrow.py
 _FEWEST_CACHED = 2**16  # keys of all sequences and heads from which decoding by hand pays, for the same reason
-_MOST_PARTS = 256  # of a sequence: the merge holds them at once
+_FEWEST_TILES = 4  # of a program of hopper/decode.py, however many there is room for: each leaves a part for the merge
+_FEWEST_SHARED = 2**20  # keys from which it pays to share those of sequences of different lengths evenly
+_EVEN = 0.95  # share of the places from which programs of hopper/decode.py take whole sequences and heads: then none is merged
+_MOST_PARTS = 256  # of a sequence and key head: the merge holds them at once
+_FEW_PARTS = 4  # that it takes at a time where programs share all sequences and heads, and most have one or two
 _LARGEST_OPTIMISTIC_EPS = 1e-5  # eps is relative to e^m; without m it is off by a factor of at most 1 + eps
 
 
@@ -259,7 +264,8 @@ def forward(
     redo = None
     if by_hand:
         redo = _forward_by_hand(options, common, query, key, value, sink, out, lse, tiles, together)
-    attention_forward[(tiles * heads * b,)](
+    run(
+        attention_forward, (tiles * heads * b,),
         query, key, value, out, lse, mass, largest, live, pointer, sink, cu_q, cu_k, seed, redo,
         *query.stride(), *key.stride(), *value.stride(), *out.stride(), *lse.stride(), *mask_strides,
         *_line_strides(live),
@@ -301,7 +307,8 @@ def _forward_by_hand(
     if padded > 64:
         # programs that stay, and registers of three warpgroups' worth of threads, which the kernel gives out anew
         kernel, programs, registers = hopper.forward_queries, min(total, multiprocessors(query.device.index or 0)), 168
-    kernel[(programs,)](
+    run(
+        kernel, (programs,),
         hopper.tiles(query, [1, 1, _HOPPER_QUERIES // 2, padded]),
         *(hopper.tiles(x, [1, 1, ring.n, padded]) for x in (key, value)),
         hopper.tiles(out, [1, 1, _HOPPER_QUERIES // 2, padded]), lse, sink, turn, *lse.stride(),
@@ -320,7 +327,8 @@ def _segments(
     across, along = (tk, tq) if keys else (tq, tk)
     lines, length = _cdiv(across, block), _cdiv(along, grain)
     out = torch.empty(sequences, heads, lines, length + 4, dtype=torch.int16, device=live.device)
-    live_segments[lines, heads, sequences](
+    run(
+        live_segments, (lines, heads, sequences),
         live, out, cu_q, cu_k, *live.stride()[:3], *out.stride()[:3], tq, tk,
         KEYS=keys, GRAIN=grain, TOGETHER=max(1, block // grain), N=max(32, _power_of_2(length)),
         VARLEN=cu_q is not None, num_warps=1,
@@ -367,7 +375,8 @@ def backward(
         statistics = statistics.transpose(2, 3)
     widest = max(common["BLOCK_D"], common["BLOCK_DV"])
     lines = 64 if widest <= 128 else 32
-    row_statistics[_cdiv(padded, lines), heads, rows](
+    run(
+        row_statistics, (_cdiv(padded, lines), heads, rows),
         out, grad_out, lse, statistics,
         *out.stride(), *grad_out.stride(), *lse.stride(), *statistics.stride()[1:], heads, total_q, padded, value.shape[-1],
         BASE=common["BASE"], BLOCK_M=lines, BLOCK_DV=common["BLOCK_DV"], num_warps=4,
@@ -423,7 +432,8 @@ def _backward_kernels(
     runs = None if live is None else _segments(live, True, tile.n, grain, *span)
     tiles = _cdiv(span[3], tile.n)
     together = _together(kv_heads * b, 1, groups * longest * _row_bytes(query, grad_out), tiles)
-    attention_backward_keys[(tiles * kv_heads * b,)](
+    run(
+        attention_backward_keys, (tiles * kv_heads * b,),
         query, key, value, grad_out, statistics, dkey, dvalue, runs, pointer, cu_q, cu_k, seed,
         *strides, *dkey.stride(), *dvalue.stride(), *mask_strides, *_line_strides(runs),
         tiles, heads, kv_heads * b, together, *numbers,
@@ -434,7 +444,8 @@ def _backward_kernels(
     runs = None if live is None else _segments(live, False, tile.m, grain, *span)
     tiles = _cdiv(longest, tile.m)
     together = _together(heads * b, groups, span[3] * _row_bytes(key, value), tiles)
-    attention_backward_queries[(tiles * heads * b,)](
+    run(
+        attention_backward_queries, (tiles * heads * b,),
         query, key, value, grad_out, statistics, dquery, dmask, runs, pointer, cu_q, cu_k, seed,
         *strides, *dquery.stride(), *mask_strides, *_line_strides(runs), tiles, heads, heads * b, together, *numbers,
         **shared, BLOCK_M=tile.m, BLOCK_N=tile.n, SKIP=runs is not None, GRAIN=grain, BIAS_GRADIENT=dmask is not None,
@@ -517,7 +528,8 @@ def _backward_by_hand(
     tensors = described(tile.m, tile.n)
     tiles = _cdiv(tk, tile.n)
     together = _together(kv_heads * b, 1, groups * tq * _row_bytes(query, grad_out), tiles)
-    hopper.backward_keys[(tiles * kv_heads * b,)](
+    run(
+        hopper.backward_keys, (tiles * kv_heads * b,),
         *tensors, hopper.row_tiles(statistics.transpose(2, 3), tile.m), dkey, dvalue,
         *dkey.stride(), *dvalue.stride(),
         tiles, heads, kv_heads * b, together, groups, tq, tk, width, value.shape[-1], options.right, _unit(options),
@@ -529,7 +541,8 @@ def _backward_by_hand(
         tensors = described(tile.m, tile.n)
     tiles = _cdiv(tq, tile.m)
     together = _together(heads * b, groups, tk * _row_bytes(key, value), tiles)
-    hopper.backward_queries[(tiles * heads * b,)](
+    run(
+        hopper.backward_queries, (tiles * heads * b,),
         *tensors, statistics, dquery,
         *dquery.stride(), plane,
         tiles, heads, heads * b, together, groups, tq, tk, width, options.right, _unit(options), options.scale,
@@ -564,45 +577,65 @@ def decode(
     pays = by_hand or b * kv_heads * tk >= SKIP_FROM
     skip = options.norm.sparse and (pays if options.skip is None else options.skip)
     kind = "decode_skip" if skip else "decode"
+    pairs, fewest, shared, whole = b * kv_heads, 1, False, False
     if by_hand:
         rows = max(8, _power_of_2(groups * tq))
         schedule = HOPPER_DECODE[widest]
-        splits, chunk = _splits(schedule.programs, 4 * schedule.n, b * kv_heads, tk, schedule.n, query.device)
+        block_n, places = schedule.n, _places(schedule.programs, query.device)
+        splits, _ = _splits(places, _FEWEST_TILES * block_n, pairs, tk, block_n)
+        uneven = lengths is not None and b > 1
+        shared = pairs > places or (uneven and pairs * tk >= _FEWEST_SHARED)
+        if shared:
+            splits = max(1, pairs // _cdiv(pairs, places))
+            whole = lengths is None and pairs % splits == 0 and splits >= _EVEN * places
+            if not whole:
+                splits, fewest = places, _FEWEST_TILES
+        else:
+            whole = splits == 1
     else:
         rows = _padded(groups * tq)
         tile = blocks(kind, widest, query.dtype, query.device)
-        splits, chunk = _splits(PROGRAMS[kind], FEWEST_KEYS[kind], b * kv_heads, tk, tile.n, query.device)
+        block_n, places = tile.n, _places(PROGRAMS[kind], query.device)
+        splits, chunk = _splits(places, FEWEST_KEYS[kind], pairs, tk, block_n)
     early = _dependent_launch(query)
-    shape = (b, kv_heads, splits, rows)
+    parts = 0 if whole else pairs + splits if shared else pairs * splits
+    shape = (parts, rows)
     part_out = torch.empty(*shape, common["BLOCK_DV"], dtype=torch.float32, device=query.device)
     part_total, part_m = (torch.empty(shape, dtype=torch.float32, device=query.device) for _ in range(2))
     if by_hand:
-        hopper.decode_keys[splits, kv_heads, b](
+        run(
+            hopper.decode_keys, (splits,) if shared else (splits, kv_heads, b),
             query, hopper.tiles(key, [1, 1, schedule.n, common["BLOCK_D"]]),
-            hopper.tiles(value, [1, 1, schedule.n, common["BLOCK_DV"]]), part_out, part_total, part_m, sink, lengths, table,
-            *query.stride(), 0 if table is None else table.stride(0),
-            kv_heads, groups, tq, tk, query.shape[-1], options.left, options.right, _unit(options), options.softcap, chunk,
+            hopper.tiles(value, [1, 1, schedule.n, common["BLOCK_DV"]]), part_out, part_total, part_m, out, lse, sink,
+            lengths, table, *query.stride(), *out.stride(), *lse.stride(), 0 if table is None else table.stride(0),
+            b, kv_heads, groups, tq, tk, query.shape[-1], value.shape[-1],
+            options.left, options.right, _unit(options), options.softcap, options.eps, fewest,
             **switches(options.norm),
             **{name: common[name] for name in ("BLOCK_D", "BLOCK_DV", "LEFT", "RIGHT", "BOTTOM_RIGHT", "SOFTCAP")},
             BLOCK_M=rows,
-            BLOCK_N=schedule.n,
+            BLOCK_N=block_n,
             STAGES=schedule.stages,
             VALUES=schedule.values,
             PAGE=page,
             LENGTHS=lengths is not None,
             SKIP=skip,
+            SHARED=shared,
+            WHOLE=whole,
             num_warps=schedule.warps,
         )  # fmt: skip
+        if whole:
+            return
     else:
         pointer, mask_strides = _mask_arguments(mask)
-        decode_split[splits, kv_heads, b](
+        run(
+            decode_split, (splits, kv_heads, b),
             query, key, value, part_out, part_total, part_m, pointer, sink, lengths, table,
             *query.stride(), *key.stride(), *value.stride(), *mask_strides, 0 if table is None else table.stride(0),
             kv_heads, groups, tq, tk, query.shape[-1], value.shape[-1],
             options.left, options.right, _unit(options), options.softcap, chunk,
             **common,
             BLOCK_M=rows,
-            BLOCK_N=tile.n,
+            BLOCK_N=block_n,
             PAGE=page,
             LENGTHS=lengths is not None,
             SKIP=skip,
@@ -611,21 +644,28 @@ def decode(
             num_warps=tile.warps,
             num_stages=tile.stages,
         )  # fmt: skip
-    columns = min(32, common["BLOCK_DV"])  # several programs a row: at batch 1 there are few rows
-    decode_merge[tq * _cdiv(value.shape[-1], columns), heads, b](
-        part_out, part_total, part_m, sink, out, lse, *out.stride(), *lse.stride(),
-        kv_heads, groups, tq, value.shape[-1], splits, options.eps,
-        BASE=common["BASE"], CONSTANT=common["CONSTANT"], BLOCK_M=rows, BLOCK_DV=common["BLOCK_DV"], COLUMNS=columns,
-        SPLITS=_power_of_2(splits), EARLY=early, num_warps=4,
+    # several programs a row where it has many parts; where it has one or two, programs would only start late
+    columns = min(128 if shared else 32, common["BLOCK_DV"])
+    run(
+        decode_merge, (tq * _cdiv(value.shape[-1], columns), heads, b),
+        part_out, part_total, part_m, sink, lengths, out, lse, *out.stride(), *lse.stride(),
+        b, kv_heads, groups, tq, tk, value.shape[-1], options.left, options.right, splits, fewest, options.eps,
+        **{name: common[name] for name in ("BASE", "CONSTANT", "BLOCK_DV", "LEFT", "RIGHT", "BOTTOM_RIGHT")},
+        BLOCK_M=rows, BLOCK_N=block_n, COLUMNS=columns, PARTS=_FEW_PARTS if shared else _power_of_2(splits),
+        LENGTHS=lengths is not None, SHARED=shared, EARLY=early, num_warps=4,
         **({"launch_pdl": True} if early else {}),
     )  # fmt: skip
 
 
-def _splits(programs: int, fewest: int, pairs: int, tk: int, block_n: int, device: torch.device) -> tuple[int, int]:
-    """(programs a sequence and key head, keys of each): as many ``programs`` a multiprocessor, none with too few keys."""
-    programs *= multiprocessors(device.index or 0) if device.type == "cuda" else 2
+def _places(programs: int, device: torch.device) -> int:
+    """How many programs run at a time if a multiprocessor has so many."""
+    return programs * (multiprocessors(device.index or 0) if device.type == "cuda" else 2)
+
+
+def _splits(places: int, fewest: int, pairs: int, tk: int, block_n: int) -> tuple[int, int]:
+    """(programs a sequence and key head, keys of each): no more than there are places, none with too few keys."""
     tiles = max(1, _cdiv(tk, block_n))
-    wanted = max(1, min(_MOST_PARTS, programs // pairs, _cdiv(tk, fewest)))
+    wanted = max(1, min(_MOST_PARTS, places // pairs, _cdiv(tk, fewest)))
     chunk = _cdiv(tiles, wanted) * block_n
     return max(1, _cdiv(tk, chunk)), chunk
 
@@ -691,7 +731,7 @@ def _ring(kind: str, x: Tensor, *more: Tensor) -> tuple[int, int, Tensor, dict[s
         "maxnreg": _registers(launch.warps * launch.programs),
         "launch_cooperative_grid": True,
     }
-    sums = 2 if kind == "forward" else 1  # 16-bit rows are summed up once more where quick sums were not sound
+    sums = 2 if kind == "forward" and x.element_size() == 2 else 1  # quick ones, and others where those are not sound
     zeros = torch.zeros(sums, rows, parts * words, dtype=torch.int64, device=x.device)
     return together * parts, parts, zeros, shape
 
@@ -703,17 +743,18 @@ def softpick_forward(x: Tensor, eps: float, y: Tensor, lse: Tensor) -> None:
         return
     if n <= _LONGEST_ROW:
         grid, shape = _short("forward", x)
-        rows_forward[grid](x, y, lse, rows, n, x.stride(0), eps, **shape)
+        run(rows_forward, grid, x, y, lse, rows, n, x.stride(0), eps, **shape)
         return
     ring = _ring("forward", x)
     if ring is not None:
         programs, parts, words, shape = ring
         entries = 16 // x.element_size()
-        hopper.rows_forward_ring[(programs,)](
+        run(
+            hopper.rows_forward_ring, (programs,),
             x, y, lse, words, rows, n // entries, x.stride(0) // entries, eps, parts, **shape
         )  # fmt: skip
         return
-    rows_forward_long[(rows,)](x, y, lse, n, x.stride(0), eps, EXACT=x.dtype == torch.float32, **_LONG)
+    run(rows_forward_long, (rows,), x, y, lse, n, x.stride(0), eps, EXACT=x.dtype == torch.float32, **_LONG)
 
 
 def softpick_backward(x: Tensor, lse: Tensor, grad: Tensor, dx: Tensor) -> None:
@@ -723,16 +764,18 @@ def softpick_backward(x: Tensor, lse: Tensor, grad: Tensor, dx: Tensor) -> None:
         return
     if n <= _LONGEST_ROW:
         grid, shape = _short("backward", x)
-        rows_backward[grid](x, lse, grad, dx, rows, n, x.stride(0), grad.stride(0), **shape)
+        run(rows_backward, grid, x, lse, grad, dx, rows, n, x.stride(0), grad.stride(0), **shape)
         return
     ring = _ring("backward", x, grad)
     if ring is not None:
         programs, parts, words, shape = ring
         entries = 16 // x.element_size()
-        hopper.rows_backward_ring[(programs,)](
+        run(
+            hopper.rows_backward_ring, (programs,),
             x, lse, grad, dx, words, rows, n // entries, x.stride(0) // entries, grad.stride(0) // entries, parts, **shape
         )  # fmt: skip
         return
-    rows_backward_long[(rows,)](
+    run(
+        rows_backward_long, (rows,),
         x, lse, grad, dx, n, x.stride(0), grad.stride(0), EXACT=x.dtype == torch.float32, **_LONG
     )  # fmt: skip

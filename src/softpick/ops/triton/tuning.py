@@ -78,8 +78,8 @@ class Rings(NamedTuple):
     programs: int = 1
 
 
-# forward 0.31 and 0.46 (cuDNN 0.335 and 0.48); D 64 with specialised warps 0.32, D 128 without 0.52, with two value tiles 0.46
-# to 0.47 but GQA 5 % slower. Decode: docs/kernels.md; more programs a multiprocessor than have room at a time only cost
+# forward 0.28 and 0.39 (cuDNN 0.33 and 0.50); D 64 with specialised warps 0.30, D 128 without 0.52; with two value tiles GQA
+# was 5 % slower. Decode: docs/kernels.md; more programs a multiprocessor than have room at a time only cost
 HOPPER_FORWARD = {64: Rings(64, 4, 4), 128: Rings(128, 2, 3)}
 HOPPER_DECODE = {64: Rings(64, 3, 3, programs=4), 128: Rings(64, 3, 3, programs=2)}
 LONGEST_TILE = 128

@@ -18,14 +18,18 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.language.extra.cuda import gdc_launch_dependents
 
+from softpick.ops.triton.decode import count_tiles, keys_of_sequence, sequence_at, share_of
 from softpick.ops.triton.tile import (
     EXP,
     INF,
     LINEAR,
+    LN2,
     LOG2E,
     NONE,
+    ONE,
     POSITIVE,
     SINK,
+    Constant,
     finish_scores,
     kept_scores,
     numerators,
@@ -33,7 +37,7 @@ from softpick.ops.triton.tile import (
 
 __all__ = ["decode_keys"]
 
-_LARGEST, _SMALLEST = gl.constexpr(2.0**64), gl.constexpr(2.0**-64)
+_LARGEST, _SMALLEST = Constant(2.0**64), Constant(2.0**-64)
 
 
 @gluon.jit
@@ -186,123 +190,216 @@ def _largest(
     return gl.max(top, 0)
 
 
-@gluon.jit(do_not_specialize=["kv_heads", "tq", "tk", "left", "right", "chunk", "t_b"])
+@gluon.jit
+def _take(
+    b, kv, lo, hi, count, filled, offset, part, seen, taken, q, keys, values, weights, ready, arrived,
+    query, key_tiles, value_tiles, part_out, part_total, part_m, out, lse, sink, table,
+    q_b, q_h, q_t, q_d, o_b, o_h, o_t, o_d, l_b, l_h, l_t, t_b, groups, tq, width, v_width, left, right, unit, softcap, eps,
+    BASE: gl.constexpr, RECTIFY: gl.constexpr, ABSOLUTE: gl.constexpr, CONSTANT: gl.constexpr, BLOCK_M: gl.constexpr,
+    BLOCK_N: gl.constexpr, BLOCK_D: gl.constexpr, BLOCK_DV: gl.constexpr, STAGES: gl.constexpr, VALUES: gl.constexpr,
+    LEFT: gl.constexpr, RIGHT: gl.constexpr, SOFTCAP: gl.constexpr, PAGE: gl.constexpr, LENGTHS: gl.constexpr,
+    SKIP: gl.constexpr, WHOLE: gl.constexpr, num_warps: gl.constexpr,
+):  # fmt: skip
+    """Keys ``lo`` to ``hi`` of a sequence and key head, in ``count`` tiles: a part, or (WHOLE: they are all) the output.
+
+    ``seen`` key tiles and ``taken`` value tiles came through the rings before; returns how many have now.
+    """
+    s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [num_warps, 1], [16, BLOCK_M, 16])
+    o_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [num_warps, 1], [16, BLOCK_M, 16])
+    q_layout: gl.constexpr = gl.BlockedLayout([1, 8], [32 // (BLOCK_D // 8), BLOCK_D // 8], [num_warps, 1], [1, 0])
+    ANCHORED: gl.constexpr = BASE != EXP or RECTIFY != NONE or CONSTANT != 0
+    table_of = table
+    if PAGE != 0:
+        table_of = table + b * t_b
+    _start(key_tiles, seen, count, lo, b, kv, table_of, ready, keys, BLOCK_N, PAGE, STAGES, STAGES)
+    if not SKIP:
+        _start(value_tiles, taken, count, lo, b, kv, table_of, arrived, values, BLOCK_N, PAGE, VALUES - 1, VALUES)
+    r = gl.arange(0, BLOCK_M, layout=gl.SliceLayout(1, q_layout))
+    d = gl.arange(0, BLOCK_D, layout=gl.SliceLayout(0, q_layout))
+    at = b.to(gl.int64) * q_b + (kv * groups + r // tq).to(gl.int64) * q_h + r % tq * q_t
+    inside = (r < groups * tq)[:, None] & (d < width)[None, :]
+    q.store(gl.load(query + at[:, None] + d[None, :] * q_d, mask=inside, other=0.0))
+    fence_async_shared()
+    gl.thread_barrier()
+    r = gl.arange(0, BLOCK_M, layout=gl.SliceLayout(0, s_layout))
+    rows = r < groups * tq
+    i = r % tq
+    zero = gl.zeros([BLOCK_M], gl.float32, layout=gl.SliceLayout(0, s_layout))
+    acc, total, taken = _sweep(
+        zero[None, :], seen, taken, count, lo, b, kv, q, key_tiles, value_tiles, keys, values, weights, ready, arrived,
+        table_of, i[None, :], rows[None, :], tq, filled, offset, left, right, unit, softcap,
+        BASE, RECTIFY, ABSOLUTE, LEFT, RIGHT, SOFTCAP, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, STAGES, VALUES, PAGE, LENGTHS,
+        SKIP, False, s_layout, o_layout, num_warps,
+    )  # fmt: skip
+    seen += count
+    m = zero
+    if CONSTANT == SINK:
+        logit = gl.load(sink + kv * groups + gl.minimum(r // tq, groups - 1)).to(gl.float32) * LOG2E
+    if BASE != LINEAR:
+        sees = rows & (hi > lo)
+        if RIGHT:
+            sees = sees & (gl.minimum(hi, i + offset + right + 1) > lo)
+        if LEFT:
+            sees = sees & (gl.maximum(lo, i + offset - left) < hi)
+        sound = total < _LARGEST
+        if not ANCHORED:
+            sound = sound & ((total > _SMALLEST) | ~sees)
+        if CONSTANT == SINK:
+            sound = sound & (logit < 64.0)
+        wrong = gl.max(gl.where(sound | ~rows, 0, 1), 0) + gl.max(gl.max(gl.where(gl.abs(acc) < 3.0e38, 0, 1), 0), 0)
+        if wrong > 0:
+            _start(key_tiles, seen, count, lo, b, kv, table_of, ready, keys, BLOCK_N, PAGE, STAGES, STAGES)
+            m = _largest(
+                seen, count, lo, b, kv, q, key_tiles, keys, ready, table_of, i[None, :],
+                tq, filled, offset, left, right, unit, softcap,
+                BASE, LEFT, RIGHT, SOFTCAP, BLOCK_M, BLOCK_N, BLOCK_D, STAGES, PAGE, s_layout,
+            )  # fmt: skip
+            seen += count
+            if ANCHORED:
+                m = gl.maximum(m, 0.0)
+            if CONSTANT == SINK:
+                m = gl.maximum(m, logit)
+            _start(key_tiles, seen, count, lo, b, kv, table_of, ready, keys, BLOCK_N, PAGE, STAGES, STAGES)
+            if not SKIP:
+                _start(
+                    value_tiles, taken, count, lo, b, kv, table_of, arrived, values, BLOCK_N, PAGE, VALUES - 1, VALUES
+                )  # fmt: skip
+            acc, total, taken = _sweep(
+                gl.where(m == -INF, 0.0, m)[None, :], seen, taken, count, lo, b, kv, q, key_tiles, value_tiles, keys,
+                values, weights, ready, arrived, table_of, i[None, :], rows[None, :], tq, filled, offset, left, right, unit,
+                softcap, BASE, RECTIFY, ABSOLUTE, LEFT, RIGHT, SOFTCAP, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, STAGES, VALUES,
+                PAGE, LENGTHS, SKIP, True, s_layout, o_layout, num_warps,
+            )  # fmt: skip
+            seen += count
+        elif not ANCHORED:  # a part without keys says nothing about the largest score
+            m = gl.where(sees, 0.0, -INF)
+    d = gl.arange(0, BLOCK_DV, layout=gl.SliceLayout(1, o_layout))
+    if WHOLE:  # as the merge
+        m = gl.where(m == -INF, 0.0, m)
+        if CONSTANT == ONE:
+            total += 1.0 if BASE == LINEAR else gl.exp2(-m)
+        elif CONSTANT == SINK:
+            m = gl.where((total == 0) & (eps == 0) & (logit > -INF), logit, m)  # the sink is all there is, however low
+            total += gl.exp2(logit - m)
+        total += eps
+        inverse = gl.where(total == 0, 0.0, 1.0 / total)
+        to = b.to(gl.int64) * l_b + (kv * groups + r // tq).to(gl.int64) * l_h + i * l_t
+        gl.store(lse + to, (m + gl.log2(total)) * LN2, mask=rows)
+        acc *= gl.convert_layout(inverse, gl.SliceLayout(0, o_layout))[None, :]
+        r = gl.arange(0, BLOCK_M, layout=gl.SliceLayout(0, o_layout))
+        at = b.to(gl.int64) * o_b + (kv * groups + r // tq).to(gl.int64) * o_h + r % tq * o_t
+        inside = (r < groups * tq)[None, :] & (d < v_width)[:, None]
+        gl.store(out + at[None, :] + d[:, None] * o_d, acc.to(out.dtype.element_ty), mask=inside)
+    else:
+        part *= BLOCK_M
+        gl.store(part_total + part + r, total, mask=rows)
+        gl.store(part_m + part + r, m, mask=rows)
+        r = gl.arange(0, BLOCK_M, layout=gl.SliceLayout(0, o_layout))
+        at = part_out + part * BLOCK_DV + r[None, :] * BLOCK_DV + d[:, None]
+        gl.store(at, acc, mask=(r < groups * tq)[None, :] & (d < BLOCK_DV)[:, None])
+    return seen, taken
+
+
+@gluon.jit(do_not_specialize=["sequences", "kv_heads", "tq", "tk", "left", "right", "fewest", "t_b"])
 def decode_keys(
-    query, key_tiles, value_tiles, part_out, part_total, part_m, sink, lengths, table, q_b, q_h, q_t, q_d, t_b,
-    kv_heads, groups, tq, tk, width, left, right, unit, softcap, chunk,
+    query, key_tiles, value_tiles, part_out, part_total, part_m, out, lse, sink, lengths, table,
+    q_b, q_h, q_t, q_d, o_b, o_h, o_t, o_d, l_b, l_h, l_t, t_b,
+    sequences, kv_heads, groups, tq, tk, width, v_width, left, right, unit, softcap, eps, fewest,
     BASE: gl.constexpr, RECTIFY: gl.constexpr, ABSOLUTE: gl.constexpr, CONSTANT: gl.constexpr,
     NEGATIVE_GRADIENT: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_D: gl.constexpr,
     BLOCK_DV: gl.constexpr, STAGES: gl.constexpr, VALUES: gl.constexpr, LEFT: gl.constexpr, RIGHT: gl.constexpr,
     BOTTOM_RIGHT: gl.constexpr, SOFTCAP: gl.constexpr, PAGE: gl.constexpr, LENGTHS: gl.constexpr, SKIP: gl.constexpr,
-    num_warps: gl.constexpr,
+    SHARED: gl.constexpr, WHOLE: gl.constexpr, num_warps: gl.constexpr,
 ):  # fmt: skip
-    """As ``decode.py``, with the same grid and the same parts. Pages have a multiple of BLOCK_N keys.
+    """As ``decode.py``, with the same grid and the same parts, but what is split is the keys that are visible.
 
-    Weights are taken relative to 0; only where a sum left the range, once more relative to the largest score.
+    SHARED: the grid is as many programs as run at a time, fewer than there are sequences and key heads. They share all key
+    tiles evenly (``fewest`` at least), one pair of sequence and head after the other. The place of a part is the number of the
+    pair plus that of the program, which no other part has.
+
+    WHOLE: no pair is divided; programs write ``out`` and ``lse``, and there is nothing to merge.
+
+    Pages have a multiple of BLOCK_N keys. Weights are taken relative to 0; only where a sum left the range, once more relative
+    to the largest score.
     """
     gdc_launch_dependents()  # the merge waits by itself
-    s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [num_warps, 1], [16, BLOCK_M, 16])
-    o_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [num_warps, 1], [16, BLOCK_M, 16])
-    q_layout: gl.constexpr = gl.BlockedLayout([1, 8], [32 // (BLOCK_D // 8), BLOCK_D // 8], [num_warps, 1], [1, 0])
     shared: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK_M, BLOCK_D], gl.bfloat16)
     weights_shared: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK_M, BLOCK_N], gl.bfloat16)
-    split, kv, b = gl.program_id(0), gl.program_id(1), gl.program_id(2)
-    if LENGTHS:
-        tk = gl.minimum(tk, gl.load(lengths + b).to(gl.int32))
-    offset = 0
-    if BOTTOM_RIGHT:
-        offset = tk - tq
-    lo, hi = split * chunk, gl.minimum((split + 1) * chunk, tk)
-    if RIGHT:
-        hi = gl.minimum(hi, tq + offset + right)
-    if LEFT:
-        lo = gl.maximum(lo, (offset - left) // BLOCK_N * BLOCK_N)
-    count = gl.cdiv(gl.maximum(hi - lo, 0), BLOCK_N)
-
     keys = gl.allocate_shared_memory(gl.bfloat16, [STAGES] + key_tiles.block_type.shape, key_tiles.layout)  # noqa: RUF005 (no stars in Triton)
     values = gl.allocate_shared_memory(gl.bfloat16, [VALUES] + value_tiles.block_type.shape, value_tiles.layout)  # noqa: RUF005
     weights = gl.allocate_shared_memory(gl.bfloat16, [VALUES + 1, BLOCK_M, BLOCK_N], weights_shared)
+    q = gl.allocate_shared_memory(gl.bfloat16, [BLOCK_M, BLOCK_D], shared)
     ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     arrived = gl.allocate_shared_memory(gl.int64, [VALUES, 1], mbarrier.MBarrierLayout())
     for stage in gl.static_range(STAGES):
         mbarrier.init(ready.index(stage), count=1)
     for stage in gl.static_range(VALUES):
         mbarrier.init(arrived.index(stage), count=1)
-    table_of = table
-    if PAGE != 0:
-        table_of = table + b * t_b
-    _start(key_tiles, 0, count, lo, b, kv, table_of, ready, keys, BLOCK_N, PAGE, STAGES, STAGES)
-    if not SKIP:
-        _start(value_tiles, 0, count, lo, b, kv, table_of, arrived, values, BLOCK_N, PAGE, VALUES - 1, VALUES)
-    r, d = (
-        gl.arange(0, BLOCK_M, layout=gl.SliceLayout(1, q_layout)),
-        gl.arange(0, BLOCK_D, layout=gl.SliceLayout(0, q_layout)),
-    )
-    at = b.to(gl.int64) * q_b + (kv * groups + r // tq).to(gl.int64) * q_h + r % tq * q_t
-    tile = gl.load(
-        query + at[:, None] + d[None, :] * q_d, mask=(r < groups * tq)[:, None] & (d < width)[None, :], other=0.0
-    )
-    q = gl.allocate_shared_memory(gl.bfloat16, [BLOCK_M, BLOCK_D], shared, tile)
-    fence_async_shared()
-    gl.thread_barrier()
-    r = gl.arange(0, BLOCK_M, layout=gl.SliceLayout(0, s_layout))
-    rows = r < groups * tq
-    i = r % tq
-    ANCHORED: gl.constexpr = BASE != EXP or RECTIFY != NONE or CONSTANT != 0
-    zero = gl.zeros([BLOCK_M], gl.float32, layout=gl.SliceLayout(0, s_layout))
-    acc, total, taken = _sweep(
-        zero[None, :], 0, 0, count, lo, b, kv, q, key_tiles, value_tiles, keys, values, weights, ready, arrived, table_of,
-        i[None, :], rows[None, :], tq, tk, offset, left, right, unit, softcap,
-        BASE, RECTIFY, ABSOLUTE, LEFT, RIGHT, SOFTCAP, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, STAGES, VALUES, PAGE, LENGTHS, SKIP,
-        False, s_layout, o_layout, num_warps,
-    )  # fmt: skip
-    m = zero
-    if BASE != LINEAR:
-        sees = rows
-        if RIGHT:
-            sees = sees & (gl.minimum(hi, i + offset + right + 1) > lo)
-        if LEFT:
-            sees = sees & (gl.maximum(lo, i + offset - left) < hi)
-        sees = sees & (hi > lo)
-        sound = total < _LARGEST
-        if not ANCHORED:
-            sound = sound & ((total > _SMALLEST) | ~sees)
-        if CONSTANT == SINK:
-            logit = gl.load(sink + kv * groups + gl.minimum(r // tq, groups - 1)).to(gl.float32) * LOG2E
-            sound = sound & (logit < 64.0)
-        wrong = gl.max(gl.where(sound | ~rows, 0, 1), 0) + gl.max(gl.max(gl.where(gl.abs(acc) < 3.0e38, 0, 1), 0), 0)
-        if wrong > 0:
-            _start(key_tiles, count, count, lo, b, kv, table_of, ready, keys, BLOCK_N, PAGE, STAGES, STAGES)
-            m = _largest(
-                count, count, lo, b, kv, q, key_tiles, keys, ready, table_of, i[None, :],
-                tq, tk, offset, left, right, unit, softcap,
-                BASE, LEFT, RIGHT, SOFTCAP, BLOCK_M, BLOCK_N, BLOCK_D, STAGES, PAGE, s_layout,
+    if SHARED:
+        program = gl.program_id(0)
+        some = gl.arange(0, 32 * num_warps, layout=gl.BlockedLayout([1], [32], [num_warps], [0]))
+        tiles, _ = count_tiles(
+            some, 0, sequences, lengths, tq, tk, left, right, BLOCK_N, LEFT, RIGHT, BOTTOM_RIGHT, LENGTHS
+        )
+        share = share_of(tiles * kv_heads, gl.num_programs(0), fewest)
+        place = program * share
+        end = gl.minimum(place + share, tiles * kv_heads)
+        seen, taken = gl.to_tensor(0), gl.to_tensor(0)
+        # tiles of the next pair are not asked for before this one ends: programs come there at different times, others read on
+        while place < end:
+            b, before = sequence_at(
+                some,
+                place,
+                sequences,
+                kv_heads,
+                lengths,
+                tq,
+                tk,
+                left,
+                right,
+                BLOCK_N,
+                LEFT,
+                RIGHT,
+                BOTTOM_RIGHT,
+                LENGTHS,
+            )
+            filled, offset, lo, hi, tiles = keys_of_sequence(
+                b, sequences, lengths, tq, tk, left, right, BLOCK_N, LEFT, RIGHT, BOTTOM_RIGHT, LENGTHS
+            )
+            rest = place - before * kv_heads
+            kv, first = rest // tiles, rest % tiles
+            count = gl.minimum(tiles - first, end - place)
+            lo += first * BLOCK_N
+            part = b.to(gl.int64) * kv_heads + kv + program
+            seen, taken = _take(
+                b, kv, lo, gl.minimum(hi, lo + count * BLOCK_N), count, filled, offset, part,
+                seen, taken, q, keys, values, weights, ready, arrived,
+                query, key_tiles, value_tiles, part_out, part_total, part_m, out, lse, sink, table,
+                q_b, q_h, q_t, q_d, o_b, o_h, o_t, o_d, l_b, l_h, l_t, t_b,
+                groups, tq, width, v_width, left, right, unit, softcap, eps,
+                BASE, RECTIFY, ABSOLUTE, CONSTANT, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, STAGES, VALUES, LEFT, RIGHT, SOFTCAP,
+                PAGE, LENGTHS, SKIP, WHOLE, num_warps,
             )  # fmt: skip
-            if ANCHORED:
-                m = gl.maximum(m, 0.0)
-            if CONSTANT == SINK:
-                m = gl.maximum(m, logit)
-            _start(key_tiles, 2 * count, count, lo, b, kv, table_of, ready, keys, BLOCK_N, PAGE, STAGES, STAGES)
-            if not SKIP:
-                _start(
-                    value_tiles, taken, count, lo, b, kv, table_of, arrived, values, BLOCK_N, PAGE, VALUES - 1, VALUES
-                )
-            acc, total, taken = _sweep(
-                gl.where(m == -INF, 0.0, m)[None, :], 2 * count, taken, count, lo, b, kv, q, key_tiles, value_tiles, keys,
-                values, weights, ready, arrived, table_of, i[None, :], rows[None, :], tq, tk, offset, left, right, unit,
-                softcap, BASE, RECTIFY, ABSOLUTE, LEFT, RIGHT, SOFTCAP, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, STAGES, VALUES,
-                PAGE, LENGTHS, SKIP, True, s_layout, o_layout, num_warps,
-            )  # fmt: skip
-        elif not ANCHORED:  # a part without keys says nothing about the largest score
-            m = gl.where(sees, 0.0, -INF)
+            place += count
+    else:
+        split, kv, b = gl.program_id(0), gl.program_id(1), gl.program_id(2)
+        filled, offset, lo, hi, tiles = keys_of_sequence(
+            b, sequences, lengths, tq, tk, left, right, BLOCK_N, LEFT, RIGHT, BOTTOM_RIGHT, LENGTHS
+        )
+        share = gl.cdiv(tiles, gl.num_programs(0))
+        count = gl.maximum(0, gl.minimum(tiles - split * share, share))
+        lo += split * share * BLOCK_N
+        part = (b.to(gl.int64) * kv_heads + kv) * gl.num_programs(0) + split
+        _take(
+            b, kv, lo, gl.minimum(hi, lo + count * BLOCK_N), count, filled, offset, part,
+            0, 0, q, keys, values, weights, ready, arrived,
+            query, key_tiles, value_tiles, part_out, part_total, part_m, out, lse, sink, table,
+            q_b, q_h, q_t, q_d, o_b, o_h, o_t, o_d, l_b, l_h, l_t, t_b,
+            groups, tq, width, v_width, left, right, unit, softcap, eps,
+            BASE, RECTIFY, ABSOLUTE, CONSTANT, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, STAGES, VALUES, LEFT, RIGHT, SOFTCAP,
+            PAGE, LENGTHS, SKIP, WHOLE, num_warps,
+        )  # fmt: skip
     for stage in gl.static_range(STAGES):
         mbarrier.invalidate(ready.index(stage))
     for stage in gl.static_range(VALUES):
         mbarrier.invalidate(arrived.index(stage))
-    part = ((b.to(gl.int64) * kv_heads + kv) * gl.num_programs(0) + split) * BLOCK_M
-    gl.store(part_total + part + r, total, mask=rows)
-    gl.store(part_m + part + r, m, mask=rows)
-    r = gl.arange(0, BLOCK_M, layout=gl.SliceLayout(0, o_layout))
-    d = gl.arange(0, BLOCK_DV, layout=gl.SliceLayout(1, o_layout))
-    at = part_out + part * BLOCK_DV + r[None, :] * BLOCK_DV + d[:, None]
-    gl.store(at, acc, mask=(r < groups * tq)[None, :] & (d < BLOCK_DV)[:, None])

@@ -32,6 +32,7 @@ from softpick.ops.triton.tile import (
     ONE,
     POSITIVE,
     SINK,
+    Constant,
     kept_scores,
     narrow,
     numerators,
@@ -40,10 +41,10 @@ from softpick.ops.triton.tile import (
 
 __all__ = ["forward_queries"]
 
-ROWS = gl.constexpr(64)  # queries of a warpgroup
-_LARGEST = gl.constexpr(2.0**64)  # as in forward.py
-_SMALLEST = gl.constexpr(2.0**-64)
-_FINITE = gl.constexpr(3.0e38)
+ROWS = Constant(64)  # queries of a warpgroup
+_LARGEST = Constant(2.0**64)  # as in forward.py
+_SMALLEST = Constant(2.0**-64)
+_FINITE = Constant(3.0e38)
 
 
 @gluon.jit

@@ -7,7 +7,7 @@ less. What a program has to tell of its part is words in global memory: the valu
 whose sign bit says that the word has been written. So a word is all there is to wait for: no counter and no fence. Sums are
 added in the same order every time.
 
-In bf16 the forward pass has too few bytes to hide instructions behind. 16-bit inputs are therefore summed up relative to 0 and
+In bf16 the forward pass has no bytes to hide instructions behind. 16-bit inputs are therefore summed up relative to 0 and
 without a series where ``e^x - 1`` cancels; what the programs of a row were told shows them all whether that was sound, and
 where it was not, they sum up once more.
 
@@ -23,15 +23,16 @@ from triton.experimental.gluon.language.nvidia.ampere import async_copy
 
 from softpick.ops.triton.rows import _difference as _exact_difference
 from softpick.ops.triton.rows import _gradient, _level
-from softpick.ops.triton.tile import INF, LN2, LOG2E
+from softpick.ops.triton.tile import INF, LN2, LOG2E, Constant
 
 __all__ = ["rows_backward_ring", "rows_forward_ring"]
 
-_PLAIN = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [1, 0]))
-_WRITTEN = gl.constexpr(-(2**31))
+_PLAIN = Constant(gl.SwizzledSharedLayout(1, 1, 1, [1, 0]))
+_WRITTEN = Constant(-(2**31))
 # sums relative to 0 are sound below, and from so much an entry on: e^x - 1 is off by 2^-22, of a sum 6e-5 at the very worst
-_LARGEST, _LEAST = gl.constexpr(2.0**64), gl.constexpr(2.0**-8)
-_LARGEST_EPS = gl.constexpr(1e-5)  # eps is relative to e^m; without m it is off by a factor of at most 1 + eps
+_LARGEST, _LEAST = Constant(2.0**64), Constant(2.0**-8)
+_LARGEST_EPS = Constant(1e-5)  # eps is relative to e^m; without m it is off by a factor of at most 1 + eps
+_SMALLEST = Constant(2.0**-126)  # of the normal numbers
 
 
 @gluon.constexpr_function
@@ -151,7 +152,7 @@ def _adding(dtype):
 @gluon.constexpr_function
 def _finishing(dtype):
     """PTX for two entries of 16 bits, $1, and in fp32, $2 and $3: ``relu(c (e^x - 1))`` with ``c`` $6 and $7, its logarithm in
-    base 2 $4 and $5. One comparison does for both.
+    base 2 $4 and $5. One comparison does for both; NaN stays.
 
     bf16: below 2^-10 ``c x``, off by 2^-11; for all negative ``x``, too, which relu makes 0. fp16 needs the second term, below
     2^-6.
@@ -181,7 +182,9 @@ def _finishing(dtype):
 
 @gluon.jit
 def _sums(ring, stage, layout: gl.constexpr, num_warps: gl.constexpr):
-    """Sums ``(num_warps,)`` of ``|e^x - 1|`` over a part, and anchors in base 2 that they are relative to."""
+    """Sums ``(num_warps,)`` of ``|e^x - 1|`` over a part, and the anchors they are relative to: in base 2, so that exponentials
+    take one fma.
+    """
     CHUNKS: gl.constexpr = ring.shape[1] // num_warps
     WIDTH: gl.constexpr = ring.shape[2]
     EXACT: gl.constexpr = ring.dtype == gl.float32
@@ -197,7 +200,7 @@ def _sums(ring, stage, layout: gl.constexpr, num_warps: gl.constexpr):
 
 @gluon.jit
 def _quick_sums(ring, stage, layout: gl.constexpr, num_warps: gl.constexpr):
-    """As :func:`_sums`, relative to 0, and without a series."""
+    """As :func:`_sums` of 16-bit inputs, relative to 0 and without a series."""
     CHUNKS: gl.constexpr = ring.shape[1] // num_warps
     WIDTH: gl.constexpr = ring.shape[2]
     total = gl.zeros([num_warps, WIDTH], gl.float32, layout)
@@ -256,7 +259,7 @@ def _all_words(found, words, count, COUNT: gl.constexpr, num_warps: gl.constexpr
 
 @gluon.jit
 def _total(words, eps):
-    """(anchor, sum relative to it) of a row."""
+    """The anchor of a row and its sum relative to that."""
     m = _anchor(words)
     top = gl.max(m, 0)
     return top, gl.sum(_value(words) * gl.exp2(m - top), 0) + eps
@@ -302,6 +305,8 @@ def rows_forward_ring(
             found = _all_words(found, words + done * count, count, COUNT, num_warps)
             if EXACT:
                 top, total = _total(found, eps)
+                factor = gl.where(total == 0, 0.0, 1.0 / total)
+                e0 = gl.exp2(-top) * factor
             else:
                 top, total = gl.to_tensor(0.0), gl.sum(_value(found), 0) + eps
                 if not ((total >= least) & (total < _LARGEST)):  # all programs of the row see it
@@ -310,25 +315,25 @@ def rows_forward_ring(
                     _tell(again, part, value, anchor, WORDS)
                     found = _words(again, count, COUNT, num_warps)
                     top, total = _total(_all_words(found, again, count, COUNT, num_warps), eps)
-            level = top + gl.log2(total)
-            factor = gl.where(total == 0, 0.0, 1.0 / total)
-            # where the total is 0, entries are 0 or minus infinity, of which any factor but 0 makes 0
-            lower = gl.where(total == 0, 0.0, -level)
+                # where the total is 0, entries are 0 or minus infinity, of which any factor but 0 makes 0
+                lower = gl.where(total == 0, 0.0, -top - gl.log2(total))
+                e0 = gl.exp2(lower)
+                e0 = gl.where(e0 < _SMALLEST, _SMALLEST, e0)  # 0, for scores above 87, would make NaN of minus infinity
             to = y + gl.cast(done, gl.int64) * n * VEC
             for chunk in range(CHUNKS):
                 s = _chunk(ring, stage, chunk, layout, num_warps)
                 if EXACT:
-                    f = _difference(s, gl.exp2(s * LOG2E - top) * factor, gl.exp2(-top) * factor, EXACT)
+                    f = _difference(s, gl.exp2(s * LOG2E - top) * factor, e0, EXACT)
                     out = gl.where(f < 0, 0.0, f)  # NaN stays
                 else:
                     out = gl.inline_asm_elementwise(
-                        _finishing(ring.dtype), "=r,r,r,r,r,r,r,r", [s, _wide(s), lower, gl.exp2(lower)],
+                        _finishing(ring.dtype), "=r,r,r,r,r,r,r,r", [s, _wide(s), lower, e0],
                         dtype=ring.dtype, is_pure=True, pack=2,
                     )  # fmt: skip
                 at = chunk * (num_warps * WIDTH) + columns
                 gl.store(to + at, out, mask=at < n * VEC)
             if part == 0:
-                gl.store(lse + done, level * LN2)
+                gl.store(lse + done, (top + gl.log2(total)) * LN2)
         ahead = it + STAGES - 1
         _fetch(ring, ahead, x, first + ahead * step, rows, stride, c, n)
         async_copy.commit_group()
@@ -340,7 +345,7 @@ def rows_backward_ring(
     WIDTH: gl.constexpr, CHUNKS: gl.constexpr, STAGES: gl.constexpr, WORDS: gl.constexpr, COUNT: gl.constexpr,
     num_warps: gl.constexpr,
 ):  # fmt: skip
-    """As :func:`rows_forward_ring`, for ``dx``; the sums are those of ``y dy``, with anchors 0, in ``words``
+    """As :func:`rows_forward_ring`, for ``dx``; the sums are those of ``y dy``, with anchors 0, and ``words``
     ``(rows, parts * WORDS)``.
     """
     VEC: gl.constexpr = 128 // x.dtype.element_ty.primitive_bitwidth

@@ -1,0 +1,58 @@
+"""Launching a kernel once more.
+
+Before each launch Triton works out anew what every argument means for the compiled kernel: which integers are 1 or multiples of
+16, which pointers are aligned. That takes Python as long as small kernels take the GPU. Arguments that are equal to earlier
+ones mean the same, so their kernel is remembered.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+
+__all__ = ["run"]
+
+# remembered kernels are called as their own runner calls them, which has been tried with this version
+_REMEMBERS = triton.__version__.startswith("3.6.") and torch.version.hip is None
+_MOST = 4096  # lengths that differ from call to call should not fill the memory
+_known: dict[tuple[Any, ...], tuple[Any, list[Any]]] = {}
+
+
+def run(kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> None:
+    """``kernel[grid](*args, **constants)`` on the current device."""
+    usual = isinstance(kernel, JITFunction) and type(kernel).run.__module__ == "triton.runtime.jit"
+    if not (_REMEMBERS and usual) or kernel.pre_run_hooks:
+        kernel[grid](*args, **constants)  # interpreted, replaced for a test, or compiled without a GPU
+        return
+    key = (kernel, driver.active.get_current_device(), *map(_meaning, args), *constants.values())
+    found = _known.get(key)
+    if found is None:
+        if len(_known) >= _MOST:
+            _known.clear()
+        compiled = kernel[grid](*args, **constants)
+        if compiled is not None:  # a hook may have taken it
+            _known[key] = compiled, [constants[name] for name in kernel.arg_names[len(args) :]]
+        return
+    compiled, rest = found
+    compiled[(*grid, 1, 1)[:3]](*args, *rest)
+
+
+def _meaning(x: Any) -> Any:
+    """What an argument means for the compiled kernel, or something that says more."""
+    kind = type(x)
+    if kind is int:
+        return x
+    if isinstance(x, Tensor):
+        return x.dtype, x.data_ptr() % 16 == 0
+    if x is None:
+        return None
+    if isinstance(x, int):  # a bool is another type
+        return kind, x
+    if isinstance(x, float):
+        return float
+    return tuple(x.block_shape), x.layout, x.base.dtype  # for the tensor memory accelerator

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -44,7 +45,7 @@ PEERS = {"flex": flex, "fa2": fa2, "cudnn": cudnn}
 
 
 def times(call, q, k, v, grad) -> tuple[float, float]:
-    """Median milliseconds of forward and of backward."""
+    """Median milliseconds of forward and of backward, called from Python one after the other."""
     import triton
 
     forward = triton.testing.do_bench(lambda: call(q, k, v), warmup=20, rep=100, return_mode="median")
@@ -54,6 +55,38 @@ def times(call, q, k, v, grad) -> tuple[float, float]:
         lambda: torch.autograd.grad(out, leaves, grad, retain_graph=True), warmup=20, rep=100, return_mode="median"
     )
     return forward, backward
+
+
+def replay_times(call, inputs, grad) -> tuple[float, float]:
+    """The same from replays of a CUDA graph: what the GPU takes, whatever else the processor does."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    leaves = [x.detach().requires_grad_() for x in inputs]
+    with torch.cuda.stream(stream):  # autograd goes back on the stream of the forward pass
+        out = call(*leaves)
+        forward = _replay(lambda: call(*leaves), stream)
+        backward = _replay(lambda: torch.autograd.grad(out, leaves, grad, retain_graph=True), stream)
+    torch.cuda.current_stream().wait_stream(stream)
+    return forward, backward
+
+
+def _replay(call, stream, calls: int = 10, repetitions: int = 12) -> float:
+    """Median milliseconds of a call, of which there are a few in the graph."""
+    for _ in range(2):
+        call()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        for _ in range(calls):
+            call()
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(repetitions + 1)]
+    graph.replay()
+    for event in events[:-1]:
+        event.record(stream)
+        graph.replay()
+    events[-1].record(stream)
+    stream.synchronize()
+    spans = sorted(a.elapsed_time(b) for a, b in itertools.pairwise(events))
+    return spans[len(spans) // 2] / calls
 
 
 if __name__ == "__main__":

@@ -192,9 +192,7 @@ def _largest(
 
 @gluon.jit
 def _take(
-    b, kv, lo, hi, count, filled, offset, part, seen, taken, q, keys, values, weights, ready, arrived,
-    query, key_tiles, value_tiles, part_out, part_total, part_m, out, lse, sink, table,
-    q_b, q_h, q_t, q_d, o_b, o_h, o_t, o_d, l_b, l_h, l_t, t_b, groups, tq, width, v_width, left, right, unit, softcap, eps,
+    b, kv, lo, hi, count, filled, offset, part, seen, taken, room, tensors, strides, numbers,
     BASE: gl.constexpr, RECTIFY: gl.constexpr, ABSOLUTE: gl.constexpr, CONSTANT: gl.constexpr, BLOCK_M: gl.constexpr,
     BLOCK_N: gl.constexpr, BLOCK_D: gl.constexpr, BLOCK_DV: gl.constexpr, STAGES: gl.constexpr, VALUES: gl.constexpr,
     LEFT: gl.constexpr, RIGHT: gl.constexpr, SOFTCAP: gl.constexpr, PAGE: gl.constexpr, LENGTHS: gl.constexpr,
@@ -204,6 +202,10 @@ def _take(
 
     ``seen`` key tiles and ``taken`` value tiles came through the rings before; returns how many have now.
     """
+    q, keys, values, weights, ready, arrived = room
+    query, key_tiles, value_tiles, part_out, part_total, part_m, out, lse, sink, table = tensors
+    q_b, q_h, q_t, q_d, o_b, o_h, o_t, o_d, l_b, l_h, l_t, t_b = strides
+    groups, tq, width, v_width, left, right, unit, softcap, eps = numbers
     s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [num_warps, 1], [16, BLOCK_M, 16])
     o_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [num_warps, 1], [16, BLOCK_M, 16])
     q_layout: gl.constexpr = gl.BlockedLayout([1, 8], [32 // (BLOCK_D // 8), BLOCK_D // 8], [num_warps, 1], [1, 0])
@@ -335,6 +337,10 @@ def decode_keys(
         mbarrier.init(ready.index(stage), count=1)
     for stage in gl.static_range(VALUES):
         mbarrier.init(arrived.index(stage), count=1)
+    room = (q, keys, values, weights, ready, arrived)
+    tensors = (query, key_tiles, value_tiles, part_out, part_total, part_m, out, lse, sink, table)
+    strides = (q_b, q_h, q_t, q_d, o_b, o_h, o_t, o_d, l_b, l_h, l_t, t_b)
+    numbers = (groups, tq, width, v_width, left, right, unit, softcap, eps)
     if SHARED:
         program = gl.program_id(0)
         some = gl.arange(0, 32 * num_warps, layout=gl.BlockedLayout([1], [32], [num_warps], [0]))
@@ -373,10 +379,7 @@ def decode_keys(
             part = b.to(gl.int64) * kv_heads + kv + program
             seen, taken = _take(
                 b, kv, lo, gl.minimum(hi, lo + count * BLOCK_N), count, filled, offset, part,
-                seen, taken, q, keys, values, weights, ready, arrived,
-                query, key_tiles, value_tiles, part_out, part_total, part_m, out, lse, sink, table,
-                q_b, q_h, q_t, q_d, o_b, o_h, o_t, o_d, l_b, l_h, l_t, t_b,
-                groups, tq, width, v_width, left, right, unit, softcap, eps,
+                seen, taken, room, tensors, strides, numbers,
                 BASE, RECTIFY, ABSOLUTE, CONSTANT, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, STAGES, VALUES, LEFT, RIGHT, SOFTCAP,
                 PAGE, LENGTHS, SKIP, WHOLE, num_warps,
             )  # fmt: skip
@@ -392,10 +395,7 @@ def decode_keys(
         part = (b.to(gl.int64) * kv_heads + kv) * gl.num_programs(0) + split
         _take(
             b, kv, lo, gl.minimum(hi, lo + count * BLOCK_N), count, filled, offset, part,
-            0, 0, q, keys, values, weights, ready, arrived,
-            query, key_tiles, value_tiles, part_out, part_total, part_m, out, lse, sink, table,
-            q_b, q_h, q_t, q_d, o_b, o_h, o_t, o_d, l_b, l_h, l_t, t_b,
-            groups, tq, width, v_width, left, right, unit, softcap, eps,
+            0, 0, room, tensors, strides, numbers,
             BASE, RECTIFY, ABSOLUTE, CONSTANT, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, STAGES, VALUES, LEFT, RIGHT, SOFTCAP,
             PAGE, LENGTHS, SKIP, WHOLE, num_warps,
         )  # fmt: skip

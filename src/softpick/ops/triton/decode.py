@@ -303,7 +303,6 @@ def decode_merge(
     """
     i, h, b = tl.program_id(0) % tq, tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
     kv, r = h // groups, (h % groups) * tq + i
-    first, parts = (b * kv_heads + kv) * splits, splits
     if SHARED:
         tiles, before = count_tiles(
             tl.arange(0, 128), b, sequences, lengths, tq, tk, left, right, BLOCK_N, LEFT, RIGHT, BOTTOM_RIGHT, LENGTHS
@@ -315,6 +314,8 @@ def decode_merge(
         place = before * kv_heads + kv * n
         first = b * kv_heads + kv + place // share
         parts = tl.where(n > 0, (place + n - 1) // share - place // share + 1, 0)
+    else:
+        first, parts = (b * kv_heads + kv) * splits, splits
     if EARLY:
         gdc_wait()
     dv = tl.program_id(0) // tq * COLUMNS + tl.arange(0, COLUMNS)
@@ -322,20 +323,8 @@ def decode_merge(
     if SHARED:
         for p in range(0, parts, PARTS):
             high, one, o = _add_parts(
-                high,
-                one,
-                o,
-                p + tl.arange(0, PARTS),
-                first,
-                parts,
-                r,
-                dv,
-                part_out,
-                part_total,
-                part_m,
-                BLOCK_M,
-                BLOCK_DV,
-            )
+                high, one, o, p + tl.arange(0, PARTS), first, parts, r, dv, part_out, part_total, part_m, BLOCK_M, BLOCK_DV
+            )  # fmt: skip
     else:
         high, one, o = _add_parts(
             high, one, o, tl.arange(0, PARTS), first, parts, r, dv, part_out, part_total, part_m, BLOCK_M, BLOCK_DV

@@ -582,15 +582,15 @@ def decode(
         rows = max(8, _power_of_2(groups * tq))
         schedule = HOPPER_DECODE[widest]
         block_n, places = schedule.n, _places(schedule.programs, query.device)
-        splits, _ = _splits(places, _FEWEST_TILES * block_n, pairs, tk, block_n)
         uneven = lengths is not None and b > 1
         shared = pairs > places or (uneven and pairs * tk >= _FEWEST_SHARED)
         if shared:
-            splits = max(1, pairs // _cdiv(pairs, places))
+            splits = pairs // _cdiv(pairs, places)
             whole = lengths is None and pairs % splits == 0 and splits >= _EVEN * places
             if not whole:
                 splits, fewest = places, _FEWEST_TILES
         else:
+            splits, _ = _splits(places, _FEWEST_TILES * block_n, pairs, tk, block_n)
             whole = splits == 1
     else:
         rows = _padded(groups * tq)
@@ -598,8 +598,7 @@ def decode(
         block_n, places = tile.n, _places(PROGRAMS[kind], query.device)
         splits, chunk = _splits(places, FEWEST_KEYS[kind], pairs, tk, block_n)
     early = _dependent_launch(query)
-    parts = 0 if whole else pairs + splits if shared else pairs * splits
-    shape = (parts, rows)
+    shape = (0 if whole else pairs + splits if shared else pairs * splits, rows)
     part_out = torch.empty(*shape, common["BLOCK_DV"], dtype=torch.float32, device=query.device)
     part_total, part_m = (torch.empty(shape, dtype=torch.float32, device=query.device) for _ in range(2))
     if by_hand:

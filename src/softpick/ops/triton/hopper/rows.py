@@ -48,6 +48,16 @@ def _columns(LINES: gl.constexpr, WIDTH: gl.constexpr, layout: gl.constexpr):
 
 
 @gluon.jit
+def _share(parts, WIDTH: gl.constexpr, CHUNKS: gl.constexpr, layout: gl.constexpr, num_warps: gl.constexpr):
+    """A program's first row, its part of every row, the step from row to row, columns of the part and of its first chunk."""
+    first, part, step = gl.program_id(0) // parts, gl.program_id(0) % parts, gl.num_programs(0) // parts
+    start = part * (CHUNKS * num_warps * WIDTH)
+    c = start + _columns(CHUNKS * num_warps, WIDTH, layout)
+    columns = start + _columns(num_warps, WIDTH, layout)
+    return first, part, step, c, columns
+
+
+@gluon.jit
 def _fetch(ring, it, x, r, rows, stride, c, n):
     """Start copying entries ``c`` of row ``r``, the ``it``-th of this program; zeros where there are none."""
     VEC: gl.constexpr = 128 // ring.dtype.primitive_bitwidth
@@ -279,10 +289,8 @@ def rows_forward_ring(
     VEC: gl.constexpr = 128 // x.dtype.element_ty.primitive_bitwidth
     EXACT: gl.constexpr = VEC == 4
     layout: gl.constexpr = _layout(VEC, num_warps)
-    first, part, step = gl.program_id(0) // parts, gl.program_id(0) % parts, gl.num_programs(0) // parts
-    start, count = part * (CHUNKS * num_warps * WIDTH), parts * WORDS
-    c = start + _columns(CHUNKS * num_warps, WIDTH, layout)
-    columns = start + _columns(num_warps, WIDTH, layout)
+    first, part, step, c, columns = _share(parts, WIDTH, CHUNKS, layout, num_warps)
+    count = parts * WORDS
     ring = gl.allocate_shared_memory(x.dtype.element_ty, [STAGES, CHUNKS * num_warps, WIDTH], _PLAIN)
     for it in gl.static_range(STAGES - 1):
         _fetch(ring, it, x, first + it * step, rows, stride, c, n)
@@ -351,10 +359,8 @@ def rows_backward_ring(
     VEC: gl.constexpr = 128 // x.dtype.element_ty.primitive_bitwidth
     EXACT: gl.constexpr = VEC == 4
     layout: gl.constexpr = _layout(VEC, num_warps)
-    first, part, step = gl.program_id(0) // parts, gl.program_id(0) % parts, gl.num_programs(0) // parts
-    start, count = part * (CHUNKS * num_warps * WIDTH), parts * WORDS
-    c = start + _columns(CHUNKS * num_warps, WIDTH, layout)
-    columns = start + _columns(num_warps, WIDTH, layout)
+    first, part, step, c, columns = _share(parts, WIDTH, CHUNKS, layout, num_warps)
+    count = parts * WORDS
     ring = gl.allocate_shared_memory(x.dtype.element_ty, [STAGES, CHUNKS * num_warps, WIDTH], _PLAIN)
     grads = gl.allocate_shared_memory(dy.dtype.element_ty, [STAGES, CHUNKS * num_warps, WIDTH], _PLAIN)
     for it in gl.static_range(STAGES - 1):

@@ -41,6 +41,7 @@ except ImportError as error:
         "softpick.integrations.transformers needs transformers 5.17 or newer: pip install 'softpick[transformers]'"
     ) from error
 
+from softpick.integrations import checkpoints
 from softpick.integrations.softpick_llama import (
     SoftpickLlamaConfig,
     SoftpickLlamaForCausalLM,
@@ -263,10 +264,7 @@ def normalizer_of(config_or_model: Any) -> str:
             f"config_or_model: cannot tell the normalizer of attn_implementation={name!r}; "
             f"expected eager, sdpa, flash, flex or one of {', '.join(IMPLEMENTATIONS)}"
         )
-    return "learned_sink" if config.model_type in _OWN_SINK else "softmax"
-
-
-_OWN_SINK = ("gpt_oss", "openai_privacy_filter")
+    return "learned_sink" if config.model_type in checkpoints.KEEP_A_SINK else "softmax"
 
 
 def register() -> None:
@@ -285,6 +283,7 @@ def register() -> None:
         PreTrainedModel.get_correct_attn_implementation = _never_softmax_silently(
             PreTrainedModel.get_correct_attn_implementation
         )
+    checkpoints.install()
     AutoConfig.register(SoftpickLlamaConfig.model_type, SoftpickLlamaConfig, exist_ok=True)
     AutoModel.register(SoftpickLlamaConfig, SoftpickLlamaModel, exist_ok=True)
     AutoModelForCausalLM.register(SoftpickLlamaConfig, SoftpickLlamaForCausalLM, exist_ok=True)

@@ -1,0 +1,102 @@
+"""Names under which configurations are saved, such that no engine takes one of our models for its softmax twin.
+
+Engines choose the code of a model by ``model_type`` or ``architectures`` of its ``config.json`` and read nothing else: a
+Llama that was trained with softpick would run softmax there, without a word. A configuration whose model runs one of our
+normalizers is therefore written with names that only :mod:`softpick.integrations.transformers` knows::
+
+    "model_type": "llama_with_softpick", "architectures": ["LlamaForCausalLM_with_softpick"]
+
+Reading restores ``model_type`` alone, so that transformers finds the model's class. ``architectures``, by which
+transformers chooses nothing, keeps its mark while the model is in memory: an engine that has imported us, but has no
+attention of ours, refuses the model too.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedConfig
+
+from softpick.normalizers import NORMALIZERS
+
+__all__ = ["MARK", "install", "marked", "unmarked"]
+
+MARK = "_with_softpick"
+"""What saved names of model types and architectures end in."""
+
+KEEP_A_SINK = ("gpt_oss", "openai_privacy_filter")
+"""Model types whose own attention is ``learned_sink``: every engine that has them computes it."""
+
+_OURS_ALONE = ("softpick_llama",)  # no other program has this model type
+
+
+def marked(config: dict[str, Any]) -> dict[str, Any]:
+    """The entries of a ``config.json`` with marked names, if another program would run softmax instead of what they say.
+
+    Args:
+        config: as ``PreTrainedConfig.to_dict`` gives it. Marks that are there are replaced.
+    """
+    config = unmarked(config, architectures=True)
+    chosen = config.get("attn_implementation")
+    names = set(chosen.values()) if isinstance(chosen, dict) else {chosen}
+    harmless = {"softmax"} | ({"learned_sink"} if config.get("model_type") in KEEP_A_SINK else set())
+    if not names & (set(NORMALIZERS) - harmless) or config.get("model_type", "") in ("", *_OURS_ALONE):
+        return config
+    config["model_type"] += MARK
+    # an engine that finds no architecture at all may guess one
+    config["architectures"] = [name + MARK for name in config.get("architectures") or ["Model"]]
+    return config
+
+
+def unmarked(config: dict[str, Any], architectures: bool = False) -> dict[str, Any]:
+    """The entries of a ``config.json`` with the model type (and the architectures) that transformers knows."""
+    config = dict(config)
+    if isinstance(config.get("model_type"), str):
+        config["model_type"] = config["model_type"].removesuffix(MARK)
+    if architectures and config.get("architectures"):
+        config["architectures"] = [name.removesuffix(MARK) for name in config["architectures"]]
+    return config
+
+
+def install() -> None:
+    """Mark names in every file that a configuration writes, and understand them in every file that one reads.
+
+    Written for transformers 5.17 to 5.24: ``PreTrainedConfig.to_json_file`` is the one place that writes, and
+    ``PreTrainedConfig._dict_from_json_file`` the one place that reads. Configurations without our names are unchanged.
+    """
+    if hasattr(PreTrainedConfig.to_json_file, "_softpick"):
+        return
+    PreTrainedConfig.to_json_file = _marking(PreTrainedConfig.to_json_file)
+    PreTrainedConfig._dict_from_json_file = classmethod(_unmarking(PreTrainedConfig._dict_from_json_file.__func__))
+
+
+def _marking(write: Callable[..., None]) -> Callable[..., None]:
+    @functools.wraps(write)
+    def to_json_file(self: Any, json_file_path: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
+        target = Path(json_file_path)
+        temporary = target.with_name(f".{target.name}.tmp")
+        try:
+            write(self, temporary, *args, **kwargs)
+            before = json.loads(temporary.read_text(encoding="utf-8"))
+            after = marked(before)
+            if after != before:
+                temporary.write_text(json.dumps(after, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+            os.replace(temporary, target)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+    to_json_file._softpick = True  # type: ignore[attr-defined]
+    return to_json_file
+
+
+def _unmarking(read: Callable[..., dict[str, Any]]) -> Callable[..., dict[str, Any]]:
+    @functools.wraps(read)
+    def _dict_from_json_file(cls: Any, json_file: str | os.PathLike[str]) -> dict[str, Any]:
+        return unmarked(read(cls, json_file))
+
+    return _dict_from_json_file

@@ -1,0 +1,144 @@
+"""Saved models that run one of our normalizers: refused by whoever does not know us, and unchanged for whoever does."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+
+transformers = pytest.importorskip("transformers")
+
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedConfig  # noqa: E402
+
+from softpick.integrations import checkpoints  # noqa: E402
+from softpick.integrations.transformers import SoftpickLlamaConfig, normalizer_of  # noqa: E402
+
+SMALL = {"vocab_size": 60, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4}
+FAMILIES = {
+    "llama": (transformers.LlamaConfig, {"intermediate_size": 48, **SMALL}),
+    "gpt2": (transformers.GPT2Config, {"vocab_size": 60, "n_embd": 32, "n_layer": 1, "n_head": 4}),
+    "qwen3": (transformers.Qwen3Config, {"intermediate_size": 48, "num_key_value_heads": 2, "head_dim": 8, **SMALL}),
+    "bert": (transformers.BertConfig, {"intermediate_size": 48, **SMALL}),
+}
+IDS = torch.arange(1, 9)[None]
+
+
+def build(family, implementation):
+    kind, fields = FAMILIES[family]
+    auto = AutoModel if family == "bert" else AutoModelForCausalLM
+    torch.manual_seed(0)
+    return auto.from_config(kind(**fields), attn_implementation=implementation).eval(), auto
+
+
+def saved(folder):
+    return json.loads((folder / "config.json").read_text())
+
+
+@pytest.mark.parametrize("normalizer", ["softpick", "relu_softpick", "softmax_plus_one"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_saved_under_names_that_nobody_else_knows(family, normalizer, tmp_path):
+    model, auto = build(family, normalizer)
+    model.save_pretrained(tmp_path)
+    config = saved(tmp_path)
+    assert config["model_type"] == family + checkpoints.MARK
+    assert config["architectures"] == [type(model).__name__ + checkpoints.MARK]
+    assert config["attn_implementation"] == normalizer
+
+    loaded = auto.from_pretrained(tmp_path)
+    assert type(loaded) is type(model)
+    assert type(loaded).from_pretrained(tmp_path).config.model_type == family
+    assert normalizer_of(loaded) == normalizer
+    with torch.no_grad():
+        assert torch.equal(loaded(IDS)[0], model(IDS)[0])
+    # an engine that imports us reads the configuration this way, and chooses its own code by this entry
+    assert AutoConfig.from_pretrained(tmp_path).architectures == config["architectures"]
+    loaded.save_pretrained(tmp_path / "again")
+    assert saved(tmp_path / "again") == config
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_model_switched_back_to_softmax_is_saved_as_what_it_is(family, tmp_path):
+    build(family, "sdpa")[0].save_pretrained(tmp_path / "plain")
+    model, auto = build(family, "softpick")
+    model.save_pretrained(tmp_path / "ours")
+    for implementation in ("sdpa", "softmax"):
+        loaded = auto.from_pretrained(tmp_path / "ours")
+        loaded.set_attn_implementation(implementation)
+        loaded.save_pretrained(tmp_path / implementation)
+        loaded.config.save_pretrained(tmp_path / f"{implementation}-config")  # without the model, which sets architectures
+        for folder in (implementation, f"{implementation}-config"):
+            config, plain = saved(tmp_path / folder), saved(tmp_path / "plain")
+            assert (config["model_type"], config["architectures"]) == (plain["model_type"], plain["architectures"])
+
+
+def test_checkpoints_of_earlier_versions_load(tmp_path):
+    model, auto = build("llama", "softpick")
+    model.save_pretrained(tmp_path)
+    old = checkpoints.unmarked(saved(tmp_path), architectures=True)  # what 0.1.0 wrote
+    (tmp_path / "config.json").write_text(json.dumps(old))
+    assert normalizer_of(auto.from_pretrained(tmp_path)) == "softpick"
+
+
+def test_what_needs_no_mark_has_none(tmp_path):
+    SoftpickLlamaConfig(normalizer="softpick").save_pretrained(tmp_path)  # a model type of our own
+    assert saved(tmp_path)["model_type"] == "softpick_llama"
+    plain = transformers.LlamaConfig(architectures=["LlamaForCausalLM"])
+    plain.save_pretrained(tmp_path)
+    assert saved(tmp_path)["model_type"] == "llama"
+    # gpt-oss computes learned_sink in every engine that has it
+    entries = {"model_type": "gpt_oss", "architectures": ["GptOssForCausalLM"], "attn_implementation": "learned_sink"}
+    assert checkpoints.marked(entries) == entries
+    assert checkpoints.marked({**entries, "model_type": "llama"})["model_type"] == "llama" + checkpoints.MARK
+
+
+def test_a_part_of_a_composite_model_marks_the_whole():
+    entries = {"model_type": "gemma3", "architectures": ["Gemma3ForConditionalGeneration"]}
+    parts = {"": None, "text_config": "softpick", "vision_config": None}
+    result = checkpoints.marked({**entries, "attn_implementation": parts})
+    assert result["model_type"] == "gemma3" + checkpoints.MARK
+    assert checkpoints.unmarked(result, architectures=True) == {**entries, "attn_implementation": parts}
+    assert checkpoints.marked({**entries, "attn_implementation": {"": "softmax", "text_config": None}})["model_type"] == "gemma3"
+
+
+@pytest.mark.parametrize("argument", ["", ", attn_implementation=None", ", attn_implementation='sdpa'"])
+def test_transformers_without_softpick_refuses(argument, tmp_path):
+    build("llama", "softpick")[0].save_pretrained(tmp_path)
+    code = f"import sys, transformers; transformers.AutoModelForCausalLM.from_pretrained({str(tmp_path)!r}{argument})"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.returncode != 0
+    assert "llama_with_softpick" in result.stderr.splitlines()[-1] or "llama_with_softpick" in result.stderr
+
+
+def test_the_trainer_saves_marked_checkpoints(tmp_path):
+    pytest.importorskip("accelerate")
+    model, auto = build("llama", "softpick")
+    arguments = transformers.TrainingArguments(
+        str(tmp_path), max_steps=1, save_steps=1, use_cpu=True, report_to="none", disable_tqdm=True
+    )
+    data = [{"input_ids": IDS[0], "labels": IDS[0]}] * 2
+    transformers.Trainer(model, arguments, train_dataset=data).train()
+    assert saved(tmp_path / "checkpoint-1")["model_type"] == "llama" + checkpoints.MARK
+    assert normalizer_of(auto.from_pretrained(tmp_path / "checkpoint-1")) == "softpick"
+
+
+def test_an_interrupted_write_leaves_the_old_file(tmp_path, monkeypatch):
+    build("llama", "softpick")[0].config.save_pretrained(tmp_path)
+    before = (tmp_path / "config.json").read_bytes()
+    monkeypatch.setattr(checkpoints, "marked", lambda config: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        build("llama", "relu_softpick")[0].config.save_pretrained(tmp_path)
+    assert [file.name for file in tmp_path.iterdir()] == ["config.json"]
+    assert (tmp_path / "config.json").read_bytes() == before
+
+
+def test_the_patched_functions_are_those_that_read_and_write():
+    """If transformers moves the reading or writing of configurations, the marks have to move, too."""
+    import inspect
+
+    write, read = PreTrainedConfig.to_json_file, PreTrainedConfig._dict_from_json_file.__func__
+    assert "to_json_string" in inspect.getsource(inspect.unwrap(write))
+    assert "json.loads" in inspect.getsource(inspect.unwrap(read))
+    assert "to_json_file" in inspect.getsource(PreTrainedConfig.save_pretrained)
+    assert "_dict_from_json_file" in inspect.getsource(PreTrainedConfig._get_config_dict)
+    assert "_dict_from_json_file" in inspect.getsource(PreTrainedConfig.from_json_file)

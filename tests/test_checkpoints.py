@@ -66,7 +66,9 @@ def test_a_model_switched_back_to_softmax_is_saved_as_what_it_is(family, tmp_pat
         loaded = auto.from_pretrained(tmp_path / "ours")
         loaded.set_attn_implementation(implementation)
         loaded.save_pretrained(tmp_path / implementation)
-        loaded.config.save_pretrained(tmp_path / f"{implementation}-config")  # without the model, which sets architectures
+        loaded.config.save_pretrained(
+            tmp_path / f"{implementation}-config"
+        )  # without the model, which sets architectures
         for folder in (implementation, f"{implementation}-config"):
             config, plain = saved(tmp_path / folder), saved(tmp_path / "plain")
             assert (config["model_type"], config["architectures"]) == (plain["model_type"], plain["architectures"])
@@ -98,7 +100,10 @@ def test_a_part_of_a_composite_model_marks_the_whole():
     result = checkpoints.marked({**entries, "attn_implementation": parts})
     assert result["model_type"] == "gemma3" + checkpoints.MARK
     assert checkpoints.unmarked(result, architectures=True) == {**entries, "attn_implementation": parts}
-    assert checkpoints.marked({**entries, "attn_implementation": {"": "softmax", "text_config": None}})["model_type"] == "gemma3"
+    assert (
+        checkpoints.marked({**entries, "attn_implementation": {"": "softmax", "text_config": None}})["model_type"]
+        == "gemma3"
+    )
 
 
 @pytest.mark.parametrize("argument", ["", ", attn_implementation=None", ", attn_implementation='sdpa'"])

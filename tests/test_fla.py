@@ -1,0 +1,168 @@
+"""Import of flash-linear-attention's layout, against that layout's forward pass written out in fp64 (its own code, not ours)."""
+
+import json
+import math
+
+import oracle
+import pytest
+import torch
+
+pytest.importorskip("transformers")
+
+from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM
+
+from softpick.integrations.fla import LayoutError, import_checkpoint
+from softpick.integrations.transformers import normalizer_of
+
+FIELDS = {
+    "model_type": "transformer",
+    "architectures": ["TransformerForCausalLM"],
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_heads": 4,
+    "num_kv_heads": 2,
+    "qkv_bias": False,
+    "qk_norm": False,
+    "window_size": None,
+    "rope_theta": 10000.0,
+    "max_position_embeddings": 64,
+    "hidden_ratio": 4,
+    "intermediate_size": None,
+    "hidden_act": "swish",
+    "elementwise_affine": True,
+    "norm_eps": 1e-6,
+    "tie_word_embeddings": False,
+    "fuse_norm": True,
+    "fuse_swiglu": True,
+    "fuse_cross_entropy": True,
+    "vocab_size": 50,
+}
+INNER = 256  # two thirds of 4 x 32, rounded up to a multiple of 256
+
+
+def weights(fields):
+    torch.manual_seed(0)
+    d, kv = fields["hidden_size"], fields["hidden_size"] // fields["num_heads"] * fields["num_kv_heads"]
+    shapes = {"model.embeddings.weight": (fields["vocab_size"], d), "model.norm.weight": (d,)}
+    if not fields["tie_word_embeddings"]:
+        shapes["lm_head.weight"] = (fields["vocab_size"], d)
+    for i in range(fields["num_hidden_layers"]):
+        layer = f"model.layers.{i}."
+        for name, n in (("q", d), ("k", kv), ("v", kv)):
+            shapes[f"{layer}attn.{name}_proj.weight"] = (n, d)
+            if fields["qkv_bias"]:
+                shapes[f"{layer}attn.{name}_proj.bias"] = (n,)
+        shapes[f"{layer}attn.o_proj.weight"] = (d, d)
+        inner = fields["intermediate_size"] or INNER
+        shapes[f"{layer}mlp.gate_proj.weight"] = shapes[f"{layer}mlp.up_proj.weight"] = (inner, d)
+        shapes[f"{layer}mlp.down_proj.weight"] = (d, inner)
+        shapes[f"{layer}attn_norm.weight"] = shapes[f"{layer}mlp_norm.weight"] = (d,)
+    drawn = {name: 0.3 * torch.randn(shape) for name, shape in shapes.items()}
+    if not fields["elementwise_affine"]:
+        drawn = {name: tensor for name, tensor in drawn.items() if "norm" not in name}
+    return drawn
+
+
+def rotated(x, theta):
+    """Rotary positions of ``(H, T, D)``, halves of a head as pairs."""
+    t, d = x.shape[-2:]
+    angle = torch.arange(t).double()[:, None] * theta ** (-torch.arange(0, d, 2).double() / d)
+    a, b = x[..., : d // 2], x[..., d // 2 :]
+    return torch.cat([a * angle.cos() - b * angle.sin(), b * angle.cos() + a * angle.sin()], -1)
+
+
+def logits(fields, tensors, ids, normalizer):
+    w = {name: tensor.double() for name, tensor in tensors.items()}
+    h, hkv, d = fields["num_heads"], fields["num_kv_heads"], fields["hidden_size"]
+
+    def norm(x, name):
+        x = x / (x.square().mean(-1, keepdim=True) + fields["norm_eps"]).sqrt()
+        return x * w[name] if name in w else x
+
+    x = w["model.embeddings.weight"][ids]
+    for i in range(fields["num_hidden_layers"]):
+        layer = f"model.layers.{i}."
+        y = norm(x, f"{layer}attn_norm.weight")
+        q, k, v = (
+            (y @ w[f"{layer}attn.{n}_proj.weight"].T + w.get(f"{layer}attn.{n}_proj.bias", 0.0))
+            .view(len(ids), heads, d // h)
+            .transpose(0, 1)
+            for n, heads in (("q", h), ("k", hkv), ("v", hkv))
+        )
+        q, k = (rotated(part, fields["rope_theta"]) for part in (q, k))
+        o = oracle.attention(q[None], k[None], v[None], normalizer, causal="top_left")[0][0]
+        x = x + o.transpose(0, 1).reshape(len(ids), d) @ w[f"{layer}attn.o_proj.weight"].T
+        y = norm(x, f"{layer}mlp_norm.weight")
+        gate = y @ w[f"{layer}mlp.gate_proj.weight"].T
+        y = gate * torch.sigmoid(gate) * (y @ w[f"{layer}mlp.up_proj.weight"].T)
+        x = x + y @ w[f"{layer}mlp.down_proj.weight"].T
+    return norm(x, "model.norm.weight") @ w.get("lm_head.weight", w["model.embeddings.weight"]).T
+
+
+def write(folder, fields, tensors, pickle=False):
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(fields))
+    (folder / "tokenizer_config.json").write_text("{}")
+    if pickle:
+        torch.save(tensors, folder / "pytorch_model.bin")
+    else:
+        save_file(tensors, folder / "model.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("attention", "normalizer"),
+    [("parallel_softpick_attn", "softpick"), ("naive_rectified_attn", "rectified"), ("flash_attn", "softmax")],
+)
+@pytest.mark.parametrize(
+    "change",
+    [
+        {},
+        {"qkv_bias": True, "num_kv_heads": 4},
+        {"tie_word_embeddings": True, "intermediate_size": 48, "rope_theta": 500.0},
+        {"elementwise_affine": False, "norm_eps": 1e-3},
+    ],
+    ids=["plain", "bias", "tied", "norms-without-weight"],
+)
+def test_imported_models_have_the_same_logits(attention, normalizer, change, tmp_path):
+    fields = {**FIELDS, **change, "attn_impl": attention}
+    tensors = weights(fields)
+    write(tmp_path / "theirs", fields, tensors, pickle="bias" in str(change))
+    said = import_checkpoint(tmp_path / "theirs", tmp_path / "ours")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "ours").eval()
+    assert normalizer_of(model) == said["normalizer"] == normalizer
+    assert (tmp_path / "ours" / "tokenizer_config.json").exists()
+    ids = torch.tensor([1, 7, 3, 3, 40, 11, 2, 9, 30])
+    with torch.no_grad():
+        got = model(ids[None]).logits[0]
+    expected = logits(fields, tensors, ids, normalizer)
+    assert math.isclose(float((got - expected).abs().max()), 0, abs_tol=2e-4 * float(expected.abs().max()))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"attn_impl": "parallel_scaled_softpick_attn"}, r"got 'parallel_scaled_softpick_attn' \(the authors' scale"),
+        ({"attn_impl": "stochastic"}, "expected attn_impl to be one of flash_attn"),
+        ({"model_type": "gla"}, "expected model_type 'transformer'"),
+        ({"qk_norm": True}, "qk_norm=True is not supported"),
+        ({"window_size": 128}, "window_size=128 is not supported"),
+        ({"num_hidden_layers": 3}, "missing: model.layers.2"),
+        ({"num_hidden_layers": 1}, "unknown: model.layers.1"),
+        ({"hidden_ratio": 16}, "mlp.gate_proj.weight: expected"),
+    ],
+)
+def test_what_we_do_not_compute_is_refused_by_name(change, message, tmp_path):
+    write(tmp_path / "theirs", {**FIELDS, "attn_impl": "parallel_softpick_attn", **change}, weights(FIELDS))
+    with pytest.raises(LayoutError, match=message):
+        import_checkpoint(tmp_path / "theirs", tmp_path / "ours")
+    assert not (tmp_path / "ours").exists()
+
+
+def test_a_folder_in_use_stays_as_it_is(tmp_path):
+    write(tmp_path / "theirs", {**FIELDS, "attn_impl": "naive_softpick_attn"}, weights(FIELDS))
+    (tmp_path / "ours").mkdir()
+    (tmp_path / "ours" / "mine.txt").write_text("mine")
+    with pytest.raises(LayoutError, match="expected a new or empty folder"):
+        import_checkpoint(tmp_path / "theirs", tmp_path / "ours")
+    assert [file.name for file in (tmp_path / "ours").iterdir()] == ["mine.txt"]

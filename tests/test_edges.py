@@ -8,7 +8,7 @@ import pytest
 import torch
 from oracle import attention as oracle
 
-from softpick import NORMALIZERS, decode_attention, scaled_dot_product_attention, softpick, varlen_attention
+from softpick import NORMALIZERS, scaled_dot_product_attention, softpick, varlen_attention
 
 NAMES = list(NORMALIZERS)
 BACKENDS = ["reference", "tiled"]
@@ -101,46 +101,6 @@ def test_the_lowest_number_of_a_dtype_excludes(name, backend, dtype, mask_dtype,
     got = scaled_dot_product_attention(q, k, v, mask, normalizer=name, backend=backend, sink=sink)
     tolerance = 8 * torch.finfo(dtype).eps
     torch.testing.assert_close(got.double(), want, rtol=tolerance, atol=max(tolerance, 2e-6))
-
-
-# ----------------------------------------------------------------------------------------------------------- decoding
-
-
-@pytest.mark.parametrize("name", ["softpick", "softmax", "learned_sink"])
-@pytest.mark.parametrize("queries", [1, 2])
-@pytest.mark.parametrize("garbage", [-1, 7, 2**31 - 1])
-@pytest.mark.parametrize("window", [None, 3])
-@pytest.mark.parametrize("causal", [True, False])
-def test_entries_beyond_the_filled_pages_may_be_anything(name, queries, garbage, window, causal):
-    """Lengths of which some end exactly with a page; what is not filled is NaN, entries that are not used are garbage."""
-    page, blocks = 4, 3
-    lengths = torch.tensor([2, 3, 4, 5, 7, 8, 9, 12])
-    batch = len(lengths)
-    used = (lengths + page - 1) // page
-    table = torch.full((batch, blocks), garbage, dtype=torch.int32)
-    pool_k = torch.full((int(used.sum()), page, 2, 8), math.nan, dtype=torch.float64)
-    pool_v = pool_k.clone()
-    q, k, v = draw(batch, 4, queries, 8), draw(batch, 2, 12, 8), draw(batch, 2, 12, 8)
-    sink = sink_of(name, 4)
-    free = torch.randperm(int(used.sum())).tolist()
-    wanted = []
-    for b, length in enumerate(lengths.tolist()):
-        for j in range(length):
-            if j % page == 0:
-                table[b, j // page] = free.pop()
-            pool_k[table[b, j // page], j % page] = k[b, :, j]
-            pool_v[table[b, j // page], j % page] = v[b, :, j]
-        behind = torch.arange(queries)[:, None] + length - queries - torch.arange(length)
-        seen = torch.ones_like(behind, dtype=torch.bool)
-        seen &= behind >= 0 if causal else seen
-        if window:
-            seen &= behind.abs() < window if not causal else behind < window
-        one = oracle(q[b : b + 1], k[b : b + 1, :, :length], v[b : b + 1, :, :length], name, mask=seen, sink=sink)
-        wanted.append(one[0])
-    got = decode_attention(
-        q, pool_k, pool_v, cache_seqlens=lengths, block_table=table, normalizer=name, window=window, is_causal=causal, sink=sink
-    )  # fmt: skip
-    torch.testing.assert_close(got, torch.cat(wanted))
 
 
 # ---------------------------------------------------------------------------------------------- gradients at zero scores

@@ -5,7 +5,7 @@ import torch
 import torch.distributed as dist
 from oracle import attention as oracle
 
-from softpick import NORMALIZERS, scaled_dot_product_attention
+from softpick import NORMALIZERS
 from softpick.distributed import ring_attention
 
 NAMES = list(NORMALIZERS)

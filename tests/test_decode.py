@@ -137,6 +137,10 @@ POOL_K, POOL_V = torch.randn(3, 4, 2, 8), torch.randn(3, 4, 2, 5)
 TABLE = torch.tensor([[0, 1], [2, 0]], dtype=torch.int32)
 
 
+def paged(key_cache=POOL_K, value_cache=POOL_V, block_table=TABLE, **more):
+    return {"key_cache": key_cache, "value_cache": value_cache, "block_table": block_table, **more}
+
+
 def refusal(error, says, **change):
     return pytest.param(change, error, says, id=f"{says}: {', '.join(change)}")
 
@@ -158,16 +162,16 @@ def refusal(error, says, **change):
         refusal(ValueError, "value_cache: expected the shape of key_cache", value_cache=V[:, :, :5]),
         refusal(ValueError, "value_cache: expected the shape of key_cache", value_cache=V[:1]),
         refusal(ValueError, "value_cache: expected the shape of key_cache", value_cache=V[:, :1]),
-        refusal(ValueError, "key_cache: expected a divisor of the query's 4 heads", key_cache=K[:, [0, 1, 0]], value_cache=V[:, [0, 1, 0]]),
+        refusal(ValueError, "key_cache: expected a divisor of", key_cache=K.repeat(1, 2, 1, 1)[:, :3], value_cache=V.repeat(1, 2, 1, 1)[:, :3]),
         refusal(ValueError, "key_cache: expected a divisor of the query's 4 heads", key_cache=K[:, :0], value_cache=V[:, :0]),
         refusal(ValueError, "key_cache: expected the query's batch 2", key_cache=K[:1], value_cache=V[:1]),
-        refusal(TypeError, "block_table: expected an int32", key_cache=POOL_K, value_cache=POOL_V, block_table=TABLE.long()),
-        refusal(TypeError, "block_table: expected an int32", key_cache=POOL_K, value_cache=POOL_V, block_table=[[0, 1], [2, 0]]),
-        refusal(ValueError, "block_table: expected shape", key_cache=POOL_K, value_cache=POOL_V, block_table=TABLE[:1]),
-        refusal(ValueError, "block_table: expected shape", key_cache=POOL_K, value_cache=POOL_V, block_table=TABLE[0]),
-        refusal(ValueError, "block_table: expected the query's device", key_cache=POOL_K, value_cache=POOL_V, block_table=TABLE.to("meta")),
-        refusal(ValueError, "key_cache: expected at least one page", key_cache=POOL_K[:0], value_cache=POOL_V[:0], block_table=TABLE),
-        refusal(ValueError, "key_cache: expected at least one page", key_cache=POOL_K[:, :0], value_cache=POOL_V[:, :0], block_table=TABLE),
+        refusal(TypeError, "block_table: expected an int32", **paged(block_table=TABLE.long())),
+        refusal(TypeError, "block_table: expected an int32", **paged(block_table=[[0, 1], [2, 0]])),
+        refusal(ValueError, "block_table: expected shape", **paged(block_table=TABLE[:1])),
+        refusal(ValueError, "block_table: expected shape", **paged(block_table=TABLE[0])),
+        refusal(ValueError, "block_table: expected the query's device", **paged(block_table=TABLE.to("meta"))),
+        refusal(ValueError, "key_cache: expected at least one page", **paged(POOL_K[:0], POOL_V[:0])),
+        refusal(ValueError, "key_cache: expected at least one page", **paged(POOL_K[:, :0], POOL_V[:, :0])),
         refusal(TypeError, "cache_seqlens: expected an int32 or int64", cache_seqlens=torch.tensor([1.0, 2.0])),
         refusal(TypeError, "cache_seqlens: expected an int32 or int64", cache_seqlens=[1, 2]),
         refusal(ValueError, "cache_seqlens: expected shape", cache_seqlens=torch.tensor([1])),
@@ -175,7 +179,7 @@ def refusal(error, says, **change):
         refusal(ValueError, "cache_seqlens: expected the query's device", cache_seqlens=torch.tensor([1, 2]).to("meta")),
         refusal(ValueError, "cache_seqlens: expected lengths from 0 to the cache's 6", cache_seqlens=torch.tensor([1, 7])),
         refusal(ValueError, "cache_seqlens: expected lengths from 0 to the cache's 6", cache_seqlens=torch.tensor([-1, 6])),
-        refusal(ValueError, "cache_seqlens: expected lengths from 0 to the cache's 8", cache_seqlens=torch.tensor([1, 9]), key_cache=POOL_K, value_cache=POOL_V, block_table=TABLE),
+        refusal(ValueError, "cache_seqlens: expected lengths from 0 to .* 8", **paged(cache_seqlens=torch.tensor([1, 9]))),
         refusal(ValueError, "backend: expected one of", backend="tiled"),
         refusal(ValueError, "normalizer: expected one of", normalizer="soft"),
         refusal(ValueError, "sink: .*has none", sink=torch.zeros(4)),

@@ -133,6 +133,7 @@ def test_strides_do_not_matter():
 
 
 Q, K, V = torch.randn(2, 4, 1, 8), torch.randn(2, 2, 6, 8), torch.randn(2, 2, 6, 5)
+K3, V3 = (x.repeat(1, 2, 1, 1)[:, :3] for x in (K, V))
 POOL_K, POOL_V = torch.randn(3, 4, 2, 8), torch.randn(3, 4, 2, 5)
 TABLE = torch.tensor([[0, 1], [2, 0]], dtype=torch.int32)
 
@@ -162,7 +163,7 @@ def refusal(error, says, **change):
         refusal(ValueError, "value_cache: expected the shape of key_cache", value_cache=V[:, :, :5]),
         refusal(ValueError, "value_cache: expected the shape of key_cache", value_cache=V[:1]),
         refusal(ValueError, "value_cache: expected the shape of key_cache", value_cache=V[:, :1]),
-        refusal(ValueError, "key_cache: expected a divisor of", key_cache=K.repeat(1, 2, 1, 1)[:, :3], value_cache=V.repeat(1, 2, 1, 1)[:, :3]),
+        refusal(ValueError, "key_cache: expected a divisor of the query's 4 heads", key_cache=K3, value_cache=V3),
         refusal(ValueError, "key_cache: expected a divisor of the query's 4 heads", key_cache=K[:, :0], value_cache=V[:, :0]),
         refusal(ValueError, "key_cache: expected the query's batch 2", key_cache=K[:1], value_cache=V[:1]),
         refusal(TypeError, "block_table: expected an int32", **paged(block_table=TABLE.long())),

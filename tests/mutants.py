@@ -44,7 +44,7 @@ EQUIVALENT = TESTS / "mutants_equivalent.toml"
 
 # Compiling a graph takes longer than everything else together: those tests come last.
 _QUICK = ["-m", "not slow and not gpu and not browser", "-k", "not compile and not opcheck"]
-_EDGES = ["test_edges.py", "test_errors.py", "test_packed.py", "test_decode.py"]
+_EDGES = ["test_edges.py", "test_errors.py", "test_arguments.py", "test_packed.py", "test_decode.py"]
 _ATTENTION = [*_EDGES, "test_function.py", "test_attention.py", *_QUICK]
 _COMPILED = ["test_function.py", "test_attention.py", "-k", "compile or opcheck"]
 # The kernels' interpreter is slow: a part of its tests, for what leads to the kernels.
@@ -65,8 +65,14 @@ PLANS = {
         (["test_ring_edges.py", "test_distributed.py", "-k", "not rings"], ""),
         (["test_distributed.py"], ""),
     ],
-    "integrations/transformers.py": [(["test_transformers.py", *_QUICK], ""), (["test_transformers.py"], "")],
-    "analysis/metrics.py": [(["test_metrics.py", *_QUICK], ""), (["test_capture.py", *_QUICK], "")],
+    "integrations/transformers.py": [
+        (["test_adapter_edges.py", "test_transformers.py", *_QUICK], ""),
+        (["test_transformers.py"], ""),
+    ],
+    "analysis/metrics.py": [
+        (["test_metrics_edges.py", "test_metrics.py", *_QUICK], ""),
+        (["test_capture.py", *_QUICK], ""),
+    ],
 }
 """File to groups: pytest's arguments, and a pattern of the keys that they are for. The quickest first; a group runs when
 those before it noticed nothing."""

@@ -186,6 +186,21 @@ def test_no_head_dimension(backend, name):
     torch.testing.assert_close(got, (share * v.sum(2, keepdim=True)).expand(1, 2, 3, 3))
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", NORMALIZERS)
+@pytest.mark.parametrize(("heads", "key_heads"), [(4, 2), (6, 3), (0, 0)])
+@pytest.mark.parametrize(("tq", "tk"), [(3, 0), (0, 3), (0, 0), (3, 5)])
+def test_nothing_to_attend_to(backend, name, heads, key_heads, tq, tk):
+    """No keys, no queries, no heads, with grouped heads: zeros of the right shape, and gradients of the right shape."""
+    leaves = [draw(2, n, t, 4).requires_grad_() for n, t in ((heads, tq), (key_heads, tk), (key_heads, tk))]
+    sink = draw(heads) if name == "learned_sink" else None
+    out = scaled_dot_product_attention(*leaves, enable_gqa=True, normalizer=name, sink=sink, backend=backend)
+    assert out.shape == (2, heads, tq, 4)
+    assert tk or (out == 0).all()
+    grads = torch.autograd.grad(out.sum(), leaves)
+    assert all(g.shape == x.shape and g.isfinite().all() for g, x in zip(grads, leaves, strict=True))
+
+
 # --------------------------------------------------------------------------------------------------- over one dimension
 
 

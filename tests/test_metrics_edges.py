@@ -135,6 +135,13 @@ def test_zero_and_tiny_weights(weight):
     assert tiny == pytest.approx(100 * 8 / visible if weight <= 1e-5 else 0.0)
 
 
+@pytest.mark.parametrize("weight", [0.0, 0.5])
+def test_a_single_weight(weight):
+    """One head of one layer that sees one key."""
+    sparsity = one_sample(torch.full((1, 1, 1), weight)).sparsity
+    assert sparsity["zero"] == (100.0 if weight == 0 else 0.0)
+
+
 def test_first_tokens_are_counted():
     valid = torch.ones(5, 4, dtype=torch.bool)
     valid[4, :2] = False
@@ -174,8 +181,8 @@ WEIGHTS, OUTPUTS = torch.rand(2, 3, 4, 4), torch.rand(2, 4, 3, 5)
         (lambda m: m.attention(0, WEIGHTS, OUTPUTS, torch.ones(1, 1, 4, 4)), TypeError, "visible: expected a boolean"),
         (lambda m: m.attention(0, WEIGHTS, OUTPUTS, torch.ones(4, 4).bool()), TypeError, "visible: expected a boolean"),
         (lambda m: m.attention(0, WEIGHTS, OUTPUTS, torch.ones(2, 3, 4, 4).bool()), TypeError, "visible: expected a boolean"),
-        (lambda m: m.attention(0, WEIGHTS.fill_(1.0) / 0.0, OUTPUTS), ValueError, "layer 0: attention weights or outputs contain NaN"),
-        (lambda m: m.attention(1, WEIGHTS, OUTPUTS / 0.0), ValueError, "layer 1: attention weights or outputs contain NaN"),
+        (lambda m: m.attention(0, WEIGHTS / 0.0, OUTPUTS), ValueError, "layer 0: attention weights or outputs"),
+        (lambda m: m.attention(1, WEIGHTS, OUTPUTS / 0.0), ValueError, "layer 1: attention weights or outputs"),
         (lambda m: m.hidden(0, torch.zeros(2, 4)), ValueError, "hidden: expected"),
         (lambda m: m.hidden(0, torch.zeros(1, 4, 3)), ValueError, "hidden: expected"),
         (lambda m: m.hidden(0, torch.zeros(2, 3, 3)), ValueError, "hidden: expected"),

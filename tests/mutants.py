@@ -70,7 +70,7 @@ PLANS = {
         (["test_transformers.py"], ""),
     ],
     "analysis/metrics.py": [
-        (["test_metrics_edges.py", "test_metrics.py", *_QUICK], ""),
+        (["test_metrics_known.py", "test_metrics_edges.py", "test_metrics.py", *_QUICK], ""),
         (["test_capture.py", *_QUICK], ""),
     ],
 }

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from test_metrics import one_sample
+from test_metrics_known import one_sample
 
 from softpick.analysis.metrics import Meter, load_meter, save_meter
 

@@ -5,7 +5,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test lint bench mutants clean
 
 demo: $(VENV)/.compare
 	$(BIN)/softpick compare --output runs/demo
@@ -20,6 +20,10 @@ lint: $(VENV)/.ready
 
 bench: $(VENV)/.ready
 	$(BIN)/python benchmarks/attention_cpu.py
+
+# do the tests notice small changes of the code? hours; goes on where it was stopped
+mutants: $(VENV)/.ready
+	$(BIN)/python tests/mutants.py
 
 # torch comes first and pinned: a range could resolve to a build with gigabytes of GPU libraries
 $(VENV)/.compare: pyproject.toml constraints.txt

@@ -204,7 +204,7 @@ def ring_attention(
         _softcap(softcap) or 0.0,
         _choose(backend, q, v, "tiled"),
     )
-    return _restore(out, lead, query.dim())
+    return _restore(out, lead, max(query.dim(), key.dim(), value.dim()))
 
 
 class _Exchange(NamedTuple):

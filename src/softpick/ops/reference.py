@@ -21,7 +21,8 @@ __all__ = ["attention_reference", "normalize"]
 class _Normalize(torch.autograd.Function):
     """``(scores, keep, sink) -> weights, lse, row mass, largest score`` over the last dimension, any normalizer.
 
-    The backward pass is made of differentiable operations, so gradients of gradients are right too.
+    The backward pass and the forward-mode derivative are made of differentiable operations, so derivatives of derivatives
+    are right too.
     """
 
     generate_vmap_rule = True
@@ -45,24 +46,48 @@ class _Normalize(torch.autograd.Function):
         scores, keep, sink, name, eps = inputs
         _, lse, mass, rowmax = output
         ctx.save_for_backward(scores, keep, sink)
+        ctx.save_for_forward(scores, keep, sink)
         ctx.mark_non_differentiable(lse, mass, rowmax)
         ctx.name, ctx.eps = name, eps
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, None, Tensor | None, None, None]:
-        scores, keep, sink = ctx.saved_tensors
-        norm = get_normalizer(ctx.name)
-        s, rowmax = _masked(scores, keep, norm)
-        m = norm.row_constant(rowmax, sink).detach()
-        f = _excluded(norm.f(s, m), keep)
-        g = _excluded(norm.g(s, m), keep)
-        inverse = _reciprocal(g.sum(-1, keepdim=True) + norm.c(m, sink) + ctx.eps)
+        scores, keep, sink = ctx.saved_tensors  # once: activation checkpointing refuses a second look
+        f, df, dg, dc, inverse = _derivatives(scores, keep, sink, ctx)
         inner = (grad * f).sum(-1, keepdim=True) * inverse  # D of the design notes: sum_i grad_i a_i
-        ds = _excluded((norm.df(s, m) * grad - norm.dg(s, m) * inner) * inverse, keep)
-        dsink = None
-        if sink is not None:
-            dsink = (-inner * inverse * norm.c(m, sink)).sum_to_size(sink.shape)
+        ds = _excluded((df * grad - dg * inner) * inverse, keep)
+        dsink = None if sink is None else (-inner * inverse * dc).sum_to_size(sink.shape)
         return ds, None, dsink, None, None
+
+
+class _NormalizeBothWays(_Normalize):
+    """With the forward-mode derivative as well, whose presence alone makes ``torch.compile`` refuse a function."""
+
+    @staticmethod
+    def jvp(
+        ctx: Any, dscores: Tensor | None, _: None, dsink: Tensor | None, *__: Any
+    ) -> tuple[Tensor, None, None, None]:
+        scores, keep, sink = ctx.saved_tensors
+        f, df, dg, dc, inverse = _derivatives(scores, keep, sink, ctx)
+        of_f, of_total = torch.zeros_like(f), torch.zeros_like(inverse)
+        if dscores is not None:
+            of_f = _excluded(df * dscores, keep)
+            of_total = _excluded(dg * dscores, keep).sum(-1, keepdim=True)
+        if dsink is not None:
+            of_total = of_total + dc * dsink
+        return (of_f - f * (of_total * inverse)) * inverse, None, None, None
+
+
+def _derivatives(
+    scores: Tensor, keep: Tensor | None, sink: Tensor | None, ctx: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor | float, Tensor]:
+    """``f``, ``f'``, ``g'``, the derivative of ``c`` by a sink (which is ``c``), and ``1 / l``, all relative to ``m``."""
+    norm = get_normalizer(ctx.name)
+    s, rowmax = _masked(scores, keep, norm)
+    m = norm.row_constant(rowmax, sink).detach()
+    c = norm.c(m, sink)
+    total = _excluded(norm.g(s, m), keep).sum(-1, keepdim=True) + c + ctx.eps
+    return _excluded(norm.f(s, m), keep), norm.df(s, m), norm.dg(s, m), c, _reciprocal(total)
 
 
 def _masked(scores: Tensor, keep: Tensor | None, norm: Normalizer) -> tuple[Tensor, Tensor]:
@@ -109,7 +134,8 @@ def normalize(
     norm = get_normalizer(normalizer)
     if keep is not None:
         keep = keep.expand(scores.shape) if keep.shape != scores.shape else keep
-    return _Normalize.apply(scores, keep, sink, norm.name, norm.eps if eps is None else eps)
+    function = _Normalize if torch.compiler.is_compiling() else _NormalizeBothWays
+    return function.apply(scores, keep, sink, norm.name, norm.eps if eps is None else eps)
 
 
 def attention_reference(

@@ -16,7 +16,7 @@ from torch._subclasses.fake_tensor import is_fake
 from softpick import checks
 from softpick.normalizers import Normalizer, get_normalizer
 from softpick.ops.library import HAS_TRITON, attention, decode, interpreted, rows_forward
-from softpick.ops.reference import attention_reference, normalize
+from softpick.ops.reference import attention_reference, forward_mode, normalize
 from softpick.ops.transforms import has_tangent, wants_reference
 
 __all__ = [
@@ -131,7 +131,7 @@ def _over_dim(name: str, x: Tensor, dim: int, eps: float, where: Tensor | None, 
             raise ValueError(
                 f"where: expected a shape that broadcasts to {tuple(x.shape)}, got {tuple(where.shape)}"
             ) from None
-    work = _widen(x) if x.dtype == torch.float16 else x.to(torch.promote_types(x.dtype, torch.float32))
+    work = _Widen.apply(x) if x.dtype == torch.float16 and not forward_mode() else x.to(torch.promote_types(x.dtype, torch.float32))
     if x.dim() == 0:
         return _weights(name, work[None], keep[None], eps)[0].to(x.dtype)
     last = x.dim() - 1
@@ -151,8 +151,7 @@ def _rows_kernel(x: Tensor, dim: int) -> bool:
         and x.dim() > 0
         and x.numel() > 0
         and x.stride(dim) == 1
-        and not torch._C._are_functorch_transforms_active()
-        and not has_tangent(x)
+        and not (torch._C._are_functorch_transforms_active() or has_tangent(x))
     )
 
 
@@ -173,17 +172,6 @@ class _Widen(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> Tensor:
         limit = torch.finfo(torch.float16).max
         return grad.clamp(-limit, limit).to(torch.float16)
-
-
-class _WidenBothWays(_Widen):
-    @staticmethod
-    def jvp(ctx: Any, tangent: Tensor) -> Tensor:
-        return tangent.to(torch.float32)
-
-
-def _widen(x: Tensor) -> Tensor:
-    function = _Widen if torch.compiler.is_compiling() else _WidenBothWays  # compilers refuse what has a jvp
-    return function.apply(x)
 
 
 def _weights(name: str, scores: Tensor, keep: Tensor, eps: float) -> Tensor:
@@ -691,7 +679,7 @@ def _choose(backend: str, q: Tensor, v: Tensor, otherwise: str, rows: int = 0, *
 
 def _few_queries(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, sink: Tensor | None) -> bool:
     """Whether this is decoding: few rows a key head, and no derivative or transform, which the decode kernel does not have."""
-    if not torch.compiler.is_compiling() and (torch._C._are_functorch_transforms_active() or has_tangent(q, k, v, mask, sink)):
+    if torch._C._are_functorch_transforms_active() or has_tangent(q, k, v, mask, sink):
         return False
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k, v, mask, sink)):
         return False

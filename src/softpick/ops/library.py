@@ -475,9 +475,10 @@ def attention(
     if _plain(query, key, value, mask, sink, cu_seqlens_q, cu_seqlens_k):
         call = _Attention.apply if trained else _attention_forward
     elif torch.compiler.is_compiling():
-        if torch._C._are_functorch_transforms_active():
+        if _transformed():
             raise NotImplementedError(
-                f"the {backend} backend has no transforms of torch.func inside torch.compile; use backend='reference'"
+                f"the {backend} backend has no transforms of torch.func and no forward-mode derivatives inside torch.compile; "
+                "use backend='reference'"
             )
     elif _transformed():
         from softpick.ops.transforms import Forward
@@ -638,7 +639,7 @@ _decode_operator = torch.library.custom_op("softpick::decode", _decode, mutates_
 def decode(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     """:func:`_decode`, by the operator where somebody watches or a gradient would be asked for."""
     tensors = [query, key, value, *rest[:4]]
-    if not torch.compiler.is_compiling() and _transformed():
+    if _transformed():
         raise NotImplementedError(
             "decoding by the 'triton' backend has no transforms of torch.func and no forward-mode derivatives; use "
             "backend='reference'"

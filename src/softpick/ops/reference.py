@@ -15,14 +15,13 @@ from torch import Tensor
 
 from softpick.normalizers import Normalizer, get_normalizer
 
-__all__ = ["attention_reference", "normalize"]
+__all__ = ["attention_reference", "forward_mode", "normalize"]
 
 
 class _Normalize(torch.autograd.Function):
     """``(scores, keep, sink) -> weights, lse, row mass, largest score`` over the last dimension, any normalizer.
 
-    The backward pass and the forward-mode derivative are made of differentiable operations, so derivatives of derivatives
-    are right too.
+    The backward pass is made of differentiable operations, so gradients of gradients are right too.
     """
 
     generate_vmap_rule = True
@@ -46,48 +45,56 @@ class _Normalize(torch.autograd.Function):
         scores, keep, sink, name, eps = inputs
         _, lse, mass, rowmax = output
         ctx.save_for_backward(scores, keep, sink)
-        ctx.save_for_forward(scores, keep, sink)
         ctx.mark_non_differentiable(lse, mass, rowmax)
         ctx.name, ctx.eps = name, eps
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, None, Tensor | None, None, None]:
-        scores, keep, sink = ctx.saved_tensors  # once: activation checkpointing refuses a second look
-        f, df, dg, dc, inverse = _derivatives(scores, keep, sink, ctx)
+        scores, keep, sink = ctx.saved_tensors
+        norm = get_normalizer(ctx.name)
+        s, rowmax = _masked(scores, keep, norm)
+        m = norm.row_constant(rowmax, sink).detach()
+        f = _excluded(norm.f(s, m), keep)
+        g = _excluded(norm.g(s, m), keep)
+        inverse = _reciprocal(g.sum(-1, keepdim=True) + norm.c(m, sink) + ctx.eps)
         inner = (grad * f).sum(-1, keepdim=True) * inverse  # D of the design notes: sum_i grad_i a_i
-        ds = _excluded((df * grad - dg * inner) * inverse, keep)
-        dsink = None if sink is None else (-inner * inverse * dc).sum_to_size(sink.shape)
+        ds = _excluded((norm.df(s, m) * grad - norm.dg(s, m) * inner) * inverse, keep)
+        dsink = None
+        if sink is not None:
+            dsink = (-inner * inverse * norm.c(m, sink)).sum_to_size(sink.shape)
         return ds, None, dsink, None, None
 
 
-class _NormalizeBothWays(_Normalize):
-    """With the forward-mode derivative as well, whose presence alone makes ``torch.compile`` refuse a function."""
-
-    @staticmethod
-    def jvp(
-        ctx: Any, dscores: Tensor | None, _: None, dsink: Tensor | None, *__: Any
-    ) -> tuple[Tensor, None, None, None]:
-        scores, keep, sink = ctx.saved_tensors
-        f, df, dg, dc, inverse = _derivatives(scores, keep, sink, ctx)
-        of_f, of_total = torch.zeros_like(f), torch.zeros_like(inverse)
-        if dscores is not None:
-            of_f = _excluded(df * dscores, keep)
-            of_total = _excluded(dg * dscores, keep).sum(-1, keepdim=True)
-        if dsink is not None:
-            of_total = of_total + dc * dsink
-        return (of_f - f * (of_total * inverse)) * inverse, None, None, None
+def forward_mode() -> bool:
+    """Whether forward-mode derivatives may be taken, in transforms of ``torch.func`` or by dual numbers."""
+    if torch.autograd.forward_ad._current_level >= 0:
+        return True
+    return torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
 
 
-def _derivatives(
-    scores: Tensor, keep: Tensor | None, sink: Tensor | None, ctx: Any
-) -> tuple[Tensor, Tensor, Tensor, Tensor | float, Tensor]:
-    """``f``, ``f'``, ``g'``, the derivative of ``c`` by a sink (which is ``c``), and ``1 / l``, all relative to ``m``."""
-    norm = get_normalizer(ctx.name)
+def _normalize_in_operations(
+    scores: Tensor, keep: Tensor | None, sink: Tensor | None, name: str, eps: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """As :class:`_Normalize`, with derivatives of any order and mode.
+
+    A function of one's own has no forward-mode derivative of its forward-mode derivative, without an error. Here values come
+    from ``f`` and ``g``; derivatives from a term that is zero, ``+-(base - base.detach())``, with the signs of ``f'``, ``g'``.
+    """
+    norm = get_normalizer(name)
     s, rowmax = _masked(scores, keep, norm)
     m = norm.row_constant(rowmax, sink).detach()
-    c = norm.c(m, sink)
-    total = _excluded(norm.g(s, m), keep).sum(-1, keepdim=True) + c + ctx.eps
-    return _excluded(norm.f(s, m), keep), norm.df(s, m), norm.dg(s, m), c, _reciprocal(total)
+    base = torch.exp(s - m) if norm.base in ("exp", "expm1") else norm._base(s, m)
+    moved, slope = base - base.detach(), norm._dbase(s, m).detach()
+
+    def part(value: Tensor, derivative: Tensor) -> Tensor:
+        sign = torch.where(slope == 0, 0.0, derivative.detach() / torch.where(slope == 0, 1.0, slope))
+        return _excluded(value.detach() + sign * moved, keep)
+
+    f, g = part(norm.f(s, m), norm.df(s, m)), part(norm.g(s, m), norm.dg(s, m))
+    total = g.sum(-1, keepdim=True) + norm.c(m, sink) + eps
+    weights = f * _reciprocal(total)
+    lse = (m + torch.log(total)).squeeze(-1)
+    return weights, lse.detach(), weights.sum(-1).detach(), rowmax.squeeze(-1)
 
 
 def _masked(scores: Tensor, keep: Tensor | None, norm: Normalizer) -> tuple[Tensor, Tensor]:
@@ -134,8 +141,8 @@ def normalize(
     norm = get_normalizer(normalizer)
     if keep is not None:
         keep = keep.expand(scores.shape) if keep.shape != scores.shape else keep
-    function = _Normalize if torch.compiler.is_compiling() else _NormalizeBothWays
-    return function.apply(scores, keep, sink, norm.name, norm.eps if eps is None else eps)
+    function: Any = _normalize_in_operations if forward_mode() else _Normalize.apply
+    return function(scores, keep, sink, norm.name, norm.eps if eps is None else eps)
 
 
 def attention_reference(

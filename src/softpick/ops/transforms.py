@@ -22,10 +22,10 @@ _FORWARD, _BACKWARD = 8, 12  # tensors among the arguments of attention_forward 
 
 
 def has_tangent(*tensors: Tensor | None) -> bool:
-    """Whether one of the tensors carries a tangent; where ``torch.func`` takes forward-mode derivatives, any may."""
-    if torch.compiler.is_compiling() or forward_ad._current_level < 0:
+    """Whether one of the tensors carries a tangent; in transforms and compiled code, any may where there are tangents."""
+    if forward_ad._current_level < 0:
         return False
-    if torch._C._are_functorch_transforms_active():
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return True
     return any(x is not None and forward_ad.unpack_dual(x).tangent is not None for x in tensors)
 
@@ -107,15 +107,15 @@ class Backward(torch.autograd.Function):
     def vmap(info: Any, in_dims: tuple[int | None, ...], *inputs: Any) -> tuple[Any, Any]:
         """Samples in the batch; one by one where a gradient is a sum over the batch or where they differ in more."""
         n, mask_grad = info.batch_size, inputs[-1]
-        none_live = inputs[0].new_empty(0, dtype=torch.int32)  # the map of live tiles is not one of these samples
-        tensors, dims = (*inputs[: _BACKWARD - 1], none_live), (*in_dims[: _BACKWARD - 1], None)
-        options = inputs[_BACKWARD:]
+        tensors, dims, options = inputs[:_BACKWARD], in_dims[:_BACKWARD], inputs[_BACKWARD:]
+        if not tensors[-1].is_floating_point():  # a map of live tiles, which is not one of these samples
+            tensors, dims = (*tensors[:-1], tensors[0].new_empty(0, dtype=torch.int32)), (*dims[:-1], None)
         query, mask, sink, cu_seqlens, seed = (tensors[i] for i in (1, 4, 5, 6, 8))
         if sink is not None or cu_seqlens is not None or seed is not None or (mask_grad and mask is not None):
             return _one_by_one(Backward, n, dims, tensors, options)
         batch = _batch(query, dims[1])
-        folded = [_fold(x, dim, n, batch, x is not mask) for x, dim in zip(tensors[:-1], dims[:-1], strict=True)]
-        return _unfold(Backward.apply(*folded, none_live, *options), n)
+        folded = [_fold(x, dim, n, batch, x is not mask) for x, dim in zip(tensors, dims, strict=True)]
+        return _unfold(Backward.apply(*folded, *options), n)
 
 
 def _no_forward_mode(backend: str) -> NotImplementedError:
@@ -145,7 +145,8 @@ def _batch(query: Tensor, dim: int | None) -> int:
 
 def _fold(x: Tensor | None, dim: int | None, n: int, batch: int, whole: bool) -> Tensor | None:
     """``(B or 1, ...)`` and samples at ``dim`` to ``(n * B, ...)``; without samples 1 stays 1 unless ``whole``."""
-    if x is None or (dim is None and x.shape[0] == 1 and not whole):
+    empty = x is not None and dim is None and x.dim() == 1  # what was not asked for
+    if x is None or empty or (dim is None and x.shape[0] == 1 and not whole):
         return x
     x = x.expand(n, *x.shape) if dim is None else x.movedim(dim, 0)
     return x.expand(n, batch, *x.shape[2:]).flatten(0, 1)

@@ -56,9 +56,7 @@ def close(one, other, name="softpick"):
 
 def numeric(f, inputs, tangents, step=1e-6):
     """Directional derivative by central differences."""
-    ahead, behind = (
-        f(*(x + sign * step * t for x, t in zip(inputs, tangents, strict=True))) for sign in (1, -1)
-    )
+    ahead, behind = (f(*(x + sign * step * t for x, t in zip(inputs, tangents, strict=True))) for sign in (1, -1))
     return (ahead - behind) / (2 * step)
 
 
@@ -200,7 +198,9 @@ def test_jacobians_agree(backend):
 @pytest.mark.parametrize("mask", [None, "shared", "of the batch", "of each"])
 def test_vmap_over_any_dimension(mask, backend, dims):
     n, inputs = 3, make(2)
-    samples = [[x + 0.1 * i for i in range(n)] if dim is not None else [x] * n for x, dim in zip(inputs, dims, strict=True)]
+    samples = [
+        [x + 0.1 * i for i in range(n)] if dim is not None else [x] * n for x, dim in zip(inputs, dims, strict=True)
+    ]
     stacked = [x if dim is None else torch.stack(each, dim) for x, dim, each in zip(inputs, dims, samples, strict=True)]
     masks, mask_dim = [None] * n, None
     if mask is not None:
@@ -209,7 +209,9 @@ def test_vmap_over_any_dimension(mask, backend, dims):
             masks, mask_dim = [m + i for i, m in enumerate(masks)], 0
     given = torch.stack(masks) if mask_dim == 0 else masks[0]
     f = dense("softpick", backend)
-    got = torch.vmap(lambda q, k, v, m: f(q, k, v, m, return_stats=True)[:2], in_dims=(*dims, mask_dim))(*stacked, given)
+    got = torch.vmap(lambda q, k, v, m: f(q, k, v, m, return_stats=True)[:2], in_dims=(*dims, mask_dim))(
+        *stacked, given
+    )
     want = [oracle(*each[:3], "softpick", mask=each[3])[0] for each in zip(*samples, masks, strict=True)]
     close(got[0], torch.stack(want))
     close(got[1][2], f(*(each[2] for each in samples), masks[2], return_stats=True).lse)
@@ -324,7 +326,9 @@ def test_function_has_every_derivative(name):
     want = lambda x: torch.stack([row(r) for r in x])  # noqa: E731
     x = torch.randn(3, 4, dtype=torch.float64)
     t = torch.randn_like(x)
-    torch.testing.assert_close(torch.func.jvp(f, (x,), (t,))[1], torch.func.jvp(want, (x,), (t,))[1], rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(
+        torch.func.jvp(f, (x,), (t,))[1], torch.func.jvp(want, (x,), (t,))[1], rtol=1e-6, atol=1e-6
+    )
     torch.testing.assert_close(torch.func.linearize(f, x)[1](t), torch.func.jvp(f, (x,), (t,))[1])
     of = lambda g: lambda x: (g(x) ** 3).sum()  # noqa: E731
     second = torch.autograd.functional.hessian(of(want), x)

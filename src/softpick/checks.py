@@ -67,11 +67,19 @@ def flags(**arguments: Any) -> None:
 
 def _plain(name: str, x: Any, expected: str) -> Any:
     """A number of Python, or what a compiler has in its place."""
-    if isinstance(x, Tensor) and x.numel() == 1 and not x.requires_grad and x.dtype != torch.bool and not x.is_complex():
+    if (
+        isinstance(x, Tensor)
+        and x.numel() == 1
+        and not x.requires_grad
+        and x.dtype != torch.bool
+        and not x.is_complex()
+    ):
         return x.item()
     if isinstance(x, bool) or not isinstance(x, numbers.Real | torch.SymInt | torch.SymFloat):
         raise TypeError(f"{name}: expected {expected}, got {_described(x)}")
-    return x
+    return (
+        x if isinstance(x, torch.SymInt | torch.SymFloat) else int(x) if isinstance(x, numbers.Integral) else float(x)
+    )
 
 
 def _described(x: Any) -> str:

@@ -131,7 +131,11 @@ def _over_dim(name: str, x: Tensor, dim: int, eps: float, where: Tensor | None, 
             raise ValueError(
                 f"where: expected a shape that broadcasts to {tuple(x.shape)}, got {tuple(where.shape)}"
             ) from None
-    work = _Widen.apply(x) if x.dtype == torch.float16 and not forward_mode() else x.to(torch.promote_types(x.dtype, torch.float32))
+    work = (
+        _Widen.apply(x)
+        if x.dtype == torch.float16 and not forward_mode()
+        else x.to(torch.promote_types(x.dtype, torch.float32))
+    )
     if x.dim() == 0:
         return _weights(name, work[None], keep[None], eps)[0].to(x.dtype)
     last = x.dim() - 1
@@ -261,7 +265,7 @@ def scaled_dot_product_attention(
 
     Args:
         query: ``(..., H, Tq, D)``, fp64, fp32, bf16 or fp16.
-        key: ``(..., Hkv, Tk, D)``. Leading dimensions broadcast.
+        key: ``(..., Hkv, Tk, D)``. Leading dimensions broadcast, also where the three have different numbers of them.
         value: ``(..., Hkv, Tk, Dv)``.
         attn_mask: broadcastable to ``(..., H, Tq, Tk)``. Boolean: True takes part. Floating point (query's dtype or fp32):
             added to the scores; minus infinity and the dtype's lowest number (transformers' convention) exclude a key.
@@ -273,8 +277,9 @@ def scaled_dot_product_attention(
         backend: ``"auto"``, or exactly this one or an error: ``"reference"`` (full matrix, differentiable twice),
             ``"tiled"`` (O(T) memory, for the CPU), ``"triton"`` (GPU kernels: CUDA tensors in fp32, bf16 or fp16, head
             dimensions up to 256), ``"sdpa"`` (torch's own kernels; softmax only). Auto takes the reference where
-            weights are asked for, torch's kernels for plain softmax, Triton on a GPU (the tiles, with a warning, for
-            what it cannot take) and the tiles on the CPU.
+            weights are asked for, and forward-mode derivatives or derivatives of derivatives in ``torch.func``, which no
+            other backend has; torch's kernels for plain softmax, Triton on a GPU (the tiles, with a warning, for what it
+            cannot take) and the tiles on the CPU.
         causal_alignment: for ``Tq != Tk``: ``"top_left"`` as torch has it, or ``"bottom_right"``: the last query sees the
             last key, as decoding with a cache needs it. Also places ``window``.
         window: sliding window: ``(left, right)`` keys around the query's own position (-1: unbounded), or an integer ``w``
@@ -290,8 +295,11 @@ def scaled_dot_product_attention(
         A row whose keys are all masked is 0.
 
     Raises:
-        TypeError: for wrong types and dtypes (integers, mixed dtypes, masks that are neither boolean nor float).
-        ValueError: for wrong shapes, devices, unknown names, or an option that the named backend does not have.
+        TypeError: for wrong types and dtypes (integers, mixed dtypes, masks that are neither boolean nor float, strings for
+            numbers).
+        ValueError: for wrong shapes, devices, unknown names, numbers out of range (NaN and infinity among them), or an option
+            that the named backend does not have.
+        NotImplementedError: for a derivative that the named backend does not have.
     """
     norm = get_normalizer(normalizer)
     _check_backend(backend)
@@ -337,7 +345,9 @@ def scaled_dot_product_attention(
         raise ValueError(
             f"return_weights: the {backend!r} backend never forms the weights; choose 'reference' or 'auto'"
         )
-    backend = "reference" if return_weights else _choose(backend, q, v, "tiled", wanted=wants_reference(q, k, v, mask, sink))
+    backend = (
+        "reference" if return_weights else _choose(backend, q, v, "tiled", wanted=wants_reference(q, k, v, mask, sink))
+    )
 
     if backend == "reference":
         keep, bias = _keep_and_bias(mask, q, k, left, right, causal_alignment == "bottom_right")
@@ -533,8 +543,9 @@ def decode_attention(
         cache_seqlens: ``(B,)`` int32 or int64: how many positions are filled, the new ones included; all if None. What
             lies beyond is never read. On the CPU checked against the room in the cache; on a GPU, where looking would wait
             for it, and inside ``torch.compile`` lengths beyond the room count as the room.
-        block_table: ``(B, max_blocks)`` int32: the pages of each sequence in order. Entries beyond the filled positions
-            may be anything; the others are not checked.
+        block_table: ``(B, max_blocks)`` int32: the pages of each sequence in order. Entries without a filled position within
+            reach of a query may be anything. The others are checked on the CPU, and on a GPU, where looking would wait for
+            it, if the environment variable ``SOFTPICK_DEBUG`` is ``1`` (then ``cache_seqlens`` as well).
         is_causal: each query sees keys up to its own position; False lets every query see all filled positions.
         scale: factor on the scores; ``1 / sqrt(D)`` if None.
         normalizer: a name of ``softpick.NORMALIZERS`` or a record of it.
@@ -559,6 +570,7 @@ def decode_attention(
     norm = get_normalizer(normalizer)
     if backend not in ("auto", "triton", "reference"):
         raise ValueError(f"backend: expected one of auto, triton, reference for decoding; got {backend!r}")
+    checks.flags(is_causal=is_causal, return_lse=return_lse)
     room = _check_cache(query, key_cache, value_cache, block_table)
     query, key_cache, value_cache = _autocast((query, key_cache, value_cache))
     if cache_seqlens is not None:

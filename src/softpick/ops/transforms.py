@@ -18,7 +18,10 @@ from softpick.ops import library
 
 __all__ = ["Backward", "Forward", "has_tangent", "wants_reference"]
 
-_FORWARD, _BACKWARD = 8, 12  # tensors among the arguments of attention_forward and of attention_backward: they come first
+_FORWARD, _BACKWARD = (
+    8,
+    12,
+)  # tensors among the arguments of attention_forward and of attention_backward: they come first
 
 
 def has_tangent(*tensors: Tensor | None) -> bool:
@@ -73,9 +76,7 @@ class Forward(torch.autograd.Function):
         if seed is not None or cu_seqlens is not None or dims[4] is not None:
             return _one_by_one(Forward, n, dims, tensors, options)
         batch = _batch(query, dims[0])
-        q, k, v, m = (
-            _fold(x, dim, n, batch, x is not mask) for x, dim in zip(tensors[:4], dims[:4], strict=True)
-        )
+        q, k, v, m = (_fold(x, dim, n, batch, x is not mask) for x, dim in zip(tensors[:4], dims[:4], strict=True))
         outputs = Forward.apply(q, k, v, m, *tensors[4:], *options)
         return _unfold(outputs, n)
 

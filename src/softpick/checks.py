@@ -48,7 +48,7 @@ def probability(name: str, x: Any) -> float:
     return x
 
 
-def integer(name: str, x: Any, low: int | None = None) -> int:
+def integer(name: str, x: Any, low: int | None = None) -> Any:
     """``x`` if it is an integer and at least ``low``, else an error."""
     expected = "an integer" if low is None else f"an integer >= {low}"
     if type(x) is not int and (isinstance(x, bool) or not isinstance(x, numbers.Integral | torch.SymInt)):

@@ -17,7 +17,7 @@ BOOL = torch.ones(5, 6, dtype=torch.bool)
     ("call", "error", "says"),
     [
         (lambda: attend(Q[0, 0, 0], K, V), ValueError, r"query: expected \(\.\.\., H, T, D\), got 1 dimensions \(8,\)"),
-        (lambda: attend(Q, K[0], V), ValueError, r"key: expected 4 dimensions like the query, got \(4, 6, 8\)"),
+        (lambda: attend(Q, K[:1].expand(1, 3, 4, 6, 8), V), ValueError, "leading dimensions that broadcast"),
         (lambda: attend(Q, K[..., :7], V), ValueError, "key: expected the query's head dimension 8 .*got 7"),
         (lambda: attend(Q, K, V[:, :, :5]), ValueError, "value: expected as many positions as the key .*got 5"),
         (lambda: attend(Q, K[:, :3], V[:, :3]), ValueError, "key: expected the query's 4 heads .*got 3"),
@@ -153,3 +153,130 @@ def test_every_option_reaches_the_computation():
         assert not torch.allclose(attend(Q, K, V, **{name: value}), base), name
     causal = attend(Q, K, V, is_causal=True)
     assert not torch.allclose(attend(Q, K, V, is_causal=True, causal_alignment="bottom_right"), causal)
+
+
+NAN, INF = float("nan"), float("inf")
+X = torch.randn(3, 4)
+CACHE, PAGES = torch.randn(2, 2, 8, 8), torch.randn(5, 4, 2, 8)
+ATTEND = {
+    "sdpa": lambda **options: attend(Q, K, V, **options),
+    "varlen": lambda **options: varlen_attention(*PACKED, CU, CU, **options),
+    "decode": lambda **options: softpick.decode_attention(Q[:, :, :1], CACHE, CACHE, **options),
+    "softmax": lambda **options: attend(Q, K, V, normalizer="softmax", **options),
+}
+MODULES = {
+    "attention": lambda **options: softpick.nn.Attention(**{"embed_dim": 8, "num_heads": 2} | options),
+    "encoder": lambda **options: softpick.nn.SequenceEncoder(**{"embed_dim": 7, "hidden_size": 16} | options),
+}
+FINITE = [NAN, INF, -INF, 10**400]
+NO_NUMBER = ["1", True, [1.0], None, torch.ones(2), torch.ones((), requires_grad=True), 1j]
+WRONG = {  # argument: (numbers out of range, what is no number)
+    "scale": (FINITE, NO_NUMBER),
+    "softcap": ([*FINITE, 0, -1.0], NO_NUMBER),
+    "eps": ([*FINITE, -1e-9], NO_NUMBER),
+    "dropout_p": ([NAN, INF, -0.1, 1.1, 2], NO_NUMBER),
+    "dropout": ([NAN, INF, -0.1, 1.1, 2.0], NO_NUMBER),
+    "window": ([0, -1, (1, 2, 3), (-2, 0)], ["1", True, 1.5, NAN, (1.0, 0), (True, 0)]),
+    "max_seqlen_q": ([-1], ["1", True, 5.0]),
+    "dim": ([], ["0", True, 0.0, None]),
+    "embed_dim": ([0, -8], ["8", True, 8.0, None]),
+    "num_heads": ([0, -1], ["2", True, 2.0, NAN, None]),
+    "num_kv_heads": ([0, -1], ["2", True, 1.0]),
+    "head_dim": ([0, -1], ["2", True, 4.0]),
+    "hidden_size": ([0, -1], ["2", True, 4.0]),
+    "window_size": ([0, -1], ["2", True, 4.0]),
+    "num_layers": ([-1], ["2", True, 1.0]),
+    "is_causal": ([], ["no", 1, None, 0.0]),
+    "enable_gqa": ([], ["no", 1]),
+    "return_stats": ([], ["no", 1]),
+}
+NONE_IS_DEFAULT = {"scale", "softcap", "window", "max_seqlen_q", "num_kv_heads", "head_dim"}
+TAKERS = {
+    "scale": ["sdpa", "varlen", "decode", "softmax"],
+    "softcap": ["sdpa", "varlen", "decode", "softmax"],
+    "eps": ["sdpa", "varlen", "decode", "softmax", "softpick", "Softpick"],
+    "dropout_p": ["sdpa", "varlen", "softmax"],
+    "dropout": ["attention", "encoder"],
+    "window": ["sdpa", "varlen", "decode", "attention"],
+    "max_seqlen_q": ["varlen"],
+    "dim": ["softpick", "linear_softpick", "Softpick", "LinearSoftpick"],
+    "embed_dim": ["attention", "encoder"],
+    "num_heads": ["attention", "encoder"],
+    "num_kv_heads": ["attention"],
+    "head_dim": ["attention"],
+    "hidden_size": ["encoder"],
+    "window_size": ["encoder"],
+    "num_layers": ["encoder"],
+    "is_causal": ["sdpa", "varlen", "decode", "softmax", "attention"],
+    "enable_gqa": ["sdpa", "softmax"],
+    "return_stats": ["sdpa", "varlen"],
+}
+CALLS = {
+    **ATTEND,
+    **MODULES,
+    "softpick": lambda **options: softpick.softpick(X, **options),
+    "linear_softpick": lambda **options: softpick.linear_softpick(X, **options),
+    "Softpick": softpick.nn.Softpick,
+    "LinearSoftpick": softpick.nn.LinearSoftpick,
+}
+CASES = [
+    (taker, name, value, error)
+    for name, takers in TAKERS.items()
+    for taker in takers
+    for values, error in zip(WRONG[name], (ValueError, TypeError), strict=True)
+    for value in values
+    if not (value is None and (name in NONE_IS_DEFAULT or (name == "eps" and taker in ATTEND)))
+]
+
+
+@pytest.mark.parametrize(("taker", "name", "value", "error"), CASES)
+def test_numbers_and_flags(taker, name, value, error):
+    """Wherever a number is taken, what is none and what is out of range is refused, by the argument's name."""
+    with pytest.raises(error, match=f"^{name}: expected "):
+        CALLS[taker](**{name: value})
+
+
+@pytest.mark.parametrize("one", [2, 2.0, torch.tensor(2.0), torch.tensor([2]), torch.tensor(2.0).numpy()[()]])
+def test_numbers_of_every_kind_are_taken(one):
+    torch.testing.assert_close(attend(Q, K, V, scale=one, softcap=one), attend(Q, K, V, scale=2.0, softcap=2.0))
+
+
+@pytest.mark.parametrize(
+    ("table", "lengths", "options", "wrong"),
+    [
+        ([[0, -1], [2, 3]], None, {}, "got -1 for block 1 of sequence 0"),
+        ([[0, 1], [5, 3]], None, {}, "got 5 for block 0 of sequence 1"),
+        ([[0, 1], [2, 2**31 - 1]], [4, 5], {}, "got 2147483647 for block 1 of sequence 1"),
+        ([[0, -1], [2, 3]], [4, 8], {}, None),  # a page that nothing was written to yet
+        ([[0, 7], [2, -9]], [4, 3], {}, None),
+        ([[-1, 1], [-1, 3]], [8, 8], {"window": 2}, None),  # a page that the window has left behind
+        ([[-1, 1], [-1, 3]], [8, 8], {"window": 5}, "got -1 for block 0 of sequence 0"),
+    ],
+)
+def test_pages_that_are_used_exist(table, lengths, options, wrong):
+    query, table = torch.randn(2, 4, 1, 8), torch.tensor(table, dtype=torch.int32)
+    lengths = None if lengths is None else torch.tensor(lengths)
+
+    def decode(table, **other):
+        return softpick.decode_attention(
+            query, PAGES, PAGES, cache_seqlens=lengths, block_table=table, normalizer="softmax", **options, **other
+        )
+
+    if wrong is None:
+        torch.testing.assert_close(decode(table), decode(table.clamp(0, 4)))
+        return
+    with pytest.raises(ValueError, match=f"block_table: expected pages from 0 to 4 for all filled positions, {wrong}"):
+        decode(table)
+
+
+def test_pages_that_cannot_be_looked_at_are_masked():
+    """In compiled code no value is read: a page that does not exist is left out, and nobody else's page is read for it."""
+    query, table = torch.randn(2, 4, 1, 8), torch.tensor([[0, -1], [5, 3]], dtype=torch.int32)
+    compiled = torch.compile(
+        lambda t: softpick.decode_attention(query, PAGES, PAGES, block_table=t, normalizer="softmax"),
+        backend="eager",
+        fullgraph=True,
+    )
+    keys = [PAGES[page].transpose(0, 1)[None] for page in (0, 3)]
+    want = [attend(query[n : n + 1], k, k, enable_gqa=True, normalizer="softmax") for n, k in enumerate(keys)]
+    torch.testing.assert_close(compiled(table), torch.cat(want))

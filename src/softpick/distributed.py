@@ -21,6 +21,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from softpick import checks
 from softpick.functional import (
     _autocast,
     _canonical,
@@ -35,6 +36,7 @@ from softpick.functional import (
 )
 from softpick.normalizers import Normalizer, get_normalizer
 from softpick.ops.library import accumulation_dtype, block_backward, block_forward
+from softpick.ops.transforms import has_tangent
 
 __all__ = ["ring_attention", "sequence_positions", "shard_sequence", "unshard_sequence"]
 
@@ -56,7 +58,7 @@ def _group(group: dist.ProcessGroup | None) -> dist.ProcessGroup:
 
 
 def _positions(length: int, rank: int, size: int, device: torch.device | None = None) -> Tensor:
-    if length % (2 * size):
+    if checks.integer("length", length, 0) % (2 * size):
         raise ValueError(f"length: expected a multiple of {2 * size}, twice the number of ranks; got {length}")
     chunk = length // (2 * size)
     offsets = torch.arange(chunk, device=device)
@@ -100,6 +102,7 @@ def shard_sequence(x: Tensor, dim: int, *, group: dist.ProcessGroup | None = Non
         TypeError: for a ``group`` that is no process group.
         IndexError: for a ``dim`` out of range.
     """
+    checks.integer("dim", dim)
     return x.index_select(dim, sequence_positions(x.shape[dim], group=group, device=x.device))
 
 
@@ -120,6 +123,7 @@ def unshard_sequence(x: Tensor, dim: int, *, group: dist.ProcessGroup | None = N
         IndexError: for a ``dim`` out of range.
     """
     group = _group(group)
+    checks.integer("dim", dim)
     size = dist.get_world_size(group)
     length = size * x.shape[dim]
     order = torch.cat([_positions(length, rank, size, x.device) for rank in range(size)])
@@ -183,7 +187,13 @@ def ring_attention(
     _check_backend(backend)
     if backend not in ("auto", "tiled", "triton"):
         raise ValueError(f"backend: expected 'auto', 'tiled' or 'triton' for ring attention, got {backend!r}")
+    checks.flags(is_causal=is_causal, enable_gqa=enable_gqa)
     query, key, value = _autocast(_check_qkv(query, key, value))
+    if torch._C._are_functorch_transforms_active() or has_tangent(query, key, value, sink):
+        raise NotImplementedError(
+            "ring attention has no transforms of torch.func and no forward-mode derivatives; use "
+            "softpick.scaled_dot_product_attention"
+        )
     q, k, v, lead = _canonical(query, key, value, enable_gqa)
     _check_sink(sink, norm, q.shape[1], q)
     if is_causal and (q.shape[2] != k.shape[2] or q.shape[2] % 2):
@@ -204,7 +214,7 @@ def ring_attention(
         _softcap(softcap) or 0.0,
         _choose(backend, q, v, "tiled"),
     )
-    return _restore(out, lead, query.dim())
+    return _restore(out, lead, max(query.dim(), key.dim(), value.dim()))
 
 
 class _Exchange(NamedTuple):

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import itertools
 import math
+import os
 import warnings
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import is_fake
 
+from softpick import checks
 from softpick.normalizers import Normalizer, get_normalizer
 from softpick.ops.library import HAS_TRITON, attention, decode, interpreted, rows_forward
-from softpick.ops.reference import attention_reference, normalize
+from softpick.ops.reference import attention_reference, forward_mode, normalize
+from softpick.ops.transforms import has_tangent, wants_reference
 
 __all__ = [
     "BACKENDS",
@@ -109,9 +114,8 @@ def _over_dim(name: str, x: Tensor, dim: int, eps: float, where: Tensor | None, 
         x = x.to(dtype)
     if x.dtype not in _FLOATS:
         raise TypeError(f"x: expected a floating-point tensor (fp64, fp32, bf16, fp16), got {x.dtype}")
-    if eps < 0:
-        raise ValueError(f"eps: expected a number >= 0, got {eps}")
-    if not -max(x.dim(), 1) <= dim < max(x.dim(), 1):
+    eps = checks.number("eps", eps, "a number >= 0", 0.0)
+    if not -max(x.dim(), 1) <= checks.integer("dim", dim) < max(x.dim(), 1):
         raise IndexError(f"dim: expected a dimension of a {x.dim()}-dimensional tensor, got {dim}")
     if name == "softpick" and where is None and _rows_kernel(x, dim):
         rows = x.transpose(dim, -1)
@@ -127,7 +131,11 @@ def _over_dim(name: str, x: Tensor, dim: int, eps: float, where: Tensor | None, 
             raise ValueError(
                 f"where: expected a shape that broadcasts to {tuple(x.shape)}, got {tuple(where.shape)}"
             ) from None
-    work = _Widen.apply(x) if x.dtype == torch.float16 else x.to(torch.promote_types(x.dtype, torch.float32))
+    work = (
+        _Widen.apply(x)
+        if x.dtype == torch.float16 and not forward_mode()
+        else x.to(torch.promote_types(x.dtype, torch.float32))
+    )
     if x.dim() == 0:
         return _weights(name, work[None], keep[None], eps)[0].to(x.dtype)
     last = x.dim() - 1
@@ -147,7 +155,7 @@ def _rows_kernel(x: Tensor, dim: int) -> bool:
         and x.dim() > 0
         and x.numel() > 0
         and x.stride(dim) == 1
-        and not torch._C._are_functorch_transforms_active()
+        and not (torch._C._are_functorch_transforms_active() or has_tangent(x))
     )
 
 
@@ -257,7 +265,7 @@ def scaled_dot_product_attention(
 
     Args:
         query: ``(..., H, Tq, D)``, fp64, fp32, bf16 or fp16.
-        key: ``(..., Hkv, Tk, D)``. Leading dimensions broadcast.
+        key: ``(..., Hkv, Tk, D)``. Leading dimensions broadcast, also where the three have different numbers of them.
         value: ``(..., Hkv, Tk, Dv)``.
         attn_mask: broadcastable to ``(..., H, Tq, Tk)``. Boolean: True takes part. Floating point (query's dtype or fp32):
             added to the scores; minus infinity and the dtype's lowest number (transformers' convention) exclude a key.
@@ -269,8 +277,9 @@ def scaled_dot_product_attention(
         backend: ``"auto"``, or exactly this one or an error: ``"reference"`` (full matrix, differentiable twice),
             ``"tiled"`` (O(T) memory, for the CPU), ``"triton"`` (GPU kernels: CUDA tensors in fp32, bf16 or fp16, head
             dimensions up to 256), ``"sdpa"`` (torch's own kernels; softmax only). Auto takes the reference where
-            weights are asked for, torch's kernels for plain softmax, Triton on a GPU (the tiles, with a warning, for
-            what it cannot take) and the tiles on the CPU.
+            weights are asked for, and forward-mode derivatives or derivatives of derivatives in ``torch.func``, which no
+            other backend has; torch's kernels for plain softmax, Triton on a GPU (the tiles, with a warning, for what it
+            cannot take) and the tiles on the CPU.
         causal_alignment: for ``Tq != Tk``: ``"top_left"`` as torch has it, or ``"bottom_right"``: the last query sees the
             last key, as decoding with a cache needs it. Also places ``window``.
         window: sliding window: ``(left, right)`` keys around the query's own position (-1: unbounded), or an integer ``w``
@@ -286,16 +295,20 @@ def scaled_dot_product_attention(
         A row whose keys are all masked is 0.
 
     Raises:
-        TypeError: for wrong types and dtypes (integers, mixed dtypes, masks that are neither boolean nor float).
-        ValueError: for wrong shapes, devices, unknown names, or an option that the named backend does not have.
+        TypeError: for wrong types and dtypes (integers, mixed dtypes, masks that are neither boolean nor float, strings for
+            numbers).
+        ValueError: for wrong shapes, devices, unknown names, numbers out of range (NaN and infinity among them), or an option
+            that the named backend does not have.
+        NotImplementedError: for a derivative that the named backend does not have.
     """
     norm = get_normalizer(normalizer)
     _check_backend(backend)
     query, key, value = _autocast(_check_qkv(query, key, value))
-    _check_probability(dropout_p)
-    if causal_alignment not in ("top_left", "bottom_right"):
-        raise ValueError(f"causal_alignment: expected 'top_left' or 'bottom_right', got {causal_alignment!r}")
+    dropout_p = checks.probability("dropout_p", dropout_p)
+    checks.flags(is_causal=is_causal, enable_gqa=enable_gqa, return_stats=return_stats, return_weights=return_weights)
+    _check_alignment(causal_alignment)
     q, k, v, lead = _canonical(query, key, value, enable_gqa)
+    dims = max(query.dim(), key.dim(), value.dim())
     mask = _canonical_mask(attn_mask, lead, q, k, norm)
     left, right = _window(window, is_causal)
     _check_sink(sink, norm, q.shape[1], q)
@@ -319,19 +332,26 @@ def scaled_dot_product_attention(
             "is_causal, bottom-right alignment of different lengths, statistics or weights. Choose 'triton', 'tiled' or "
             "'reference'"
         )
-    if backend in ("auto", "sdpa") and plain:
-        return torch.nn.functional.scaled_dot_product_attention(
-            query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
+    if plain and (backend == "sdpa" or (backend == "auto" and not wants_reference(q, k, v, mask))):
+        if mask is None:
+            return torch.nn.functional.scaled_dot_product_attention(
+                query, key, value, None, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
+            )
+        out = torch.nn.functional.scaled_dot_product_attention(
+            q, k, v, mask, dropout_p, scale=scale, enable_gqa=enable_gqa
         )
+        return _restore(out, lead, dims)
     if return_weights and backend in ("tiled", "triton"):
         raise ValueError(
             f"return_weights: the {backend!r} backend never forms the weights; choose 'reference' or 'auto'"
         )
-    backend = "reference" if return_weights else _choose(backend, q, v, "tiled")
+    backend = (
+        "reference" if return_weights else _choose(backend, q, v, "tiled", wanted=wants_reference(q, k, v, mask, sink))
+    )
 
     if backend == "reference":
         keep, bias = _keep_and_bias(mask, q, k, left, right, causal_alignment == "bottom_right")
-        with torch.autocast(q.device.type, enabled=False):
+        with _no_autocast(q):
             out, lse, mass, largest, weights = attention_reference(
                 q,
                 k,
@@ -349,7 +369,7 @@ def scaled_dot_product_attention(
         bottom_right = causal_alignment == "bottom_right"
         cap = softcap or 0.0
         out, _ = decode(q, k, v, mask, sink, None, None, norm.name, scale, eps, left, right, bottom_right, cap)
-        return _restore(out, lead, query.dim())
+        return _restore(out, lead, dims)
     else:
         weights = None
         out, lse, mass, largest = attention(
@@ -369,11 +389,11 @@ def scaled_dot_product_attention(
             dropout_p=dropout_p,
             stats=return_stats,
         )
-    out = _restore(out, lead, query.dim())
+    out = _restore(out, lead, dims)
     if not (return_stats or return_weights):
         return out
-    stats = [_restore(x[..., None], lead, query.dim())[..., 0] if return_stats else None for x in (lse, mass, largest)]
-    full = _restore(weights, lead, query.dim()) if return_weights and weights is not None else None
+    stats = [_restore(x[..., None], lead, dims)[..., 0] if return_stats else None for x in (lse, mass, largest)]
+    full = _restore(weights, lead, dims) if return_weights and weights is not None else None
     return AttentionOutput(out, stats[0], stats[1], stats[2], full)
 
 
@@ -436,9 +456,9 @@ def varlen_attention(
     if backend == "sdpa":
         raise ValueError("backend: 'sdpa' has no packed sequences; choose 'triton', 'tiled' or 'reference'")
     query, key, value = _autocast(_check_qkv(query, key, value, packed=True))
-    _check_probability(dropout_p)
-    if causal_alignment not in ("top_left", "bottom_right"):
-        raise ValueError(f"causal_alignment: expected 'top_left' or 'bottom_right', got {causal_alignment!r}")
+    dropout_p = checks.probability("dropout_p", dropout_p)
+    checks.flags(is_causal=is_causal, return_stats=return_stats)
+    _check_alignment(causal_alignment)
     longest_q = _check_offsets("cu_seqlens_q", cu_seqlens_q, query, max_seqlen_q, "max_seqlen_q")
     longest_k = _check_offsets("cu_seqlens_k", cu_seqlens_k, key, max_seqlen_k, "max_seqlen_k")
     if cu_seqlens_q.shape != cu_seqlens_k.shape:
@@ -451,33 +471,20 @@ def varlen_attention(
     _check_sink(sink, norm, q.shape[1], q)
     bottom_right = causal_alignment == "bottom_right"
     scale, softcap, eps = _scale(scale, q.shape[-1]), _softcap(softcap), _eps(eps, norm)
-    backend = _choose(backend, q, v, "tiled")
+    backend = _choose(backend, q, v, "tiled", wanted=wants_reference(q, k, v, sink))
     if backend == "reference":
+        options: Any = {"normalizer": norm, "scale": scale, "eps": eps, "softcap": softcap, "sink": sink}
+        options["dropout_p"] = dropout_p
         parts = []
-        for q0, q1, k0, k1 in zip(
-            cu_seqlens_q[:-1].tolist(),
-            cu_seqlens_q[1:].tolist(),
-            cu_seqlens_k[:-1].tolist(),
-            cu_seqlens_k[1:].tolist(),
-            strict=True,
-        ):
-            qs, ks, vs = q[:, :, q0:q1], k[:, :, k0:k1], v[:, :, k0:k1]
-            keep, _ = _keep_and_bias(None, qs, ks, left, right, bottom_right)
-            with torch.autocast(q.device.type, enabled=False):
-                parts.append(
-                    attention_reference(
-                        qs,
-                        ks,
-                        vs,
-                        normalizer=norm,
-                        scale=scale,
-                        eps=eps,
-                        keep=keep,
-                        softcap=softcap,
-                        sink=sink,
-                        dropout_p=dropout_p,
-                    )
-                )
+        with _no_autocast(q):
+            if _readable(cu_seqlens_q) and _readable(cu_seqlens_k):
+                for q0, q1, k0, k1 in _spans(cu_seqlens_q, cu_seqlens_k):
+                    qs, ks, vs = q[:, :, q0:q1], k[:, :, k0:k1], v[:, :, k0:k1]
+                    keep, _ = _keep_and_bias(None, qs, ks, left, right, bottom_right)
+                    parts.append(attention_reference(qs, ks, vs, keep=keep, **options))
+            else:
+                keep = _packed_keep(cu_seqlens_q, cu_seqlens_k, q, k, left, right, bottom_right)
+                parts.append(attention_reference(q, k, v, keep=keep, **options))
         out, lse, mass, largest = (torch.cat([part[i] for part in parts], dim=2) for i in range(4))
     else:
         out, lse, mass, largest = attention(
@@ -536,8 +543,9 @@ def decode_attention(
         cache_seqlens: ``(B,)`` int32 or int64: how many positions are filled, the new ones included; all if None. What
             lies beyond is never read. On the CPU checked against the room in the cache; on a GPU, where looking would wait
             for it, and inside ``torch.compile`` lengths beyond the room count as the room.
-        block_table: ``(B, max_blocks)`` int32: the pages of each sequence in order. Entries beyond the filled positions
-            may be anything; the others are not checked.
+        block_table: ``(B, max_blocks)`` int32: the pages of each sequence in order. Entries without a filled position within
+            reach of a query may be anything. The others are checked on the CPU, and on a GPU, where looking would wait for
+            it, if the environment variable ``SOFTPICK_DEBUG`` is ``1`` (then ``cache_seqlens`` as well).
         is_causal: each query sees keys up to its own position; False lets every query see all filled positions.
         scale: factor on the scores; ``1 / sqrt(D)`` if None.
         normalizer: a name of ``softpick.NORMALIZERS`` or a record of it.
@@ -562,6 +570,7 @@ def decode_attention(
     norm = get_normalizer(normalizer)
     if backend not in ("auto", "triton", "reference"):
         raise ValueError(f"backend: expected one of auto, triton, reference for decoding; got {backend!r}")
+    checks.flags(is_causal=is_causal, return_lse=return_lse)
     room = _check_cache(query, key_cache, value_cache, block_table)
     query, key_cache, value_cache = _autocast((query, key_cache, value_cache))
     if cache_seqlens is not None:
@@ -579,33 +588,37 @@ def decode_attention(
     # views (B or num_blocks, Hkv, S or page, D)
     key, value = (x if block_table is None else x.transpose(1, 2) for x in (key_cache, value_cache))
     groups = heads // key.shape[1] if key.shape[1] else 1
-    backend = _choose(backend, query, value, "reference", groups * query.shape[2])
+    wanted = wants_reference(query, key, value, sink)
+    backend = _choose(backend, query, value, "reference", groups * query.shape[2], wanted=wanted)
+    if block_table is not None and (backend == "reference" or _checkable(block_table)):
+        used = _used_blocks(cache_seqlens, block_table, key.shape[2], query.shape[2], left)
+        _check_pages(block_table, used, key.shape[0])
     if backend == "triton":
         cap = softcap or 0.0
         out, lse = decode(
             query, key, value, None, sink, cache_seqlens, block_table, norm.name, scale, eps, left, right, True, cap
         )
         return (out, lse) if return_lse else out
-    if block_table is not None:
-        page = key.shape[2]
-        if cache_seqlens is not None:  # entries beyond the filled pages may be anything
-            starts = torch.arange(block_table.shape[1], device=query.device) * page
-            block_table = block_table.masked_fill(starts >= cache_seqlens[:, None], 0)
-        key, value = (x[block_table.long()].transpose(1, 2).flatten(2, 3) for x in (key, value))
     j = torch.arange(room, device=query.device)
-    keep = torch.ones(1, 1, query.shape[2], room, dtype=torch.bool, device=query.device)
     filled = torch.full((1, 1, 1, 1), room, device=query.device)
     if cache_seqlens is not None:
         filled = cache_seqlens.clamp(max=room)[:, None, None, None]
-        keep = keep & (j < filled)
+    there = j < filled  # (B or 1, 1, 1, room)
+    if block_table is not None:
+        valid = used & (block_table >= 0) & (block_table < key.shape[0])
+        pages = block_table.masked_fill(~valid, 0).long()
+        there = there & valid.repeat_interleave(key.shape[2], 1)[:, None, None]
+        key, value = (x[pages].transpose(1, 2).flatten(2, 3) for x in (key, value))
+    if cache_seqlens is not None or block_table is not None:
         # what was never written may be NaN, and 0 * NaN is NaN
-        key, value = (x.masked_fill((j >= filled[:, 0])[:, :, :, None], 0.0) for x in (key, value))
+        key, value = (x.masked_fill(~there.transpose(2, 3), 0.0) for x in (key, value))
     behind = torch.arange(query.shape[2], device=query.device)[:, None] + (filled - query.shape[2]) - j
+    keep = there.expand(-1, -1, query.shape[2], -1)
     if right >= 0:
         keep = keep & (behind >= -right)
     if left >= 0:
         keep = keep & (behind <= left)
-    with torch.autocast(query.device.type, enabled=False):
+    with _no_autocast(query):
         out, lse, *_ = attention_reference(
             query,
             key,
@@ -637,7 +650,7 @@ def _triton_refuses(q: Tensor, v: Tensor, rows: int = 0) -> str | None:
             "pip install 'triton>=3.6'"
         )
     # while compiling the environment cannot be read; there the operator refuses when it runs
-    if not q.is_cuda and not torch.compiler.is_compiling() and not interpreted():
+    if not q.is_cuda and not q.is_meta and not torch.compiler.is_compiling() and not interpreted():
         return f"query: expected a CUDA tensor for the 'triton' backend, got one on {q.device}; choose 'auto'"
     if q.dtype not in _TRITON_FLOATS:
         return f"query: expected fp32, bf16 or fp16 for the 'triton' backend, got {q.dtype}"
@@ -655,8 +668,13 @@ def _triton_refuses(q: Tensor, v: Tensor, rows: int = 0) -> str | None:
 _warned: set[str] = set()
 
 
-def _choose(backend: str, q: Tensor, v: Tensor, otherwise: str, rows: int = 0) -> str:
-    """The backend that runs: what was named or an error; for ``"auto"`` Triton on a GPU, else ``otherwise``."""
+def _choose(backend: str, q: Tensor, v: Tensor, otherwise: str, rows: int = 0, *, wanted: bool = False) -> str:
+    """The backend that runs: what was named or an error; for ``"auto"`` Triton on a GPU, else ``otherwise``.
+
+    ``wanted``: a derivative is taken that only the reference has.
+    """
+    if wanted and backend == "auto":
+        return "reference"
     if backend == "triton" or (backend == "auto" and q.is_cuda):
         reason = _triton_refuses(q, v, rows)
         if reason is None:
@@ -672,16 +690,18 @@ def _choose(backend: str, q: Tensor, v: Tensor, otherwise: str, rows: int = 0) -
 
 
 def _few_queries(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, sink: Tensor | None) -> bool:
-    """Whether this is decoding: few rows a key head, and no gradient to record, which the decode kernel does not have."""
+    """Whether this is decoding: few rows a key head, and no derivative or transform, which the decode kernel does not have."""
+    if torch._C._are_functorch_transforms_active() or has_tangent(q, k, v, mask, sink):
+        return False
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k, v, mask, sink)):
         return False
     groups = q.shape[1] // k.shape[1] if k.shape[1] else 1
     return q.shape[2] <= _DECODE_QUERIES and groups * q.shape[2] <= _DECODE_ROWS
 
 
-def _check_probability(dropout_p: float) -> None:
-    if not 0.0 <= dropout_p <= 1.0:
-        raise ValueError(f"dropout_p: expected a probability in [0, 1], got {dropout_p}")
+def _check_alignment(causal_alignment: str) -> None:
+    if causal_alignment not in ("top_left", "bottom_right"):
+        raise ValueError(f"causal_alignment: expected 'top_left' or 'bottom_right', got {causal_alignment!r}")
 
 
 def _check_qkv(query: Tensor, key: Tensor, value: Tensor, packed: bool = False) -> tuple[Tensor, Tensor, Tensor]:
@@ -695,10 +715,8 @@ def _check_qkv(query: Tensor, key: Tensor, value: Tensor, packed: bool = False) 
             raise ValueError(f"{name}: expected {shape}, got {x.dim()} dimensions {tuple(x.shape)}")
         if x.device != query.device:
             raise ValueError(f"{name}: expected the query's device {query.device}, got {x.device}")
-        if x.dtype != query.dtype and not torch.is_autocast_enabled(query.device.type):
+        if x.dtype != query.dtype and not _autocasts(query):
             raise TypeError(f"{name}: expected the query's dtype {query.dtype}, got {x.dtype}")
-        if x.dim() != query.dim():
-            raise ValueError(f"{name}: expected {query.dim()} dimensions like the query, got {tuple(x.shape)}")
     if query.shape[-1] != key.shape[-1]:
         raise ValueError(
             f"key: expected the query's head dimension {query.shape[-1]} (last), got {key.shape[-1]}: "
@@ -713,12 +731,20 @@ def _check_qkv(query: Tensor, key: Tensor, value: Tensor, packed: bool = False) 
     return query, key, value
 
 
+def _autocasts(x: Tensor) -> bool:
+    """Whether autocast is on for the tensor's device; the meta device has none."""
+    return not x.is_meta and torch.is_autocast_enabled(x.device.type)
+
+
+def _no_autocast(x: Tensor) -> AbstractContextManager[Any]:
+    return nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False)
+
+
 def _autocast(tensors: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
     """Under autocast, what torch's function does: fp32 inputs go to the autocast dtype."""
-    kind = tensors[0].device.type
-    if not torch.is_autocast_enabled(kind):
+    if not _autocasts(tensors[0]):
         return tensors
-    dtype = torch.get_autocast_dtype(kind)
+    dtype = torch.get_autocast_dtype(tensors[0].device.type)
     q, k, v = (x if x.dtype == torch.float64 else x.to(dtype) for x in tensors)
     return q, k, v
 
@@ -778,7 +804,8 @@ def _canonical_mask(
         raise ValueError(f"attn_mask: expected the query's device {q.device}, got {mask.device}")
     full = (*lead, q.shape[1], q.shape[2], k.shape[2])
     fits = 2 <= mask.dim() <= len(full) or (mask.dim() == 3 and len(full) == 3)
-    if not fits or any(m not in (1, n) for m, n in zip(mask.shape[::-1], full[::-1], strict=False)):
+    # one by one: `in` does not compare what stands for a size while a graph with any sizes is traced
+    if not fits or any(m != 1 and m != n for m, n in zip(mask.shape[::-1], full[::-1], strict=False)):
         hint = ""
         if mask.dim() == 3 and mask.shape[0] not in (1, q.shape[1]):
             hint = " A mask (batch, Tq, Tk) needs a head dimension: mask[:, None]."
@@ -825,18 +852,45 @@ def _keep_and_bias(
     return keep, bias
 
 
+def _spans(cu_seqlens_q: Tensor, cu_seqlens_k: Tensor) -> list[tuple[int, int, int, int]]:
+    """First and last query and key of each packed sequence."""
+    q, k = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
+    return list(zip(q, q[1:], k, k[1:], strict=False))
+
+
+def _packed_keep(
+    cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, q: Tensor, k: Tensor, left: int, right: int, bottom_right: bool
+) -> Tensor:
+    """Which key each query of packed sequences sees, ``(1, H, Tq, Tk)``, without reading where the sequences end."""
+    starts = [cu.long() for cu in (cu_seqlens_q, cu_seqlens_k)]
+    places = [torch.arange(x.shape[2], device=q.device) for x in (q, k)]
+    # the sequence of a position: how many end at or before it
+    sequences = [(cu[1:, None] <= at).sum(0) for cu, at in zip(starts, places, strict=True)]
+    last = cu_seqlens_q.shape[0] - 2
+    at = [p - cu[n.clamp(max=last)] for cu, p, n in zip(starts, places, sequences, strict=True)]
+    lengths = [cu.diff()[sequences[0].clamp(max=last)] for cu in starts]
+    offset = lengths[1] - lengths[0] if bottom_right else torch.zeros_like(lengths[0])
+    delta = (at[0] + offset)[:, None] - at[1]
+    keep = (sequences[0][:, None] == sequences[1]) & (sequences[0] <= last)[:, None]
+    if right >= 0:
+        keep = keep & (delta >= -right)
+    if left >= 0:
+        keep = keep & (delta <= left)
+    return keep.expand(1, q.shape[1], *keep.shape)
+
+
 def _window(window: int | tuple[int, int] | None, is_causal: bool) -> tuple[int, int]:
     """``(left, right)`` bounds with causality folded in; -1 is unbounded."""
     if window is None:
         left, right = -1, -1
-    elif isinstance(window, int) and not isinstance(window, bool):
-        if window < 1:
-            raise ValueError(f"window: expected at least 1 key, got {window}")
-        left = right = window - 1
-    elif isinstance(window, tuple | list) and len(window) == 2 and all(isinstance(w, int) and w >= -1 for w in window):
-        left, right = window
+    elif isinstance(window, tuple | list):
+        if len(window) != 2:
+            raise ValueError(f"window: expected an integer or (left, right) with -1 for unbounded, got {window!r}")
+        left, right = (checks.integer("window", w, -1) for w in window)
+    elif checks.integer("window", window) < 1:
+        raise ValueError(f"window: expected at least 1 key, got {window}")
     else:
-        raise ValueError(f"window: expected an integer or (left, right) with -1 for unbounded, got {window!r}")
+        left = right = window - 1
     return left, (0 if is_causal else right)
 
 
@@ -868,7 +922,7 @@ def _check_cache(query: Tensor, key: Tensor, value: Tensor, table: Tensor | None
             raise ValueError(f"{name}: expected {expected}, got {x.dim()} dimensions {tuple(x.shape)}")
         if x.device != query.device:
             raise ValueError(f"{name}: expected the query's device {query.device}, got {x.device}")
-        if x.dtype != query.dtype and not torch.is_autocast_enabled(query.device.type):
+        if x.dtype != query.dtype and not _autocasts(query):
             raise TypeError(f"{name}: expected the query's dtype {query.dtype}, got {x.dtype}")
     if key.shape[-1] != query.shape[-1]:
         raise ValueError(
@@ -909,14 +963,54 @@ def _check_lengths(lengths: Tensor, query: Tensor, room: int) -> None:
         raise ValueError(f"cache_seqlens: expected shape ({query.shape[0]},), got {tuple(lengths.shape)}")
     if lengths.device != query.device:
         raise ValueError(f"cache_seqlens: expected the query's device {query.device}, got {lengths.device}")
-    # on a GPU reading them would wait in every step of a generation; the kernel never reads beyond the room
-    if not lengths.is_cuda and _readable(lengths) and not all(0 <= n <= room for n in lengths.tolist()):
+    if _checkable(lengths) and not all(0 <= n <= room for n in lengths.tolist()):
         raise ValueError(f"cache_seqlens: expected lengths from 0 to the cache's {room}, got {lengths.tolist()}")
 
 
+def _used_blocks(lengths: Tensor | None, table: Tensor, page: int, tq: int, left: int) -> Tensor:
+    """``(B or 1, max_blocks)``: the entries of a block table that have a filled position within reach of a query."""
+    starts = torch.arange(table.shape[1], device=table.device) * page
+    filled = starts.new_full((1, 1), table.shape[1] * page) if lengths is None else lengths[:, None]
+    used = starts < filled
+    if left >= 0:
+        used = used & (starts + page > filled - tq - left)
+    return used.expand(table.shape)
+
+
+def _check_pages(table: Tensor, used: Tensor, pages: int) -> None:
+    """``used``: which entries are those of positions that a query may see."""
+    if not _checkable(table):
+        return
+    wrong = used & ((table < 0) | (table >= pages))
+    if wrong.any():
+        sequence, block = wrong.nonzero()[0].tolist()
+        raise ValueError(
+            f"block_table: expected pages from 0 to {pages - 1} for all filled positions, got "
+            f"{int(table[sequence, block])} for block {block} of sequence {sequence}"
+        )
+
+
+def _checkable(x: Tensor) -> bool:
+    """Whether to look at lengths and pages: reading them from a GPU would wait for it in every step of a generation."""
+    return (not x.is_cuda or os.environ.get("SOFTPICK_DEBUG", "0") not in ("", "0")) and _readable(x)
+
+
 def _readable(x: Tensor) -> bool:
-    """Whether values can be looked at: not while tracing, nor while a CUDA graph is captured."""
-    return not torch.compiler.is_compiling() and not (x.is_cuda and torch.cuda.is_current_stream_capturing())
+    """Whether values can be looked at: there are any, they are not traced, vmapped, nor part of a CUDA graph's capture."""
+    if torch.compiler.is_compiling() or x.is_meta or is_fake(x):
+        return False
+    if torch._C._are_functorch_transforms_active() and _batched(x):
+        return False
+    return not (x.is_cuda and torch.cuda.is_current_stream_capturing())
+
+
+def _batched(x: Tensor) -> bool:
+    """Whether ``torch.vmap`` stands samples of a dimension in for the tensor's values."""
+    while torch._C._functorch.is_functorch_wrapped_tensor(x):
+        if torch._C._functorch.is_batchedtensor(x):
+            return True
+        x = torch._C._functorch.get_unwrapped(x)
+    return False
 
 
 def _check_offsets(name: str, offsets: Tensor, packed: Tensor, longest: int | None, longest_name: str) -> int:
@@ -929,6 +1023,8 @@ def _check_offsets(name: str, offsets: Tensor, packed: Tensor, longest: int | No
         raise ValueError(f"{name}: expected shape (sequences + 1,), got {tuple(offsets.shape)}")
     if offsets.device != packed.device:
         raise ValueError(f"{name}: expected the query's device {packed.device}, got {offsets.device}")
+    if longest is not None:
+        longest = checks.integer(longest_name, longest, 0)
     if not _readable(offsets):
         return packed.shape[0] if longest is None else longest
     starts = offsets.tolist()  # one wait for the device
@@ -943,19 +1039,17 @@ def _check_offsets(name: str, offsets: Tensor, packed: Tensor, longest: int | No
 
 
 def _scale(scale: float | None, head_dim: int) -> float:
-    return float(scale) if scale is not None else 1.0 / math.sqrt(head_dim) if head_dim else 1.0
+    if scale is None:
+        return 1.0 / math.sqrt(head_dim) if head_dim else 1.0
+    return float(checks.number("scale", scale))
 
 
 def _softcap(softcap: float | None) -> float | None:
-    if softcap is not None and softcap <= 0:
-        raise ValueError(f"softcap: expected a number > 0, got {softcap}")
-    return softcap
+    return None if softcap is None else float(checks.number("softcap", softcap, "a number > 0", 0.0, exclusive=True))
 
 
 def _eps(eps: float | None, norm: Normalizer) -> float:
-    if eps is not None and eps < 0:
-        raise ValueError(f"eps: expected a number >= 0, got {eps}")
-    return norm.eps if eps is None else float(eps)
+    return norm.eps if eps is None else float(checks.number("eps", eps, "a number >= 0", 0.0))
 
 
 def _restore(x: Tensor, lead: tuple[int, ...], dims: int) -> Tensor:

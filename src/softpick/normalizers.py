@@ -228,7 +228,9 @@ _TABLE = (
     ),
 )
 
-NORMALIZERS: Mapping[str, Normalizer] = MappingProxyType({n.name: n for n in _TABLE})
+_BY_NAME = {n.name: n for n in _TABLE}  # a plain dictionary is what torch.compile can look things up in
+
+NORMALIZERS: Mapping[str, Normalizer] = MappingProxyType(_BY_NAME)
 """All normalizers by name, in the order in which they are listed to people."""
 
 
@@ -243,7 +245,6 @@ def get_normalizer(normalizer: str | Normalizer) -> Normalizer:
         return normalizer
     if not isinstance(normalizer, str):
         raise TypeError(f"normalizer: expected a name or a Normalizer, got {type(normalizer).__name__}")
-    try:
-        return NORMALIZERS[normalizer]
-    except KeyError:
-        raise ValueError(f"normalizer: expected one of {', '.join(NORMALIZERS)}; got {normalizer!r}") from None
+    if normalizer not in _BY_NAME:
+        raise ValueError(f"normalizer: expected one of {', '.join(_BY_NAME)}; got {normalizer!r}")
+    return _BY_NAME[normalizer]

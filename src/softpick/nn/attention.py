@@ -7,7 +7,8 @@ import math
 import torch
 from torch import Tensor, nn
 
-from softpick.functional import linear_softpick, scaled_dot_product_attention, softpick
+from softpick import checks
+from softpick.functional import _window, linear_softpick, scaled_dot_product_attention, softpick
 from softpick.normalizers import get_normalizer
 
 __all__ = ["Attention", "LinearSoftpick", "Softpick", "initial_score_scale", "visible_keys"]
@@ -23,7 +24,7 @@ class Softpick(nn.Module):
 
     def __init__(self, dim: int = -1, eps: float = 1e-6) -> None:
         super().__init__()
-        self.dim, self.eps = dim, eps
+        self.dim, self.eps = checks.integer("dim", dim), checks.number("eps", eps, "a number >= 0", 0.0)
 
     def forward(self, x: Tensor, where: Tensor | None = None) -> Tensor:
         """Any shape to the same shape; ``where`` excludes entries."""
@@ -43,7 +44,7 @@ class LinearSoftpick(nn.Module):
 
     def __init__(self, dim: int = -1) -> None:
         super().__init__()
-        self.dim = dim
+        self.dim = checks.integer("dim", dim)
 
     def forward(self, x: Tensor, where: Tensor | None = None) -> Tensor:
         """Any shape to the same shape; ``where`` excludes entries."""
@@ -114,7 +115,8 @@ class Attention(nn.Module):
         backend: as in :func:`softpick.scaled_dot_product_attention`.
 
     Raises:
-        ValueError: for numbers of heads that do not divide, or an unknown normalizer.
+        TypeError: for what is no number or no boolean where one is expected.
+        ValueError: for numbers out of range, numbers of heads that do not divide, or an unknown normalizer.
     """
 
     def __init__(
@@ -134,6 +136,14 @@ class Attention(nn.Module):
         backend: str = "auto",
     ) -> None:
         super().__init__()
+        for name, number in (("embed_dim", embed_dim), ("num_heads", num_heads)):
+            checks.integer(name, number, 1)
+        for name, optional in (("num_kv_heads", num_kv_heads), ("head_dim", head_dim)):
+            if optional is not None:
+                checks.integer(name, optional, 1)
+        checks.flags(is_causal=is_causal, bias=bias, output_gate=output_gate, score_scale=score_scale)
+        checks.probability("dropout", dropout)
+        _window(window, False)
         if head_dim is None and embed_dim % num_heads:
             raise ValueError(f"num_heads: expected a divisor of embed_dim={embed_dim}, got {num_heads}")
         self.num_heads = num_heads

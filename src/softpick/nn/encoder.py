@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor, nn
 
+from softpick import checks
 from softpick.nn.attention import Attention
 
 __all__ = ["SequenceEncoder"]
@@ -25,7 +26,9 @@ class SequenceEncoder(nn.Module):
         normalizer: a name of ``softpick.NORMALIZERS``.
 
     Raises:
-        ValueError: for heads that do not divide ``hidden_size``, an unknown normalizer, or an input of another width.
+        TypeError: for what is no number.
+        ValueError: for numbers out of range, heads that do not divide ``hidden_size``, an unknown normalizer, or an input of
+            another width.
     """
 
     positions: Tensor
@@ -41,6 +44,11 @@ class SequenceEncoder(nn.Module):
         normalizer: str = "softpick",
     ) -> None:
         super().__init__()
+        sizes = {"embed_dim": embed_dim, "hidden_size": hidden_size, "num_heads": num_heads, "window_size": window_size}
+        for name, size in sizes.items():
+            checks.integer(name, size, 1)
+        checks.integer("num_layers", num_layers, 0)
+        checks.probability("dropout", dropout)
         self.embed_dim, self.hidden_size = embed_dim, hidden_size
         self.project = nn.Linear(embed_dim, hidden_size)
         self.blocks = nn.ModuleList(_Block(hidden_size, num_heads, dropout, normalizer) for _ in range(num_layers))

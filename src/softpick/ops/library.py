@@ -346,20 +346,31 @@ def _(
 _TENSORS = 8  # arguments of attention_forward up to and including seed
 
 
-def _plain(*tensors: Tensor | None) -> bool:
-    """Whether nobody watches: no compiler, dispatch mode (fake tensors, selective checkpointing), transform or subclass."""
+def _plain(query: Tensor, *tensors: Tensor | None) -> bool:
+    """Whether nobody watches: no compiler, dispatch mode (fake tensors, selective checkpointing), transform or subclass.
+
+    Tensors without values (the meta device) go through the operator as well, which knows the shapes.
+    """
     return (
         not torch.compiler.is_compiling()
         and torch._C._len_torch_dispatch_stack() == 0
-        and not torch._C._are_functorch_transforms_active()
+        and not _transformed()
+        and not query.is_meta
+        and type(query) in _ORDINARY
         and all(type(x) in _ORDINARY for x in tensors)
     )
+
+
+def _transformed() -> bool:
+    """Whether a transform of ``torch.func`` is active, or forward-mode derivatives are taken by dual numbers."""
+    return torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
 
 
 _ORDINARY = (Tensor, torch.nn.Parameter, type(None))
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+def save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    """What :func:`gradients` needs of a call of ``attention_forward``."""
     tensors, options = inputs[:_TENSORS], inputs[_TENSORS:]
     *numbers, _stats, backend, max_seqlen_q, max_seqlen_k, _track = options
     out, lse, mass, largest, live = output
@@ -370,32 +381,50 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     ctx.set_materialize_grads(False)
 
 
-def _backward(ctx: Any, grad_out: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+def _grads_batched() -> bool:
+    """Whether ``torch.autograd.grad(is_grads_batched=True)`` calls, which takes an operator's samples one by one."""
+    level = torch._C._vmapmode_increment_nesting()  # nothing says it without a change
+    torch._C._vmapmode_decrement_nesting()
+    return level > 1
+
+
+def gradients(ctx: Any, grad_out: Tensor | None, backward: Any) -> tuple[Tensor | None, ...]:
+    """Gradients of all inputs of ``attention_forward``; ``backward`` is a form of ``attention_backward``."""
     if grad_out is None:
         return (None,) * ctx.inputs
     mask_grad = bool(ctx.needs_input_grad[3])
     saved = ctx.saved_tensors  # once: activation checkpointing refuses a second look
-    # the operator knows what to say to somebody who wants the gradient of the gradient
-    watched = torch.is_grad_enabled() or not _plain(grad_out, *saved)
-    backward: Any = attention_backward if watched else _attention_backward
+    if backward is None:
+        # the operator knows what to say to somebody who wants the gradient of the gradient
+        watched = torch.is_grad_enabled() or not _plain(grad_out, *saved) or _grads_batched()
+        backward = attention_backward if watched else _attention_backward
     dquery, dkey, dvalue, dmask, dsink = backward(grad_out, *saved, *ctx.options, mask_grad)
     grads = (dquery, dkey, dvalue, dmask if mask_grad else None, dsink if saved[4] is not None else None)
     return (*grads, *(None,) * (ctx.inputs - len(grads)))
+
+
+def _backward(ctx: Any, grad_out: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+    if torch.compiler.is_compiling() or not _transformed():
+        return gradients(ctx, grad_out, None)
+    from softpick.ops.transforms import Backward  # a transform of the backward pass of a plain call
+
+    return gradients(ctx, grad_out, Backward.apply)
 
 
 def _setup_backend(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     ctx.backend = inputs[-4]
 
 
-def _no_double_backward(ctx: Any, *grads: Any) -> Any:
+def no_double_backward(ctx: Any, *grads: Any) -> Any:
+    """The error for the gradient of a gradient."""
     raise NotImplementedError(
         f"the {ctx.backend} backend has no gradient of gradients; use backend='reference', whose backward pass is "
         "differentiable"
     )
 
 
-attention_forward.register_autograd(_backward, setup_context=_setup_context)
-attention_backward.register_autograd(_no_double_backward, setup_context=_setup_backend)
+attention_forward.register_autograd(_backward, setup_context=save_for_backward)
+attention_backward.register_autograd(no_double_backward, setup_context=_setup_backend)
 
 
 class _Attention(torch.autograd.Function):
@@ -404,7 +433,7 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, ...]:
         output = _attention_forward(*inputs)
-        _setup_context(ctx, inputs, output)
+        save_for_backward(ctx, inputs, output)
         return output
 
     @staticmethod
@@ -441,14 +470,25 @@ def attention(
     )
     # the gradient of an additive mask needs every tile, live or not
     whole = mask is not None and mask.requires_grad
+    call: Any = attention_forward
+    transformed = False
+    if _plain(query, key, value, mask, sink, cu_seqlens_q, cu_seqlens_k):
+        call = _Attention.apply if trained else _attention_forward
+    elif torch.compiler.is_compiling():
+        if _transformed():
+            raise NotImplementedError(
+                f"the {backend} backend has no transforms of torch.func and no forward-mode derivatives inside torch.compile; "
+                "use backend='reference'"
+            )
+    elif _transformed():
+        from softpick.ops.transforms import Forward
+
+        call, transformed = Forward.apply, True
     track = False
-    if backend == "triton" and trained and not whole:
+    if backend == "triton" and trained and not whole and not transformed:
         from softpick.ops.triton.tuning import TRACKED
 
         track = normalizer in TRACKED
-    call: Any = attention_forward
-    if _plain(query, key, value, mask, sink, cu_seqlens_q, cu_seqlens_k):
-        call = _Attention.apply if trained else _attention_forward
     return call(
         query,
         key,
@@ -599,6 +639,11 @@ _decode_operator = torch.library.custom_op("softpick::decode", _decode, mutates_
 def decode(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     """:func:`_decode`, by the operator where somebody watches or a gradient would be asked for."""
     tensors = [query, key, value, *rest[:4]]
+    if _transformed():
+        raise NotImplementedError(
+            "decoding by the 'triton' backend has no transforms of torch.func and no forward-mode derivatives; use "
+            "backend='reference'"
+        )
     watched = not _plain(*tensors) or (
         torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
     )

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from softpick.normalizers import Normalizer, get_normalizer
 
-__all__ = ["attention_reference", "normalize"]
+__all__ = ["attention_reference", "forward_mode", "normalize"]
 
 
 class _Normalize(torch.autograd.Function):
@@ -65,6 +65,38 @@ class _Normalize(torch.autograd.Function):
         return ds, None, dsink, None, None
 
 
+def forward_mode() -> bool:
+    """Whether forward-mode derivatives may be taken, in transforms of ``torch.func`` or by dual numbers."""
+    if torch.autograd.forward_ad._current_level >= 0:
+        return True
+    return torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
+
+
+def _normalize_in_operations(
+    scores: Tensor, keep: Tensor | None, sink: Tensor | None, name: str, eps: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """As :class:`_Normalize`, with derivatives of any order and mode.
+
+    A function of one's own has no forward-mode derivative of its forward-mode derivative, without an error. Here values come
+    from ``f`` and ``g``; derivatives from a term that is zero, ``+-(base - base.detach())``, with the signs of ``f'``, ``g'``.
+    """
+    norm = get_normalizer(name)
+    s, rowmax = _masked(scores, keep, norm)
+    m = norm.row_constant(rowmax, sink).detach()
+    base = torch.exp(s - m) if norm.base in ("exp", "expm1") else norm._base(s, m)
+    moved, slope = base - base.detach(), norm._dbase(s, m).detach()
+
+    def part(value: Tensor, derivative: Tensor) -> Tensor:
+        sign = torch.where(slope == 0, 0.0, derivative.detach() / torch.where(slope == 0, 1.0, slope))
+        return _excluded(value.detach() + sign * moved, keep)
+
+    f, g = part(norm.f(s, m), norm.df(s, m)), part(norm.g(s, m), norm.dg(s, m))
+    total = g.sum(-1, keepdim=True) + norm.c(m, sink) + eps
+    weights = f * _reciprocal(total)
+    lse = (m + torch.log(total)).squeeze(-1)
+    return weights, lse.detach(), weights.sum(-1).detach(), rowmax.squeeze(-1)
+
+
 def _masked(scores: Tensor, keep: Tensor | None, norm: Normalizer) -> tuple[Tensor, Tensor]:
     """Scores with masked entries at 0 (finite, so no NaN can pass a where), and the largest kept score of each row."""
     visible = scores if keep is None else torch.where(keep, scores, -math.inf)
@@ -109,7 +141,8 @@ def normalize(
     norm = get_normalizer(normalizer)
     if keep is not None:
         keep = keep.expand(scores.shape) if keep.shape != scores.shape else keep
-    return _Normalize.apply(scores, keep, sink, norm.name, norm.eps if eps is None else eps)
+    function: Any = _normalize_in_operations if forward_mode() else _Normalize.apply
+    return function(scores, keep, sink, norm.name, norm.eps if eps is None else eps)
 
 
 def attention_reference(

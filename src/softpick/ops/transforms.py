@@ -1,0 +1,160 @@
+"""The attention operators under ``torch.func``, and what asks for forward-mode derivatives.
+
+``torch.func.grad``, ``vjp``, ``jacrev``, ``vmap``, any nesting of them, and ``is_grads_batched`` run the tiles and the kernels:
+samples are folded into the batch where one call can serve them all, and are called one by one where it cannot. Forward-mode
+derivatives and derivatives of derivatives are the reference's alone: :func:`wants_reference` says when ``backend="auto"``
+takes it; the other backends raise.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from softpick.ops import library
+
+__all__ = ["Backward", "Forward", "has_tangent", "wants_reference"]
+
+_FORWARD, _BACKWARD = (
+    8,
+    12,
+)  # tensors among the arguments of attention_forward and of attention_backward: they come first
+
+
+def has_tangent(*tensors: Tensor | None) -> bool:
+    """Whether one of the tensors carries a tangent; in transforms and compiled code, any may where there are tangents."""
+    if forward_ad._current_level < 0:
+        return False
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return True
+    return any(x is not None and forward_ad.unpack_dual(x).tangent is not None for x in tensors)
+
+
+def wants_reference(*tensors: Tensor | None) -> bool:
+    """Whether a derivative is taken that only the reference has: a forward-mode one, or that of a derivative."""
+    if not torch._C._are_functorch_transforms_active():
+        return has_tangent(*tensors)
+    if torch.compiler.is_compiling():
+        return True  # which transforms they are cannot be asked there
+    levels = torch._C._functorch.get_interpreter_stack() or ()
+    gradients = sum(level.key() == torch._C._functorch.TransformType.Grad for level in levels)
+    return gradients > 1 or has_tangent(*tensors)
+
+
+class Forward(torch.autograd.Function):
+    """The operator ``attention_forward`` for ``torch.func``: the same inputs and outputs."""
+
+    @staticmethod
+    def forward(*inputs: Any) -> tuple[Tensor, ...]:
+        """The operator."""
+        return library.attention_forward(*inputs)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        """As the operator's."""
+        library.save_for_backward(ctx, inputs, output)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        """As the operator's, by :class:`Backward`."""
+        return library.gradients(ctx, grads[0], Backward.apply)
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        """Refused."""
+        raise _no_forward_mode(ctx.options[-3])
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int | None, ...], *inputs: Any) -> tuple[Any, Any]:
+        """Samples in the batch; one by one where they differ in more than query, key, value and mask."""
+        n, tensors, dims = info.batch_size, inputs[:_FORWARD], in_dims[:_FORWARD]
+        options = (*inputs[_FORWARD:-1], False)  # no map of live tiles: it would be one of all samples
+        query, _, _, mask, _, cu_seqlens, _, seed = tensors
+        if seed is not None or cu_seqlens is not None or dims[4] is not None:
+            return _one_by_one(Forward, n, dims, tensors, options)
+        batch = _batch(query, dims[0])
+        q, k, v, m = (_fold(x, dim, n, batch, x is not mask) for x, dim in zip(tensors[:4], dims[:4], strict=True))
+        outputs = Forward.apply(q, k, v, m, *tensors[4:], *options)
+        return _unfold(outputs, n)
+
+
+class Backward(torch.autograd.Function):
+    """The operator ``attention_backward`` for ``torch.func``: the same inputs and outputs."""
+
+    @staticmethod
+    def forward(*inputs: Any) -> tuple[Tensor, ...]:
+        """The operator."""
+        return library.attention_backward(*inputs)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        """Nothing to save."""
+        ctx.backend = inputs[-4]
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        """Refused."""
+        library.no_double_backward(ctx)
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        """Refused."""
+        raise _no_forward_mode(ctx.backend)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int | None, ...], *inputs: Any) -> tuple[Any, Any]:
+        """Samples in the batch; one by one where a gradient is a sum over the batch or where they differ in more."""
+        n, mask_grad = info.batch_size, inputs[-1]
+        tensors, dims, options = inputs[:_BACKWARD], in_dims[:_BACKWARD], inputs[_BACKWARD:]
+        if not tensors[-1].is_floating_point():  # a map of live tiles, which is not one of these samples
+            tensors, dims = (*tensors[:-1], tensors[0].new_empty(0, dtype=torch.int32)), (*dims[:-1], None)
+        query, mask, sink, cu_seqlens, seed = (tensors[i] for i in (1, 4, 5, 6, 8))
+        if sink is not None or cu_seqlens is not None or seed is not None or (mask_grad and mask is not None):
+            return _one_by_one(Backward, n, dims, tensors, options)
+        batch = _batch(query, dims[1])
+        folded = [_fold(x, dim, n, batch, x is not mask) for x, dim in zip(tensors, dims, strict=True)]
+        return _unfold(Backward.apply(*folded, *options), n)
+
+
+def _no_forward_mode(backend: str) -> NotImplementedError:
+    return NotImplementedError(
+        f"the {backend} backend has no forward-mode derivatives; use backend='reference', or 'auto', which takes it for them"
+    )
+
+
+def _one_by_one(
+    function: type[torch.autograd.Function],
+    n: int,
+    dims: tuple[int | None, ...],
+    tensors: tuple[Tensor | None, ...],
+    options: tuple[Any, ...],
+) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
+    """A call a sample, and the samples at dimension 0 of every output."""
+    each = [[x] * n if x is None or dim is None else x.unbind(dim) for x, dim in zip(tensors, dims, strict=True)]
+    outputs = [function.apply(*sample, *options) for sample in zip(*each, strict=True)]
+    stacked = tuple(torch.stack(parts) for parts in zip(*outputs, strict=True))
+    return stacked, (0,) * len(stacked)
+
+
+def _batch(query: Tensor, dim: int | None) -> int:
+    """B of a sample."""
+    return query.shape[1 if dim == 0 else 0]
+
+
+def _fold(x: Tensor | None, dim: int | None, n: int, batch: int, whole: bool) -> Tensor | None:
+    """``(B or 1, ...)`` and samples at ``dim`` to ``(n * B, ...)``; without samples 1 stays 1 unless ``whole``."""
+    empty = x is not None and dim is None and x.dim() == 1  # what was not asked for
+    if x is None or empty or (dim is None and x.shape[0] == 1 and not whole):
+        return x
+    x = x.expand(n, *x.shape) if dim is None else x.movedim(dim, 0)
+    return x.expand(n, batch, *x.shape[2:]).flatten(0, 1)
+
+
+def _unfold(outputs: tuple[Tensor, ...], n: int) -> tuple[tuple[Tensor, ...], tuple[int | None, ...]]:
+    """``(n * B, ...)`` to ``(n, B, ...)``, and where the samples are; outputs that were not asked for have one dimension."""
+    there = [x.dim() > 1 for x in outputs]
+    parts = tuple(x.unflatten(0, (n, -1)) if t else x for x, t in zip(outputs, there, strict=True))
+    return parts, tuple(0 if t else None for t in there)

@@ -183,6 +183,10 @@ def ring_attention(
     _check_backend(backend)
     if backend not in ("auto", "tiled", "triton"):
         raise ValueError(f"backend: expected 'auto', 'tiled' or 'triton' for ring attention, got {backend!r}")
+    if norm.signed_denominator:
+        raise ValueError(
+            f"normalizer: ring attention merges parts by the logarithm of their denominators, which may be negative for {norm.text}"
+        )
     query, key, value = _autocast(_check_qkv(query, key, value))
     q, k, v, lead = _canonical(query, key, value, enable_gqa)
     _check_sink(sink, norm, q.shape[1], q)
@@ -197,12 +201,12 @@ def ring_attention(
         v,
         sink,
         group.group_name,
-        norm.name,
+        norm.text,
         _scale(scale, q.shape[-1]),
         _eps(eps, norm),
         is_causal,
         _softcap(softcap) or 0.0,
-        _choose(backend, q, v, "tiled"),
+        _choose(backend, q, v, norm, "tiled"),
     )
     return _restore(out, lead, query.dim())
 

@@ -185,7 +185,8 @@ def ring_attention(
         raise ValueError(f"backend: expected 'auto', 'tiled' or 'triton' for ring attention, got {backend!r}")
     if norm.signed_denominator:
         raise ValueError(
-            f"normalizer: ring attention merges parts by the logarithm of their denominators, which may be negative for {norm.text}"
+            "normalizer: expected a denominator that is never negative, for ring attention merges parts by its logarithm; got "
+            f"{norm.text}"
         )
     query, key, value = _autocast(_check_qkv(query, key, value))
     q, k, v, lead = _canonical(query, key, value, enable_gqa)

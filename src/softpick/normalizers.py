@@ -148,7 +148,7 @@ class Normalizer:
         if not self.normalized and (self.exponential or self.absolute_denominator or self.constant != 1):
             return (
                 "normalized: expected True unless base is 'linear', 'square' or 'sigmoid', constant is 1 and "
-                f"absolute_denominator is False; got False with {self.base!r}, {self.constant!r} and {self.absolute_denominator}"
+                f"absolute_denominator is False; got False with {self.base!r}, {self.constant!r}, {self.absolute_denominator}"
             )
         return None
 

@@ -101,8 +101,8 @@ class Attention(nn.Module):
         num_heads: query heads.
         num_kv_heads: key and value heads; ``num_heads`` if None.
         head_dim: ``embed_dim // num_heads`` if None.
-        normalizer: a name of ``softpick.NORMALIZERS`` or a record; ``learned_sink`` adds the parameter ``sink`` ``(H,)``, started at 0
-            (softmax plus one).
+        normalizer: a name of ``softpick.NORMALIZERS`` or a record; ``learned_sink`` adds the parameter ``sink`` ``(H,)``,
+            started at 0 (softmax plus one).
         is_causal: causal attention. With fewer queries than keys the last query stands at the last key.
         window: sliding window, as in :func:`softpick.scaled_dot_product_attention`.
         dropout: dropout on the weights while training.

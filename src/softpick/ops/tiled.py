@@ -26,7 +26,7 @@ and ``D`` is summed from the same products as the rest of the gradient.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -419,8 +419,8 @@ def forward(
         lse: ``(B, H, Tq)``, written: log of the denominator, with constant and eps.
         mass: ``(B, H, Tq)``, written if given: sum of the weights.
         largest: ``(B, H, Tq)``, written if given: largest score that is not masked.
-        saved: two of ``(B, H, Tq)``, written if given: for :func:`backward`, the row constant that exponents are relative to (base
-            2), and 1 over the denominator relative to it. ``lse`` says the same with fewer bits where scores are large.
+        saved: two of ``(B, H, Tq)``, written if given: for :func:`backward`, the row constant that exponents are relative to
+            (base 2), and 1 over the denominator relative to it. ``lse`` says the same with fewer bits where scores are large.
     """
     norm, dtype = spec.norm, lse.dtype
     tq, tk = query.shape[2], key.shape[2]

@@ -84,7 +84,9 @@ def attention(q, k, v, grad, record, *, keep=None, bias=None, scale, softcap=Non
     condition = (g.abs().sum(-1, keepdim=True) + rest) * inverse.abs()
     loose = f.abs()
     if record.base == "expm1":  # the difference e^s - 1 may cancel where the sum is large
-        loose = torch.where((total * torch.exp(m) >= 1.5) & keep, f.abs() + unit * (torch.exp(s - m) + torch.exp(-m)), f.abs())
+        loose = torch.where(
+            (total * torch.exp(m) >= 1.5) & keep, f.abs() + unit * (torch.exp(s - m) + torch.exp(-m)), f.abs()
+        )
     error = unit * (1 + rough + m.abs())  # of a score
     moved = ((df.abs() + dg.abs()) * error).sum(-1, keepdim=True) * inverse.abs()
     a_bound = loose * inverse.abs() * condition
@@ -108,7 +110,9 @@ def attention(q, k, v, grad, record, *, keep=None, bias=None, scale, softcap=Non
     parts = {
         "out": (out, a_bound @ v.abs(), a_rough @ v.abs()),
         "dq": tuple(scale * x @ y for x, y in ((ds_raw, k), (ds_bound, k.abs()), (ds_rough, k.abs()))),
-        "dk": tuple(scale * fold(x.transpose(-1, -2) @ y) for x, y in ((ds_raw, q), (ds_bound, q.abs()), (ds_rough, q.abs()))),
+        "dk": tuple(
+            scale * fold(x.transpose(-1, -2) @ y) for x, y in ((ds_raw, q), (ds_bound, q.abs()), (ds_rough, q.abs()))
+        ),
         "dv": tuple(
             fold(x.transpose(-1, -2) @ y) for x, y in ((a, grad), (a_bound, grad.abs()), (a_rough, grad.abs()))
         ),
@@ -118,7 +122,8 @@ def attention(q, k, v, grad, record, *, keep=None, bias=None, scale, softcap=Non
     if sink is not None:
         of_sink = constant * inverse
         parts["dsink"] = tuple(
-            (x * of_sink).sum((0, 2, 3)) for x in (-inner, inner_bound * condition, inner_bound * more)
+            (x * of_sink).sum((0, 2, 3))
+            for x in (-inner, inner_bound * condition, inner_bound * (more + unit * logit.abs()))
         )
     named = {name: SimpleNamespace(value=x, bound=y.abs(), rough=z.abs()) for name, (x, y, z) in parts.items()}
     return SimpleNamespace(**named)

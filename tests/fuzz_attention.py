@@ -126,7 +126,9 @@ class Case:
             seen = torch.rand(shape) < r.choice((0.02, 0.3, 0.7, 0.95))
             self.mask = seen
             if r.random() < 0.6:
-                low = r.choice((-math.inf, -1e4, -1e9, -65504.0, torch.finfo(dtype).min, torch.finfo(torch.bfloat16).min))
+                low = r.choice(
+                    (-math.inf, -1e4, -1e9, -65504.0, torch.finfo(dtype).min, torch.finfo(torch.bfloat16).min)
+                )
                 mask_dtype = r.choice((dtype, torch.float32))
                 bias = torch.randn(shape).double() * r.choice((0.0, 1.0, 5.0))
                 self.mask = bias.masked_fill(~seen, low).to(mask_dtype)
@@ -135,8 +137,8 @@ class Case:
         q, k, v = (tuple(x.shape) for x in self.tensors)
         mask = None if self.mask is None else (str(self.mask.dtype)[6:], tuple(self.mask.shape))
         return (
-            f"seed {self.seed}: {self.kind} {self.backend} {self.dtype} {self.record.text} q {q} k {k} v {v} {self.options} causal "
-            f"{self.causal} {self.alignment} window {self.window} mask {mask}"
+            f"seed {self.seed}: {self.kind} {self.backend} {self.dtype} {self.record.text} q {q} k {k} v {v} {self.options} "
+            f"causal {self.causal} {self.alignment} window {self.window} mask {mask}"
         )
 
     def _keep(self, tq: int, tk: int, alignment: str) -> torch.Tensor:
@@ -190,13 +192,20 @@ class Case:
     def _check_packed(self, leaves, common) -> list[str]:
         n = random.Random(self.seed).choice((1, 2, 3))
         cuts_q, cuts_k = (
-            sorted(random.Random(self.seed + i).randint(0, t) for _ in range(n - 1)) for i, t in enumerate((self.tq, self.tk))
+            sorted(random.Random(self.seed + i).randint(0, t) for _ in range(n - 1))
+            for i, t in enumerate((self.tq, self.tk))
         )
         cu_q, cu_k = [0, *cuts_q, self.tq], [0, *cuts_k, self.tk]
         packed = [x[0].transpose(0, 1) for x in leaves]
         sink = None if self.sink is None else self.sink.detach().requires_grad_()
         out = varlen_attention(
-            *packed, torch.tensor(cu_q), torch.tensor(cu_k), causal_alignment=self.alignment, sink=sink, **common, **self.options
+            *packed,
+            torch.tensor(cu_q),
+            torch.tensor(cu_k),
+            causal_alignment=self.alignment,
+            sink=sink,
+            **common,
+            **self.options,
         )
         out = out.transpose(0, 1)[None]
         grads = torch.autograd.grad(out, leaves, self.grad[:1], allow_unused=True)

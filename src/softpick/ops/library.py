@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import math
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -547,7 +548,7 @@ def block_backward(
                 options, query, key, value, None, None, None, None, None, 0, 0, out, lse, grad_out, dquery, dkey, dvalue, None
             )  # fmt: skip
     else:
-        spec = _spec(normalizer, scale, 0.0, -1, right, False, softcap, 0.0, None, 0)
+        spec = replace(_spec(normalizer, scale, 0.0, -1, right, False, softcap, 0.0, None, 0), part=True)
         tiled.backward(spec, query, key, value, None, None, out, lse, grad_out, dquery, dkey, dvalue)
     return dquery, dkey, dvalue
 

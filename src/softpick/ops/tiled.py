@@ -51,7 +51,7 @@ UNSHIFTED = 64.0
 # least one, against which the rounding of e^s - 1 is an error in the last place.
 CANCELLATION_SAFE = 1.0
 # Rows that see so few keys, or fewer, are computed with care.
-FEW_KEYS = 32
+FEW_KEYS = 128
 
 
 @dataclass(frozen=True)
@@ -67,6 +67,7 @@ class TileSpec:
     softcap: float = 0.0
     dropout_p: float = 0.0
     seed: int = 0
+    part: bool = False  # of the keys of a ring: D of a row is not the sum over these
 
     @property
     def exponential(self) -> bool:
@@ -580,7 +581,7 @@ def backward(
                 s, e = buffers.get("s", *shape), buffers.get("e", *shape)
                 slope = buffers.get("slope", *shape) if spec.softcap else None
                 keep = _scores(spec, chunk, s, q, k[:, j0:j1], mask, pattern, span, slope)
-                careful = len(spans) == 1 and (few or (mask is not None and _few_seen(keep)))
+                careful = len(spans) == 1 and not spec.part and (few or (mask is not None and _few_seen(keep)))
                 if keep is not None:
                     keep = keep.expand(_width(chunk), chunk.n // _width(chunk), chunk.groups, i1 - i0, j1 - j0)
                 skip = _nothing_kept(norm, s)

@@ -1,4 +1,4 @@
-"""Where floating point bites: additive masks, rows that see few keys, huge and tiny scores, signs of zero, ranges of 16 bits."""
+"""Where floating point bites: additive masks, rows of few keys, huge and tiny scores, signs of zero, ranges of 16 bits."""
 
 import math
 
@@ -106,7 +106,9 @@ def test_rows_that_see_few_keys(name, dtype, level, how):
         found = []
         for x, y in pairs[:3]:  # of keys, all rows that see them count
             mean = y.detach().norm(dim=-1).mean()
-            found.append(float((x.detach().double() - y.detach())[:, :, :3].norm(dim=-1).mean() / mean))
+            denormal = torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps * 8
+            error = (x.detach().double() - y.detach())[:, :, :3].norm(dim=-1).mean() - denormal
+            found.append(float(error.clamp(min=0) / mean))
         return out, found
 
     sink = sink_of(name, 4, dtype)
@@ -118,7 +120,6 @@ def test_rows_that_see_few_keys(name, dtype, level, how):
         ),
     )
     _, budget = errors(lambda q, k, v: torch_attention(q, k, v, mask), lambda q, k, v: torch_attention(q, k, v, mask))
-    # linear softpick has no 1/l in its gradients: large values of single rows are not large beside the mean
     floor = torch.finfo(dtype).eps * (2 if dtype != torch.float32 else 32)
     assert all(g <= 2 * b + floor for g, b in zip(got, budget, strict=True)), (got, budget)
     if name == "softmax":

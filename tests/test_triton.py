@@ -751,7 +751,7 @@ def test_auto_on_a_gpu(monkeypatch):
 
         def choose(dtype=torch.bfloat16, d=64, backend="auto", rows=0):
             x = torch.empty(1, 1, 2, d, device="cuda", dtype=dtype)
-            return functional._choose(backend, x, x, "tiled", rows)
+            return functional._choose(backend, x, x, NORMALIZERS["softpick"], "tiled", rows)
 
         assert choose() == "triton"
         assert choose(d=256) == "triton"

@@ -188,6 +188,11 @@ def ring_attention(
     if backend not in ("auto", "tiled", "triton"):
         raise ValueError(f"backend: expected 'auto', 'tiled' or 'triton' for ring attention, got {backend!r}")
     checks.flags(is_causal=is_causal, enable_gqa=enable_gqa)
+    if norm.signed_denominator:
+        raise ValueError(
+            "normalizer: expected a denominator that is never negative, for ring attention merges parts by its logarithm; got "
+            f"{norm.text}"
+        )
     query, key, value = _autocast(_check_qkv(query, key, value))
     if torch._C._are_functorch_transforms_active() or has_tangent(query, key, value, sink):
         raise NotImplementedError(
@@ -201,18 +206,18 @@ def ring_attention(
             f"is_causal: expected as many keys as queries and an even number of them, the two chunks of shard_sequence; got "
             f"{q.shape[2]} queries, {k.shape[2]} keys"
         )
-    out, _ = torch.ops.softpick.ring_forward(
+    out, _, _ = torch.ops.softpick.ring_forward(
         q,
         k,
         v,
         sink,
         group.group_name,
-        norm.name,
+        norm.text,
         _scale(scale, q.shape[-1]),
         _eps(eps, norm),
         is_causal,
         _softcap(softcap) or 0.0,
-        _choose(backend, q, v, "tiled"),
+        _choose(backend, q, v, norm, "tiled"),
     )
     return _restore(out, lead, max(query.dim(), key.dim(), value.dim()))
 
@@ -335,8 +340,12 @@ def _ring_forward(
     is_causal: bool,
     softcap: float,
     backend: str,
-) -> tuple[Tensor, Tensor]:
-    """Output ``(B, H, Tq, Dv)`` and lse ``(B, H, Tq)`` of this rank's queries over the keys of all ranks."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Output ``(B, H, Tq, Dv)`` and lse ``(B, H, Tq)`` of this rank's queries over the keys of all ranks.
+
+    The third one is what the rounding of the output to 16 bits took away (empty for other dtypes): ``D = do . out`` of a row
+    that sees few keys, divided by a small denominator, needs it.
+    """
     ring = _Ring(group)
     carry = _Carry(get_normalizer(normalizer), query, value, sink, eps)
     held = _pack(key, value)
@@ -353,14 +362,21 @@ def _ring_forward(
         if coming is not None:
             held = coming.wait()
     out, lse = carry.finish()
-    return out.to(query.dtype), lse
+    rounded = out.to(query.dtype)
+    rest = query.new_empty(0) if out.dtype == query.dtype else (out - rounded).to(query.dtype)
+    return rounded, lse, rest
 
 
 @_ring_forward.register_fake
-def _(query: Tensor, key: Tensor, value: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+def _(query: Tensor, key: Tensor, value: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
     b, h, t, _width = query.shape
     dtype = accumulation_dtype(query.dtype)
-    return query.new_empty(b, h, t, value.shape[-1]), query.new_empty(b, h, t, dtype=dtype)
+    out = query.new_empty(b, h, t, value.shape[-1])
+    return (
+        out,
+        query.new_empty(b, h, t, dtype=dtype),
+        query.new_empty(0) if dtype == query.dtype else torch.empty_like(out),
+    )
 
 
 @torch.library.custom_op("softpick::ring_backward", mutates_args=())
@@ -372,6 +388,7 @@ def _ring_backward(
     sink: Tensor | None,
     out: Tensor,
     lse: Tensor,
+    rest: Tensor,
     group: str,
     normalizer: str,
     scale: float,
@@ -381,6 +398,8 @@ def _ring_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of query, key and value, and this rank's part of the sink's (empty without one)."""
     ring = _Ring(group)
+    if rest.numel():
+        out = out.to(lse.dtype) + rest
     dquery = torch.zeros(query.shape, dtype=lse.dtype, device=query.device)
     held = _pack(key, value)
     gradients = torch.zeros(held.shape, dtype=lse.dtype, device=held.device)  # of what is held
@@ -430,15 +449,15 @@ def _(
     return dquery, dkey, dvalue, query.new_empty(0) if sink is None else sink.new_empty(sink.shape)
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     query, key, value, sink, group, normalizer, scale, _, is_causal, softcap, backend = inputs
     ctx.save_for_backward(query, key, value, sink, *output)
-    ctx.mark_non_differentiable(output[1])
+    ctx.mark_non_differentiable(*output[1:])
     ctx.options = (group, normalizer, scale, is_causal, softcap, backend)
     ctx.inputs = len(inputs)
 
 
-def _backward(ctx: Any, grad_out: Tensor, _: Any) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, grad_out: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
     saved = ctx.saved_tensors  # once: activation checkpointing refuses a second look
     dquery, dkey, dvalue, dsink = _ring_backward(grad_out, *saved, *ctx.options)
     grads = (dquery, dkey, dvalue, dsink if saved[3] is not None else None)

@@ -14,9 +14,9 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import is_fake
 
 from softpick import checks
-from softpick.normalizers import Normalizer, get_normalizer
+from softpick.normalizers import NORMALIZERS, Normalizer, get_normalizer, visible
 from softpick.ops.library import HAS_TRITON, attention, decode, interpreted, rows_forward
-from softpick.ops.reference import attention_reference, forward_mode, normalize
+from softpick.ops.reference import attention_reference, normalize, widen
 from softpick.ops.transforms import has_tangent, wants_reference
 
 __all__ = [
@@ -33,6 +33,7 @@ BACKENDS = ("auto", "reference", "tiled", "triton", "sdpa")
 """``auto`` chooses; ``reference``: full matrix, can return weights; ``tiled``: O(T) memory, for the CPU; ``triton``: GPU
 kernels; ``sdpa``: torch's softmax."""
 
+_SOFTMAX = NORMALIZERS["softmax"]
 _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _TRITON_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 _TRITON_WIDEST = 256  # head dimension
@@ -131,11 +132,7 @@ def _over_dim(name: str, x: Tensor, dim: int, eps: float, where: Tensor | None, 
             raise ValueError(
                 f"where: expected a shape that broadcasts to {tuple(x.shape)}, got {tuple(where.shape)}"
             ) from None
-    work = (
-        _Widen.apply(x)
-        if x.dtype == torch.float16 and not forward_mode()
-        else x.to(torch.promote_types(x.dtype, torch.float32))
-    )
+    work = widen(x, torch.promote_types(x.dtype, torch.float32))
     if x.dim() == 0:
         return _weights(name, work[None], keep[None], eps)[0].to(x.dtype)
     last = x.dim() - 1
@@ -157,25 +154,6 @@ def _rows_kernel(x: Tensor, dim: int) -> bool:
         and x.stride(dim) == 1
         and not (torch._C._are_functorch_transforms_active() or has_tangent(x))
     )
-
-
-class _Widen(torch.autograd.Function):
-    """fp16 to fp32 with a gradient that saturates: near zero the gradient of softpick reaches 1/eps, beyond fp16's range."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(x: Tensor) -> Tensor:
-        return x.to(torch.float32)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
-        pass
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        limit = torch.finfo(torch.float16).max
-        return grad.clamp(-limit, limit).to(torch.float16)
 
 
 def _weights(name: str, scores: Tensor, keep: Tensor, eps: float) -> Tensor:
@@ -268,7 +246,8 @@ def scaled_dot_product_attention(
         key: ``(..., Hkv, Tk, D)``. Leading dimensions broadcast, also where the three have different numbers of them.
         value: ``(..., Hkv, Tk, Dv)``.
         attn_mask: broadcastable to ``(..., H, Tq, Tk)``. Boolean: True takes part. Floating point (query's dtype or fp32):
-            added to the scores; minus infinity and the dtype's lowest number (transformers' convention) exclude a key.
+            added to the scores; an entry at or below ``softpick.normalizers.EXCLUDED_BIAS`` (-9984: so -1e4, -1e9, the lowest
+            number of any dtype and minus infinity) excludes a key.
         dropout_p: probability with which a weight is dropped. Applied whenever it is not 0.
         is_causal: query ``i`` sees keys up to ``i`` (see ``causal_alignment``). May be combined with ``attn_mask``.
         scale: factor on the scores; ``1 / sqrt(D)`` if None.
@@ -309,7 +288,7 @@ def scaled_dot_product_attention(
     _check_alignment(causal_alignment)
     q, k, v, lead = _canonical(query, key, value, enable_gqa)
     dims = max(query.dim(), key.dim(), value.dim())
-    mask = _canonical_mask(attn_mask, lead, q, k, norm)
+    mask = _canonical_mask(attn_mask, lead, q, k)
     left, right = _window(window, is_causal)
     _check_sink(sink, norm, q.shape[1], q)
     scale = _scale(scale, q.shape[-1])
@@ -317,7 +296,7 @@ def scaled_dot_product_attention(
     eps = _eps(eps, norm)
 
     plain = (
-        norm.name == "softmax"
+        norm.switches[:-1] == _SOFTMAX.switches[:-1]  # all but eps
         and eps == 0.0
         and softcap is None
         and not return_stats
@@ -345,9 +324,8 @@ def scaled_dot_product_attention(
         raise ValueError(
             f"return_weights: the {backend!r} backend never forms the weights; choose 'reference' or 'auto'"
         )
-    backend = (
-        "reference" if return_weights else _choose(backend, q, v, "tiled", wanted=wants_reference(q, k, v, mask, sink))
-    )
+    wanted = wants_reference(q, k, v, mask, sink)
+    backend = "reference" if return_weights else _choose(backend, q, v, norm, "tiled", wanted=wanted)
 
     if backend == "reference":
         keep, bias = _keep_and_bias(mask, q, k, left, right, causal_alignment == "bottom_right")
@@ -368,7 +346,7 @@ def scaled_dot_product_attention(
     elif backend == "triton" and dropout_p == 0.0 and not return_stats and _few_queries(q, k, v, mask, sink):
         bottom_right = causal_alignment == "bottom_right"
         cap = softcap or 0.0
-        out, _ = decode(q, k, v, mask, sink, None, None, norm.name, scale, eps, left, right, bottom_right, cap)
+        out, _ = decode(q, k, v, mask, sink, None, None, norm.text, scale, eps, left, right, bottom_right, cap)
         return _restore(out, lead, dims)
     else:
         weights = None
@@ -377,7 +355,7 @@ def scaled_dot_product_attention(
             k,
             v,
             backend=backend,
-            normalizer=norm.name,
+            normalizer=norm.text,
             scale=scale,
             eps=eps,
             mask=mask,
@@ -471,7 +449,7 @@ def varlen_attention(
     _check_sink(sink, norm, q.shape[1], q)
     bottom_right = causal_alignment == "bottom_right"
     scale, softcap, eps = _scale(scale, q.shape[-1]), _softcap(softcap), _eps(eps, norm)
-    backend = _choose(backend, q, v, "tiled", wanted=wants_reference(q, k, v, sink))
+    backend = _choose(backend, q, v, norm, "tiled", wanted=wants_reference(q, k, v, sink))
     if backend == "reference":
         options: Any = {"normalizer": norm, "scale": scale, "eps": eps, "softcap": softcap, "sink": sink}
         options["dropout_p"] = dropout_p
@@ -492,7 +470,7 @@ def varlen_attention(
             k,
             v,
             backend=backend,
-            normalizer=norm.name,
+            normalizer=norm.text,
             scale=scale,
             eps=eps,
             sink=sink,
@@ -589,14 +567,14 @@ def decode_attention(
     key, value = (x if block_table is None else x.transpose(1, 2) for x in (key_cache, value_cache))
     groups = heads // key.shape[1] if key.shape[1] else 1
     wanted = wants_reference(query, key, value, sink)
-    backend = _choose(backend, query, value, "reference", groups * query.shape[2], wanted=wanted)
+    backend = _choose(backend, query, value, norm, "reference", groups * query.shape[2], wanted=wanted)
     if block_table is not None and (backend == "reference" or _checkable(block_table)):
         used = _used_blocks(cache_seqlens, block_table, key.shape[2], query.shape[2], left)
         _check_pages(block_table, used, key.shape[0])
     if backend == "triton":
         cap = softcap or 0.0
         out, lse = decode(
-            query, key, value, None, sink, cache_seqlens, block_table, norm.name, scale, eps, left, right, True, cap
+            query, key, value, None, sink, cache_seqlens, block_table, norm.text, scale, eps, left, right, True, cap
         )
         return (out, lse) if return_lse else out
     j = torch.arange(room, device=query.device)
@@ -642,7 +620,7 @@ def _check_backend(backend: str) -> None:
         raise ValueError(f"backend: expected one of {', '.join(BACKENDS)}; got {backend!r}")
 
 
-def _triton_refuses(q: Tensor, v: Tensor, rows: int = 0) -> str | None:
+def _triton_refuses(q: Tensor, v: Tensor, norm: Normalizer, rows: int = 0) -> str | None:
     """Why the Triton backend cannot take ``(B, H, T, D)`` queries and values; None if it can. ``rows`` counts in decoding."""
     if not HAS_TRITON:
         return (
@@ -654,6 +632,11 @@ def _triton_refuses(q: Tensor, v: Tensor, rows: int = 0) -> str | None:
         return f"query: expected a CUDA tensor for the 'triton' backend, got one on {q.device}; choose 'auto'"
     if q.dtype not in _TRITON_FLOATS:
         return f"query: expected fp32, bf16 or fp16 for the 'triton' backend, got {q.dtype}"
+    if not norm.has_kernels:
+        return (
+            f"normalizer: the 'triton' backend has no kernels for {norm.text}; choose 'tiled' or 'reference', which compute "
+            "every record"
+        )
     for name, x in (("query", q), ("value", v)):
         if not 1 <= x.shape[-1] <= _TRITON_WIDEST:
             return f"{name}: expected a head dimension from 1 to {_TRITON_WIDEST} for the 'triton' backend, got {x.shape[-1]}"
@@ -668,7 +651,9 @@ def _triton_refuses(q: Tensor, v: Tensor, rows: int = 0) -> str | None:
 _warned: set[str] = set()
 
 
-def _choose(backend: str, q: Tensor, v: Tensor, otherwise: str, rows: int = 0, *, wanted: bool = False) -> str:
+def _choose(
+    backend: str, q: Tensor, v: Tensor, norm: Normalizer, otherwise: str, rows: int = 0, *, wanted: bool = False
+) -> str:
     """The backend that runs: what was named or an error; for ``"auto"`` Triton on a GPU, else ``otherwise``.
 
     ``wanted``: a derivative is taken that only the reference has.
@@ -676,7 +661,7 @@ def _choose(backend: str, q: Tensor, v: Tensor, otherwise: str, rows: int = 0, *
     if wanted and backend == "auto":
         return "reference"
     if backend == "triton" or (backend == "auto" and q.is_cuda):
-        reason = _triton_refuses(q, v, rows)
+        reason = _triton_refuses(q, v, norm, rows)
         if reason is None:
             return "triton"
         if backend == "triton":
@@ -790,9 +775,7 @@ def _heads_message(name: str, got: int, heads: int, enable_gqa: bool, query: Ten
     return message
 
 
-def _canonical_mask(
-    mask: Tensor | None, lead: tuple[int, ...], q: Tensor, k: Tensor, norm: Normalizer
-) -> Tensor | None:
+def _canonical_mask(mask: Tensor | None, lead: tuple[int, ...], q: Tensor, k: Tensor) -> Tensor | None:
     """The mask as ``(B or 1, H or 1, Tq or 1, Tk or 1)``, with every exclusion of an additive one as minus infinity."""
     if mask is None:
         return None
@@ -819,11 +802,7 @@ def _canonical_mask(
         if any(n != 1 for n in mask.shape[: len(lead)]):
             mask = mask.expand(*lead, *mask.shape[len(lead) :])
         mask = mask.reshape(math.prod(mask.shape[: len(lead)]), *mask.shape[len(lead) :])
-    if mask.dtype != torch.bool and norm.neutral == 0.0:
-        # transformers writes "masked" as the lowest number of a dtype; half of it allows for a cast on the way
-        lowest = torch.finfo(mask.dtype).min / 2
-        mask = mask.masked_fill(mask <= lowest, -math.inf)
-    return mask
+    return mask if mask.dtype == torch.bool else mask.masked_fill(~visible(mask), -math.inf)
 
 
 def _keep_and_bias(
@@ -897,7 +876,7 @@ def _window(window: int | tuple[int, int] | None, is_causal: bool) -> tuple[int,
 def _check_sink(sink: Tensor | None, norm: Normalizer, heads: int, query: Tensor) -> None:
     if not norm.needs_sink:
         if sink is not None:
-            raise ValueError(f"sink: the normalizer {norm.name!r} has none; only 'learned_sink' takes it")
+            raise ValueError(f"sink: the normalizer {norm.name!r} has none; 'learned_sink' takes it")
         return
     if sink is None:
         raise ValueError(f"sink: the normalizer {norm.name!r} needs one logit a head, shape ({heads},)")

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from softpick.analysis.metrics import MAX_ENTRIES, Measurements, Meter
-from softpick.normalizers import NORMALIZERS
+from softpick.normalizers import NORMALIZERS, visible
 
 __all__ = ["BOS_POLICIES", "SeenAttention", "attention_maps", "measure", "watch", "watch_last_query"]
 
@@ -232,7 +232,7 @@ def _visible(mask: Any, name: str, module: nn.Module, query: Tensor, key: Tensor
         return every.tril() if causal and name != "eager" else every
     if not isinstance(mask, Tensor) or mask.dim() != 4:
         raise ValueError(f"expected a mask (B, 1, T, T) or none, got {getattr(mask, 'shape', type(mask).__name__)}")
-    see = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
+    see = visible(mask)
     return see[..., :tk].any(1, keepdim=True).expand(-1, 1, tq, tk)
 
 
@@ -438,7 +438,7 @@ def watch_last_query(model: nn.Module, on_row: Callable[[int, Tensor], None]) ->
                 raise ValueError(f"expected a mask for {query.shape[2]} queries and {key.shape[2]} keys")
             see = None
             if mask is not None:
-                see = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
+                see = visible(mask)
                 if name == "sdpa" and mask.dtype == torch.bool:  # eager functions add their mask
                     mask = torch.zeros(mask.shape, device=query.device).masked_fill_(~mask, _LOWEST)
             # one query without a mask sees every key; a gate and positions change no weights

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from softpick.functional import AttentionOutput, scaled_dot_product_attention, varlen_attention
-from softpick.normalizers import NORMALIZERS, Normalizer, get_normalizer
+from softpick.normalizers import NORMALIZERS, Normalizer, get_normalizer, visible
 
 try:
     from transformers import (
@@ -223,13 +223,13 @@ def make_attention_function(normalizer: str | Normalizer) -> Callable[..., tuple
     Raises:
         ValueError: for an unknown name.
     """
-    name = get_normalizer(normalizer).name
+    norm = get_normalizer(normalizer)
 
     @functools.wraps(attention_forward)
     def attention(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
-        return attention_forward(*args, normalizer=name, **kwargs)
+        return attention_forward(*args, normalizer=norm, **kwargs)
 
-    attention.__name__ = attention.__qualname__ = f"{name}_attention_forward"
+    attention.__name__ = attention.__qualname__ = f"{norm.name}_attention_forward"
     return attention
 
 
@@ -488,7 +488,7 @@ def _visible_keys(mask: Tensor | None, tq: int, tk: int, causal: bool, device: t
     if mask is None:
         counts = torch.arange(1, tq + 1, device=device) if causal else torch.full((tq,), tk, device=device)
         return counts.float()
-    keep = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
+    keep = visible(mask)
     return keep.expand(*keep.shape[:-1], tk).sum(-1).float()
 
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from softpick import checks
 from softpick.functional import _window, linear_softpick, scaled_dot_product_attention, softpick
-from softpick.normalizers import get_normalizer
+from softpick.normalizers import Normalizer, get_normalizer, visible
 
 __all__ = ["Attention", "LinearSoftpick", "Softpick", "initial_score_scale", "visible_keys"]
 
@@ -74,7 +74,8 @@ def visible_keys(
     Args:
         tq: number of queries.
         tk: number of keys.
-        attn_mask: boolean or additive, ``(..., H or 1, Tq or 1, Tk)``; minus infinity is masked.
+        attn_mask: boolean or additive, ``(..., H or 1, Tq or 1, Tk)``; biases at or below
+            ``softpick.normalizers.EXCLUDED_BIAS`` are masked.
         is_causal: whether query ``i`` sees only keys up to its own position.
         bottom_right: whether the last query stands at the last key.
         device: device of the result without a mask.
@@ -87,7 +88,7 @@ def visible_keys(
     position = torch.arange(tq, device=device) + offset
     if attn_mask is None:
         return (position + 1).clamp(0, tk) if is_causal else torch.full_like(position, tk)
-    keep = attn_mask if attn_mask.dtype == torch.bool else attn_mask > torch.finfo(attn_mask.dtype).min / 2
+    keep = visible(attn_mask)
     if is_causal:
         keep = keep & (position[:, None] >= torch.arange(tk, device=device))
     return keep.expand(*keep.shape[:-2], tq, tk).sum(-1)
@@ -101,8 +102,8 @@ class Attention(nn.Module):
         num_heads: query heads.
         num_kv_heads: key and value heads; ``num_heads`` if None.
         head_dim: ``embed_dim // num_heads`` if None.
-        normalizer: a name of ``softpick.NORMALIZERS``; ``learned_sink`` adds the parameter ``sink`` ``(H,)``, started at 0
-            (softmax plus one).
+        normalizer: a name of ``softpick.NORMALIZERS`` or a record; ``learned_sink`` adds the parameter ``sink`` ``(H,)``,
+            started at 0 (softmax plus one).
         is_causal: causal attention. With fewer queries than keys the last query stands at the last key.
         window: sliding window, as in :func:`softpick.scaled_dot_product_attention`.
         dropout: dropout on the weights while training.
@@ -126,7 +127,7 @@ class Attention(nn.Module):
         num_kv_heads: int | None = None,
         head_dim: int | None = None,
         *,
-        normalizer: str = "softpick",
+        normalizer: str | Normalizer = "softpick",
         is_causal: bool = False,
         window: int | tuple[int, int] | None = None,
         dropout: float = 0.0,
@@ -151,7 +152,7 @@ class Attention(nn.Module):
         if num_heads % self.num_kv_heads:
             raise ValueError(f"num_kv_heads: expected a divisor of num_heads={num_heads}, got {num_kv_heads}")
         self.head_dim = embed_dim // num_heads if head_dim is None else head_dim
-        self.normalizer = get_normalizer(normalizer).name
+        self.normalizer = get_normalizer(normalizer).text
         self.is_causal, self.window, self.dropout, self.backend = is_causal, window, dropout, backend
         inner = num_heads * self.head_dim
         self.q_proj = nn.Linear(embed_dim, inner, bias=bias)

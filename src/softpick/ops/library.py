@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import math
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -103,10 +104,11 @@ def _attention_forward(
     max_seqlen_k: int,
     track: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Output, lse, row mass, largest score (these two empty unless ``stats``), and Triton's map of live tiles.
+    """Output, lse, row mass, largest score (these two empty unless ``stats``), and what else the backward pass wants.
 
     Shapes as in ``tiled.forward``. ``backend`` is ``"tiled"`` or ``"triton"``; the longest sequences count for packed
-    ones only. The map (empty unless ``track`` and Triton) saves the backward pass looking for tiles that keep no score.
+    ones only. The last one is ``saved`` of ``tiled.forward``, or Triton's int32 map of live tiles (empty unless ``track``),
+    which saves the backward pass looking for tiles that keep no score.
     """
     out, lse, mass, largest, live = _empty_outputs(
         query, key, value, cu_seqlens_q, stats, backend, max_seqlen_q, max_seqlen_k, track
@@ -146,6 +148,7 @@ def _attention_forward(
             lse[:, :, rows],
             mass[:, :, rows] if stats else None,
             largest[:, :, rows] if stats else None,
+            _saved(live, rows),
         )
     return out, lse, mass, largest, live
 
@@ -177,13 +180,15 @@ def _empty_outputs(
         if cu_seqlens_q is not None:
             sizes = (cu_seqlens_q.shape[0] - 1, max_seqlen_q, max_seqlen_k)
         tiles = launch.live_shape(query, value, *sizes)
-    return (
-        out,
-        lse,
-        query.new_empty(shape, dtype=dtype),
-        query.new_empty(shape, dtype=dtype),
-        query.new_empty(tiles, dtype=torch.int32),
-    )
+    kept = query.new_empty(tiles, dtype=torch.int32)
+    if backend == "tiled":
+        kept = query.new_empty(b, 2, h, t, dtype=dtype)
+    return out, lse, query.new_empty(shape, dtype=dtype), query.new_empty(shape, dtype=dtype), kept
+
+
+def _saved(kept: Tensor, rows: slice) -> tuple[Tensor, ...] | None:
+    """The two row statistics of ``tiled.forward`` in what the operator keeps; None in Triton's map of live tiles."""
+    return kept[:, :, :, rows].unbind(1) if kept.is_floating_point() else None
 
 
 def _empty_heads_last(query: Tensor, value: Tensor) -> Tensor:
@@ -319,14 +324,15 @@ def _attention_backward(
                 dvalue[:, :, keys],
                 dmask,
                 dsink,
+                _saved(live, rows),
             )
     # the gradients get the layout of their inputs, as the fake kernel says
     mask_out = torch.empty_like(mask) if dmask is not None and mask is not None else query.new_empty(0)
     sink_out = torch.empty_like(sink) if sink is not None else query.new_empty(0)
     if dmask is not None:
-        mask_out.copy_(dmask)
+        tiled.narrow(dmask, mask_out)
     if dsink is not None:
-        sink_out.copy_(dsink)
+        tiled.narrow(dsink, sink_out)
     return dquery, dkey, dvalue, mask_out, sink_out
 
 
@@ -582,7 +588,7 @@ def block_backward(
                 options, query, key, value, None, None, None, None, None, 0, 0, out, lse, grad_out, dquery, dkey, dvalue, None
             )  # fmt: skip
     else:
-        spec = _spec(normalizer, scale, 0.0, -1, right, False, softcap, 0.0, None, 0)
+        spec = replace(_spec(normalizer, scale, 0.0, -1, right, False, softcap, 0.0, None, 0), part=True)
         tiled.backward(spec, query, key, value, None, None, out, lse, grad_out, dquery, dkey, dvalue)
     return dquery, dkey, dvalue
 

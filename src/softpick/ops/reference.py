@@ -15,7 +15,32 @@ from torch import Tensor
 
 from softpick.normalizers import Normalizer, get_normalizer
 
-__all__ = ["attention_reference", "forward_mode", "normalize"]
+__all__ = ["attention_reference", "forward_mode", "normalize", "widen"]
+
+
+class _Widen(torch.autograd.Function):
+    """fp16 to fp32 with a gradient that saturates: near zero the gradient of softpick reaches 1/eps, beyond fp16's range."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor) -> Tensor:
+        return x.to(torch.float32)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        limit = torch.finfo(torch.float16).max
+        return grad.clamp(-limit, limit).to(torch.float16)
+
+
+def widen(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """``x`` in the dtype of the computation; gradients that come back saturate in fp16."""
+    saturating = x.dtype == torch.float16 and dtype == torch.float32 and not forward_mode()
+    return _Widen.apply(x) if saturating else x.to(dtype)
 
 
 class _Normalize(torch.autograd.Function):
@@ -37,7 +62,7 @@ class _Normalize(torch.autograd.Function):
         g = _excluded(norm.g(s, m), keep)
         total = g.sum(-1, keepdim=True) + norm.c(m, sink) + eps
         weights = f * _reciprocal(total)
-        lse = (m + torch.log(total)).squeeze(-1)
+        lse = (m + torch.log(total.abs() if norm.signed_denominator else total)).squeeze(-1)
         return weights, lse, weights.sum(-1), rowmax.squeeze(-1)
 
     @staticmethod
@@ -93,7 +118,7 @@ def _normalize_in_operations(
     f, g = part(norm.f(s, m), norm.df(s, m)), part(norm.g(s, m), norm.dg(s, m))
     total = g.sum(-1, keepdim=True) + norm.c(m, sink) + eps
     weights = f * _reciprocal(total)
-    lse = (m + torch.log(total)).squeeze(-1)
+    lse = (m + torch.log(total.abs() if norm.signed_denominator else total)).squeeze(-1)
     return weights, lse.detach(), weights.sum(-1).detach(), rowmax.squeeze(-1)
 
 
@@ -142,7 +167,7 @@ def normalize(
     if keep is not None:
         keep = keep.expand(scores.shape) if keep.shape != scores.shape else keep
     function: Any = _normalize_in_operations if forward_mode() else _Normalize.apply
-    return function(scores, keep, sink, norm.name, norm.eps if eps is None else eps)
+    return function(scores, keep, sink, norm.text, norm.eps if eps is None else eps)
 
 
 def attention_reference(
@@ -180,15 +205,15 @@ def attention_reference(
     """
     work = torch.float64 if query.dtype == torch.float64 else torch.float32
     groups = query.shape[1] // key.shape[1] if key.shape[1] else 1
-    q, k, v = query.to(work), key.to(work), value.to(work)
+    q, k, v = widen(query, work), widen(key, work), widen(value, work)
     if groups != 1:
         k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
     scores = (q * scale) @ k.transpose(-2, -1)
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
     if bias is not None:
-        scores = scores + bias.to(work)
-    sink_bh11 = None if sink is None else sink.to(work).view(1, -1, 1, 1)
+        scores = scores + widen(bias, work)
+    sink_bh11 = None if sink is None else widen(sink, work).view(1, -1, 1, 1)
     weights, lse, mass, largest = normalize(scores, normalizer, keep=keep, sink=sink_bh11, eps=eps)
     dropped = torch.nn.functional.dropout(weights, dropout_p) if dropout_p > 0 else weights
     return (dropped @ v).to(query.dtype), lse, mass, largest, weights

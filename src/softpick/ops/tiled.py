@@ -17,12 +17,16 @@ What makes it fast on a CPU, in the order of its weight:
   dV and dP backward.
 
 ``e^s - 1`` cancels for small scores; where a row's sum is not dominated by large ones the tile uses ``expm1``.
+
+Rows that see few keys get their due: there the gradient is a difference that nearly cancels, divided by a small ``l``. Their
+weights are divided by their sum and multiplied with V in full precision, so that one key alone gives its value to the bit,
+and ``D`` is summed from the same products as the rest of the gradient.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -30,7 +34,7 @@ from torch import Tensor
 
 from softpick.normalizers import Normalizer
 
-__all__ = ["TileSpec", "backward", "forward"]
+__all__ = ["TileSpec", "backward", "forward", "narrow"]
 
 LOG2E = math.log2(math.e)
 LN2 = math.log(2.0)
@@ -46,6 +50,8 @@ UNSHIFTED = 64.0
 # Rows whose largest base-2 score (forward) or log2 of the denominator (backward) is at least this have a sum of at
 # least one, against which the rounding of e^s - 1 is an error in the last place.
 CANCELLATION_SAFE = 1.0
+# Rows that see so few keys, or fewer, are computed with care.
+FEW_KEYS = 128
 
 
 @dataclass(frozen=True)
@@ -61,11 +67,12 @@ class TileSpec:
     softcap: float = 0.0
     dropout_p: float = 0.0
     seed: int = 0
+    part: bool = False  # of the keys of a ring: D of a row is not the sum over these
 
     @property
     def exponential(self) -> bool:
         """Whether scores are taken to base 2."""
-        return self.norm.base != "linear"
+        return self.norm.exponential
 
     @property
     def score_scale(self) -> float:
@@ -107,6 +114,11 @@ class _Pattern:
         low = 0 if self.spec.left < 0 else max(0, i0 + self.offset - self.spec.left)
         high = self.tk if self.spec.right < 0 else min(self.tk, i1 + self.offset + self.spec.right)
         return low, max(low, high)
+
+    def few(self, i0: int, i1: int) -> bool:
+        """Whether some query of [i0, i1) sees few keys: the number rises, stays and falls, so the outer two decide."""
+        counts = [high - low for low, high in (self.keys(i, i + 1) for i in (i0, i1 - 1))]
+        return min(counts) <= FEW_KEYS
 
     def keep(self, i0: int, i1: int, j0: int, j1: int) -> Tensor | None:
         """Float 0/1 mask of a tile; None if every query of it sees every key."""
@@ -153,7 +165,7 @@ class _Chunk:
         """Write what an :meth:`accumulator` of ``x`` holds to its place."""
         part = x[self.batch, self.heads]
         if part.data_ptr() != total.data_ptr():
-            part.copy_(total.view(part.shape))
+            narrow(total.view(part.shape), part)
 
     def rows(self, x: Tensor, i0: int, i1: int) -> Tensor:
         """Rows of ``(B, H, T, ...)`` as ``(b, h, groups, rows, ...)``: a view."""
@@ -241,6 +253,25 @@ def _scores(
     return keep
 
 
+def narrow(x: Tensor, into: Tensor) -> None:
+    """Write ``x`` (overwritten) to a tensor of another dtype; what is beyond the range of fp16 becomes its largest number.
+
+    Gradients get there: near zero the gradient of softpick reaches 1/eps.
+    """
+    if into.dtype == torch.float16:
+        limit = torch.finfo(torch.float16).max
+        x = x.clamp_(-limit, limit)
+    into.copy_(x)
+
+
+def _few_seen(keep: Tensor | None) -> bool:
+    """Whether a tile's 0/1 mask leaves few keys to some query, but not none."""
+    if keep is None:
+        return False
+    counts = keep.sum(-1)
+    return bool(((counts > 0) & (counts <= FEW_KEYS)).any())
+
+
 def _width(chunk: _Chunk) -> int:
     return chunk.batch.stop - chunk.batch.start
 
@@ -254,9 +285,10 @@ def _dropout(spec: TileSpec, tile: Tensor, chunk: _Chunk, span: tuple[int, int, 
     return keep.mul_(1.0 / (1.0 - spec.dropout_p) if spec.dropout_p < 1.0 else 0.0)
 
 
-def _sink_rows(chunk: _Chunk, sink: Tensor, rows: int) -> Tensor:
-    """Base-2 sink logits ``(H,)`` as a column ``(n, groups * rows, 1)``."""
-    part = (sink * LOG2E)[chunk.heads.start * chunk.groups : chunk.heads.stop * chunk.groups]
+def _sink_rows(chunk: _Chunk, sink: Tensor, rows: int, unit: float = LOG2E) -> Tensor:
+    """Sink logits ``(H,)``, in base 2, as a column ``(n, groups * rows, 1)``."""
+    limit = torch.finfo(sink.dtype).max  # a logit that has no base-2 form is as good as the largest that has one
+    part = (sink * unit).clamp(max=limit)[chunk.heads.start * chunk.groups : chunk.heads.stop * chunk.groups]
     part = part.view(1, -1, chunk.groups, 1, 1).expand(_width(chunk), -1, -1, rows, 1)
     return part.reshape(chunk.n, chunk.groups * rows, 1)
 
@@ -317,18 +349,30 @@ class _Shift:
         high = self.high.clamp(min=self.anchor)
         return torch.where(high == -math.inf, 0.0, high)
 
-    def expm1(self, s: Tensor) -> Tensor:
-        """``2^(s - m) - 2^-m`` in place, accurate relative to the row sum."""
-        if not self.zero:
-            small = torch.expm1(s.abs().mul_(-LN2)).neg_().copysign_(s)
-            return s.clamp_(min=0).sub_(self.value).exp2_().mul_(small)
-        if float(self.high.min()) >= CANCELLATION_SAFE:
+    def base(self, norm: Normalizer, s: Tensor) -> Tensor:
+        """The base function of a tile relative to ``2^m``, in place; accurate relative to the row sum."""
+        if norm.base == "exp":
+            return (s if self.zero else s.sub_(self.value)).exp2_()
+        if norm.base != "expm1":
+            return _plain_base(norm, s)
+        if self.zero and float(self.high.min()) >= CANCELLATION_SAFE:
             return s.exp2_().sub_(1.0)
-        return s.mul_(LN2).expm1_()
+        return _expm1(s, None if self.zero else self.value)
 
-    def exp(self, s: Tensor) -> Tensor:
-        """``2^(s - m)`` in place."""
-        return (s if self.zero else s.sub_(self.value)).exp2_()
+
+def _expm1(s: Tensor, m: Tensor | None) -> Tensor:
+    """``2^(s - m) - 2^-m`` in place without cancellation or overflow; ``m`` is 0 if None."""
+    if m is None:
+        return s.mul_(LN2).expm1_()
+    small = torch.expm1(s.abs().mul_(-LN2)).neg_().copysign_(s)
+    return s.clamp_(min=0).sub_(m).exp2_().mul_(small)
+
+
+def _plain_base(norm: Normalizer, s: Tensor) -> Tensor:
+    """A base function without an exponential that could overflow, in place."""
+    if norm.base == "square":
+        return s.mul_(s)
+    return s.sigmoid_() if norm.base == "sigmoid" else s
 
 
 def _nothing_kept(norm: Normalizer, scores: Tensor) -> bool:
@@ -361,6 +405,7 @@ def forward(
     lse: Tensor,
     mass: Tensor | None = None,
     largest: Tensor | None = None,
+    saved: tuple[Tensor, ...] | None = None,
 ) -> None:
     """Attention into preallocated outputs (which may be views of larger tensors).
 
@@ -375,6 +420,8 @@ def forward(
         lse: ``(B, H, Tq)``, written: log of the denominator, with constant and eps.
         mass: ``(B, H, Tq)``, written if given: sum of the weights.
         largest: ``(B, H, Tq)``, written if given: largest score that is not masked.
+        saved: two of ``(B, H, Tq)``, written if given: for :func:`backward`, the row constant that exponents are relative to
+            (base 2), and 1 over the denominator relative to it. ``lse`` says the same with fewer bits where scores are large.
     """
     norm, dtype = spec.norm, lse.dtype
     tq, tk = query.shape[2], key.shape[2]
@@ -394,40 +441,59 @@ def forward(
             top = torch.full_like(total, -math.inf) if largest is not None else None
             sink_rows = None if sink is None else _sink_rows(chunk, sink.to(dtype), i1 - i0)
             shift = _Shift(norm, total, sink_rows)
-            for j0, j1 in _ranges(*pattern.keys(i0, i1), bk):
+            spans = list(_ranges(*pattern.keys(i0, i1), bk))
+            few, held = pattern.few(i0, i1), None
+            for j0, j1 in spans:
                 span = (i0, i1, j0, j1)
                 s = buffers.get("s", chunk.n, rows, j1 - j0)
                 keep = _scores(spec, chunk, s, q, k[:, j0:j1], mask, pattern, span)
                 if top is not None:
                     top = torch.maximum(top, _largest(s, keep, chunk, i1 - i0, norm))
-                if spec.exponential:
+                if spec.exponential or norm.sparse:
                     rowmax = s.amax(-1, keepdim=True)
-                    factor = shift.update(rowmax)
+                    factor = shift.update(rowmax) if spec.exponential else None
                     if factor is not None:
                         for carried in (total, kept_total, numerator):
                             carried.mul_(factor)
                     if _nothing_kept(norm, rowmax):
                         # Exact skip: no entry reaches the numerator, so V is not read.
                         if norm.absolute_denominator:
-                            total -= shift.expm1(s).sum(-1, keepdim=True)
+                            sums = shift.base(norm, s).sum(-1, keepdim=True)
+                            total += -sums if norm.signed else sums
                         continue
-                s, denominator = _numerators(norm, shift, s, buffers)
-                kept = s.sum(-1, keepdim=True)
+                s, kept, denominator = _numerators(norm, shift, s, buffers)
                 kept_total += kept
-                total += kept if denominator is None else denominator(kept)
+                if norm.normalized:
+                    total += denominator
                 if spec.dropout_p:
                     s.mul_(_dropout(spec, s, chunk, span))
-                _add_product(numerator, s, v[:, j0:j1])
+                careful = few or (mask is not None and _few_seen(keep))
+                if careful and len(spans) == 1:
+                    held = s, v[:, j0:j1].to(dtype)
+                else:
+                    values = v[:, j0:j1]
+                    _add_product(numerator, s, values.to(dtype) if careful else values)
             if norm.constant == 1:
                 total += torch.exp2(-shift.value) if spec.exponential else 1.0
             elif sink_rows is not None:
                 total += torch.exp2(sink_rows - shift.value)
             if spec.eps:  # relative to the final m of the mathematics, not to the one in use
                 total += spec.eps * (torch.exp2(shift.final - shift.value) if spec.exponential else 1.0)
-            inverse = torch.where(total == 0, 0.0, 1.0 / torch.where(total == 0, 1.0, total))
+            divisor = torch.where(total == 0, 1.0, total)
+            inverse = torch.where(total == 0, 0.0, 1.0 / divisor)
+            if held is None:
+                numerator.mul_(inverse)
+            else:  # x / x is 1, so one key alone has exactly its value
+                numerator = torch.bmm(held[0].div_(divisor), held[1])
             shape = (_width(chunk), -1, chunk.groups, i1 - i0)
-            chunk.rows(out, i0, i1).copy_(numerator.mul_(inverse).view(*shape, v.shape[-1]))
-            chunk.rows(lse, i0, i1).copy_((shift.value * unit + torch.log(total)).view(shape))
+            chunk.rows(out, i0, i1).copy_(numerator.view(*shape, v.shape[-1]))
+            logarithm = shift.value * unit + torch.log(total.abs() if norm.signed_denominator else total)
+            if sink is not None:  # which may have no base-2 form
+                logarithm = torch.maximum(logarithm, _sink_rows(chunk, sink.to(dtype), i1 - i0, 1.0))
+            chunk.rows(lse, i0, i1).copy_(logarithm.view(shape))
+            if saved is not None:
+                for what, where in zip((shift.value, inverse), saved, strict=True):
+                    chunk.rows(where, i0, i1).copy_(what.view(shape))
             if mass is not None:
                 chunk.rows(mass, i0, i1).copy_((kept_total * inverse).view(shape))
             if largest is not None and top is not None:
@@ -435,22 +501,28 @@ def forward(
         del k, v  # before the next chunk makes its own
 
 
-def _numerators(
-    norm: Normalizer, shift: _Shift, s: Tensor, buffers: _Buffers
-) -> tuple[Tensor, Callable[[Tensor], Tensor] | None]:
-    """``f`` of a tile (may overwrite ``s``), and the row sum of ``g`` from that of ``f`` if they differ."""
-    if norm.base == "linear":
-        absolute = torch.linalg.vector_norm(s, 1, -1, keepdim=True)
-        return s, lambda kept: absolute
-    if norm.base == "expm1":
-        p = shift.expm1(s)
-        signed = p.sum(-1, keepdim=True)
-        p.clamp_(min=0)
-        return p, (lambda kept: 2.0 * kept - signed) if norm.absolute_denominator else None
+def _numerators(norm: Normalizer, shift: _Shift, s: Tensor, buffers: _Buffers) -> tuple[Tensor, Tensor, Tensor]:
+    """``f`` of a tile (may overwrite ``s``), its row sum, and the row sum of ``g``."""
     if norm.rectify == "none":
-        return shift.exp(s), None
-    p = buffers.get("p", *s.shape).copy_(s)
-    return _keep_nonnegative(shift.exp(p), s), None
+        p = shift.base(norm, s)
+        kept = p.sum(-1, keepdim=True)
+        absolute = norm.signed and norm.absolute_denominator
+        return p, kept, torch.linalg.vector_norm(p, 1, -1, keepdim=True) if absolute else kept
+    # where the sign of the base function does not tell what is kept, the scores do
+    p = shift.base(norm, s if norm.signed else buffers.get("p", *s.shape).copy_(s))
+    everything = p.sum(-1, keepdim=True) if norm.absolute_denominator else None
+    p = p.clamp_(min=0) if norm.signed else _keep(norm, p, s)
+    kept = p.sum(-1, keepdim=True)
+    if everything is None:
+        return p, kept, kept
+    return p, kept, 2.0 * kept - everything if norm.signed else everything
+
+
+def _keep(norm: Normalizer, x: Tensor, s: Tensor) -> Tensor:
+    """``x`` where the numerator keeps the score ``s``, else 0, in place."""
+    if norm.rectify == "none":
+        return x
+    return _keep_positive(x, s) if norm.rectify == "positive" else _keep_nonnegative(x, s)
 
 
 def backward(
@@ -468,14 +540,16 @@ def backward(
     dvalue: Tensor,
     dmask: Tensor | None = None,
     dsink: Tensor | None = None,
+    saved: tuple[Tensor, ...] | None = None,
 ) -> None:
     """Gradients into preallocated tensors: ``dquery``, ``dkey``, ``dvalue`` written; ``dmask``, ``dsink`` added to.
 
-    Recomputes the scores; ``E = e^{s - lse}`` is then the derivative of ``e^s / l`` and with ``D = do . o``
+    Recomputes the scores; with ``E_j`` the derivative of the base function over ``l`` (``e^{s - lse}``) and ``D = do . o``
 
         dv_j += f_j / l do        ds_j = E_j ([kept] dp_j - sign(s_j) D)        dsink = -D e^{sink - lse}
 
-    Shapes as in :func:`forward`; ``grad_out`` as ``out``; ``dmask`` as ``mask`` (additive) in the dtype of ``lse``.
+    Shapes as in :func:`forward`; ``grad_out`` as ``out``; ``dmask`` as ``mask`` (additive) in the dtype of ``lse``. Without
+    ``saved`` its place is taken by ``lse``, which has fewer bits where scores are large.
     """
     norm, dtype = spec.norm, lse.dtype
     tq, tk = query.shape[2], key.shape[2]
@@ -494,45 +568,40 @@ def backward(
             do = chunk.rows(grad_out, i0, i1).to(dtype)
             delta = (do * chunk.rows(out, i0, i1).to(dtype)).sum(-1).reshape(chunk.n, rows, 1)
             do = do.reshape(chunk.n, rows, -1)
-            row_lse = chunk.rows(lse, i0, i1).reshape(chunk.n, rows, 1)
-            # An empty row (denominator 0) has lse = -inf; with +inf all its exponentials are 0.
-            row_lse = torch.where(row_lse == -math.inf, math.inf, row_lse)
-            if spec.exponential:
-                row_lse = row_lse * LOG2E
-            if dsink is not None and sink is not None:
-                grad = -delta * torch.exp2(_sink_rows(chunk, sink.to(dtype), i1 - i0) - row_lse)
-                heads = slice(chunk.heads.start * chunk.groups, chunk.heads.stop * chunk.groups)
-                dsink[heads] += grad.view(_width(chunk), -1, chunk.groups, i1 - i0).sum((0, 3)).flatten()
-            inverse = torch.exp2(-row_lse) if spec.exponential else torch.exp(-row_lse)
-            exact = norm.base == "expm1" and float(row_lse.min()) < CANCELLATION_SAFE
+            level, inverse = _row_level(spec, chunk, lse, saved, i0, i1, rows)
+            zero = not spec.exponential or not bool(level.any())
+            # log2 of the denominator; of an empty row, where all is 0, it does not matter
+            exact = norm.base == "expm1" and float((level - torch.log2(inverse.abs())).min()) < CANCELLATION_SAFE
             dq = torch.zeros_like(q)
-            for j0, j1 in _ranges(*pattern.keys(i0, i1), bk):
+            spans = list(_ranges(*pattern.keys(i0, i1), bk))
+            few = pattern.few(i0, i1)
+            for j0, j1 in spans:
                 span = (i0, i1, j0, j1)
                 shape = (chunk.n, rows, j1 - j0)
                 s, e = buffers.get("s", *shape), buffers.get("e", *shape)
                 slope = buffers.get("slope", *shape) if spec.softcap else None
                 keep = _scores(spec, chunk, s, q, k[:, j0:j1], mask, pattern, span, slope)
+                careful = len(spans) == 1 and not spec.part and (few or (mask is not None and _few_seen(keep)))
                 if keep is not None:
                     keep = keep.expand(_width(chunk), chunk.n // _width(chunk), chunk.groups, i1 - i0, j1 - j0)
                 skip = _nothing_kept(norm, s)
                 if skip and not (norm.absolute_denominator and norm.negative_gradient):
                     continue  # neither V nor dS: all five products are zero
                 drop = _dropout(spec, s, chunk, span) if spec.dropout_p else None
-                if spec.exponential:
-                    torch.sub(s, row_lse, out=e).exp2_()
-                else:
-                    e.copy_(inverse.expand_as(e))
+                _derivative(norm, s, e, level, inverse, zero)
                 if keep is not None and norm.neutral == 0.0:
                     e.view(keep.shape).mul_(keep)
                 if skip:
-                    ds = e.mul_(delta)
+                    ds = (e.copysign_(s.add_(0.0)) if norm.signed else e).mul_(delta).neg_()
                 else:
                     p = buffers.get("p", *shape)
-                    _weights(norm, s, e, p, inverse, row_lse, exact)
+                    _weights(norm, s, e, p, level, inverse, zero, exact)
                     if drop is not None:
                         p.mul_(drop)
                     _add_product(dv[:, j0:j1], p.transpose(1, 2), do_low)
-                    dp = torch.bmm(do, v[:, j0:j1].transpose(1, 2), out=p)
+                    dp = torch.bmm(do, v[:, j0:j1].transpose(1, 2), out=buffers.get("dp", *shape) if careful else p)
+                    if careful:  # all the row is here: D of the very numbers that it is subtracted from
+                        delta = p.mul_(dp).sum(-1, keepdim=True)
                     if drop is not None:
                         dp.mul_(drop)
                     ds = _score_gradient(norm, s, e, dp, delta)
@@ -544,41 +613,70 @@ def backward(
                 ds = ds.to(low)
                 _add_product(dq, ds, k_low[:, j0:j1])
                 _add_product(dk[:, j0:j1], ds.transpose(1, 2), q_low)
+            if dsink is not None and sink is not None:
+                grad = -delta * torch.exp2(_sink_rows(chunk, sink.to(dtype), i1 - i0) - level) * inverse
+                heads = slice(chunk.heads.start * chunk.groups, chunk.heads.stop * chunk.groups)
+                dsink[heads] += grad.view(_width(chunk), -1, chunk.groups, i1 - i0).sum((0, 3)).flatten()
             rows_of_dq = chunk.rows(dquery, i0, i1)
-            rows_of_dq.copy_(dq.mul_(spec.scale).view(rows_of_dq.shape))
+            narrow(dq.mul_(spec.scale).view(rows_of_dq.shape), rows_of_dq)
         chunk.store(dkey, dk.mul_(spec.scale))
         chunk.store(dvalue, dv)
         del k, v, k_low, dk, dv  # before the next chunk makes its own
 
 
-def _weights(norm: Normalizer, s: Tensor, e: Tensor, p: Tensor, inverse: Tensor, row_lse: Tensor, exact: bool) -> None:
+def _row_level(
+    spec: TileSpec, chunk: _Chunk, lse: Tensor, saved: tuple[Tensor, ...] | None, i0: int, i1: int, rows: int
+) -> tuple[Tensor, Tensor]:
+    """The row constant that exponents are relative to (base 2) and ``1 / l`` relative to it, as columns."""
+    if saved is not None:
+        level, inverse = (chunk.rows(x, i0, i1).reshape(chunk.n, rows, 1) for x in saved)
+        return level, inverse
+    level = chunk.rows(lse, i0, i1).reshape(chunk.n, rows, 1)
+    empty = level == -math.inf
+    if not spec.exponential:
+        return torch.zeros_like(level), torch.where(empty, 0.0, torch.exp(-level))
+    return torch.where(empty, 0.0, level * LOG2E), torch.where(empty, 0.0, torch.ones_like(level))
+
+
+def _derivative(norm: Normalizer, s: Tensor, e: Tensor, level: Tensor, inverse: Tensor, zero: bool) -> None:
+    """The derivative of the base function over ``l`` of a tile into ``e``."""
+    if norm.exponential:
+        (torch.exp2(s, out=e) if zero else torch.sub(s, level, out=e).exp2_()).mul_(inverse)
+    elif norm.base == "square":
+        torch.mul(s, 2.0 * inverse, out=e)
+    elif norm.base == "sigmoid":
+        torch.sigmoid(s, out=e)
+        torch.addcmul(e, e, e, value=-1.0, out=e).mul_(inverse)
+    else:
+        e.copy_(inverse.expand_as(e))
+
+
+def _weights(
+    norm: Normalizer, s: Tensor, e: Tensor, p: Tensor, level: Tensor, inverse: Tensor, zero: bool, exact: bool
+) -> None:
     """``f(s) / l`` of a tile into ``p``."""
-    if norm.base == "linear":
-        torch.mul(s, e, out=p)
-    elif norm.base == "exp":
-        p.copy_(e)
-        if norm.rectify == "nonnegative":
-            _keep_nonnegative(p, s)
+    if norm.base == "exp":
+        _keep(norm, p.copy_(e), s)
+    elif norm.base != "expm1":
+        _keep(norm, _plain_base(norm, p.copy_(s)).mul_(inverse), s)
+    elif norm.rectify == "none":
+        _expm1(p.copy_(s), None if zero else level).mul_(inverse)
     elif exact:
         # e^{s - lse} (1 - e^{-s}) for s > 0: no cancellation, and no overflow where e^s - 1 would
         torch.mul(s, -LN2, out=p).expm1_().neg_().mul_(e).clamp_(min=0)
         _keep_positive(p, s)
     else:
-        torch.sub(e, inverse, out=p).clamp_(min=0)
+        torch.sub(e, inverse if zero else inverse * torch.exp2(-level), out=p).clamp_(min=0)
 
 
 def _score_gradient(norm: Normalizer, s: Tensor, e: Tensor, dp: Tensor, delta: Tensor) -> Tensor:
     """``ds`` of a tile from ``dp`` (overwritten). ``step(0) = 0`` and ``sign(0) = +1``, as in paper eq. (7)."""
+    if not norm.normalized:
+        return _keep(norm, dp, s).mul_(e)
     if not norm.absolute_denominator:
-        dp.sub_(delta)
-        if norm.rectify == "positive":
-            _keep_positive(dp, s)
-        elif norm.rectify == "nonnegative":
-            _keep_nonnegative(dp, s)
-        return dp.mul_(e)
+        return _keep(norm, dp.sub_(delta), s).mul_(e)
     if not norm.negative_gradient:
         return _keep_positive(dp.sub_(delta), s).mul_(e)
-    if norm.rectify == "positive":
-        _keep_positive(dp, s)
-    dp.mul_(e)
-    return dp.addcmul_(e.copysign_(s), delta, value=-1.0)
+    _keep(norm, dp, s).mul_(e)
+    # adding 0 gives -0 the sign of 0
+    return dp.addcmul_(e.copysign_(s.add_(0.0)) if norm.signed else e, delta, value=-1.0)

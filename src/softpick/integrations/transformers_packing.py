@@ -1,0 +1,213 @@
+"""Packed sequences: several in one row of a batch, told apart by their offsets or by positions that start again at 0."""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from softpick.functional import varlen_attention
+from softpick.normalizers import Normalizer
+
+__all__ = ["Packing", "apart", "attend_packed", "excluded", "find_packing", "masked"]
+
+
+class Packing(NamedTuple):
+    """Which sequence each token of a batch belongs to. All of ``(B, T)``, or ``(1, T)`` where all rows are alike."""
+
+    sequence: Tensor
+    """Number of the sequence within its row or within the batch."""
+    position: Tensor
+    """Position within the sequence, from 0."""
+    offsets: Tensor | None
+    """``(N + 1,)`` int32 starts and end of the sequences among all ``B T`` tokens; None where they cannot be read."""
+    longest: int
+    """At least the length of the longest sequence."""
+
+
+def find_packing(
+    batch: int,
+    tq: int,
+    tk: int,
+    position_ids: Tensor | None,
+    cu_seq_lens_q: Tensor | None,
+    cu_seq_lens_k: Tensor | None,
+    longest: int | None,
+) -> Packing | None:
+    """The packed sequences of a batch, or None if there are none.
+
+    Args:
+        batch: number of rows.
+        tq: number of queries.
+        tk: number of keys.
+        position_ids: ``(B or 1, Tq)``; ignored unless a 0 follows another position (values are not read while compiling:
+            there positions are taken for packed ones).
+        cu_seq_lens_q: ``(N + 1,)`` offsets among the ``B Tq`` tokens; win over positions.
+        cu_seq_lens_k: the same.
+        longest: the longest sequence, if it is known.
+
+    Raises:
+        ValueError: for offsets of other shapes, or of which one is missing.
+    """
+    if cu_seq_lens_q is not None or cu_seq_lens_k is not None:
+        cu = _offsets(tq, tk, cu_seq_lens_q, cu_seq_lens_k)
+        tokens = torch.arange(batch * tq, device=cu.device)
+        sequence = torch.searchsorted(cu, tokens, right=True)
+        position = tokens - cu[(sequence - 1).clamp(min=0)]
+        return Packing(sequence.view(batch, tq), position.view(batch, tq), cu, longest or tq)
+    if (
+        position_ids is None
+        or tq < 2
+        or tuple(position_ids.shape) not in ((1, tq), (batch, tq))
+        or position_ids.is_meta
+    ):
+        return None
+    compiling = torch.compiler.is_compiling()
+    if not compiling and not _restarts(position_ids):
+        return None
+    starts = position_ids == 0
+    index = torch.arange(tq, device=position_ids.device)
+    position = index - torch.where(starts, index, 0).cummax(-1).values
+    offsets = None
+    if not compiling:
+        starts = starts.clone()
+        starts[:, 0] = True
+        flat = starts.expand(batch, tq).reshape(-1).nonzero().flatten()
+        offsets = torch.cat([flat, flat.new_tensor([batch * tq])]).int()
+    return Packing(starts.cumsum(-1), position, offsets, tq)
+
+
+def _offsets(tq: int, tk: int, cu_q: Tensor | None, cu_k: Tensor | None) -> Tensor:
+    if cu_q is None or cu_k is None or tq != tk or cu_q.shape != cu_k.shape:
+        raise ValueError(
+            "cu_seq_lens_q, cu_seq_lens_k: expected both, equal, with as many keys as queries; got "
+            f"{'none' if cu_q is None else tuple(cu_q.shape)}, {'none' if cu_k is None else tuple(cu_k.shape)}, {tq} queries, "
+            f"{tk} keys"
+        )
+    return cu_q
+
+
+_last_positions: tuple[weakref.ref[Tensor], int, bool] | None = None
+
+
+def _restarts(position_ids: Tensor) -> bool:
+    """Whether a position 0 follows another one.
+
+    Reading it waits for the device, and all layers of a model ask about one tensor: the last answer is remembered.
+    """
+    global _last_positions
+    last, version = _last_positions, -1 if position_ids.is_inference() else position_ids._version
+    if last is not None and version >= 0 and last[0]() is position_ids and last[1] == version:
+        return last[2]
+    answer = bool((position_ids[:, 1:] == 0).any())
+    _last_positions = (weakref.ref(position_ids), version, answer)
+    return answer
+
+
+def attend_packed(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    packing: Packing,
+    *,
+    is_causal: bool,
+    window: tuple[int, int] | None,
+    score_scale: Tensor | None,
+    dropout: float,
+    scaling: float | None,
+    normalizer: Normalizer,
+    softcap: float | None,
+    sink: Tensor | None,
+) -> Tensor:
+    """Attention within packed sequences, without a mask.
+
+    Args:
+        query: ``(B, H, T, D)``; key and value likewise, with ``Hkv`` heads.
+        window: ``(left, right)`` keys around the own position, or None.
+        score_scale: ``(H,)``, times the logarithm of the number of visible keys.
+
+    Returns:
+        ``(B, T, H, Dv)``.
+    """
+    assert packing.offsets is not None
+    batch, _, tokens, _ = query.shape
+    if score_scale is not None:
+        lengths = packing.offsets.diff()
+        sequence = (
+            torch.searchsorted(packing.offsets, torch.arange(batch * tokens, device=query.device), right=True) - 1
+        )
+        length = lengths[sequence.clamp(0, len(lengths) - 1)].view(batch, tokens)
+        position = packing.position.expand(batch, tokens)
+        left, right = (-1, 0 if is_causal else -1) if window is None else window
+        first = 0 if left < 0 else (position - left).clamp(min=0)
+        last = length - 1 if right < 0 else torch.minimum(position + right, length - 1)
+        logs = (last - first + 1).clamp(min=1).float().log()[:, None]
+        query = (query * (score_scale.view(-1, 1, 1) * logs[..., None])).to(query.dtype)
+    q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (query, key, value))
+    out = varlen_attention(
+        q,
+        k,
+        v,
+        packing.offsets,
+        packing.offsets,
+        packing.longest,
+        packing.longest,
+        dropout,
+        scaling,
+        is_causal,
+        normalizer=normalizer,
+        window=window,
+        softcap=softcap,
+        sink=sink,
+    )
+    assert isinstance(out, Tensor)
+    return out.unflatten(0, (batch, tokens))
+
+
+def masked(mask: Tensor, keep: Tensor) -> Tensor:
+    """A mask, boolean or additive, that also excludes what ``keep`` says False of."""
+    return mask & keep if mask.dtype == torch.bool else mask.masked_fill(~keep, torch.finfo(mask.dtype).min)
+
+
+def excluded(mask: Tensor) -> Tensor:
+    """Where a mask excludes keys, boolean."""
+    return ~mask if mask.dtype == torch.bool else mask <= torch.finfo(mask.dtype).min / 2
+
+
+def apart(
+    mask: Tensor | None, packing: Packing, is_causal: bool, window: tuple[int, int] | None, chunk: int | None
+) -> Tensor:
+    """A mask without what packed sequences see of one another.
+
+    Args:
+        mask: ``(B, 1 or H, T, T)``, or None.
+        packing: of the ``T`` tokens.
+        is_causal: what None as the mask means; also that chunks look back only.
+        window: ``(left, right)``, where the mask is None.
+        chunk: tokens of a chunk: attention that transformers' mask limited to chunks, counted from the start of the row. They
+            are counted from the start of each sequence instead.
+    """
+    same = (packing.sequence[:, :, None] == packing.sequence[:, None, :])[:, None]
+    if mask is None:
+        keep = same.tril() if is_causal else same
+        left, right = (-1, -1) if window is None else window
+        keep = keep if left < 0 else keep.triu(-left)
+        return keep if right < 0 else keep.tril(right)
+    if chunk is not None:
+        # what the mask says of single keys (padding) stands where a query meets its own key
+        own = ~excluded(mask.diagonal(dim1=-2, dim2=-1))[..., None, :]
+        number = packing.position // chunk
+        keep = (same & (number[:, :, None] == number[:, None, :])[:, None]).tril() & own
+        return keep if mask.dtype == torch.bool else torch.where(keep, 0.0, torch.finfo(mask.dtype).min).to(mask.dtype)
+    return masked(mask, same)
+
+
+def chunk_of(module: Any) -> int | None:
+    """Tokens of a chunk, where a layer's configuration says that it attends within chunks; else None."""
+    config, index = getattr(module, "config", None), getattr(module, "layer_idx", None)
+    kinds = getattr(config, "layer_types", None)
+    if kinds is None or index is None or index >= len(kinds) or kinds[index] != "chunked_attention":
+        return None
+    return getattr(config, "attention_chunk_size", None)

@@ -33,6 +33,7 @@ try:
         AutoModelForSequenceClassification,
         PreTrainedConfig,
         PreTrainedModel,
+        masking_utils,
     )
     from transformers.utils import output_capturing
 except ImportError as error:
@@ -58,9 +59,9 @@ from softpick.integrations.transformers_packing import (
     apart,
     attend_packed,
     chunk_of,
-    excluded,
     find_packing,
     masked,
+    packed_in_masks,
 )
 
 __all__ = [
@@ -145,7 +146,7 @@ def attention_forward(
             mask has the window in it.
         position_bias: broadcastable to ``(B, H, Tq, Tk)``, added to the scores; receives a gradient.
         position_ids: ``(B or 1, Tq)``; a 0 after the first token starts a new packed sequence of a causal layer, for as many
-            keys as queries. With a cache in use a compiled model reports packed sequences as an error.
+            keys as queries. Not read while compiling: there the model's mask holds it.
         cu_seq_lens_q: ``(N + 1,)`` starts of packed sequences and their end among the ``B Tq`` tokens of the batch, row
             after row; none crosses a row. Without a mask or a bias they never become a mask (softpick.varlen_attention).
         cu_seq_lens_k: the same; must equal ``cu_seq_lens_q``.
@@ -185,9 +186,7 @@ def attention_forward(
     packing = find_packing(
         batch, tq, tk, position_ids if is_causal else None, cu_seq_lens_q, cu_seq_lens_k, max_length_q
     )
-    if packing is not None and attention_mask is None and packing.offsets is None:
-        _refuse_packing_in_a_graph(position_ids)
-    elif packing is not None and attention_mask is None and position_bias is None and not output_attentions:
+    if packing is not None and attention_mask is None and position_bias is None and not output_attentions:
         out = attend_packed(
             query,
             key,
@@ -203,11 +202,9 @@ def attention_forward(
             sink=sink,
         )
         return out if output_gate is None else out * torch.sigmoid(output_gate), None
-    elif packing is not None and tq == tk:
+    if packing is not None:
         attention_mask = apart(attention_mask, packing, is_causal, window, chunk_of(module))
         causal, window = False, None
-    elif packing is not None:
-        _check_starts(attention_mask, packing.position)
 
     if score_scale is not None:
         n = visible_keys(tq, tk, attn_mask=attention_mask, is_causal=causal, window=window, device=query.device)
@@ -216,13 +213,8 @@ def attention_forward(
     mask = attention_mask
     if position_bias is not None:
         mask = position_bias.to(query.dtype)
-        mask = (
-            mask
-            if attention_mask is None
-            else masked(mask, ~excluded(attention_mask))
-            if attention_mask.dtype == torch.bool
-            else mask + attention_mask
-        )
+        if attention_mask is not None:
+            mask = masked(mask, attention_mask) if attention_mask.dtype == torch.bool else mask + attention_mask
 
     result = scaled_dot_product_attention(
         query,
@@ -259,28 +251,6 @@ def _check_arguments(module: nn.Module, norm: Normalizer, given: dict[str, Any])
         raise ValueError(
             f"{', '.join(unsupported)}: not supported by attn_implementation={norm.name!r}, but "
             f"{type(module).__name__} passes it and ignoring it could change the result"
-        )
-
-
-def _refuse_packing_in_a_graph(position_ids: Tensor | None) -> None:
-    """While a graph is compiled, where positions cannot be read: the graph says so itself if they start again."""
-    assert position_ids is not None
-    torch._assert_async(
-        ~(position_ids[:, 1:] == 0).any(),
-        "position_ids: packed sequences in a compiled model that keeps a cache; pass use_cache=False",
-    )
-
-
-def _check_starts(attention_mask: Tensor | None, position: Tensor) -> None:
-    """Refuse sequences that start among queries with a cache before or behind them, unless only padding comes before."""
-    starts = position[:, 1:] == 0
-    if attention_mask is None or position.shape[-1] != attention_mask.shape[-2]:
-        return
-    seen = (~excluded(attention_mask)).sum(-1)[..., 1:]
-    if bool((starts[:, None] & (seen > 1)).any()):
-        raise ValueError(
-            "position_ids: a packed sequence starts among queries of which the cache has other keys; expected as many keys as "
-            "queries: pass use_cache=False"
         )
 
 
@@ -360,6 +330,10 @@ def register() -> None:
             PreTrainedModel.get_correct_attn_implementation
         )
         PreTrainedModel.post_init = _checked_when_built(PreTrainedModel.post_init)
+        masking_utils._preprocess_mask_arguments = packed_in_masks(
+            masking_utils._preprocess_mask_arguments, lambda config: config._attn_implementation in IMPLEMENTATIONS
+        )
+        _allow_output_attentions()
     AutoConfig.register(SoftpickLlamaConfig.model_type, SoftpickLlamaConfig, exist_ok=True)
     AutoModel.register(SoftpickLlamaConfig, SoftpickLlamaModel, exist_ok=True)
     AutoModelForCausalLM.register(SoftpickLlamaConfig, SoftpickLlamaForCausalLM, exist_ok=True)
@@ -451,6 +425,31 @@ def _checked_when_built(post_init: Callable[..., None]) -> Callable[..., None]:
         post_init(self)
 
     return wrapper
+
+
+def _allow_output_attentions() -> None:
+    """Let configurations have ``output_attentions=True`` beside our implementations, which return weights as eager does."""
+    declared: Any = PreTrainedConfig.output_attentions
+    validate = PreTrainedConfig.validate_output_attentions
+
+    def setter(self: Any, value: bool) -> None:
+        if self._attn_implementation in NORMALIZERS:
+            self._output_attentions = value
+        else:
+            declared.fset(self, value)
+
+    @functools.wraps(validate)
+    def validate_output_attentions(self: Any) -> None:
+        if self._attn_implementation not in NORMALIZERS:
+            validate(self)
+
+    PreTrainedConfig.output_attentions = declared.setter(setter)
+    PreTrainedConfig.validate_output_attentions = validate_output_attentions
+    kinds = [PreTrainedConfig]
+    for kind in kinds:  # classes that exist keep the method in a list of their own
+        kinds += kind.__subclasses__()
+        validators = vars(kind).get("__class_validators__", [])
+        validators[:] = [validate_output_attentions if method is validate else method for method in validators]
 
 
 def _chosen(config: Any) -> str | dict[str, Any] | None:

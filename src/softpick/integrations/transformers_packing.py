@@ -2,27 +2,30 @@
 
 from __future__ import annotations
 
+import functools
 import weakref
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from transformers.utils.import_utils import is_tracing
 
 from softpick.functional import varlen_attention
 from softpick.normalizers import Normalizer
 
-__all__ = ["Packing", "apart", "attend_packed", "excluded", "find_packing", "masked"]
+__all__ = ["Packing", "apart", "attend_packed", "chunk_of", "excluded", "find_packing", "masked", "packed_in_masks"]
 
 
 class Packing(NamedTuple):
-    """Which sequence each token of a batch belongs to. All of ``(B, T)``, or ``(1, T)`` where all rows are alike."""
+    """Which sequence each token of a batch belongs to: tensors ``(B, T)``, or ``(1, T)`` where all rows are alike."""
 
     sequence: Tensor
     """Number of the sequence within its row or within the batch."""
     position: Tensor
     """Position within the sequence, from 0."""
-    offsets: Tensor | None
-    """``(N + 1,)`` int32 starts and end of the sequences among all ``B T`` tokens; None where they cannot be read."""
+    offsets: Tensor
+    """``(N + 1,)`` starts and end of the sequences among all ``B T`` tokens."""
     longest: int
     """At least the length of the longest sequence."""
 
@@ -42,8 +45,8 @@ def find_packing(
         batch: number of rows.
         tq: number of queries.
         tk: number of keys.
-        position_ids: ``(B or 1, Tq)``; ignored unless a 0 follows another position (values are not read while compiling:
-            there positions are taken for packed ones).
+        position_ids: ``(B or 1, Tq)``; ignored unless a 0 follows another position, and while compiling, where values cannot
+            be read (:func:`packed_in_masks` sees to it there).
         cu_seq_lens_q: ``(N + 1,)`` offsets among the ``B Tq`` tokens; win over positions.
         cu_seq_lens_k: the same.
         longest: the longest sequence, if it is known.
@@ -57,26 +60,27 @@ def find_packing(
         sequence = torch.searchsorted(cu, tokens, right=True)
         position = tokens - cu[(sequence - 1).clamp(min=0)]
         return Packing(sequence.view(batch, tq), position.view(batch, tq), cu, longest or tq)
-    if (
-        position_ids is None
-        or tq < 2
-        or tuple(position_ids.shape) not in ((1, tq), (batch, tq))
-        or position_ids.is_meta
-    ):
+    if torch.compiler.is_compiling() or tq != tk or not _packed(position_ids, batch, tq):
         return None
-    compiling = torch.compiler.is_compiling()
-    if not compiling and not _restarts(position_ids):
-        return None
+    assert position_ids is not None
     starts = position_ids == 0
     index = torch.arange(tq, device=position_ids.device)
     position = index - torch.where(starts, index, 0).cummax(-1).values
-    offsets = None
-    if not compiling:
-        starts = starts.clone()
-        starts[:, 0] = True
-        flat = starts.expand(batch, tq).reshape(-1).nonzero().flatten()
-        offsets = torch.cat([flat, flat.new_tensor([batch * tq])]).int()
+    first = torch.cat([torch.ones_like(starts[:, :1]), starts[:, 1:]], -1)
+    flat = first.expand(batch, tq).reshape(-1).nonzero().flatten()
+    offsets = torch.cat([flat, flat.new_tensor([batch * tq])]).int()
     return Packing(starts.cumsum(-1), position, offsets, tq)
+
+
+def _packed(position_ids: Tensor | None, batch: int, tq: int) -> bool:
+    """Whether positions are those of each query and start again at 0."""
+    return (
+        position_ids is not None
+        and tq > 1
+        and tuple(position_ids.shape) in ((1, tq), (batch, tq))
+        and not position_ids.is_meta
+        and _restarts(position_ids)
+    )
 
 
 def _offsets(tq: int, tk: int, cu_q: Tensor | None, cu_k: Tensor | None) -> Tensor:
@@ -131,7 +135,6 @@ def attend_packed(
     Returns:
         ``(B, T, H, Dv)``.
     """
-    assert packing.offsets is not None
     batch, _, tokens, _ = query.shape
     if score_scale is not None:
         lengths = packing.offsets.diff()
@@ -211,3 +214,60 @@ def chunk_of(module: Any) -> int | None:
     if kinds is None or index is None or index >= len(kinds) or kinds[index] != "chunked_attention":
         return None
     return getattr(config, "attention_chunk_size", None)
+
+
+def packed_in_masks(
+    preprocess: Callable[..., tuple[Any, ...]], ours: Callable[[Any], bool]
+) -> Callable[..., tuple[Any, ...]]:
+    """``masking_utils._preprocess_mask_arguments`` that finds packed sequences beside a cache or a padding mask, too.
+
+    transformers looks for them only where there is neither. Its masks then count windows and chunks within each sequence.
+
+    Args:
+        preprocess: transformers' function.
+        ours: whether a configuration has one of our implementations; nothing changes for others.
+    """
+
+    @functools.wraps(preprocess)
+    def wrapper(
+        config: Any,
+        inputs_embeds: Tensor,
+        attention_mask: Any,
+        past_key_values: Any,
+        position_ids: Tensor | None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> tuple[Any, ...]:
+        found = preprocess(config, inputs_embeds, attention_mask, past_key_values, position_ids, *args, **kwargs)
+        early, padding, packed, q_length, kv_length, q_offset = found[:6]
+        if early or packed is not None or position_ids is None or not ours(config) or q_length == 1:
+            return found
+        batch = inputs_embeds.shape[0]
+        if torch.compiler.is_compiling() or is_tracing(position_ids):
+            if tuple(position_ids.shape) not in ((1, q_length), (batch, q_length)):
+                return found
+            if padding is None or q_length != kv_length:
+                message = "position_ids: packed sequences in a compiled model that keeps a cache; pass use_cache=False"
+                torch._assert_async(~_starts_behind_tokens(position_ids, padding, q_offset).any(), message)
+                return found
+        elif not _packed(position_ids, batch, q_length):
+            return found
+        if q_length != kv_length:
+            if bool(_starts_behind_tokens(position_ids, padding, q_offset).any()):
+                raise ValueError(
+                    f"position_ids: packed sequences need as many keys as queries, got {q_length} queries and a cache of "
+                    f"{kv_length} keys; pass use_cache=False"
+                )
+            return found
+        return (*found[:2], (position_ids == 0).cumsum(-1).expand(batch, -1), *found[3:])
+
+    return wrapper
+
+
+def _starts_behind_tokens(position_ids: Tensor, padding: Tensor | None, q_offset: Any) -> Tensor:
+    """``(B or 1, T - 1)``: whether a sequence starts at a query, but the first, behind tokens that are no padding."""
+    starts = position_ids[:, 1:] == 0
+    if padding is None or padding.dim() != 2:
+        return starts
+    columns = torch.arange(starts.shape[1], device=padding.device) + q_offset
+    return starts & (padding.cumsum(-1)[:, columns.clamp(max=padding.shape[-1] - 1)] > 0)

@@ -114,7 +114,7 @@ def test_models_of_which_a_part_computes_softmax_are_refused_by_layer(layer):
     ],
 )
 def test_models_with_a_table_of_classes_say_so(name, config):
-    with pytest.raises(ValueError, match="^attn_implementation: .*'softpick'"):
+    with pytest.raises(ValueError, match=r"^attn_implementation: .*'softpick'"):
         getattr(transformers, name)._from_config(config(), attn_implementation="softpick")
 
 
@@ -353,6 +353,7 @@ def test_no_graph_breaks_with_arguments_of_losses(ids):
 @pytest.mark.parametrize("padded", [False, True])
 @pytest.mark.parametrize("family", ["llama", "bert", "t5"])
 def test_models_without_memory(family, padded):
+    """As ``accelerate.init_empty_weights`` makes them."""
     ids = torch.zeros(2, 7, dtype=torch.long, device="meta")
     more = {"attention_mask": torch.ones(2, 7, dtype=torch.long, device="meta")} if padded else {}
     with torch.device("meta"):

@@ -170,18 +170,19 @@ def _projects_keys_and_values(module: nn.Module) -> bool:
     return bool(keys and values) and bool(queries or {*keys} != {*values})
 
 
-def _own(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
-    """Modules of a model with their names, without those of models inside it, which are looked at on their own."""
-    for name, child in model.named_children():
-        if not isinstance(child, PreTrainedModel):
+def _own(model: PreTrainedModel, module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
+    """Modules of a model with their names, without those of models inside it that have a configuration of their own."""
+    for name, child in module.named_children():
+        if not isinstance(child, PreTrainedModel) or child.config is model.config:
             yield prefix + name, child
-            yield from _own(child, f"{prefix}{name}.")
+            yield from _own(model, child, f"{prefix}{name}.")
 
 
 def check_layers(model: PreTrainedModel, name: str) -> None:
     """Refuse a model of which a layer computes softmax by itself, whatever the implementation.
 
-    Models inside it are not looked at: each has an implementation of its own, and is checked when it is built.
+    Models inside it that have a configuration of their own are not looked at: each has an implementation of its own, and is
+    checked when it is given it.
 
     Args:
         model: as far as it is built.
@@ -190,7 +191,7 @@ def check_layers(model: PreTrainedModel, name: str) -> None:
     Raises:
         ValueError: naming the layer.
     """
-    for path, module in _own(model):
+    for path, module in _own(model, model):
         source = source_of(type(module))
         own = isinstance(module, nn.MultiheadAttention) or (
             source.softmax and not source.asks and _projects_keys_and_values(module)
@@ -364,6 +365,7 @@ def _of_attention() -> frozenset[str]:
     return frozenset(_parameters(functions))
 
 
+@torch.compiler.assume_constant_result
 def passed_to_everybody(kind: type[nn.Module], name: str) -> bool:
     """Whether an argument that reached attention has nothing to do with it.
 

@@ -152,6 +152,15 @@ def test_a_static_cache_refuses_them_but_not_left_padding(family, ids):
         assert torch.equal(model.generate(ids[:, 3:], **run)[0, -3:], dynamic[0, -3:])
 
 
+def test_offsets_that_a_model_keeps_from_its_layers_are_an_error(ids):
+    """StableLM takes any argument and hands none on."""
+    sizes = {name: value for name, value in SIZES.items() if name not in ("head_dim", "sliding_window")}
+    model = AutoModelForCausalLM.from_config(transformers.StableLmConfig(**sizes), attn_implementation="softpick")
+    with pytest.raises(ValueError, match="cu_seq_lens_q: the model does not hand it on to StableLmAttention"):
+        model(ids, use_cache=False, **OFFSETS)
+    assert model(ids).logits.isfinite().all()  # and nothing of it stays
+
+
 class Layer(torch.nn.Module):
     def __init__(self, is_causal):
         super().__init__()

@@ -58,6 +58,7 @@ from softpick.integrations.transformers_layers import (
 from softpick.integrations.transformers_packing import (
     apart,
     attend_packed,
+    check_offsets,
     chunk_of,
     find_packing,
     masked,
@@ -178,6 +179,8 @@ def attention_forward(
         position_bias = None if position_bias is None else position_bias[..., :tq]
     tk = key.shape[2]
     packed = cu_seq_lens_q is not None or cu_seq_lens_k is not None
+    if is_causal and tq > 1 and not packed:
+        check_offsets(module)
     window = None
     # elsewhere no mask means that the window reaches all keys
     if sliding_window and attention_mask is None and tq > 1 and (packed or WITH_WINDOWS.get(type(config), False)):

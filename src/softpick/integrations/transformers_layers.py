@@ -24,6 +24,8 @@ from transformers.modeling_flash_attention_utils import FlashAttentionKwargs
 from transformers.utils.generic import TransformersKwargs
 from transformers.utils.import_utils import is_tracing
 
+from softpick.integrations.transformers_packing import watch_offsets
+
 __all__ = [
     "KIND_OF_MASKS",
     "SourceOfLayer",
@@ -331,6 +333,7 @@ def prepare(model: PreTrainedModel, name: str) -> None:
         check_layers(model, name)
     layers = [source for module in model.modules() if (source := source_of(type(module))).asks]
     if layers:
+        watch_offsets(model)
         known = (
             kind != "eager" and model._supports_flash_attn and all("sliding_window" in layer.passes for layer in layers)
         )

@@ -8,13 +8,24 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.utils.import_utils import is_tracing
 
 from softpick.functional import varlen_attention
 from softpick.normalizers import Normalizer
 
-__all__ = ["Packing", "apart", "attend_packed", "chunk_of", "excluded", "find_packing", "masked", "packed_in_masks"]
+__all__ = [
+    "Packing",
+    "apart",
+    "attend_packed",
+    "check_offsets",
+    "chunk_of",
+    "excluded",
+    "find_packing",
+    "masked",
+    "packed_in_masks",
+    "watch_offsets",
+]
 
 
 class Packing(NamedTuple):
@@ -81,6 +92,39 @@ def _packed(position_ids: Tensor | None, batch: int, tq: int) -> bool:
         and not position_ids.is_meta
         and _restarts(position_ids)
     )
+
+
+_given: list[bool] = []  # of the models that are running, the innermost last: whether offsets were passed to it
+
+
+def watch_offsets(model: nn.Module) -> None:
+    """Note while a model runs whether it was given ``cu_seq_lens``: some keep them from their layers."""
+    if _enter not in model._forward_pre_hooks.values():
+        model.register_forward_pre_hook(_enter, with_kwargs=True)
+        model.register_forward_hook(_leave, always_call=True)
+
+
+def _enter(model: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+    if not torch.compiler.is_compiling():
+        _given.append(kwargs.get("cu_seq_lens_q") is not None or (bool(_given) and _given[-1]))
+
+
+def _leave(model: nn.Module, args: Any, output: Any) -> None:
+    if not torch.compiler.is_compiling() and _given:
+        _given.pop()
+
+
+def check_offsets(module: nn.Module) -> None:
+    """Refuse a causal layer that was handed no offsets in a model that was given some.
+
+    Raises:
+        ValueError: naming the layer.
+    """
+    if not torch.compiler.is_compiling() and _given and _given[-1]:
+        raise ValueError(
+            f"cu_seq_lens_q: the model does not hand it on to {type(module).__name__}, whose packed sequences would see one "
+            "another; pass position_ids that start again at 0"
+        )
 
 
 def _offsets(tq: int, tk: int, cu_q: Tensor | None, cu_k: Tensor | None) -> Tensor:

@@ -411,7 +411,7 @@ def _never_softmax_silently(check: Callable[..., str]) -> Callable[..., str]:
     def wrapper(self: Any, requested_attention: str | None, *args: Any, **kwargs: Any) -> str:
         if requested_attention is None:
             requested_attention = getattr(self.config, _SECOND_KEY, None)
-        if requested_attention in NORMALIZERS:
+        if requested_attention is not None and requested_attention in NORMALIZERS:
             prepare(self, requested_attention)
         return check(self, requested_attention, *args, **kwargs)
 

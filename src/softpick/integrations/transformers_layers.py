@@ -194,7 +194,8 @@ def check_layers(model: PreTrainedModel, name: str) -> None:
         ValueError: naming the layer.
     """
     for path, module in _own(model, model):
-        source = source_of(type(module))
+        kind: Any = type(module)
+        source = source_of(kind)
         own = isinstance(module, nn.MultiheadAttention) or (
             source.softmax and not source.asks and _projects_keys_and_values(module)
         )
@@ -231,6 +232,7 @@ KIND_OF_MASKS: dict[type, str] = {}
 """By class of configuration, for classes of models that do not compute with sdpa's masks: ``"eager"`` or ``"flash"``."""
 
 
+@functools.cache
 def _kind_of_masks(kind: type[PreTrainedModel]) -> str:
     """Which masks a class of models was written for.
 
@@ -256,9 +258,6 @@ def _kind_of_masks(kind: type[PreTrainedModel]) -> str:
     if kind._supports_flash_attn and kind._supports_attention_backend and not by_name:
         return "flash"
     return "eager"
-
-
-_kind_of_masks_cached = functools.cache(_kind_of_masks)
 
 
 WITH_WINDOWS: dict[type, bool] = {}
@@ -326,12 +325,14 @@ def prepare(model: PreTrainedModel, name: str) -> None:
             f"compute softmax instead of {name!r}"
         )
     _explain_tables(type(model))
-    kind = _kind_of_masks_cached(type(model))
+    of: Any = type(model)
+    kind = _kind_of_masks(of)
     if kind != "sdpa" and KIND_OF_MASKS.get(type(model.config)) != "eager":
         KIND_OF_MASKS[type(model.config)] = kind
     if name != "softmax":
         check_layers(model, name)
-    layers = [source for module in model.modules() if (source := source_of(type(module))).asks]
+    classes: set[Any] = {type(module) for module in model.modules()}
+    layers = [source for each in classes if (source := source_of(each)).asks]
     if layers:
         watch_offsets(model)
         known = (
@@ -369,7 +370,7 @@ def _of_attention() -> frozenset[str]:
 
 
 @torch.compiler.assume_constant_result
-def passed_to_everybody(kind: type[nn.Module], name: str) -> bool:
+def passed_to_everybody(kind: Any, name: str) -> bool:
     """Whether an argument that reached attention has nothing to do with it.
 
     So it is for arguments of losses and of outputs, which models hand on to all of their parts, and for whatever the layer

@@ -154,6 +154,8 @@ def examine(model_type: str, name: str = "softmax") -> tuple[str, str]:
                     raise
     except ValueError as error:
         return "refused", str(error)[:300]
+    except TimeoutError:
+        raise
     except Exception as error:
         return "WRONG", f"{type(error).__name__}: {str(error)[:200]}"
     for number, (a, b) in enumerate(zip(truth, got, strict=True)):

@@ -6,7 +6,6 @@ extras the model is transformers' Llama with ``attn_implementation=config.normal
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -17,6 +16,7 @@ from transformers import initialization as init
 from transformers.modeling_layers import GenericForSequenceClassification
 from transformers.models.llama.modeling_llama import LlamaAttention
 
+from softpick.nn.attention import initial_score_scale
 from softpick.normalizers import NORMALIZERS, get_normalizer
 
 __all__ = [
@@ -124,9 +124,7 @@ class SoftpickLlamaPreTrainedModel(LlamaPreTrainedModel):
             if module.sinks is not None:
                 init.zeros_(module.sinks)
             if module.score_scale is not None:
-                # one over the mean of log n over n = 1..T, which is log(T!) / T
-                length = max(2, self.config.max_position_embeddings)
-                init.constant_(module.score_scale, length / math.lgamma(length + 1))
+                init.constant_(module.score_scale, initial_score_scale(self.config.max_position_embeddings))
 
 
 class SoftpickLlamaModel(SoftpickLlamaPreTrainedModel, LlamaModel):

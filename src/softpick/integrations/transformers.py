@@ -12,7 +12,6 @@ makes saved configurations remember the choice, and registers the ``softpick_lla
 from __future__ import annotations
 
 import functools
-import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -20,8 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from softpick.functional import AttentionOutput, scaled_dot_product_attention, varlen_attention
-from softpick.normalizers import NORMALIZERS, Normalizer, get_normalizer, visible
+from softpick.functional import AttentionOutput, scaled_dot_product_attention
+from softpick.nn.attention import visible_keys
+from softpick.normalizers import NORMALIZERS, Normalizer, get_normalizer
 
 try:
     from transformers import (
@@ -33,8 +33,8 @@ try:
         AutoModelForSequenceClassification,
         PreTrainedConfig,
         PreTrainedModel,
+        masking_utils,
     )
-    from transformers.masking_utils import sdpa_mask
     from transformers.utils import output_capturing
 except ImportError as error:
     raise ImportError(
@@ -48,6 +48,22 @@ from softpick.integrations.softpick_llama import (
     SoftpickLlamaForSequenceClassification,
     SoftpickLlamaModel,
     SoftpickLlamaPreTrainedModel,
+)
+from softpick.integrations.transformers_layers import (
+    KIND_OF_MASKS,
+    WITH_WINDOWS,
+    attention_mask,
+    passed_to_everybody,
+    prepare,
+)
+from softpick.integrations.transformers_packing import (
+    apart,
+    attend_packed,
+    check_offsets,
+    chunk_of,
+    find_packing,
+    masked,
+    packed_in_masks,
 )
 
 __all__ = [
@@ -67,21 +83,14 @@ __all__ = [
 IMPLEMENTATIONS: tuple[str, ...] = tuple(NORMALIZERS)
 """The names that :func:`register` registers: those of ``softpick.NORMALIZERS``."""
 
-# What models pass through to attention and what cannot change its result, because it is not about attention or has
-# already gone into the mask (cache_position, position_embeddings, token_type_ids) or the kernel choice.
+# What attention layers pass and what has gone into the mask, the positions or the choice of a kernel already.
 _HARMLESS = frozenset(
     {
         "cache_position",
         "deterministic",
         "logits_to_keep",
-        "max_length_k",
-        "max_length_q",
-        "num_items_in_batch",
-        "output_hidden_states",
-        "output_router_logits",
         "position_embeddings",
         "return_dict",
-        "seq_idx",
         "token_type_ids",
         "use_cache",
     }
@@ -105,15 +114,18 @@ def attention_forward(
     score_scale: Tensor | None = None,
     output_gate: Tensor | None = None,
     sliding_window: int | None = None,
+    position_bias: Tensor | None = None,
     position_ids: Tensor | None = None,
     cu_seq_lens_q: Tensor | None = None,
     cu_seq_lens_k: Tensor | None = None,
+    max_length_q: int | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
     """What transformers calls for one attention layer, for any normalizer.
 
     Without a mask, more than one query sees keys causally (query ``i`` keys up to ``i``, also where a static cache has
-    more keys) if ``is_causal``, and packed sequences only themselves; a single query sees every key.
+    more keys) if ``is_causal``, and within the sliding window; a single query sees every key. Packed sequences see only
+    themselves, with and without a mask.
 
     Args:
         module: the attention layer; its ``is_causal`` is the default of that argument.
@@ -123,20 +135,25 @@ def attention_forward(
         attention_mask: broadcastable to ``(B, H, Tq, Tk)``: boolean (True takes part) or added to the scores; or None.
         scaling: factor on the scores; ``1 / sqrt(D)`` if None.
         dropout: probability with which a weight is dropped.
-        is_causal: see above; True if neither this nor the module says otherwise, as for ``sdpa``.
+        is_causal: see above; the module's own if None. A module that says nothing is causal, as for ``sdpa``, unless its
+            model computes with eager's masks, where no mask means that every key is seen.
         output_attentions: also return the weights (full matrix in memory). Done too while the model records attentions.
         normalizer: a name of ``softpick.NORMALIZERS`` or a record of it.
         softcap: scores become ``softcap * tanh(scores / softcap)``.
         s_aux: ``(H,)`` sink logits, required by ``learned_sink`` and forbidden for all others.
         score_scale: ``(H,)``; scores are multiplied by ``score_scale * log n``, ``n`` the number of keys a query may see.
         output_gate: ``(B, Tq, H, Dv)``; the output is multiplied by its sigmoid.
-        sliding_window: the window that is in the mask already.
-        position_ids: ``(B or 1, Tq)``; a 0 after the first place starts a new packed sequence (only used without
-            compilation, for as many keys as queries, where the mask is None or nothing but the sliding window).
+        sliding_window: tokens that a query sees, its own included (on both sides if not causal). Used without a mask, for
+            packed sequences and for models whose masks were left out because their layers give the window; elsewhere the
+            mask has the window in it.
+        position_bias: broadcastable to ``(B, H, Tq, Tk)``, added to the scores; receives a gradient.
+        position_ids: ``(B or 1, Tq)``; a 0 after the first token starts a new packed sequence of a causal layer, for as many
+            keys as queries. Not read while compiling: there the model's mask holds it.
         cu_seq_lens_q: ``(N + 1,)`` starts of packed sequences and their end among the ``B Tq`` tokens of the batch, row
-            after row, without a mask; none crosses a row. Causal ones never become a mask (softpick.varlen_attention).
+            after row; none crosses a row. Without a mask or a bias they never become a mask (softpick.varlen_attention).
         cu_seq_lens_k: the same; must equal ``cu_seq_lens_q``.
-        kwargs: what models pass along without meaning for attention (or already in the mask), or None.
+        max_length_q: the longest packed sequence, if it is known.
+        kwargs: what models pass along without meaning for attention (for losses and outputs, or already in the mask), or None.
 
     Returns:
         ``(B, Tq, H, Dv)`` contiguous in the query's dtype, and the weights ``(B, H, Tq, Tk)`` before dropout in the
@@ -146,57 +163,74 @@ def attention_forward(
         ValueError: for an argument that would change the result and is not supported, for a sink missing or in excess,
             and whatever :func:`softpick.scaled_dot_product_attention` rejects.
     """
-    norm = get_normalizer(normalizer)
-    unsupported = [name for name, given in kwargs.items() if given is not None and name not in _HARMLESS]
-    if unsupported:
-        raise ValueError(
-            f"{', '.join(unsupported)}: not supported by attn_implementation={norm.name!r}, but "
-            f"{type(module).__name__} passes it and ignoring it could change the result"
-        )
+    norm = normalizer if isinstance(normalizer, Normalizer) else get_normalizer(normalizer)
+    _check_arguments(module, norm, kwargs)
     sink = _sink(module, norm, s_aux)
+    config = getattr(module, "config", None)
     if is_causal is None:
-        is_causal = getattr(module, "is_causal", True)
+        is_causal = getattr(module, "is_causal", KIND_OF_MASKS.get(type(config)) != "eager")
+    is_causal = bool(is_causal)
     output_attentions = bool(output_attentions) or _attentions_recorded()
-    tq, tk = query.shape[2], key.shape[2]
-    given = cu_seq_lens_q is not None or cu_seq_lens_k is not None
-    if (
-        given
-        and attention_mask is None
-        and is_causal
-        and not (output_attentions or sliding_window)
-        and score_scale is None
-    ):
-        cu_q, cu_k = _offsets(query, tk, cu_seq_lens_q, cu_seq_lens_k)
-        longest = int(kwargs.get("max_length_q") or tq)
-        q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (query, key, value))
-        out = varlen_attention(
-            q, k, v, cu_q, cu_k, longest, longest, dropout, scaling, True, normalizer=norm, softcap=softcap, sink=sink
-        )
-        assert isinstance(out, Tensor)
-        out = out.unflatten(0, (-1, tq))
-        return out if output_gate is None else out * torch.sigmoid(output_gate), None
-    attention_mask = _keep_packed_apart(
-        attention_mask, query, tk, bool(is_causal), sliding_window, position_ids, cu_seq_lens_q, cu_seq_lens_k
-    )
+    batch, _, tq, _ = query.shape
     # Without a mask transformers means: full attention for one query (decoding), else causal from the top left, also
     # when a still empty static cache has more keys than there are queries. The order keeps the result a plain bool.
-    causal = bool(is_causal) and attention_mask is None and tq > 1
-    if causal and tk > tq and not output_attentions:
+    causal = is_causal and attention_mask is None and tq > 1
+    if causal and key.shape[2] > tq and not output_attentions:
         key, value = key[:, :, :tq], value[:, :, :tq]  # the rest is the unwritten part of a static cache
+        position_bias = None if position_bias is None else position_bias[..., :tq]
+    tk = key.shape[2]
+    packed = cu_seq_lens_q is not None or cu_seq_lens_k is not None
+    if is_causal and tq > 1 and not packed:
+        check_offsets(module)
+    window = None
+    # elsewhere no mask means that the window reaches all keys
+    if sliding_window and attention_mask is None and tq > 1 and (packed or WITH_WINDOWS.get(type(config), False)):
+        window = (sliding_window - 1, 0 if is_causal else sliding_window - 1)
+
+    packing = find_packing(
+        batch, tq, tk, position_ids if is_causal else None, cu_seq_lens_q, cu_seq_lens_k, max_length_q
+    )
+    if packing is not None and attention_mask is None and position_bias is None and not output_attentions:
+        out = attend_packed(
+            query,
+            key,
+            value,
+            packing,
+            is_causal=is_causal,
+            window=window,
+            score_scale=score_scale,
+            dropout=dropout,
+            scaling=scaling,
+            normalizer=norm,
+            softcap=softcap,
+            sink=sink,
+        )
+        return out if output_gate is None else out * torch.sigmoid(output_gate), None
+    if packing is not None:
+        attention_mask = apart(attention_mask, packing, is_causal, window, chunk_of(module))
+        causal, window = False, None
+
     if score_scale is not None:
-        logs = _visible_keys(attention_mask, tq, key.shape[2], causal, query.device).clamp(min=1).log()
+        n = visible_keys(tq, tk, attn_mask=attention_mask, is_causal=causal, window=window, device=query.device)
+        logs = n.clamp(min=1).float().log()
         query = (query * (score_scale.view(-1, 1, 1) * logs[..., None])).to(query.dtype)
+    mask = attention_mask
+    if position_bias is not None:
+        mask = position_bias.to(query.dtype)
+        if attention_mask is not None:
+            mask = masked(mask, attention_mask) if attention_mask.dtype == torch.bool else mask + attention_mask
 
     result = scaled_dot_product_attention(
         query,
         key,
         value,
-        attention_mask,
+        mask,
         dropout,
         causal,
         scaling,
         enable_gqa=query.shape[1] != key.shape[1],
         normalizer=norm,
+        window=window,
         softcap=softcap,
         sink=sink,
         return_weights=output_attentions,
@@ -211,6 +245,19 @@ def attention_forward(
     return out, None if weights is None else weights.to(query.dtype)
 
 
+def _check_arguments(module: nn.Module, norm: Normalizer, given: dict[str, Any]) -> None:
+    unsupported = [
+        name
+        for name, value in given.items()
+        if value is not None and name not in _HARMLESS and not passed_to_everybody(type(module), name)
+    ]
+    if unsupported:
+        raise ValueError(
+            f"{', '.join(unsupported)}: not supported by attn_implementation={norm.name!r}, but "
+            f"{type(module).__name__} passes it and ignoring it could change the result"
+        )
+
+
 def make_attention_function(normalizer: str | Normalizer) -> Callable[..., tuple[Tensor, Tensor | None]]:
     """The attention function of one normalizer, as ``AttentionInterface.register`` wants it.
 
@@ -223,13 +270,13 @@ def make_attention_function(normalizer: str | Normalizer) -> Callable[..., tuple
     Raises:
         ValueError: for an unknown name.
     """
-    norm = get_normalizer(normalizer)
+    record = get_normalizer(normalizer)
 
     @functools.wraps(attention_forward)
     def attention(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
-        return attention_forward(*args, normalizer=norm, **kwargs)
+        return attention_forward(*args, normalizer=record, **kwargs)
 
-    attention.__name__ = attention.__qualname__ = f"{norm.name}_attention_forward"
+    attention.__name__ = attention.__qualname__ = f"{record.name}_attention_forward"
     return attention
 
 
@@ -277,12 +324,17 @@ def register() -> None:
     """
     for name in IMPLEMENTATIONS:
         AttentionInterface.register(name, make_attention_function(name))
-        AttentionMaskInterface.register(name, sdpa_mask)
+        AttentionMaskInterface.register(name, attention_mask)
     if not hasattr(PreTrainedConfig.to_dict, "_softpick"):
         PreTrainedConfig.to_dict = _remember_choice(PreTrainedConfig.to_dict)
         PreTrainedModel.get_correct_attn_implementation = _never_softmax_silently(
             PreTrainedModel.get_correct_attn_implementation
         )
+        PreTrainedModel.post_init = _checked_when_built(PreTrainedModel.post_init)
+        masking_utils._preprocess_mask_arguments = packed_in_masks(
+            masking_utils._preprocess_mask_arguments, lambda config: config._attn_implementation in IMPLEMENTATIONS
+        )
+        _allow_output_attentions()
     checkpoints.install()
     AutoConfig.register(SoftpickLlamaConfig.model_type, SoftpickLlamaConfig, exist_ok=True)
     AutoModel.register(SoftpickLlamaConfig, SoftpickLlamaModel, exist_ok=True)
@@ -358,16 +410,48 @@ def _never_softmax_silently(check: Callable[..., str]) -> Callable[..., str]:
     def wrapper(self: Any, requested_attention: str | None, *args: Any, **kwargs: Any) -> str:
         if requested_attention is None:
             requested_attention = getattr(self.config, _SECOND_KEY, None)
-        if requested_attention in NORMALIZERS and not (
-            self._supports_attention_backend or self._can_set_attn_implementation()
-        ):
-            raise ValueError(
-                f"attn_implementation: {type(self).__name__} does not use transformers' AttentionInterface; it would "
-                f"compute softmax instead of {requested_attention!r}"
-            )
+        if requested_attention is not None and requested_attention in NORMALIZERS:
+            prepare(self, requested_attention)
         return check(self, requested_attention, *args, **kwargs)
 
     return wrapper
+
+
+def _checked_when_built(post_init: Callable[..., None]) -> Callable[..., None]:
+    """``PreTrainedModel.post_init``, which models call when their layers exist, that looks at the layers first."""
+
+    @functools.wraps(post_init)
+    def wrapper(self: Any) -> None:
+        if self.config._attn_implementation in NORMALIZERS:
+            prepare(self, self.config._attn_implementation)
+        post_init(self)
+
+    return wrapper
+
+
+def _allow_output_attentions() -> None:
+    """Let configurations have ``output_attentions=True`` beside our implementations, which return weights as eager does."""
+    declared: Any = PreTrainedConfig.output_attentions
+    validate = PreTrainedConfig.validate_output_attentions
+
+    def setter(self: Any, value: bool) -> None:
+        if self._attn_implementation in NORMALIZERS:
+            self._output_attentions = value
+        else:
+            declared.fset(self, value)
+
+    @functools.wraps(validate)
+    def validate_output_attentions(self: Any) -> None:
+        if self._attn_implementation not in NORMALIZERS:
+            validate(self)
+
+    PreTrainedConfig.output_attentions = declared.setter(setter)
+    PreTrainedConfig.validate_output_attentions = validate_output_attentions
+    kinds = [PreTrainedConfig]
+    for kind in kinds:  # classes that exist keep the method in a list of their own
+        kinds += kind.__subclasses__()
+        validators = vars(kind).get("__class_validators__", [])
+        validators[:] = [validate_output_attentions if method is validate else method for method in validators]
 
 
 def _chosen(config: Any) -> str | dict[str, Any] | None:
@@ -407,89 +491,6 @@ def _sink(module: nn.Module, norm: Normalizer, s_aux: Tensor | None) -> Tensor |
             "only 'learned_sink' takes them"
         )
     return s_aux
-
-
-def _offsets(query: Tensor, tk: int, cu_q: Tensor | None, cu_k: Tensor | None) -> tuple[Tensor, Tensor]:
-    tq = query.shape[2]
-    if cu_q is None or cu_k is None or tq != tk or cu_q.shape != cu_k.shape:
-        raise ValueError(
-            "cu_seq_lens_q, cu_seq_lens_k: expected both, equal, with as many keys as queries; got "
-            f"{'none' if cu_q is None else tuple(cu_q.shape)}, {'none' if cu_k is None else tuple(cu_k.shape)}, {tq} queries, "
-            f"{tk} keys"
-        )
-    return cu_q, cu_k
-
-
-def _keep_packed_apart(
-    mask: Tensor | None,
-    query: Tensor,
-    tk: int,
-    is_causal: bool,
-    sliding_window: int | None,
-    position_ids: Tensor | None,
-    cu_q: Tensor | None,
-    cu_k: Tensor | None,
-) -> Tensor | None:
-    """The mask (of None: the causal one) without what packed sequences would see of one another.
-
-    Untouched if nothing is packed. transformers itself puts restarting positions into its masks, but only where no
-    cache is in use, and leaves ``cu_seq_lens`` to the flash kernels. A mask which is not transformers' plain one says
-    already who sees whom.
-    """
-    batch, tq = query.shape[0], query.shape[2]
-    if (cu_q is not None or cu_k is not None) and mask is None:
-        cu_q, _ = _offsets(query, tk, cu_q, cu_k)
-        tokens = torch.arange(batch * tq, device=query.device)
-        sequence = torch.searchsorted(cu_q.to(query.device), tokens, right=True).view(batch, tq)
-    elif (
-        is_causal and tq == tk > 1 and position_ids is not None and tuple(position_ids.shape) in ((1, tq), (batch, tq))
-    ):
-        # reading values would break a compiled graph; there one packs with use_cache=False, and gets a mask
-        if torch.compiler.is_compiling() or not _restarts(position_ids):
-            return mask
-        if mask is not None and not _is_plain_window(mask, tq, sliding_window):
-            return mask
-        sequence = (position_ids == 0).cumsum(-1)
-    else:
-        return mask
-    apart = (sequence[:, :, None] == sequence[:, None, :])[:, None]
-    if mask is not None:
-        return mask & apart
-    return apart.tril() if is_causal else apart
-
-
-def _is_plain_window(mask: Tensor, t: int, sliding_window: int | None) -> bool:
-    """Whether a mask is the causal sliding window of ``t`` queries and keys and nothing else."""
-    if sliding_window is None or mask.dtype != torch.bool or tuple(mask.shape[-2:]) != (t, t):
-        return False
-    window = torch.ones(t, t, dtype=torch.bool, device=mask.device).tril().triu(1 - sliding_window)
-    return bool((mask == window).all())
-
-
-_last_positions: tuple[weakref.ref[Tensor], int, bool] | None = None
-
-
-def _restarts(position_ids: Tensor) -> bool:
-    """Whether a position 0 follows another one.
-
-    Reading it waits for the device, and all layers of a model ask about one tensor: the last answer is remembered.
-    """
-    global _last_positions
-    last, version = _last_positions, -1 if position_ids.is_inference() else position_ids._version
-    if last is not None and version >= 0 and last[0]() is position_ids and last[1] == version:
-        return last[2]
-    answer = bool((position_ids[:, 1:] == 0).any())
-    _last_positions = (weakref.ref(position_ids), version, answer)
-    return answer
-
-
-def _visible_keys(mask: Tensor | None, tq: int, tk: int, causal: bool, device: torch.device) -> Tensor:
-    """How many keys each query may see, fp32, broadcastable to ``(B, H, Tq)``."""
-    if mask is None:
-        counts = torch.arange(1, tq + 1, device=device) if causal else torch.full((tq,), tk, device=device)
-        return counts.float()
-    keep = visible(mask)
-    return keep.expand(*keep.shape[:-1], tk).sum(-1).float()
 
 
 register()

@@ -56,8 +56,15 @@ class LinearSoftpick(nn.Module):
 
 
 def initial_score_scale(length: int = 1024) -> float:
-    """Start of the per-head factor ``s_h`` of :func:`visible_keys`: scores are unscaled where ``length`` keys are seen."""
-    return 1.0 / math.log(length)
+    """Start of the factor ``s_h`` of scalable softpick, for every module that has one.
+
+    ``s_h log n`` is 1 on average over the rows ``n = 1..length`` of a causal sequence of ``length`` tokens.
+
+    Args:
+        length: tokens of a sequence; at least 2 are assumed.
+    """
+    length = max(2, length)
+    return length / math.lgamma(length + 1)  # one over the mean of log n, which is log(length!) / length
 
 
 def visible_keys(
@@ -67,6 +74,7 @@ def visible_keys(
     attn_mask: Tensor | None = None,
     is_causal: bool = False,
     bottom_right: bool = False,
+    window: int | tuple[int, int] | None = None,
     device: torch.device | None = None,
 ) -> Tensor:
     """How many keys each query may see: the ``n`` of scalable softpick, paper eq. (8).
@@ -78,19 +86,23 @@ def visible_keys(
             ``softpick.normalizers.EXCLUDED_BIAS`` are masked.
         is_causal: whether query ``i`` sees only keys up to its own position.
         bottom_right: whether the last query stands at the last key.
+        window: sliding window, as in :func:`softpick.scaled_dot_product_attention`.
         device: device of the result without a mask.
 
     Returns:
         ``(Tq,)``, or ``(..., H or 1, Tq)`` with a mask; integers.
     """
     device = attn_mask.device if attn_mask is not None else device
-    offset = tk - tq if bottom_right else 0
-    position = torch.arange(tq, device=device) + offset
+    left, right = _window(window, is_causal)
+    position = torch.arange(tq, device=device) + (tk - tq if bottom_right else 0)
+    first = torch.zeros_like(position) if left < 0 else position - left
+    last = torch.full_like(position, tk - 1) if right < 0 else position + right
     if attn_mask is None:
-        return (position + 1).clamp(0, tk) if is_causal else torch.full_like(position, tk)
+        return (last.clamp(max=tk - 1) - first.clamp(min=0) + 1).clamp(min=0)
     keep = visible(attn_mask)
-    if is_causal:
-        keep = keep & (position[:, None] >= torch.arange(tk, device=device))
+    if left >= 0 or right >= 0:
+        key = torch.arange(tk, device=device)
+        keep = keep & (key >= first[:, None]) & (key <= last[:, None])
     return keep.expand(*keep.shape[:-2], tq, tk).sum(-1)
 
 
@@ -186,6 +198,7 @@ class Attention(nn.Module):
                 attn_mask=attn_mask,
                 is_causal=self.is_causal,
                 bottom_right=True,
+                window=self.window,
                 device=q.device,
             )
             log_n = torch.log(n.clamp(min=1).to(q.dtype))[..., None]

@@ -1,0 +1,317 @@
+"""Packed sequences: several in one row of a batch, told apart by their offsets or by positions that start again at 0."""
+
+from __future__ import annotations
+
+import functools
+import weakref
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers.utils.import_utils import is_tracing
+
+from softpick.functional import varlen_attention
+from softpick.normalizers import Normalizer, visible
+
+__all__ = [
+    "Packing",
+    "apart",
+    "attend_packed",
+    "check_offsets",
+    "chunk_of",
+    "excluded",
+    "find_packing",
+    "masked",
+    "packed_in_masks",
+    "watch_offsets",
+]
+
+
+class Packing(NamedTuple):
+    """Which sequence each token of a batch belongs to: tensors ``(B, T)``, or ``(1, T)`` where all rows are alike."""
+
+    sequence: Tensor
+    """Number of the sequence within its row or within the batch."""
+    position: Tensor
+    """Position within the sequence, from 0."""
+    offsets: Tensor
+    """``(N + 1,)`` starts and end of the sequences among all ``B T`` tokens."""
+    longest: int
+    """At least the length of the longest sequence."""
+
+
+def find_packing(
+    batch: int,
+    tq: int,
+    tk: int,
+    position_ids: Tensor | None,
+    cu_seq_lens_q: Tensor | None,
+    cu_seq_lens_k: Tensor | None,
+    longest: int | None,
+) -> Packing | None:
+    """The packed sequences of a batch, or None if there are none.
+
+    Args:
+        batch: number of rows.
+        tq: number of queries.
+        tk: number of keys.
+        position_ids: ``(B or 1, Tq)``; ignored unless a 0 follows another position, and while compiling, where values cannot
+            be read (:func:`packed_in_masks` sees to it there).
+        cu_seq_lens_q: ``(N + 1,)`` offsets among the ``B Tq`` tokens; win over positions.
+        cu_seq_lens_k: the same.
+        longest: the longest sequence, if it is known.
+
+    Raises:
+        ValueError: for offsets of other shapes, or of which one is missing.
+    """
+    if cu_seq_lens_q is not None or cu_seq_lens_k is not None:
+        cu = _offsets(tq, tk, cu_seq_lens_q, cu_seq_lens_k)
+        tokens = torch.arange(batch * tq, device=cu.device)
+        sequence = torch.searchsorted(cu, tokens, right=True)
+        position = tokens - cu[(sequence - 1).clamp(min=0)]
+        return Packing(sequence.view(batch, tq), position.view(batch, tq), cu, longest or tq)
+    if torch.compiler.is_compiling() or tq != tk or not _packed(position_ids, batch, tq):
+        return None
+    assert position_ids is not None
+    starts = position_ids == 0
+    index = torch.arange(tq, device=position_ids.device)
+    position = index - torch.where(starts, index, 0).cummax(-1).values
+    first = torch.cat([torch.ones_like(starts[:, :1]), starts[:, 1:]], -1)
+    flat = first.expand(batch, tq).reshape(-1).nonzero().flatten()
+    offsets = torch.cat([flat, flat.new_tensor([batch * tq])]).int()
+    return Packing(starts.cumsum(-1), position, offsets, tq)
+
+
+def _packed(position_ids: Tensor | None, batch: int, tq: int) -> bool:
+    """Whether positions are those of each query and start again at 0."""
+    return (
+        position_ids is not None
+        and tq > 1
+        and tuple(position_ids.shape) in ((1, tq), (batch, tq))
+        and not position_ids.is_meta
+        and _restarts(position_ids)
+    )
+
+
+_given: list[bool] = []  # of the models that are running, the innermost last: whether offsets were passed to it
+
+
+def watch_offsets(model: nn.Module) -> None:
+    """Note while a model runs whether it was given ``cu_seq_lens``: some keep them from their layers."""
+    if _enter not in model._forward_pre_hooks.values():
+        model.register_forward_pre_hook(_enter, with_kwargs=True)
+        model.register_forward_hook(_leave, always_call=True)
+
+
+def _enter(model: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+    if not torch.compiler.is_compiling():
+        _given.append(kwargs.get("cu_seq_lens_q") is not None or (bool(_given) and _given[-1]))
+
+
+def _leave(model: nn.Module, args: Any, output: Any) -> None:
+    if not torch.compiler.is_compiling() and _given:
+        _given.pop()
+
+
+def check_offsets(module: nn.Module) -> None:
+    """Refuse a causal layer that was handed no offsets in a model that was given some.
+
+    Raises:
+        ValueError: naming the layer.
+    """
+    if not torch.compiler.is_compiling() and _given and _given[-1]:
+        raise ValueError(
+            f"cu_seq_lens_q: the model does not hand it on to {type(module).__name__}, whose packed sequences would see one "
+            "another; pass position_ids that start again at 0"
+        )
+
+
+def _offsets(tq: int, tk: int, cu_q: Tensor | None, cu_k: Tensor | None) -> Tensor:
+    if cu_q is None or cu_k is None or tq != tk or cu_q.shape != cu_k.shape:
+        raise ValueError(
+            "cu_seq_lens_q, cu_seq_lens_k: expected both, equal, with as many keys as queries; got "
+            f"{'none' if cu_q is None else tuple(cu_q.shape)}, {'none' if cu_k is None else tuple(cu_k.shape)}, {tq} queries, "
+            f"{tk} keys"
+        )
+    return cu_q
+
+
+_last_positions: tuple[weakref.ref[Tensor], int, bool] | None = None
+
+
+def _restarts(position_ids: Tensor) -> bool:
+    """Whether a position 0 follows another one.
+
+    Reading it waits for the device, and all layers of a model ask about one tensor: the last answer is remembered.
+    """
+    global _last_positions
+    last, version = _last_positions, -1 if position_ids.is_inference() else position_ids._version
+    if last is not None and version >= 0 and last[0]() is position_ids and last[1] == version:
+        return last[2]
+    answer = bool((position_ids[:, 1:] == 0).any())
+    _last_positions = (weakref.ref(position_ids), version, answer)
+    return answer
+
+
+def attend_packed(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    packing: Packing,
+    *,
+    is_causal: bool,
+    window: tuple[int, int] | None,
+    score_scale: Tensor | None,
+    dropout: float,
+    scaling: float | None,
+    normalizer: Normalizer,
+    softcap: float | None,
+    sink: Tensor | None,
+) -> Tensor:
+    """Attention within packed sequences, without a mask.
+
+    Args:
+        query: ``(B, H, T, D)``; key and value likewise, with ``Hkv`` heads.
+        window: ``(left, right)`` keys around the own position, or None.
+        score_scale: ``(H,)``, times the logarithm of the number of visible keys.
+
+    Returns:
+        ``(B, T, H, Dv)``.
+    """
+    batch, _, tokens, _ = query.shape
+    if score_scale is not None:
+        lengths = packing.offsets.diff()
+        sequence = (
+            torch.searchsorted(packing.offsets, torch.arange(batch * tokens, device=query.device), right=True) - 1
+        )
+        length = lengths[sequence.clamp(0, len(lengths) - 1)].view(batch, tokens)
+        position = packing.position.expand(batch, tokens)
+        left, right = (-1, 0 if is_causal else -1) if window is None else window
+        first = 0 if left < 0 else (position - left).clamp(min=0)
+        last = length - 1 if right < 0 else torch.minimum(position + right, length - 1)
+        logs = (last - first + 1).clamp(min=1).float().log()[:, None]
+        query = (query * (score_scale.view(-1, 1, 1) * logs[..., None])).to(query.dtype)
+    q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (query, key, value))
+    out = varlen_attention(
+        q,
+        k,
+        v,
+        packing.offsets,
+        packing.offsets,
+        packing.longest,
+        packing.longest,
+        dropout,
+        scaling,
+        is_causal,
+        normalizer=normalizer,
+        window=window,
+        softcap=softcap,
+        sink=sink,
+    )
+    assert isinstance(out, Tensor)
+    return out.unflatten(0, (batch, tokens))
+
+
+def masked(mask: Tensor, keep: Tensor) -> Tensor:
+    """A mask, boolean or additive, that also excludes what ``keep`` says False of."""
+    return mask & keep if mask.dtype == torch.bool else mask.masked_fill(~keep, torch.finfo(mask.dtype).min)
+
+
+def excluded(mask: Tensor) -> Tensor:
+    """Where a mask excludes keys, boolean."""
+    return ~visible(mask)
+
+
+def apart(
+    mask: Tensor | None, packing: Packing, is_causal: bool, window: tuple[int, int] | None, chunk: int | None
+) -> Tensor:
+    """A mask without what packed sequences see of one another.
+
+    Args:
+        mask: ``(B, 1 or H, T, T)``, or None.
+        packing: of the ``T`` tokens.
+        is_causal: what None as the mask means; also that chunks look back only.
+        window: ``(left, right)``, where the mask is None.
+        chunk: tokens of a chunk: attention that transformers' mask limited to chunks, counted from the start of the row. They
+            are counted from the start of each sequence instead.
+    """
+    same = (packing.sequence[:, :, None] == packing.sequence[:, None, :])[:, None]
+    if mask is None:
+        keep = same.tril() if is_causal else same
+        left, right = (-1, -1) if window is None else window
+        keep = keep if left < 0 else keep.triu(-left)
+        return keep if right < 0 else keep.tril(right)
+    if chunk is not None:
+        # what the mask says of single keys (padding) stands where a query meets its own key
+        own = ~excluded(mask.diagonal(dim1=-2, dim2=-1))[..., None, :]
+        number = packing.position // chunk
+        keep = (same & (number[:, :, None] == number[:, None, :])[:, None]).tril() & own
+        return keep if mask.dtype == torch.bool else torch.where(keep, 0.0, torch.finfo(mask.dtype).min).to(mask.dtype)
+    return masked(mask, same)
+
+
+def chunk_of(module: Any) -> int | None:
+    """Tokens of a chunk, where a layer's configuration says that it attends within chunks; else None."""
+    config, index = getattr(module, "config", None), getattr(module, "layer_idx", None)
+    kinds = getattr(config, "layer_types", None)
+    if kinds is None or index is None or index >= len(kinds) or kinds[index] != "chunked_attention":
+        return None
+    return getattr(config, "attention_chunk_size", None)
+
+
+def packed_in_masks(
+    preprocess: Callable[..., tuple[Any, ...]], ours: Callable[[Any], bool]
+) -> Callable[..., tuple[Any, ...]]:
+    """``masking_utils._preprocess_mask_arguments`` that finds packed sequences beside a cache or a padding mask, too.
+
+    transformers looks for them only where there is neither. Its masks then count windows and chunks within each sequence.
+
+    Args:
+        preprocess: transformers' function.
+        ours: whether a configuration has one of our implementations; nothing changes for others.
+    """
+
+    @functools.wraps(preprocess)
+    def wrapper(
+        config: Any,
+        inputs_embeds: Tensor,
+        attention_mask: Any,
+        past_key_values: Any,
+        position_ids: Tensor | None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> tuple[Any, ...]:
+        found = preprocess(config, inputs_embeds, attention_mask, past_key_values, position_ids, *args, **kwargs)
+        early, padding, packed, q_length, kv_length, q_offset = found[:6]
+        if early or packed is not None or position_ids is None or not ours(config) or q_length == 1:
+            return found
+        batch = inputs_embeds.shape[0]
+        if torch.compiler.is_compiling() or is_tracing(position_ids):
+            if tuple(position_ids.shape) not in ((1, q_length), (batch, q_length)):
+                return found
+            if padding is None or q_length != kv_length:
+                message = "position_ids: packed sequences in a compiled model that keeps a cache; pass use_cache=False"
+                torch._assert_async(~_starts_behind_tokens(position_ids, padding, q_offset).any(), message)
+                return found
+        elif not _packed(position_ids, batch, q_length):
+            return found
+        if q_length != kv_length:
+            if bool(_starts_behind_tokens(position_ids, padding, q_offset).any()):
+                raise ValueError(
+                    f"position_ids: packed sequences need as many keys as queries, got {q_length} queries and a cache of "
+                    f"{kv_length} keys; pass use_cache=False"
+                )
+            return found
+        return (*found[:2], (position_ids == 0).cumsum(-1).expand(batch, -1), *found[3:])
+
+    return wrapper
+
+
+def _starts_behind_tokens(position_ids: Tensor, padding: Tensor | None, q_offset: Any) -> Tensor:
+    """``(B or 1, T - 1)``: whether a sequence starts at a query, but the first, behind tokens that are no padding."""
+    starts = position_ids[:, 1:] == 0
+    if padding is None or padding.dim() != 2:
+        return starts
+    columns = torch.arange(starts.shape[1], device=padding.device) + q_offset
+    return starts & (padding.cumsum(-1)[:, columns.clamp(max=padding.shape[-1] - 1)] > 0)

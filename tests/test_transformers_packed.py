@@ -1,0 +1,208 @@
+"""Packed sequences never reach one another, in any model: each gives what it gives alone."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+transformers = pytest.importorskip("transformers")
+
+from transformers import AutoModelForCausalLM  # noqa: E402
+
+import softpick.integrations.transformers as st  # noqa: E402
+
+SIZES = {
+    "vocab_size": 60, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 64, "sliding_window": 4, "pad_token_id": 0,
+    "bos_token_id": 1, "eos_token_id": 2,
+}  # fmt: skip
+LAYERS = ["sliding_attention", "full_attention"]
+LENGTHS = [3, 9, 2]
+
+
+def config(family):
+    if family == "llama4":
+        return transformers.Llama4TextConfig(
+            **SIZES, layer_types=["chunked_attention", "full_attention"], attention_chunk_size=4, intermediate_size_mlp=48,
+            num_local_experts=2, num_experts_per_tok=1, moe_layers=[], no_rope_layers=[1, 0],
+        )  # fmt: skip
+    if family == "gpt2":
+        return transformers.GPT2Config(vocab_size=60, n_positions=64, n_embd=32, n_layer=2, n_head=4)
+    kinds = {
+        "llama": (transformers.LlamaConfig, {}),
+        "mistral": (transformers.MistralConfig, {}),
+        "gemma2": (transformers.Gemma2Config, {"layer_types": LAYERS, "query_pre_attn_scalar": 8}),
+        "gemma3": (transformers.Gemma3TextConfig, {"layer_types": LAYERS, "query_pre_attn_scalar": 8}),
+        "cohere2": (transformers.Cohere2Config, {"layer_types": LAYERS}),
+        "olmo3": (transformers.Olmo3Config, {"layer_types": LAYERS}),
+        "exaone4": (transformers.Exaone4Config, {"layer_types": LAYERS}),
+        "softpick_llama": (st.SoftpickLlamaConfig, {"score_scale": True, "output_gate": True}),
+    }
+    kind, more = kinds[family]
+    return kind(
+        **{name: value for name, value in SIZES.items() if name != "sliding_window" or "window" in str(vars(kind))},
+        **more,
+    )
+
+
+FAMILIES = ["llama", "mistral", "gemma2", "gemma3", "cohere2", "olmo3", "exaone4", "llama4", "gpt2", "softpick_llama"]
+_built = {}
+
+
+def model_of(family, name="softpick"):
+    if (family, name) not in _built:
+        model = AutoModelForCausalLM.from_config(config(family), attn_implementation=name).eval()
+        generator = torch.Generator().manual_seed(0)
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.data.normal_(0.0, 0.15, generator=generator)
+        _built[family, name] = model
+    return _built[family, name]
+
+
+@pytest.fixture
+def ids():
+    return torch.randint(3, 60, (1, sum(LENGTHS)), generator=torch.Generator().manual_seed(1))
+
+
+def alone(model, ids):
+    with torch.no_grad():
+        return torch.cat([model(part, use_cache=False).logits[0] for part in ids.split(LENGTHS, dim=1)])
+
+
+def offsets():
+    return torch.tensor([0, 3, 12, 14], dtype=torch.int32)
+
+
+POSITIONS = torch.cat([torch.arange(n) for n in LENGTHS])[None]
+OFFSETS = {"cu_seq_lens_q": offsets(), "cu_seq_lens_k": offsets(), "max_length_q": 9, "max_length_k": 9}
+
+
+def close(a, b, tol=5e-5):
+    torch.testing.assert_close(a, b, atol=tol, rtol=tol)
+
+
+@pytest.mark.parametrize("how", ["no cache", "cache", "all-ones mask", "mask and cache", "padding"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_restarting_positions(family, how, ids):
+    model = model_of(family)
+    mask = torch.ones_like(ids) if "mask" in how else None
+    if how == "padding":  # two tokens more at the end
+        mask = torch.cat([torch.ones_like(ids), torch.zeros_like(ids[:, :2])], 1)
+        given, positions = torch.cat([ids, ids[:, :2]], 1), torch.cat([POSITIONS, torch.tensor([[2, 3]])], 1)
+    else:
+        given, positions = ids, POSITIONS
+    with torch.no_grad():
+        logits = model(
+            given, position_ids=positions, attention_mask=mask, use_cache="cache" in how and how != "no cache"
+        ).logits
+    expected = alone(model, ids)
+    close(logits[0, : len(expected)], expected)
+    with torch.no_grad():
+        assert (model(ids, use_cache=False).logits[0] - expected)[3:].abs().max() > 1e-2  # they would see one another
+
+
+@pytest.mark.parametrize("how", ["no cache", "cache", "all-ones mask", "weights"])
+@pytest.mark.parametrize("family", [family for family in FAMILIES if family not in ("gpt2",)])
+def test_offsets(family, how, ids):
+    model = model_of(family)
+    with torch.no_grad():
+        logits = model(
+            ids,
+            position_ids=POSITIONS,
+            attention_mask=torch.ones_like(ids) if how == "all-ones mask" else None,
+            use_cache=how == "cache",
+            output_attentions=how == "weights",
+            **OFFSETS,
+        ).logits
+    close(logits[0], alone(model, ids))
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "gemma2", "gemma3", "olmo3", "softpick_llama"])
+def test_offsets_need_no_mask_and_leave_nothing_of_it(family, ids, monkeypatch):
+    """The fast way: no layer computes with a mask, whatever the window."""
+    from softpick.integrations import transformers_packing
+
+    calls = []
+    true = transformers_packing.varlen_attention
+    monkeypatch.setattr(transformers_packing, "varlen_attention", lambda *a, **k: calls.append(1) or true(*a, **k))
+    monkeypatch.setattr(st, "scaled_dot_product_attention", None)
+    with torch.no_grad():
+        model_of(family)(ids, use_cache=False, **OFFSETS)
+    assert len(calls) == 2
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "gemma3", "llama4", "gpt2"])
+def test_a_static_cache_refuses_them_but_not_left_padding(family, ids):
+    model = model_of(family)
+    cache = transformers.StaticCache(config=model.config, max_cache_len=20)
+    with torch.no_grad():
+        if family == "mistral":  # its cache is filled with the window's tokens only, attention sees no unwritten key
+            close(model(ids, position_ids=POSITIONS, past_key_values=cache).logits[0], alone(model, ids))
+        else:
+            with pytest.raises(ValueError, match="position_ids: packed sequences need as many keys as queries"):
+                model(ids, position_ids=POSITIONS, past_key_values=cache)
+    mask = torch.ones_like(ids)
+    mask[:, :3] = 0
+    run = {"max_new_tokens": 3, "min_new_tokens": 3, "do_sample": False, "pad_token_id": 0, "disable_compile": True}
+    static = model.generate(ids, attention_mask=mask, cache_implementation="static", **run)
+    dynamic = model.generate(ids, attention_mask=mask, **run)
+    assert torch.equal(static, dynamic)
+    if family != "llama4":  # which scales by positions that count padding
+        assert torch.equal(model.generate(ids[:, 3:], **run)[0, -3:], dynamic[0, -3:])
+
+
+def test_offsets_that_a_model_keeps_from_its_layers_are_an_error(ids):
+    """StableLM takes any argument and hands none on."""
+    sizes = {name: value for name, value in SIZES.items() if name not in ("head_dim", "sliding_window")}
+    model = AutoModelForCausalLM.from_config(transformers.StableLmConfig(**sizes), attn_implementation="softpick")
+    with pytest.raises(ValueError, match="cu_seq_lens_q: the model does not hand it on to StableLmAttention"):
+        model(ids, use_cache=False, **OFFSETS)
+    assert model(ids).logits.isfinite().all()  # and nothing of it stays
+
+
+class Layer(torch.nn.Module):
+    def __init__(self, is_causal):
+        super().__init__()
+        self.is_causal = is_causal
+
+
+@pytest.mark.parametrize("window", [None, 3])
+@pytest.mark.parametrize("scale", [False, True])
+@pytest.mark.parametrize("is_causal", [True, False])
+@pytest.mark.parametrize("weights", [False, True])
+def test_function(is_causal, scale, window, weights):
+    """Each sequence as alone, with the mask written out: also of encoders, which look ahead within their sequence."""
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, heads, 7, 8, generator=generator) for heads in (4, 2, 2))
+    offsets = torch.tensor([0, 2, 7, 11, 14], dtype=torch.int32)  # no sequence crosses a row of 7
+    extra = {"score_scale": torch.tensor([0.5, 1.0, 1.5, 2.0])} if scale else {}
+    out, _ = st.attention_forward(
+        Layer(is_causal), q, k, v, None, sliding_window=window, cu_seq_lens_q=offsets, cu_seq_lens_k=offsets,
+        output_attentions=weights, **extra,
+    )  # fmt: skip
+    for row, start, end in ((0, 0, 2), (0, 2, 7), (1, 0, 4), (1, 4, 7)):
+        part = [x[row : row + 1, :, start:end] for x in (q, k, v)]
+        i, j = torch.arange(end - start)[:, None], torch.arange(end - start)
+        keep = (j <= i) if is_causal else torch.ones(end - start, end - start, dtype=torch.bool)
+        if window is not None:
+            keep = keep & ((i - j).abs() < window)
+        expected, _ = st.attention_forward(Layer(is_causal), *part, keep[None, None], **extra)
+        close(out[row, start:end], expected[0])
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_compiled(padded, ids):
+    """While compiling positions cannot be read: packed sequences are kept apart where there is a mask, else an error."""
+    model = model_of("mistral")
+    torch._dynamo.reset()
+    run = torch.compile(model, backend="aot_eager", fullgraph=True)
+    mask = torch.ones_like(ids) if padded else None
+    with torch.no_grad():
+        if padded:
+            close(run(ids, position_ids=POSITIONS, attention_mask=mask, use_cache=True).logits[0], alone(model, ids))
+            return
+        plain = torch.arange(ids.shape[1])[None]
+        close(run(ids, position_ids=plain, use_cache=True).logits, model(ids, use_cache=True).logits)
+        with pytest.raises(RuntimeError, match="position_ids: packed sequences in a compiled model"):
+            run(ids, position_ids=POSITIONS, use_cache=True)

@@ -16,14 +16,16 @@ ALLOWED = {
     "softpick.normalizers": set(),
     "softpick.progress": set(),
     "softpick.environment": set(),
+    "softpick.settings": set(),
     "softpick.ops": {"softpick.normalizers"},
     "softpick.functional": {"softpick.normalizers", "softpick.ops"},
     "softpick.distributed": {"softpick.normalizers", "softpick.functional", "softpick.ops"},
     "softpick.nn": {"softpick.normalizers", "softpick.functional"},
     "softpick.integrations": {"softpick.normalizers", "softpick.functional", "softpick.nn", "softpick.distributed"},
-    "softpick.training": {"softpick.normalizers", "softpick.progress", "softpick.integrations"},
+    "softpick.training": {"softpick.normalizers", "softpick.progress", "softpick.settings", "softpick.integrations"},
     "softpick.analysis": {"softpick.normalizers", "softpick.functional", "softpick.integrations"},
     "softpick.compare": {
+        "softpick.settings",
         "softpick.environment",
         "softpick.normalizers",
         "softpick.progress",
@@ -31,7 +33,13 @@ ALLOWED = {
         "softpick.analysis",
         "softpick.integrations",
     },
-    "softpick.loading": {"softpick.parts", "softpick.progress", "softpick.training", "softpick.integrations"},
+    "softpick.loading": {
+        "softpick.environment",
+        "softpick.parts",
+        "softpick.progress",
+        "softpick.training",
+        "softpick.integrations",
+    },
     "softpick.evaluation": {
         "softpick.normalizers",
         "softpick.progress",
@@ -44,6 +52,7 @@ ALLOWED = {
     "softpick.parts": {"softpick.training"},
     "softpick.quantization": {"softpick.progress", "softpick.loading", "softpick.integrations", "softpick.evaluation"},
     "softpick.quantize": {
+        "softpick.settings",
         "softpick.environment",
         "softpick.parts",
         "softpick.progress",
@@ -54,6 +63,7 @@ ALLOWED = {
         "softpick.integrations",
     },
     "softpick.audit": {
+        "softpick.settings",
         "softpick.parts",
         "softpick.environment",
         "softpick.loading",
@@ -63,6 +73,7 @@ ALLOWED = {
         "softpick.integrations",
     },
     "softpick.evaluate": {
+        "softpick.settings",
         "softpick.parts",
         "softpick.environment",
         "softpick.evaluation",
@@ -73,6 +84,8 @@ ALLOWED = {
         "softpick.integrations",
     },
     "softpick.train": {
+        "softpick.settings",
+        "softpick.loading",
         "softpick.environment",
         "softpick.normalizers",
         "softpick.progress",
@@ -81,6 +94,8 @@ ALLOWED = {
     },
     "softpick.__main__": {"softpick.cli"},
     "softpick.cli": {
+        "softpick.settings",
+        "softpick.failures",
         "softpick.train",
         "softpick.quantize",
         "softpick.quantization",

@@ -192,7 +192,7 @@ def test_hub_records(tmp_path, monkeypatch):
     assert documents(None, "a", None, "b") == ["a", "b"]
     with pytest.raises(DataError, match="record 2: field 'text' is int"):
         documents("a", 3)
-    with pytest.raises(DataError, match="record 2: .*half of a character"):
+    with pytest.raises(DataError, match=r"record 2: .*half of a character"):
         documents("a", "\ud83d")
     with pytest.raises(DataError, match=r"cannot be read after record 1 \(gone\)"):
         documents("a", ConnectionError("gone"))

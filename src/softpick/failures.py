@@ -98,7 +98,7 @@ def sentence(error: BaseException) -> tuple[str, int]:
     home = os.path.dirname(__file__) + os.sep
     if kind == "ValueError" and frames and frames[-1].filename.startswith(home):  # a sentence of our own
         return words, 2
-    ours = [frame for frame in frames if frame.filename.startswith(home)] or list(frames)
+    ours = [f for f in frames if f.filename.startswith(home) and f.filename != __file__] or list(frames)
     at = f" at {os.path.basename(ours[-1].filename)}:{ours[-1].lineno}" if ours else ""
     about = f" (it was reading {file})" if file is not None else ""
     return f"unexpected {kind}{at}: {words}{about}; SOFTPICK_TRACEBACK=1 shows where it came from", 1

@@ -46,8 +46,7 @@ class Range:
             return f"expected a number {'>' if self.above else '>='} {self.low:g}{end}"
         if many:
             return f"expected integers >= {self.low:g} and <= {self.high:,}"
-        side = f"at least {self.low:g}" if value < self.low else f"at most {self.high:,}"
-        return f"expected {side}{self.note}"
+        return f"expected at least {self.low:g}{self.note}" if value < self.low else f"expected at most {self.high:,}"
 
 
 RANGES: Mapping[str, Range] = {
@@ -89,7 +88,7 @@ RANGES: Mapping[str, Range] = {
     "knockout": Range(-_COUNT),  # the same
     "calibration_samples": Range(1),
     "group_size": Range(1),
-    "bits": Range(-_COUNT),  # each method has its own
+    "bits": Range(1, 32),
     "kv_cache": Range(-_COUNT),
 }
 """By the name of the field, whichever command has it."""

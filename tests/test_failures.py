@@ -190,7 +190,7 @@ def too_large():
         (lambda p: broken(PermissionError, errno.EACCES, "x", str(p / "f")), "f: Permission denied", 2),
         (lambda p: broken(OSError, errno.EROFS, "x", str(p / "f")), "f: Read-only file system", 2),
         (lambda p: lambda: (p / ("n" * 300)).write_text(""), "n: File name too long", 2),
-        (lambda p: p.read_text, ":  Is a directory", 2),
+        (lambda p: p.read_text, ": Is a directory", 2),
         (lambda p: write_damaged(p / "trainer_state.json"), "trainer_state.json, line 2: is damaged", 2),
         (lambda p: read_weights(p / "model.safetensors"), "model.safetensors: is damaged", 2),
         (lambda p: broken(RuntimeError, "PytorchStreamWriter failed writing file"), "cannot be written", 2),

@@ -56,6 +56,9 @@ SMALL = {
     "initializer_range": 0.3,
 }
 
+OPT = {"vocab_size": 300, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "init_std": 0.3, "ffn_dim": 32,
+       "word_embed_proj_dim": 16, "max_position_embeddings": 40}  # fmt: skip
+
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
@@ -74,7 +77,9 @@ def home(tmp_path_factory):
         AutoModelForCausalLM.from_config(gemma).save_pretrained(root / name)
     roberta = RobertaConfig(**small, intermediate_size=32, max_position_embeddings=42, is_decoder=True, bos_token_id=0)
     AutoModelForCausalLM.from_config(roberta).save_pretrained(root / "roberta")
-    for name in ("llama", "gemma", "both ways", "roberta"):
+    opt = OPTConfig(**OPT | {"vocab_size": len(tokenizer)}, bos_token_id=0, eos_token_id=1, pad_token_id=2)
+    AutoModelForCausalLM.from_config(opt).save_pretrained(root / "opt")
+    for name in ("llama", "gemma", "both ways", "roberta", "opt"):
         tokenizer.save_pretrained(root / name)
     return root
 
@@ -95,7 +100,7 @@ POSITIONS = {
     "padding at 5": (RobertaConfig(**BERT, pad_token_id=5), 34, 6),
     "mpnet": (MPNetConfig(**BERT), 38, 2),
     "gpt2": (GPT2Config(vocab_size=300, n_positions=40, n_embd=16, n_layer=1, n_head=2), 40, 0),
-    "opt": (OPTConfig(**SMALL, ffn_dim=32, word_embed_proj_dim=16, max_position_embeddings=40), 40, 0),
+    "opt": (OPTConfig(**OPT), 40, 0),
 }
 
 
@@ -117,9 +122,9 @@ def test_positions_of_models_without_a_table():
     assert positions(bloom) is None
 
 
-@pytest.mark.parametrize("name", ["roberta", "llama"])
-def test_position_ids_in_the_knockout_are_those_of_the_model(home, name):
-    """The perplexity with all keys is that of the model which is given no positions; without a key, none of them shifts."""
+@pytest.mark.parametrize(("name", "first"), [("roberta", 2), ("opt", 0), ("llama", 0)])
+def test_position_ids_in_the_knockout_are_those_of_the_model(home, name, first):
+    """With all keys the perplexity is that of the model which is given no positions; without a key, none of them shifts."""
     run = audit(AuditSettings(**given(home, name, knockout=(0, 5), texts=("a night",))))["runs"][0]
     subject = load_subject(str(home / name), reporter=Silent())
     rows = subject.sequences(corpus(home), 3, 24)
@@ -130,7 +135,8 @@ def test_position_ids_in_the_knockout_are_those_of_the_model(home, name):
             see = torch.ones(24, 24).tril().bool().repeat(3, 1, 1, 1)
             see[:, :, key + 1 :, key] = False
             bias = torch.zeros(see.shape).masked_fill(~see, torch.finfo(torch.float32).min)
-            hidden = subject.model(input_ids=rows, attention_mask=bias, use_cache=False).logits
+            at = torch.arange(first, first + 24).expand(3, -1)
+            hidden = subject.model(input_ids=rows, attention_mask=bias, position_ids=at, use_cache=False).logits
             for logits, figure in ((plain, "all keys"), (hidden, "without")):
                 picked = torch.log_softmax(logits[:, :-1], -1).gather(-1, rows[:, 1:, None])[:, key + 1 :]
                 assert entry[figure] == pytest.approx(math.exp(-picked.mean()), rel=1e-4), (key, figure)

@@ -13,7 +13,7 @@ import pytest
 pytest.importorskip("typer")
 
 from softpick import __version__
-from softpick.failures import _file_of, sentence, told
+from softpick.failures import DamagedFileError, _file_of, parse_json, read_json, sentence, told
 from softpick.settings import RANGES
 
 SOFTPICK = [sys.executable, "-m", "softpick"]
@@ -241,3 +241,46 @@ def test_the_file_nearest_to_the_error(tmp_path):
         inner(other)
 
     assert _file_of(raised(lambda: outer(str(tmp_path / "outer"), tmp_path / "inner"))) == str(tmp_path / "inner")
+
+
+@pytest.mark.parametrize("content", [b"", b'{"a": 1,\n "b" 2}', b"\xff\xfe\x00", b"[" * 100_000, b"9" * 10_000 + b"x"])
+def test_files_of_a_run_that_are_damaged(tmp_path, content):
+    path = tmp_path / "results.json"
+    path.write_bytes(content)
+    with pytest.raises(DamagedFileError, match=r"results\.json.*is damaged: not JSON") as stopped:
+        read_json(path)
+    assert sentence(stopped.value)[1] == 2
+    assert "\n" not in str(stopped.value)
+    path.write_text('{"a": [1, null]}')
+    assert read_json(path) == {"a": [1, None]}
+    with pytest.raises(DamagedFileError, match=r"m\.jsonl, line 8: is damaged"):
+        parse_json('{"a": 1', "m.jsonl", 8)
+
+
+def test_metrics_that_are_damaged(tmp_path):
+    pytest.importorskip("transformers")
+    from softpick.train import _Metrics
+
+    metrics = _Metrics(tmp_path / "metrics.jsonl", True, None)
+    for step in (1, 2, 3):
+        metrics.write("train", step, {"loss": 1.0})
+    with metrics.path.open("a") as file:
+        file.write('{"kind": "tr')  # a kill cut this line short
+    assert len(metrics.entries("train")) == 3
+    metrics.resume(2)
+    assert [entry["step"] for entry in metrics.entries("train")] == [1, 2]
+    for line in ("not json", "[1]", '{"kind": "train", "step": "x"}'):
+        metrics.path.write_text('{"kind": "train", "step": 1}\n' + line + "\n")
+        for call in (lambda: metrics.resume(1), lambda: metrics.entries("train")):
+            with pytest.raises(DamagedFileError, match=r"metrics\.jsonl, line 2: is damaged"):
+                call()
+
+
+def test_warnings_of_softpick_are_one_line(tmp_path):
+    (tmp_path / "a.txt").write_text("x" * 100)
+    (tmp_path / "b.docx").write_text("x")
+    done = run("train", "tiny_cpu", f"data={tmp_path}", "--output", tmp_path / "run")
+    assert done.returncode == 2
+    first, *_ = done.stderr.splitlines()
+    assert first == f"softpick: warning: data: {tmp_path}: 1 file of other kinds left out (1 .docx)"
+    assert "too few for one sequence" in done.stderr

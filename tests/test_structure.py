@@ -17,14 +17,22 @@ ALLOWED = {
     "softpick.progress": set(),
     "softpick.environment": set(),
     "softpick.settings": set(),
+    "softpick.failures": set(),
     "softpick.ops": {"softpick.normalizers"},
     "softpick.functional": {"softpick.normalizers", "softpick.ops"},
     "softpick.distributed": {"softpick.normalizers", "softpick.functional", "softpick.ops"},
     "softpick.nn": {"softpick.normalizers", "softpick.functional"},
     "softpick.integrations": {"softpick.normalizers", "softpick.functional", "softpick.nn", "softpick.distributed"},
-    "softpick.training": {"softpick.normalizers", "softpick.progress", "softpick.settings", "softpick.integrations"},
+    "softpick.training": {
+        "softpick.failures",
+        "softpick.normalizers",
+        "softpick.progress",
+        "softpick.settings",
+        "softpick.integrations",
+    },
     "softpick.analysis": {"softpick.normalizers", "softpick.functional", "softpick.integrations"},
     "softpick.compare": {
+        "softpick.failures",
         "softpick.settings",
         "softpick.environment",
         "softpick.normalizers",
@@ -49,7 +57,7 @@ ALLOWED = {
         "softpick.integrations",
         "softpick.training",
     },
-    "softpick.parts": {"softpick.training"},
+    "softpick.parts": {"softpick.failures", "softpick.training"},
     "softpick.quantization": {"softpick.progress", "softpick.loading", "softpick.integrations", "softpick.evaluation"},
     "softpick.quantize": {
         "softpick.settings",
@@ -63,6 +71,7 @@ ALLOWED = {
         "softpick.integrations",
     },
     "softpick.audit": {
+        "softpick.failures",
         "softpick.settings",
         "softpick.parts",
         "softpick.environment",
@@ -84,6 +93,7 @@ ALLOWED = {
         "softpick.integrations",
     },
     "softpick.train": {
+        "softpick.failures",
         "softpick.settings",
         "softpick.loading",
         "softpick.environment",

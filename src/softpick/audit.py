@@ -20,10 +20,12 @@ import torch
 from torch import Tensor
 
 from softpick.environment import chosen_device, command_line, versions
+from softpick.failures import read_json
 from softpick.loading import DTYPES, FUSED, ModelError, Subject, first_position, identity, load_subject
 from softpick.progress import Reporter, Silent
 from softpick.settings import Range, check_settings
 from softpick.training.data import Corpus, get_corpus
+from softpick.training.reading import check_text
 
 if TYPE_CHECKING:
     from softpick.analysis import Measurements
@@ -108,6 +110,8 @@ class AuditSettings:
             )
         if not self.texts or not all(text.strip() for text in self.texts):
             raise AuditError("texts: expected at least one text, none of them empty")
+        for text in self.texts:
+            check_text(text, "texts: a text", AuditError)
 
 
 def audit(
@@ -137,6 +141,7 @@ def audit(
     settings = replace(settings, device=chosen_device(settings.device))
     reporter = reporter if reporter is not None else Silent()
     corpus = get_corpus(settings.data, settings.text_field, _CORPUS_CHARACTERS)
+    reporter.say(f"data: {corpus.description}")
     runs: list[dict[str, Any]] = []
     for name in (settings.model, *([settings.against] if settings.against else [])):
         run = _run(name, settings, corpus, reporter, None if state is None else Path(state))
@@ -160,7 +165,7 @@ def _run(name: str, settings: AuditSettings, corpus: Corpus, reporter: Reporter,
         done = stem.with_suffix(".json")
         if done.is_file():
             reporter.say(f"{name}: measured before")
-            return json.loads(done.read_text(encoding="utf-8"))
+            return read_json(done)
     subject = load_subject(
         name,
         reporter=reporter,

@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 
 from softpick.environment import chosen_device, command_line, hardware, missing_device, versions
+from softpick.failures import read_json
 from softpick.normalizers import get_normalizer
 from softpick.progress import Reporter, Silent
 from softpick.settings import TASKS, check_memory, check_settings
@@ -216,7 +217,7 @@ def compare(
             reporter.say(f"{label}: already trained")
         else:
             _train_one(settings, data, name, seed, output, folder, label, reporter, stop)
-        runs.append(json.loads((folder / "run.json").read_text(encoding="utf-8")))
+        runs.append(read_json(folder / "run.json"))
 
     report = {
         "title": f"softpick compare: {', '.join(get_normalizer(name).title for name in settings.normalizers)}",

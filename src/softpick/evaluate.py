@@ -146,6 +146,7 @@ def evaluate(
     corpus = None
     if settings.perplexity:
         corpus = get_corpus(settings.data, settings.text_field, _CORPUS_CHARACTERS)
+        reporter.say(f"data: {corpus.description}")
     parts = Parts(state, _PREFIX)
     runs: list[dict[str, Any]] = []
     for name, title in zip(settings.models, titles(settings.models), strict=True):

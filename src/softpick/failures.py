@@ -19,7 +19,7 @@ from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import Any, NoReturn
 
-__all__ = ["fail", "process", "sentence", "told"]
+__all__ = ["DamagedFileError", "fail", "parse_json", "process", "read_json", "sentence", "told"]
 
 _DAMAGED = {
     "BadZipFile", "EOFError", "JSONDecodeError", "SafetensorError", "UnicodeDecodeError", "UnpicklingError", "PanicException",
@@ -31,6 +31,41 @@ _DISK = re.compile(r"No space left|PytorchStreamWriter|PytorchStreamReader|I/O e
 _MEMORY = re.compile(r"allocate memory|not enough memory|out of memory|Unable to allocate|bad_alloc", re.IGNORECASE)
 
 _interrupted = False
+
+
+class DamagedFileError(ValueError):
+    """A file that a command wrote is not as it was written."""
+
+
+def read_json(path: str | os.PathLike[str]) -> Any:
+    """What a JSON file holds.
+
+    Raises:
+        DamagedFileError: it is no JSON; the message says file and line.
+    """
+    with open(path, "rb") as file:
+        return parse_json(file.read(), path)
+
+
+def parse_json(text: str | bytes, path: str | os.PathLike[str], line: int = 1) -> Any:
+    """What a piece of a file holds.
+
+    Args:
+        text: JSON.
+        path: of the file, for the message.
+        line: where in it the text begins.
+
+    Raises:
+        DamagedFileError: it is no JSON; the message says file and line.
+    """
+    import json
+
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise DamagedFileError(f"{path}, line {line + error.lineno - 1}: is damaged: not JSON ({error.msg})") from None
+    except (ValueError, RecursionError) as error:
+        raise DamagedFileError(f"{path}: is damaged: not JSON ({error})") from None
 
 
 def fail(message: str, code: int = 2) -> NoReturn:
@@ -130,7 +165,7 @@ def _file_of(error: BaseException) -> str | None:
 def process() -> Iterator[None]:
     """Around the program: text that the terminal's encoding lacks is escaped, Ctrl-C ends with 130, a full disk is said."""
     _escape()
-    with _signals():
+    with _signals(), _plain_warnings():
         try:
             try:
                 yield
@@ -150,6 +185,26 @@ def _escape() -> None:
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
+
+
+@contextmanager
+def _plain_warnings() -> Iterator[None]:
+    """Softpick's own warnings in one line, without the place in its code."""
+    import warnings
+
+    before, home = warnings.showwarning, os.path.dirname(__file__) + os.sep
+
+    def show(message: Warning | str, category: type[Warning], filename: str, *args: Any, **kwargs: Any) -> None:
+        if filename.startswith(home):
+            sys.stderr.write(f"softpick: warning: {message}\n")
+        else:
+            before(message, category, filename, *args, **kwargs)
+
+    warnings.showwarning = show
+    try:
+        yield
+    finally:
+        warnings.showwarning = before
 
 
 def _flush() -> None:

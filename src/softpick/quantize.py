@@ -205,6 +205,7 @@ def quantize(
     reporter = reporter if reporter is not None else Silent()
     output = Path(output)
     corpus = get_corpus(settings.data, settings.text_field, _CORPUS_CHARACTERS)
+    reporter.say(f"data: {corpus.description}")
     calibration, held, split = split_documents(corpus.documents)
     texts = tuple(Corpus(tuple(documents), corpus.description) for documents in (calibration, held))
     length = settings.sequence_length or min(

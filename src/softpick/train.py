@@ -31,6 +31,7 @@ import torch
 from torch import Tensor
 
 from softpick.environment import chosen_device, command_line, hardware, missing_device, versions
+from softpick.failures import DamagedFileError, parse_json, read_json
 from softpick.loading import load_tokenizer
 from softpick.normalizers import get_normalizer
 from softpick.progress import Reporter, Silent
@@ -118,7 +119,7 @@ def train(
             _remember(output, recipe, data)
     if (output / "results.json").exists():
         reporter.say(f"{output}: already trained")
-        return json.loads((output / "results.json").read_text(encoding="utf-8"))
+        return read_json(output / "results.json")
 
     model = engine.build_model(
         recipe.normalizer,
@@ -427,7 +428,7 @@ class _Metrics:
         if not self.writes:
             return
         if self.path.exists():
-            kept = [line for line in self._lines() if json.loads(line)["step"] <= step]
+            kept = [line for line, entry in zip(self._lines(), self._entries(), strict=True) if entry["step"] <= step]
             temporary = self.path.with_name(f".{self.path.name}.tmp")
             temporary.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
             os.replace(temporary, self.path)
@@ -449,7 +450,14 @@ class _Metrics:
     def entries(self, kind: str) -> list[dict[str, Any]]:
         if not self.path.exists():
             return []
-        return [entry for entry in map(json.loads, self._lines()) if entry["kind"] == kind]
+        return [entry for entry in self._entries() if entry["kind"] == kind]
+
+    def _entries(self) -> list[dict[str, Any]]:
+        found = [parse_json(line, self.path, number) for number, line in enumerate(self._lines(), 1)]
+        for number, entry in enumerate(found, 1):
+            if not isinstance(entry, dict) or not isinstance(entry.get("step"), int) or "kind" not in entry:
+                raise DamagedFileError(f"{self.path}, line {number}: is damaged: expected an object with step and kind")
+        return found
 
     def _lines(self) -> list[str]:
         text = self.path.read_text(encoding="utf-8")

@@ -59,7 +59,7 @@ class AuditSettings:
     Attributes:
         model: a hub name, a local directory, or a GGUF file.
         against: a second one, put beside it.
-        data: text, JSONL or parquet file or a directory of them; None is the Python standard library of this machine.
+        data: a file or a directory as for ``read_corpus``; None is the Python standard library of this machine.
         text_field: of JSONL and parquet files.
         texts: what the attention maps show.
         samples: sequences that are measured.

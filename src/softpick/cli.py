@@ -29,6 +29,8 @@ __all__ = ["build_app", "main"]
 
 _INSTALL = "pip install 'softpick[compare]'"
 _DEVICES = "cpu, cuda, mps, or auto: cuda where there is such a GPU, else cpu."
+_FILES = "Text, JSONL, JSON, CSV, TSV or parquet file, also compressed, or a directory of them."
+_OWN_TEXT = "[default: sources of the Python standard library]"
 _TRUST = "Run Python code that comes with a model or a tokenizer; never asked for, never run otherwise."
 
 
@@ -107,9 +109,9 @@ def build_app() -> typer.Typer:
         data: str = option(
             None,
             metavar="PATH",
-            help="Text, JSONL or parquet file, or a directory of them.  [default: sources of the Python standard library]",
+            help=f"{_FILES}  {_OWN_TEXT}",
         ),
-        text_field: str = option("text", help="Field or column with the text in JSONL and parquet files."),
+        text_field: str = option("text", help="Field or column with the text; a text file has none."),
         seed: int = option(None, help="Seed of initial weights and data order.  [default: 0]"),
         seeds: str = option(None, metavar="0,1,2", help="Several seeds instead of one."),
         steps: int = of_task("steps", "Training steps."),
@@ -164,9 +166,9 @@ def build_app() -> typer.Typer:
         data: str = option(
             None,
             metavar="PATH",
-            help="Text, JSONL or parquet file, or a directory of them.  [default: sources of the Python standard library]",
+            help=f"{_FILES}  {_OWN_TEXT}",
         ),
-        text_field: str = option("text", help="Field or column with the text in JSONL and parquet files."),
+        text_field: str = option("text", help="Field or column with the text; a text file has none."),
         text: list[str] | None = option(  # noqa: B008
             None, help="Text of an attention map; may be given again.  [default: three samples]"
         ),
@@ -235,10 +237,9 @@ def build_app() -> typer.Typer:
         data: str = option(
             None,
             metavar="PATH",
-            help="Its text: a text, JSONL or parquet file, or a directory of them.  [default: sources of the Python "
-            "standard library]",
+            help=f"Its text. {_FILES}  {_OWN_TEXT}",
         ),
-        text_field: str = option("text", help="Field or column with the text in JSONL and parquet files."),
+        text_field: str = option("text", help="Field or column with the text; a text file has none."),
         samples: int = option(32, help="Its sequences."),
         sequence_length: int = option(
             None,
@@ -321,10 +322,9 @@ def build_app() -> typer.Typer:
         data: str = option(
             None,
             metavar="PATH",
-            help="Text for perplexity and calibration: a text, JSONL or parquet file, or a directory of them.  [default: "
-            "sources of the Python standard library]",
+            help=f"For perplexity and calibration. {_FILES}  {_OWN_TEXT}",
         ),
-        text_field: str = option("text", help="Field or column with the text in JSONL and parquet files."),
+        text_field: str = option("text", help="Field or column with the text; a text file has none."),
         samples: int = option(64, help="Sequences for the perplexity."),
         calibration_samples: int = option(64, help="Sequences that gptq and the scales of -tensor look at."),
         sequence_length: int = option(

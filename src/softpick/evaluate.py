@@ -59,7 +59,7 @@ class EvaluateSettings:
         passkey: tokens of the prompts; empty for none; None is the paper's, as far as a model with learned positions goes.
         passkey_prompts: of each length.
         perplexity: whether perplexities by position are measured.
-        data: for them: text, JSONL or parquet file or a directory of them; None is the Python standard library's sources.
+        data: for them: a file or a directory as for ``read_corpus``; None is the Python standard library's sources.
         text_field: of JSONL and parquet files.
         samples: sequences for them.
         sequence_length: tokens of one, BOS included; None is twice the positions of the first model, at most 8192, or all

@@ -59,7 +59,7 @@ class QuantizeSettings:
         tasks: of ``softpick.evaluation.tasks.TASKS``; empty for none.
         data_dir: local files of the tasks; None asks the hub.
         limit: examples of each task; None is all.
-        data: for perplexity and calibration: text, JSONL or parquet file or a directory of them; None is the Python standard
+        data: for perplexity and calibration: a file or a directory as for ``read_corpus``; None is the Python standard
             library's sources. Calibration uses one part of the documents, perplexity the rest.
         text_field: of JSONL and parquet files.
         samples: sequences for the perplexity.

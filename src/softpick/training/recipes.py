@@ -51,7 +51,7 @@ class Recipe:
         weight_decay: of matrices and embeddings.
         max_grad_norm: gradients are clipped to it; inf clips nothing.
         seed: of initial weights and data order.
-        data: text, JSONL or parquet file, a directory of them, or ``hub:NAME`` for a Hugging Face data set (streamed);
+        data: a file or a directory as for ``read_corpus``, or ``hub:NAME`` for a Hugging Face data set (streamed);
             None is the sources of the running Python's standard library.
         data_config: configuration of the hub data set.
         text_field: of JSONL, parquet and hub data.

@@ -265,7 +265,8 @@ def _loading(message: str, name: str, error_class: type[ValueError] = ModelError
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
         if "trust_remote_code" in str(error):
-            raise error_class(f"model: {name} comes with Python code of its own, {_NOT_RUN}") from error
+            what = message.partition(":")[0]
+            raise error_class(f"{what}: {name} comes with Python code of its own, {_NOT_RUN}") from error
         raise error_class(f"{message}: {first_line(error)}") from error
 
 

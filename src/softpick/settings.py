@@ -42,7 +42,7 @@ class Range:
         if fine and value <= (math.inf if self.infinite else self.high) and (self.infinite or math.isfinite(value)):
             return None
         if not whole:
-            end = "" if self.infinite else " (finite)" if self.high == _COUNT else f" and <= {self.high:g}"
+            end = "" if self.infinite else f" and <= {self.high:g}"
             return f"expected a number {'>' if self.above else '>='} {self.low:g}{end}"
         if many:
             return f"expected integers >= {self.low:g} and <= {self.high:,}"
@@ -58,14 +58,14 @@ RANGES: Mapping[str, Range] = {
     "intermediate": Range(1, 2**22),
     "vocab_size": Range(258, 2**20, note=" (256 bytes, BOS, EOS, and what was learned)"),
     "sequence_length": Range(2),
-    "rope_theta": Range(0.0, above=True),
+    "rope_theta": Range(0.0, 1e18, above=True),
     # training
     "steps": Range(1),
     "warmup_steps": Range(0),
     "batch_size": Range(1),
     "micro_batch_size": Range(1),
-    "learning_rate": Range(0.0, above=True),
-    "weight_decay": Range(0.0),
+    "learning_rate": Range(0.0, 1e6, above=True),
+    "weight_decay": Range(0.0, 1e6),
     "max_grad_norm": Range(0.0, above=True, infinite=True),
     "max_skipped": Range(1),
     "log_every": Range(1),

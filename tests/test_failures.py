@@ -284,3 +284,33 @@ def test_warnings_of_softpick_are_one_line(tmp_path):
     first, *_ = done.stderr.splitlines()
     assert first == f"softpick: warning: data: {tmp_path}: 1 file of other kinds left out (1 .docx)"
     assert "too few for one sequence" in done.stderr
+
+
+def test_a_loss_that_is_not_finite_ends_with_an_error(tmp_path, monkeypatch):
+    """Both commands that train; what was trained stays for a look at it."""
+    pytest.importorskip("transformers")
+    from typer.testing import CliRunner
+
+    from softpick.cli import build_app
+    from softpick.training import engine
+
+    real = engine.train
+
+    def broken_training(*args, **kwargs):
+        outcome = real(*args, **kwargs)
+        outcome.validation_loss = float("nan")
+        return outcome
+
+    monkeypatch.setattr(engine, "train", broken_training)
+    (tmp_path / "text.txt").write_text("the cat sat on a mat and the dog saw it run over the hill " * 3000)
+    small = ["steps=1", "warmup_steps=1", "validation_sequences=4", "probe_every=0", f"data={tmp_path / 'text.txt'}"]
+    commands = {
+        "train": ["train", "tiny_cpu", *small],
+        "compare": ["compare", "--steps", "1", "--vocab-size", "300", "--data", str(tmp_path / "text.txt")],
+    }
+    for name, arguments in commands.items():
+        done = CliRunner().invoke(build_app(), [*arguments, "--output", str(tmp_path / name)])
+        assert done.exit_code in (1, 2), name
+        assert "the validation loss is nan" in done.output
+        assert "Traceback" not in done.output
+    assert (tmp_path / "train" / "model").is_dir()

@@ -15,6 +15,7 @@ settings again continues where it stopped. Nothing that a user had is deleted.
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import time
@@ -196,6 +197,7 @@ def compare(
         SettingsError: ``output`` holds something else.
         DataError: the data cannot be used.
         softpick.training.engine.Interrupted: after ``stop`` was requested and the checkpoint written.
+        softpick.training.engine.NonFinite: a model's loss is not finite after training.
     """
     from softpick.analysis import write_report
     from softpick.training.engine import write_json
@@ -385,6 +387,11 @@ def _train_one(
             evaluation_data=SequenceDataset(data.validation[:_MEASURED]),
             stop=stop,
             progress=progress,
+        )
+    if not math.isfinite(outcome.validation_loss):
+        raise engine.NonFinite(
+            f"{get_normalizer(name).title}, seed {seed}: the validation loss is {outcome.validation_loss}: training failed; a "
+            "smaller learning rate or a longer warm-up may help"
         )
     run = {
         "normalizer": name,

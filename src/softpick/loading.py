@@ -35,6 +35,7 @@ __all__ = [
     "load_subject",
     "load_tokenizer",
     "positions",
+    "saved_positions",
     "sees_the_future",
 ]
 
@@ -369,6 +370,29 @@ def positions(model: Any) -> int | None:
         return learned
     longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     return longest if isinstance(longest, int) and longest > 0 else None
+
+
+def saved_positions(name: str, *, trust_remote_code: bool = False) -> int | None:
+    """:func:`positions` of a language model that is not loaded: it is made without weights, since only the model knows.
+
+    Args:
+        name: a hub name, a directory, or a GGUF file.
+        trust_remote_code: Python code that comes with it may run.
+
+    Returns:
+        None where it does not say, or cannot be made (an encoder, a damaged configuration): loading says why.
+
+    Raises:
+        ModelError: it has no configuration, or is an encoder-decoder.
+    """
+    from transformers import AutoModelForCausalLM
+
+    config = load_config(name, trust_remote_code=trust_remote_code)[0]
+    with torch.device("meta"):
+        try:
+            return positions(AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code))
+        except Exception:  # whatever a configuration can do wrong
+            return None
 
 
 def _position_table(model: Any) -> Any:

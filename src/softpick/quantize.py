@@ -25,7 +25,7 @@ from torch import Tensor
 from softpick.environment import chosen_device, command_line, hardware, versions
 from softpick.evaluation.perplexity import perplexity
 from softpick.evaluation.tasks import HEADLINES, EvaluationError, check_tasks, expected_files, run_tasks
-from softpick.loading import DTYPES, Subject, identity, load_config, load_subject, positions
+from softpick.loading import DTYPES, Subject, identity, load_subject, saved_positions
 from softpick.parts import Parts, stamps, titles
 from softpick.progress import Reporter, Silent, Titled
 from softpick.quantization.methods import METHODS, Job
@@ -209,7 +209,7 @@ def quantize(
     calibration, held, split = split_documents(corpus.documents)
     texts = tuple(Corpus(tuple(documents), corpus.description) for documents in (calibration, held))
     length = settings.sequence_length or min(
-        2048, *(_positions(name, settings.trust_remote_code) for name in settings.models)
+        2048, *(saved_positions(name, trust_remote_code=settings.trust_remote_code) or 2048 for name in settings.models)
     )
     parts = Parts(output, _PREFIX)
     with quiet_libraries():
@@ -252,19 +252,6 @@ def _common_notes(runs: list[dict[str, Any]]) -> list[str]:
 def _vocabulary(model: Any) -> list[Any]:
     ends = (model.get_input_embeddings(), model.get_output_embeddings())
     return [module for module in ends if module is not None]
-
-
-def _positions(name: str, trust_remote_code: bool) -> int:
-    """Positions of a model, which only the model itself knows: it is made without weights."""
-    from transformers import AutoModelForCausalLM
-
-    config = load_config(name, trust_remote_code=trust_remote_code)[0]
-    with torch.device("meta"):
-        try:
-            model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
-        except Exception:  # an encoder, a damaged configuration: loading says it better
-            return 2048
-    return positions(model) or 2048
 
 
 def forget(output: str | Path) -> None:

@@ -201,6 +201,20 @@ def test_hub_records(tmp_path, monkeypatch):
 # ---- the cap on characters
 
 
+@pytest.mark.parametrize("compression", COMPRESSIONS)
+@pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"])
+@pytest.mark.parametrize("letters", ["a", "ä", "☃", "🙂", "a🙂☃"])
+def test_of_a_long_text_only_the_beginning_is_read(tmp_path, compression, mark, letters):
+    text = letters * 5000
+    path = tmp_path / f"x.txt{compression}"
+    path.write_bytes(COMPRESSIONS[compression](mark + text.encode()))
+    for cap in (1, 2, 999, 1000, 1001, 1002):
+        assert read_corpus(path, characters=cap).documents == (text[:cap],)
+    assert read_corpus(path).documents == (text,)
+    assert read_corpus(path, characters=len(text)).documents == (text,)
+    assert "more are not used" not in read_corpus(path, characters=len(text)).description
+
+
 @pytest.mark.parametrize(
     ("texts", "cap", "kept"),
     [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bz2
+import codecs
 import csv
 import gzip
 import io
@@ -80,7 +81,7 @@ def read_corpus(path: str | Path, text_field: str = "text", characters: int | No
         files = _files_below(path, found) if path.is_dir() else [path]
     documents: list[str] = []
     total, cut = 0, False
-    for text in (text for file in files for text in _read_file(file, text_field, found)):
+    for text in (text for file in files for text in _read_file(file, text_field, found, characters)):
         if not text.strip():
             continue
         if characters is not None and total + len(text) > characters:
@@ -162,7 +163,7 @@ def _open(file: Path) -> BinaryIO:
     return openers.get(compression, open)(file, "rb")
 
 
-def _read_file(file: Path, name: str, found: _Found) -> Iterator[str]:
+def _read_file(file: Path, name: str, found: _Found, characters: int | None) -> Iterator[str]:
     kind = _kind(file)[0]
     with _told(file):
         if kind in _LINES:
@@ -175,14 +176,21 @@ def _read_file(file: Path, name: str, found: _Found) -> Iterator[str]:
             yield from _read_parquet(file, name, found)
         else:  # whatever else the caller named is tried as text
             with _open(file) as stream:
-                yield _decoded(stream.read(), str(file), 1)
+                most = -1 if characters is None else 4 * characters + 16  # bytes, of more than so many characters
+                content = stream.read(most)
+                yield _decoded(content, str(file), 1, cut=len(content) == most)
 
 
 def _decoded(
-    content: bytes, where: str, line: int, error_class: type[ValueError] = DataError, what: str = "data"
+    content: bytes,
+    where: str,
+    line: int,
+    error_class: type[ValueError] = DataError,
+    what: str = "data",
+    cut: bool = False,
 ) -> str:
     try:
-        return content.decode("utf-8-sig")
+        return codecs.getincrementaldecoder("utf-8-sig")().decode(content, final=not cut)
     except UnicodeDecodeError as error:
         line += content.count(b"\n", 0, error.start)
         at = error.start - (content.rfind(b"\n", 0, error.start) + 1)

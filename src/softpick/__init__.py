@@ -2,19 +2,26 @@
 
 ``softpick.scaled_dot_product_attention`` replaces torch's function of the same name; ``softpick.softpick`` replaces
 ``torch.softmax``. ``softpick.NORMALIZERS`` is the table of everything that can be chosen.
+
+Importing this package takes no time: torch is imported with the first of the names below. Its operators are registered by
+``import softpick.functional``.
 """
 
-from softpick import nn
-from softpick.functional import (
-    BACKENDS,
-    AttentionOutput,
-    decode_attention,
-    linear_softpick,
-    scaled_dot_product_attention,
-    softpick,
-    varlen_attention,
-)
-from softpick.normalizers import NORMALIZERS, Normalizer, get_normalizer
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from softpick import nn
+    from softpick.functional import (
+        BACKENDS,
+        AttentionOutput,
+        decode_attention,
+        linear_softpick,
+        scaled_dot_product_attention,
+        softpick,
+        varlen_attention,
+    )
+    from softpick.normalizers import NORMALIZERS, Normalizer, get_normalizer
 
 __version__ = "0.1.0"
 
@@ -31,3 +38,20 @@ __all__ = [
     "softpick",
     "varlen_attention",
 ]
+
+_HOME = {"NORMALIZERS": "normalizers", "Normalizer": "normalizers", "get_normalizer": "normalizers"}
+_MODULES = ("functional", "nn", "normalizers", "ops")
+
+
+def __getattr__(name: str) -> object:
+    if name in _MODULES:
+        return importlib.import_module(f"softpick.{name}")
+    if name not in __all__:
+        raise AttributeError(f"module 'softpick' has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"softpick.{_HOME.get(name, 'functional')}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__, *_MODULES})

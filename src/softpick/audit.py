@@ -12,17 +12,20 @@ import json
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from softpick.environment import command_line, versions
-from softpick.loading import DTYPES, FUSED, ModelError, Subject, identity, load_subject
+from softpick.environment import chosen_device, command_line, versions
+from softpick.failures import read_json
+from softpick.loading import DTYPES, FUSED, ModelError, Subject, first_position, identity, load_subject
 from softpick.progress import Reporter, Silent
+from softpick.settings import Range, check_settings
 from softpick.training.data import Corpus, get_corpus
+from softpick.training.reading import check_text
 
 if TYPE_CHECKING:
     from softpick.analysis import Measurements
@@ -56,7 +59,7 @@ class AuditSettings:
     Attributes:
         model: a hub name, a local directory, or a GGUF file.
         against: a second one, put beside it.
-        data: text, JSONL or parquet file or a directory of them; None is the Python standard library of this machine.
+        data: a file or a directory as for ``read_corpus``; None is the Python standard library of this machine.
         text_field: of JSONL and parquet files.
         texts: what the attention maps show.
         samples: sequences that are measured.
@@ -70,6 +73,7 @@ class AuditSettings:
         device: where the model runs.
         dtype: ``auto`` (as saved), ``float32``, ``bfloat16`` or ``float16``.
         attn_implementation: of transformers or softpick; None is the model's own, or ``sdpa`` where that shows no weights.
+        trust_remote_code: Python code that comes with a model may run.
     """
 
     model: str
@@ -85,13 +89,11 @@ class AuditSettings:
     device: str = "cpu"
     dtype: str = "auto"
     attn_implementation: str | None = None
+    trust_remote_code: bool = False
 
     def check(self) -> None:
         """Raise :class:`AuditError` for values that cannot work."""
-        for name, least in (("samples", 1), ("sequence_length", 4), ("batch_size", 1), ("map_tokens", 4)):
-            value = getattr(self, name)
-            if value < least:
-                raise AuditError(f"{name}: expected at least {least}, got {value}")
+        check_settings(self, AuditError, {"sequence_length": Range(4)})
         if self.dtype not in DTYPES:
             raise AuditError(f"dtype: expected one of {', '.join(DTYPES)}; got {self.dtype!r}")
         for key in self.knockout:
@@ -108,6 +110,8 @@ class AuditSettings:
             )
         if not self.texts or not all(text.strip() for text in self.texts):
             raise AuditError("texts: expected at least one text, none of them empty")
+        for text in self.texts:
+            check_text(text, "texts: a text", AuditError)
 
 
 def audit(
@@ -134,8 +138,10 @@ def audit(
         ImportError: transformers is missing.
     """
     settings.check()
+    settings = replace(settings, device=chosen_device(settings.device))
     reporter = reporter if reporter is not None else Silent()
     corpus = get_corpus(settings.data, settings.text_field, _CORPUS_CHARACTERS)
+    reporter.say(f"data: {corpus.description}")
     runs: list[dict[str, Any]] = []
     for name in (settings.model, *([settings.against] if settings.against else [])):
         run = _run(name, settings, corpus, reporter, None if state is None else Path(state))
@@ -159,13 +165,14 @@ def _run(name: str, settings: AuditSettings, corpus: Corpus, reporter: Reporter,
         done = stem.with_suffix(".json")
         if done.is_file():
             reporter.say(f"{name}: measured before")
-            return json.loads(done.read_text(encoding="utf-8"))
+            return read_json(done)
     subject = load_subject(
         name,
         reporter=reporter,
         device=settings.device,
         dtype=settings.dtype,
         attn_implementation=settings.attn_implementation,
+        trust_remote_code=settings.trust_remote_code,
         visible=True,
     )
     run = _measure(subject, settings, corpus, reporter, stem)
@@ -187,7 +194,7 @@ def forget(state: str | Path) -> None:
 def _fingerprint(name: str, settings: AuditSettings, corpus: Corpus) -> str:
     """Of all that the measurements of one model depend on."""
     parts = {
-        "model": identity(name),
+        "model": identity(name, trust_remote_code=settings.trust_remote_code),
         "settings": {k: v for k, v in asdict(settings).items() if k not in ("model", "against")},
         "documents": hashlib.sha256("\0".join(corpus.documents).encode()).hexdigest(),
         "versions": versions(),
@@ -233,7 +240,7 @@ def _measure(
         "samples": samples,
         "notes": [],
     }
-    if subject.causal:
+    if subject.causal and not subject.bidirectional:
         perplexity = _perplexity(
             subject, batches, torch.zeros(len(tokens), dtype=torch.long), reporter, f"{title}: perplexity"
         )
@@ -247,7 +254,8 @@ def _measure(
             run["knockout"].append(entry | {"masked": _most_masked(subject, tokens, at)})
             run["notes"].append(_knockout_note(run["title"], run["knockout"][-1]))
     elif settings.knockout:
-        run["notes"].append(f"{title}: no knockout, because an encoder has no perplexity of a next token.")
+        what = "a model that sees the tokens after the next one" if subject.causal else "an encoder"
+        run["notes"].append(f"{title}: no knockout, because {what} has no perplexity of a next token.")
     run["seconds"] = time.perf_counter() - start
     return run
 
@@ -325,6 +333,7 @@ def _perplexity(
     device, t = next(model.parameters()).device, batches[0].shape[1]
     # whether positions can be given, so that a masked key shifts none; models without them (ALiBi) do not count keys
     numbered = "position_ids" in inspect.signature(model.forward).parameters
+    at_positions = torch.arange(t, device=device) + first_position(model)
     heads = getattr(model.config, "num_attention_heads", 1)
     rows = max(1, _LOGIT_ENTRIES // (t * max(model.config.vocab_size, heads * t)))
     sums = dict.fromkeys(("all keys", "without") if hide else ("all keys",), 0.0)
@@ -332,7 +341,7 @@ def _perplexity(
     with reporter.progress(label, len(batches)) as progress:
         for done, (batch, first) in enumerate(zip(batches, at.split([len(b) for b in batches]), strict=True), 1):
             for ids, positions in zip(batch.to(device).split(rows), first.to(device).split(rows), strict=True):
-                given = {"position_ids": torch.arange(t, device=device).expand_as(ids)} if numbered else {}
+                given = {"position_ids": at_positions.expand_as(ids)} if numbered else {}
                 counted = torch.arange(t - 1, device=device) > positions[:, None]  # queries after the masked token
                 tokens += int(counted.sum())
                 for name in sums:

@@ -9,11 +9,15 @@ from __future__ import annotations
 import functools
 import importlib.util
 import logging
+import math
 import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
+
+from softpick.failures import fail as _fail
+from softpick.failures import process, told
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -24,14 +28,28 @@ if TYPE_CHECKING:
 __all__ = ["build_app", "main"]
 
 _INSTALL = "pip install 'softpick[compare]'"
+_DEVICES = "cpu, cuda, mps, or auto: cuda where there is such a GPU, else cpu."
+_FILES = "Text, JSONL, JSON, CSV, TSV or parquet file, also compressed, or a directory of them."
+_OWN_TEXT = "[default: sources of the Python standard library]"
+_TRUST = "Run Python code that comes with a model or a tokenizer; never asked for, never run otherwise."
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point of ``softpick``."""
+    with process():
+        _main(sys.argv[1:] if argv is None else list(argv))
+
+
+def _main(arguments: list[str]) -> None:
+    if arguments[:1] == ["--version"]:  # also where nothing but torch is installed
+        from softpick import __version__
+
+        print(f"softpick {__version__}")
+        return
     missing = [name for name in ("typer", "rich") if importlib.util.find_spec(name) is None]
     if missing:
         sys.exit(f"softpick: the command line needs {' and '.join(missing)}: {_INSTALL}")
-    build_app()(args=None if argv is None else list(argv), prog_name="softpick")
+    build_app()(args=arguments, prog_name="softpick")
 
 
 def _require(*names: str, extra: str = "compare") -> None:
@@ -40,16 +58,11 @@ def _require(*names: str, extra: str = "compare") -> None:
         _fail(f"this command needs {', '.join(missing)}: pip install 'softpick[{extra}]'")
 
 
-def _fail(message: str) -> None:
-    sys.stderr.write(f"softpick: error: {message}\n")
-    raise SystemExit(2)
-
-
 def build_app() -> typer.Typer:
     """The typer application."""
     import typer
 
-    from softpick.compare import TASKS
+    from softpick.settings import TASKS
 
     app = typer.Typer(
         name="softpick",
@@ -96,9 +109,9 @@ def build_app() -> typer.Typer:
         data: str = option(
             None,
             metavar="PATH",
-            help="Text, JSONL or parquet file, or a directory of them.  [default: sources of the Python standard library]",
+            help=f"{_FILES}  {_OWN_TEXT}",
         ),
-        text_field: str = option("text", help="Field or column with the text in JSONL and parquet files."),
+        text_field: str = option("text", help="Field or column with the text; a text file has none."),
         seed: int = option(None, help="Seed of initial weights and data order.  [default: 0]"),
         seeds: str = option(None, metavar="0,1,2", help="Several seeds instead of one."),
         steps: int = of_task("steps", "Training steps."),
@@ -112,7 +125,7 @@ def build_app() -> typer.Typer:
         weight_decay: float = of_task("weight_decay"),
         vocab_size: int = of_task("vocab_size", "Of the byte-level BPE."),
         output: str = option(None, metavar="DIR", help="Folder of the run.  [default: softpick-compare-TASK]"),
-        device: str = option("cpu", help="cpu, cuda or mps."),
+        device: str = option("cpu", help=_DEVICES),
         resume: bool = option(
             True, "--resume/--fresh", help="Continue the run in the folder, or rename it and start anew."
         ),
@@ -153,9 +166,9 @@ def build_app() -> typer.Typer:
         data: str = option(
             None,
             metavar="PATH",
-            help="Text, JSONL or parquet file, or a directory of them.  [default: sources of the Python standard library]",
+            help=f"{_FILES}  {_OWN_TEXT}",
         ),
-        text_field: str = option("text", help="Field or column with the text in JSONL and parquet files."),
+        text_field: str = option("text", help="Field or column with the text; a text file has none."),
         text: list[str] | None = option(  # noqa: B008
             None, help="Text of an attention map; may be given again.  [default: three samples]"
         ),
@@ -171,8 +184,9 @@ def build_app() -> typer.Typer:
         attn_implementation: str = option(
             None, metavar="NAME", help="eager, sdpa or a normalizer.  [default: the model's own]"
         ),
-        device: str = option("cpu", help="cpu, cuda or mps."),
+        device: str = option("cpu", help=_DEVICES),
         dtype: str = option("auto", help="auto (as saved), float32, bfloat16 or float16."),
+        trust_remote_code: bool = option(False, "--trust-remote-code", help=_TRUST),
         output: str = option(
             "softpick-analyze",
             metavar="DIR",
@@ -192,6 +206,7 @@ def build_app() -> typer.Typer:
             "attn_implementation": attn_implementation,
             "device": device,
             "dtype": dtype,
+            "trust_remote_code": trust_remote_code,
         }
         _run_audit(given | ({"texts": tuple(text)} if text else {}), output)
 
@@ -222,10 +237,9 @@ def build_app() -> typer.Typer:
         data: str = option(
             None,
             metavar="PATH",
-            help="Its text: a text, JSONL or parquet file, or a directory of them.  [default: sources of the Python "
-            "standard library]",
+            help=f"Its text. {_FILES}  {_OWN_TEXT}",
         ),
-        text_field: str = option("text", help="Field or column with the text in JSONL and parquet files."),
+        text_field: str = option("text", help="Field or column with the text; a text file has none."),
         samples: int = option(32, help="Its sequences."),
         sequence_length: int = option(
             None,
@@ -238,8 +252,9 @@ def build_app() -> typer.Typer:
         attn_implementation: str = option(
             None, metavar="NAME", help="eager, sdpa or a normalizer.  [default: the model's own]"
         ),
-        device: str = option("cpu", help="cpu, cuda or mps."),
+        device: str = option("cpu", help=_DEVICES),
         dtype: str = option("auto", help="auto (as saved), float32, bfloat16 or float16."),
+        trust_remote_code: bool = option(False, "--trust-remote-code", help=_TRUST),
         output: str = option("softpick-evaluate", metavar="DIR", help="Folder of results.json and the plots."),
     ) -> None:
         chosen = _names(tasks)
@@ -268,6 +283,7 @@ def build_app() -> typer.Typer:
                 "seed": seed,
                 "device": device,
                 "dtype": dtype,
+                "trust_remote_code": trust_remote_code,
                 "attn_implementation": attn_implementation,
             },
             output,
@@ -306,10 +322,9 @@ def build_app() -> typer.Typer:
         data: str = option(
             None,
             metavar="PATH",
-            help="Text for perplexity and calibration: a text, JSONL or parquet file, or a directory of them.  [default: "
-            "sources of the Python standard library]",
+            help=f"For perplexity and calibration. {_FILES}  {_OWN_TEXT}",
         ),
-        text_field: str = option("text", help="Field or column with the text in JSONL and parquet files."),
+        text_field: str = option("text", help="Field or column with the text; a text file has none."),
         samples: int = option(64, help="Sequences for the perplexity."),
         calibration_samples: int = option(64, help="Sequences that gptq and the scales of -tensor look at."),
         sequence_length: int = option(
@@ -320,8 +335,9 @@ def build_app() -> typer.Typer:
         attn_implementation: str = option(
             None, metavar="NAME", help="eager, sdpa or a normalizer.  [default: the model's own]"
         ),
-        device: str = option("cpu", help="cpu, cuda or mps."),
+        device: str = option("cpu", help=_DEVICES),
         dtype: str = option("auto", help="auto (as saved), float32, bfloat16 or float16."),
+        trust_remote_code: bool = option(False, "--trust-remote-code", help=_TRUST),
         keep: bool = option(False, "--keep", help="Leave the quantized models in the folder."),
         output: str = option(
             "softpick-quantize", metavar="DIR", help="Folder of results.json, table.md, plots and the quantizers' logs."
@@ -351,6 +367,7 @@ def build_app() -> typer.Typer:
                 "seed": seed,
                 "device": device,
                 "dtype": dtype,
+                "trust_remote_code": trust_remote_code,
                 "attn_implementation": attn_implementation,
                 "keep": keep,
             },
@@ -367,16 +384,20 @@ def build_app() -> typer.Typer:
             None, metavar="[FIELD=VALUE]...", help="Fields of the recipe, for example normalizer=softmax steps=500."
         ),
         output: str = option(None, metavar="DIR", help="Folder of the run.  [default: softpick-RECIPE-NORMALIZER]"),
-        device: str = option("auto", help="auto, cpu, cuda or mps."),
+        device: str = option("auto", help=_DEVICES),
+        trust_remote_code: bool = option(False, "--trust-remote-code", help=_TRUST),
         tensorboard: bool = option(False, "--tensorboard", help="Also write TensorBoard events."),
     ) -> None:
         _require("transformers", "accelerate", "tokenizers", "numpy")
-        _run_train(recipe, overrides or [], output, device, tensorboard)
+        _run_train(recipe, overrides or [], output, device, tensorboard, trust_remote_code)
 
     @app.command(help="List the recipes, or print one.")
     def recipes(name: str = typer.Argument(None, help="Print all its fields.")) -> None:
         _print_recipes(name)
 
+    for command in app.registered_commands:
+        if command.callback is not None:
+            command.callback = told(command.callback)
     return app
 
 
@@ -393,7 +414,6 @@ def _numbers(name: str, text: str) -> tuple[int, ...]:
         return tuple(int(part) for part in _split(text))
     except ValueError:
         _fail(f"{name}: expected integers separated by commas, got {text!r}")
-        raise
 
 
 def _knockouts(text: str) -> tuple[str | int, ...]:
@@ -426,61 +446,28 @@ def _run_compare(given: dict[str, Any], output: str, fresh: bool) -> None:
 
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-    from softpick.compare import Settings, SettingsError
+    from softpick.compare import Settings
     from softpick.compare import compare as run
-    from softpick.training.data import DataError
-    from softpick.training.engine import Interrupted, StopRequest
+    from softpick.training.engine import StopRequest
 
     console = _console()
-    stop = StopRequest()
-    again = f"run the same command again to continue in {output}"
-    try:
-        settings = Settings.for_task(**given)
-        report = run(
-            settings,
-            output,
-            fresh=fresh,
-            reporter=_Reporter(console),
-            stop=stop,
-        )
-    except (SettingsError, DataError) as error:
-        _fail(str(error))
-    except Interrupted as reason:
-        console.print(f"{reason}; {again}", markup=False, highlight=False)
-        raise SystemExit(130) from None
-    except KeyboardInterrupt:
-        console.print(f"interrupted; {again}", markup=False, highlight=False)
-        raise SystemExit(130) from None
-    else:
-        _print_report(report, output, console)
+    with _going_on(console, output):
+        report = run(Settings.for_task(**given), output, fresh=fresh, reporter=_Reporter(console), stop=StopRequest())
+    _print_report(report, output, console)
+    failed = [run["title"] for run in report["runs"] if not math.isfinite(run["validation_loss"])]
+    if failed:
+        _fail(f"{', '.join(failed)}: the validation loss is not finite: training failed there", 1)
 
 
 def _run_audit(given: dict[str, Any], output: str) -> None:
-    from pathlib import Path
-
     from softpick.analysis import write_report
     from softpick.audit import AuditSettings, audit, forget
-    from softpick.loading import ModelError
-    from softpick.training.data import DataError
-    from softpick.training.engine import quiet_transformers, write_json
+    from softpick.training.engine import write_json
 
-    folder = Path(output)
-    for name in ("report.html", "results.json"):
-        if (folder / name).exists():
-            _fail(f"output: {folder / name} is there already; choose another --output")
+    folder = _new_folder(output, "report.html", "results.json")
     console = _console()
-    try:
-        with quiet_transformers():
-            report = audit(
-                AuditSettings(**given),
-                reporter=_Reporter(console),
-                state=folder,
-            )
-    except (ModelError, DataError) as error:
-        _fail(str(error))
-    except KeyboardInterrupt:
-        console.print(f"interrupted; run the same command again to continue in {output}", markup=False, highlight=False)
-        raise SystemExit(130) from None
+    with _going_on(console, output):
+        report = audit(AuditSettings(**given), reporter=_Reporter(console), state=folder)
     folder.mkdir(parents=True, exist_ok=True)
     write_report(folder / "report.html", report)
     bare = [{key: value for key, value in run.items() if key != "samples"} for run in report["runs"]]
@@ -497,7 +484,7 @@ def _run_evaluate(given: dict[str, Any], output: str) -> None:
     from softpick.training.engine import write_json
 
     console = _console()
-    with _told(console, output):
+    with _going_on(console, output):
         report = evaluate(EvaluateSettings(**given), reporter=_Reporter(console), state=folder)
     folder.mkdir(parents=True, exist_ok=True)
     plots = write_plots(folder, report)
@@ -528,21 +515,16 @@ def _offline_unless_asked(given: dict[str, Any]) -> None:
 
 
 @contextmanager
-def _told(console: Console, output: str) -> Iterator[None]:
-    """Errors that a user can do something about in one line, and how to go on after Ctrl-C."""
-    from softpick.evaluation.tasks import EvaluationError
-    from softpick.loading import ModelError
-    from softpick.quantization.verify import QuantizationError
-    from softpick.training.data import DataError
-    from softpick.training.engine import quiet_transformers
+def _going_on(console: Console, output: str) -> Iterator[None]:
+    """After Ctrl-C, how to go on. And nothing of transformers' log but errors."""
+    from softpick.training.engine import Interrupted, quiet_transformers
 
     try:
         with quiet_transformers():
             yield
-    except (EvaluationError, ModelError, QuantizationError, DataError, ImportError) as error:
-        _fail(str(error))
-    except KeyboardInterrupt:
-        console.print(f"interrupted; run the same command again to continue in {output}", markup=False, highlight=False)
+    except (Interrupted, KeyboardInterrupt) as reason:
+        what = str(reason) or "interrupted"
+        console.print(f"{what}; run the same command again to continue in {output}", markup=False, highlight=False)
         raise SystemExit(130) from None
 
 
@@ -573,7 +555,7 @@ def _run_quantize(given: dict[str, Any], output: str) -> None:
     from softpick.training.engine import write_json, write_text
 
     console = _console(wide=True)
-    with _told(console, output):
+    with _going_on(console, output):
         report = quantize(QuantizeSettings(**given), folder, reporter=_Reporter(console))
     plots = write_plots(folder, report)
     write_text(folder / "table.md", markdown(report))
@@ -610,46 +592,36 @@ def _print_quantization(report: dict[str, Any], files: Sequence[Any], console: C
         console.print(str(file), markup=False, highlight=False, soft_wrap=True)
 
 
-def _run_train(name: str, overrides: list[str], output: str | None, device: str, tensorboard: bool) -> None:
+def _run_train(
+    name: str, overrides: list[str], output: str | None, device: str, tensorboard: bool, trust_remote_code: bool
+) -> None:
     import os
 
-    from softpick.training.data import DataError
-    from softpick.training.recipes import RecipeError, get_recipe
+    from softpick.training.recipes import get_recipe
 
-    try:
-        recipe = get_recipe(name).override(overrides)
-    except RecipeError as error:
-        _fail(str(error))
-        raise
+    recipe = get_recipe(name).override(overrides)
     if recipe.tokenizer is None and not (recipe.data or "").startswith("hub:"):
         os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     from softpick.train import train as run
-    from softpick.training.engine import Interrupted, NonFinite, StopRequest
+    from softpick.training.engine import StopRequest
 
     console = _console()
     folder = output or f"softpick-{recipe.name}-{recipe.normalizer}"
-    again = f"run the same command again to continue in {folder}"
-    try:
+    with _going_on(console, folder):
         result = run(
             recipe,
             folder,
             device=device,
             tensorboard=tensorboard,
+            trust_remote_code=trust_remote_code,
             reporter=_Reporter(console),
             stop=StopRequest(),
         )
-    except (RecipeError, DataError, NonFinite) as error:
-        _fail(str(error))
-    except Interrupted as reason:
-        console.print(f"{reason}; {again}", markup=False, highlight=False)
-        raise SystemExit(130) from None
-    except KeyboardInterrupt:
-        console.print(f"interrupted; {again}", markup=False, highlight=False)
-        raise SystemExit(130) from None
-    else:
-        if os.environ.get("RANK", "0") == "0":
-            _print_training(result, folder, console)
+    if os.environ.get("RANK", "0") == "0":
+        _print_training(result, folder, console)
+    if not math.isfinite(result["validation_loss"]):
+        _fail(f"the validation loss is {result['validation_loss']}: training failed", 1)
 
 
 def _print_training(result: dict[str, Any], folder: str, console: Console) -> None:
@@ -667,16 +639,11 @@ def _print_training(result: dict[str, Any], folder: str, console: Console) -> No
 def _print_recipes(name: str | None) -> None:
     from rich.table import Table
 
-    from softpick.training.recipes import RECIPES, RecipeError, get_recipe
+    from softpick.training.recipes import RECIPES, get_recipe
 
     console = _console(wide=True)
     if name is not None:
-        try:
-            recipe = get_recipe(name)
-        except RecipeError as error:
-            _fail(str(error))
-            raise
-        for key, value in recipe.to_json().items():
+        for key, value in get_recipe(name).to_json().items():
             console.print(f"{key}={value}", markup=False, highlight=False)
         return
     table = Table(box=None, pad_edge=False, header_style="bold")

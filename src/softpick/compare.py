@@ -15,10 +15,11 @@ settings again continues where it stopped. Nothing that a user had is deleted.
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -27,9 +28,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from softpick.environment import command_line, hardware, versions
+from softpick.environment import chosen_device, command_line, hardware, missing_device, versions
+from softpick.failures import read_json
 from softpick.normalizers import get_normalizer
 from softpick.progress import Reporter, Silent
+from softpick.settings import TASKS, check_memory, check_settings
 from softpick.training.data import (
     DataError,
     SequenceDataset,
@@ -61,38 +64,6 @@ class SettingsError(ValueError):
     """Settings that cannot work, or that do not fit the folder they are to run in."""
 
 
-TASKS: Mapping[str, Mapping[str, Any]] = {
-    # Sinks need weight decay, a large learning rate, short sequences and enough steps; softpick needs the warm-up to reach
-    # softmax's loss. docs/log.md has what was tried.
-    "text": {
-        "steps": 3000,
-        "layers": 3,
-        "heads": 8,
-        "width": 64,
-        "sequence_length": 64,
-        "batch_size": 16,
-        "learning_rate": 5e-3,
-        "warmup_steps": 100,
-        "weight_decay": 1.0,
-        "vocab_size": 512,
-    },
-    # one layer and one head, as in Guo et al. 2024
-    "backcopy": {
-        "steps": 1500,
-        "layers": 1,
-        "heads": 1,
-        "width": 64,
-        "sequence_length": 64,
-        "batch_size": 32,
-        "learning_rate": 1e-2,
-        "warmup_steps": 100,
-        "weight_decay": 0.1,
-        "vocab_size": 512,
-    },
-}
-"""The tasks and the defaults that show the phenomenon."""
-
-
 @dataclass(frozen=True)
 class Settings:
     """All that determines the result. :meth:`for_task` fills in a task's defaults.
@@ -113,7 +84,7 @@ class Settings:
         warmup_steps: of linear warm-up (at most ``steps``).
         weight_decay: of AdamW.
         vocab_size: of the byte-level BPE.
-        device: ``cpu``, ``cuda`` or ``mps``.
+        device: ``cpu``, ``cuda`` or ``mps``; ``auto`` becomes ``cuda`` where torch finds a GPU of that kind, else ``cpu``.
     """
 
     task: str
@@ -152,12 +123,14 @@ class Settings:
             **TASKS[task],
         }
         values |= {name: value for name, value in given.items() if value is not None}
+        values["device"] = chosen_device(values["device"])
         settings = cls(**values)
         settings.check()
         return settings
 
     def check(self) -> None:
         """Raise :class:`SettingsError` for settings that cannot work, before any work is done."""
+        check_settings(self, SettingsError, spelled=lambda name: name.replace("_", "-"))
         for name in self.normalizers:
             try:
                 get_normalizer(name)
@@ -168,22 +141,6 @@ class Settings:
                 raise SettingsError(f"{what}: expected at least one")
             if len(set(items)) < len(items):
                 raise SettingsError(f"{what}: {', '.join(map(str, items))} names one twice")
-        if min(self.seeds) < 0:
-            raise SettingsError(f"seeds: expected integers >= 0, got {min(self.seeds)}")
-        for name, least in (
-            ("steps", 1),
-            ("layers", 1),
-            ("heads", 1),
-            ("width", 1),
-            ("sequence_length", 2),
-            ("batch_size", 1),
-            ("warmup_steps", 0),
-            ("vocab_size", 258),
-        ):
-            value = getattr(self, name)
-            if value < least:
-                why = " (256 bytes, BOS, EOS)" if name == "vocab_size" else ""
-                raise SettingsError(f"{name.replace('_', '-')}: expected at least {least}{why}, got {value}")
         if self.width % self.heads:
             raise SettingsError(f"heads: expected a divisor of the width {self.width}, got {self.heads}")
         if self.width // self.heads % 2:
@@ -191,16 +148,13 @@ class Settings:
                 f"heads: rotary positions need an even head dimension; width {self.width} / heads {self.heads} "
                 f"is {self.width // self.heads}"
             )
-        if not self.learning_rate > 0:
-            raise SettingsError(f"learning-rate: expected a number > 0, got {self.learning_rate}")
-        if not self.weight_decay >= 0:
-            raise SettingsError(f"weight-decay: expected a number >= 0, got {self.weight_decay}")
         if self.device not in ("cpu", "cuda", "mps"):
-            raise SettingsError(f"device: expected cpu, cuda or mps; got {self.device!r}")
-        if self.device == "cuda" and not torch.cuda.is_available():
-            raise SettingsError("device: 'cuda' asked for, but torch finds no usable GPU")
-        if self.device == "mps" and not torch.backends.mps.is_available():
-            raise SettingsError("device: 'mps' asked for, but torch finds none")
+            raise SettingsError(f"device: expected cpu, cuda, mps or auto; got {self.device!r}")
+        absent = missing_device(self.device)
+        if absent:
+            raise SettingsError(f"device: {absent}")
+        parameters = self.layers * 12 * self.width**2 + 2 * self.vocab_size * self.width
+        check_memory(parameters, self.device, SettingsError)
 
     def to_json(self) -> dict[str, Any]:
         """As read back from JSON: tuples are lists, the path of the data absolute."""
@@ -243,6 +197,7 @@ def compare(
         SettingsError: ``output`` holds something else.
         DataError: the data cannot be used.
         softpick.training.engine.Interrupted: after ``stop`` was requested and the checkpoint written.
+        softpick.training.engine.NonFinite: a model's loss is not finite after training.
     """
     from softpick.analysis import write_report
     from softpick.training.engine import write_json
@@ -264,7 +219,7 @@ def compare(
             reporter.say(f"{label}: already trained")
         else:
             _train_one(settings, data, name, seed, output, folder, label, reporter, stop)
-        runs.append(json.loads((folder / "run.json").read_text(encoding="utf-8")))
+        runs.append(read_json(folder / "run.json"))
 
     report = {
         "title": f"softpick compare: {', '.join(get_normalizer(name).title for name in settings.normalizers)}",
@@ -432,6 +387,11 @@ def _train_one(
             evaluation_data=SequenceDataset(data.validation[:_MEASURED]),
             stop=stop,
             progress=progress,
+        )
+    if not math.isfinite(outcome.validation_loss):
+        raise engine.NonFinite(
+            f"{get_normalizer(name).title}, seed {seed}: the validation loss is {outcome.validation_loss}: training failed; a "
+            "smaller learning rate or a longer warm-up may help"
         )
     run = {
         "normalizer": name,

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-__all__ = ["command_line", "hardware", "versions"]
+__all__ = ["chosen_device", "command_line", "hardware", "missing_device", "versions"]
 
 
 def hardware(device: str = "cpu") -> str:
@@ -25,6 +25,29 @@ def hardware(device: str = "cpu") -> str:
     except (OSError, StopIteration):
         pass
     return f"{name}, {os.cpu_count()} CPUs"
+
+
+def chosen_device(name: str) -> str:
+    """The device itself, and for ``auto`` ``cuda`` where torch finds a GPU of that kind, else ``cpu``."""
+    return name if name != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def missing_device(name: str) -> str | None:
+    """Why torch cannot use a device, or None where it can.
+
+    Args:
+        name: ``cpu``, ``mps``, ``cuda``, or one of several GPUs such as ``cuda:1``.
+    """
+    kind, colon, number = name.partition(":")
+    if kind not in ("cpu", "cuda", "mps") or (colon and not (kind == "cuda" and number.isdecimal())):
+        return f"expected cpu, cuda, cuda:N, mps or auto; got {name!r}"
+    if kind == "mps" and not torch.backends.mps.is_available():
+        return "'mps' asked for, but torch finds none"
+    if kind == "cuda" and not torch.cuda.is_available():
+        return f"{name!r} asked for, but torch finds no usable GPU"
+    if colon and int(number) >= torch.cuda.device_count():
+        return f"{name!r} asked for, but torch finds {torch.cuda.device_count()} GPUs, from cuda:0 on"
+    return None
 
 
 def versions(*packages: str) -> str:

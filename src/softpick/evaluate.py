@@ -12,13 +12,13 @@ import math
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from softpick.environment import command_line, hardware, versions
+from softpick.environment import chosen_device, command_line, hardware, versions
 from softpick.evaluation.passkey import LENGTHS, passkey, retrieving_heads, shortest_prompt
 from softpick.evaluation.perplexity import learned_positions, perplexity_by_position, position_edges
 from softpick.evaluation.tasks import (
@@ -34,6 +34,7 @@ from softpick.evaluation.tasks import (
 from softpick.loading import DTYPES, ModelError, Subject, identity, load_subject
 from softpick.parts import Parts, stamps, titles
 from softpick.progress import Reporter, Silent, Titled
+from softpick.settings import check_settings
 from softpick.training.data import Corpus, get_corpus
 
 __all__ = ["EvaluateSettings", "evaluate", "forget", "summary_rows"]
@@ -58,7 +59,7 @@ class EvaluateSettings:
         passkey: tokens of the prompts; empty for none; None is the paper's, as far as a model with learned positions goes.
         passkey_prompts: of each length.
         perplexity: whether perplexities by position are measured.
-        data: for them: text, JSONL or parquet file or a directory of them; None is the Python standard library's sources.
+        data: for them: a file or a directory as for ``read_corpus``; None is the Python standard library's sources.
         text_field: of JSONL and parquet files.
         samples: sequences for them.
         sequence_length: tokens of one, BOS included; None is twice the positions of the first model, at most 8192, or all
@@ -69,6 +70,7 @@ class EvaluateSettings:
         device: where the models run.
         dtype: ``auto`` (as saved), ``float32``, ``bfloat16`` or ``float16``.
         attn_implementation: of transformers or softpick; None is the model's own.
+        trust_remote_code: Python code that comes with a model may run.
     """
 
     model: str
@@ -90,6 +92,7 @@ class EvaluateSettings:
     device: str = "cpu"
     dtype: str = "auto"
     attn_implementation: str | None = None
+    trust_remote_code: bool = False
 
     @property
     def models(self) -> tuple[str, ...]:
@@ -98,11 +101,7 @@ class EvaluateSettings:
 
     def check(self) -> None:
         """Raise :class:`EvaluationError` for values that cannot work."""
-        least = {"passkey_prompts": 1, "samples": 1, "bins": 1, "batch_size": 1, "limit": 1, "sequence_length": 2}
-        for name, smallest in least.items():
-            value = getattr(self, name)
-            if value is not None and value < smallest:
-                raise EvaluationError(f"{name}: expected at least {smallest}, got {value}")
+        check_settings(self, EvaluationError)
         if self.dtype not in DTYPES:
             raise EvaluationError(f"dtype: expected one of {', '.join(DTYPES)}; got {self.dtype!r}")
         lengths = self.passkey or ()
@@ -142,10 +141,12 @@ def evaluate(
         ImportError: a package is missing; the message names the extra.
     """
     settings.check()
+    settings = replace(settings, device=chosen_device(settings.device))
     reporter = reporter if reporter is not None else Silent()
     corpus = None
     if settings.perplexity:
         corpus = get_corpus(settings.data, settings.text_field, _CORPUS_CHARACTERS)
+        reporter.say(f"data: {corpus.description}")
     parts = Parts(state, _PREFIX)
     runs: list[dict[str, Any]] = []
     for name, title in zip(settings.models, titles(settings.models), strict=True):
@@ -233,7 +234,7 @@ class _Run:
         self.reporter = Titled(reporter, title)
         self._loaded: Subject | None = None
         chosen = [settings.device, settings.dtype, settings.attn_implementation]
-        self._identity = [identity(name), chosen, versions("lm_eval")]
+        self._identity = [identity(name, trust_remote_code=settings.trust_remote_code), chosen, versions("lm_eval")]
 
     def run(self) -> dict[str, Any]:
         settings = self.settings
@@ -300,6 +301,7 @@ class _Run:
                 device=settings.device,
                 dtype=settings.dtype,
                 attn_implementation=settings.attn_implementation,
+                trust_remote_code=settings.trust_remote_code,
                 visible=settings.passkey != (),
                 decoder=True,
             )

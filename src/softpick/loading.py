@@ -7,19 +7,37 @@ from __future__ import annotations
 
 import importlib.util
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from softpick.environment import chosen_device, missing_device
 from softpick.parts import stamps
 from softpick.progress import Reporter
-from softpick.training.data import Corpus, DataError
+from softpick.training.data import Corpus, DataError, token_ids
 
-__all__ = ["DTYPES", "FUSED", "ModelError", "Subject", "first_line", "identity", "load_config", "load_subject"]
+__all__ = [
+    "DTYPES",
+    "FUSED",
+    "ModelError",
+    "Subject",
+    "first_line",
+    "first_position",
+    "identity",
+    "learned_positions",
+    "load_config",
+    "load_subject",
+    "load_tokenizer",
+    "positions",
+    "saved_positions",
+    "sees_the_future",
+]
 
 DTYPES = {"auto": "auto", "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 """What ``dtype`` may be: ``auto`` is the one that was saved."""
@@ -40,13 +58,15 @@ class Subject:
         name: as the user gave it.
         model: in evaluation mode, on its device.
         tokenizer: its own.
-        causal: it predicts the next token; else it is an encoder.
+        causal: it has the head of a model that predicts the next token; else it is an encoder.
+        bidirectional: its predictions depend on the tokens after them (:func:`sees_the_future`), so that they are none.
     """
 
     name: str
     model: Any
     tokenizer: Any
     causal: bool
+    bidirectional: bool = False
 
     @property
     def title(self) -> str:
@@ -62,8 +82,7 @@ class Subject:
     @property
     def room(self) -> int:
         """Positions that the model has, or very many where it does not say."""
-        longest = getattr(self.model.config, "max_position_embeddings", None)
-        return longest if isinstance(longest, int) and longest > 0 else sys.maxsize
+        return positions(self.model) or sys.maxsize
 
     @property
     def normalizer(self) -> str:
@@ -77,7 +96,7 @@ class Subject:
 
     def ids(self, text: str) -> list[int]:
         """Token ids of a text, without special ones."""
-        return self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        return token_ids(self.tokenizer, [text])[0]
 
     def wrapped(self, ids: Sequence[int]) -> list[int]:
         """With BOS before it, or an encoder's special tokens around it."""
@@ -116,7 +135,13 @@ class Subject:
                 f"data: {len(stream)} tokens are too few for one sequence of {length}; give more text or a smaller "
                 "--sequence-length"
             )
-        return torch.tensor([self.wrapped(stream[i * piece : (i + 1) * piece]) for i in range(count)])
+        rows = torch.tensor([self.wrapped(stream[i * piece : (i + 1) * piece]) for i in range(count)])
+        known = self.model.get_input_embeddings().num_embeddings
+        if int(rows.max()) >= known:
+            raise ModelError(
+                f"model: the tokenizer of {self.name} gave token {int(rows.max())}, but the model has embeddings for {known}"
+            )
+        return rows
 
 
 def load_subject(
@@ -129,6 +154,7 @@ def load_subject(
     visible: bool = False,
     decoder: bool = False,
     quantization_config: Any = None,
+    trust_remote_code: bool = False,
 ) -> Subject:
     """Load a model and its tokenizer.
 
@@ -141,39 +167,48 @@ def load_subject(
         visible: its attention weights must be visible; a fused function of softmax gives way to ``sdpa``.
         decoder: only a causal language model will do.
         quantization_config: of transformers: the weights are quantized while they are loaded.
+        trust_remote_code: Python code that comes with the model may run.
 
     Raises:
-        ModelError: no such model, no tokenizer, missing weights, an encoder-decoder, a device that is not there.
+        ModelError: no such model, no tokenizer, missing weights, an encoder-decoder, code of its own, a device that is not
+            there; with ``decoder`` also a model whose predictions depend on the tokens after them.
         ImportError: transformers is missing.
     """
     from softpick.integrations.transformers import register  # says so where transformers is missing
 
+    device = chosen_device(device)
+    absent = missing_device(device)
+    if absent:
+        raise ModelError(f"device: cannot move {name} to {device!r}: {absent}")
     register()  # softpick's models and attention functions
-    from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModel, AutoModelForCausalLM
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING
 
-    config, source, where = load_config(name)
+    config, source, where = load_config(name, trust_remote_code=trust_remote_code)
     kind = type(config)
-    causal = kind in MODEL_FOR_CAUSAL_LM_MAPPING and (
-        kind not in MODEL_FOR_MASKED_LM_MAPPING or getattr(config, "is_decoder", False)
+    own_class = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {}) and trust_remote_code
+    causal = own_class or (
+        kind in MODEL_FOR_CAUSAL_LM_MAPPING
+        and (kind not in MODEL_FOR_MASKED_LM_MAPPING or getattr(config, "is_decoder", False))
     )
     if decoder and not causal:
         raise ModelError(f"model: {name} is an encoder ({config.model_type}); expected a causal language model")
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(source, **where)
-    except Exception as error:
-        raise ModelError(f"model: {name} has no tokenizer that transformers can load: {first_line(error)}") from error
+    tokenizer = load_tokenizer(name, source, where, trust_remote_code=trust_remote_code)
     loader = AutoModelForCausalLM if causal else AutoModel
     wanted = attn_implementation
     own = getattr(config, "_attn_implementation_internal", None)
     if visible and wanted is None and isinstance(own, str) and own.startswith(FUSED):
         reporter.say(f"{name}: {own} shows no weights, so sdpa computes the same attention")
         wanted = "sdpa"
-    try:
+    fetched = wanted or own
+    if isinstance(fetched, str) and "/" in fetched and not trust_remote_code:
+        raise ModelError(f"attn_implementation: {fetched} is code of the hub, {_NOT_RUN}")
+    with _loading(f"model: cannot load {name}", name):
         model, info = loader.from_pretrained(
             source,
             dtype=DTYPES[dtype],
             output_loading_info=True,
+            trust_remote_code=trust_remote_code,
             **where,
             **({} if wanted is None else {"attn_implementation": wanted}),
             **(
@@ -182,8 +217,6 @@ def load_subject(
                 else {"quantization_config": quantization_config, "device_map": device}
             ),
         )
-    except Exception as error:
-        raise ModelError(f"model: cannot load {name}: {first_line(error)}") from error
     missing = sorted(key for key in info["missing_keys"] if "pooler" not in key)  # of encoders, and not measured
     if missing:
         raise ModelError(
@@ -198,11 +231,80 @@ def load_subject(
         model = model.eval() if quantization_config is not None else model.to(device).eval()
     except (RuntimeError, AssertionError) as error:
         raise ModelError(f"device: cannot move {name} to {device!r}: {first_line(error)}") from error
-    return Subject(name, model, tokenizer, causal)
+    subject = Subject(name, model, tokenizer, causal)
+    if causal and quantization_config is None:  # a quantized model was looked at before
+        subject = replace(subject, bidirectional=_bidirectional(subject))
+    if decoder and subject.bidirectional:
+        raise ModelError(
+            f"model: {name} ({config.model_type}) predicts a token from the tokens after it; expected a causal language model"
+        )
+    return subject
 
 
-def load_config(name: str) -> tuple[Any, str, dict[str, Any]]:
+_PROBE = "Once there was a keeper who wrote one line in his book every night, and in the morning nobody could read it."
+
+
+def _bidirectional(subject: Subject) -> bool:
+    length = min(16, subject.room) // 2 * 2
+    known = subject.model.get_input_embeddings().num_embeddings
+    ids = [token for token in dict.fromkeys(subject.ids(_PROBE)) if token < known]
+    ids += [token for token in range(known) if token not in ids][: max(0, length - len(ids))]
+    with _loading(f"model: {subject.name} does not run", subject.name):
+        return length >= 4 and sees_the_future(subject.model, torch.tensor(ids[:length]))
+
+
+_NOT_RUN = "which does not run unless --trust-remote-code is given"
+
+
+@contextmanager
+def _loading(message: str, name: str, error_class: type[ValueError] = ModelError) -> Iterator[None]:
+    """Whatever a hub, a file or a library does wrong, in a sentence; transformers' own words say it best."""
+    try:
+        yield
+    except BaseException as error:
+        # a library in Rust panics in a class of its own, which is no Exception
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        if "trust_remote_code" in str(error):
+            what = message.partition(":")[0]
+            raise error_class(f"{what}: {name} comes with Python code of its own, {_NOT_RUN}") from error
+        raise error_class(f"{message}: {first_line(error)}") from error
+
+
+def load_tokenizer(
+    name: str,
+    source: str,
+    where: Mapping[str, Any] = MappingProxyType({}),
+    *,
+    trust_remote_code: bool = False,
+    error_class: type[ValueError] = ModelError,
+    message: str = "model: {name} has no tokenizer that transformers can load",
+) -> Any:
+    """A tokenizer of transformers.
+
+    Args:
+        name: as the user gave it.
+        source: a hub name or a directory.
+        where: further arguments of ``from_pretrained``.
+        trust_remote_code: Python code that comes with it may run.
+        error_class: what is raised.
+        message: begins it.
+
+    Raises:
+        ModelError: there is none, it cannot be read, or it has code of its own.
+    """
+    from transformers import AutoTokenizer
+
+    with _loading(message.format(name=name), name, error_class):
+        return AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code, **where)
+
+
+def load_config(name: str, *, trust_remote_code: bool = False) -> tuple[Any, str, dict[str, Any]]:
     """The configuration of a model, and from where and with which further arguments transformers loads the rest.
+
+    Args:
+        name: a hub name, a directory, or a GGUF file.
+        trust_remote_code: Python code that comes with it may run.
 
     Raises:
         ModelError: there is none, or it is an encoder-decoder.
@@ -224,22 +326,119 @@ def load_config(name: str) -> tuple[Any, str, dict[str, Any]]:
         raise ModelError(
             f"model: {name} has no config.json; expected a directory that transformers saved, or a GGUF file"
         )
-    try:
-        config = AutoConfig.from_pretrained(source, **where)
-    except Exception as error:  # whatever a hub or a file can do wrong; transformers' own words say it best
-        raise ModelError(f"model: cannot load {name}: {first_line(error)}") from error
+    with _loading(f"model: cannot load {name}", name):
+        config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code, **where)
     if getattr(config, "is_encoder_decoder", False):
         raise ModelError(f"model: {name} is an encoder-decoder ({config.model_type}); expected a decoder or an encoder")
     return config, source, where
 
 
-def first_line(error: Exception) -> str:
+def learned_positions(model: Any) -> int | None:
+    """How many positions a model has a learned embedding for (GPT-2, OPT); None where it needs none (RoPE, ALiBi).
+
+    RoBERTa and its relatives count from the index after the padding token's on, so they have that many fewer than rows.
+
+    Args:
+        model: of transformers.
+    """
+    table = _position_table(model)
+    if table is None:
+        return None
+    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    rows = table.num_embeddings - first_position(model)
+    return min(longest, rows) if isinstance(longest, int) and longest > 0 else rows
+
+
+def first_position(model: Any) -> int:
+    """The position id of a sequence's first token, for models that take ``position_ids``: 0, but not RoBERTa's.
+
+    Args:
+        model: of transformers.
+    """
+    padding = getattr(_position_table(model), "padding_idx", None)
+    return 0 if padding is None else padding + 1
+
+
+def positions(model: Any) -> int | None:
+    """How many positions a model has, learned or not; None where it does not say.
+
+    Args:
+        model: of transformers.
+    """
+    learned = learned_positions(model)
+    if learned is not None:
+        return learned
+    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return longest if isinstance(longest, int) and longest > 0 else None
+
+
+def saved_positions(name: str, *, trust_remote_code: bool = False) -> int | None:
+    """:func:`positions` of a language model that is not loaded: it is made without weights, since only the model knows.
+
+    Args:
+        name: a hub name, a directory, or a GGUF file.
+        trust_remote_code: Python code that comes with it may run.
+
+    Returns:
+        None where it does not say, or cannot be made (an encoder, a damaged configuration): loading says why.
+
+    Raises:
+        ModelError: it has no configuration, or is an encoder-decoder.
+    """
+    from transformers import AutoModelForCausalLM
+
+    config = load_config(name, trust_remote_code=trust_remote_code)[0]
+    with torch.device("meta"):
+        try:
+            return positions(AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code))
+        except Exception:  # whatever a configuration can do wrong
+            return None
+
+
+def _position_table(model: Any) -> Any:
+    words = model.get_input_embeddings()
+    for name, module in model.named_modules():
+        last = name.rpartition(".")[2]
+        if isinstance(module, nn.Embedding) and module is not words and ("pos" in last or last == "wpe"):
+            return module
+    return None
+
+
+@torch.no_grad()
+def sees_the_future(model: Any, ids: Tensor) -> bool:
+    """Whether what a model predicts for the first half of a text depends on the second half.
+
+    Args:
+        model: of transformers, in evaluation mode, whose output has ``logits (B, T, V)``.
+        ids: ``(T,)`` token ids, an even number of which not all are the same; the other text has its second half reversed
+            and shifted by one.
+
+    Returns:
+        True for models with the head of a decoder and the attention of an encoder. Differences that rounding explains
+        (experts that get other batches) do not count.
+    """
+    half = len(ids) // 2
+    other = torch.cat([ids[:half], ids[half:].flip(0).roll(1)])
+    device = next(model.parameters()).device
+    first, second = (
+        model(input_ids=row[None].to(device), use_cache=False).logits[0, :half].float() for row in (ids, other)
+    )
+    spread = float(first.std())
+    precise = next(model.parameters()).dtype in (torch.float32, torch.float64)
+    return float((first - second).abs().max()) > (1e-4 if precise else 0.1) * spread
+
+
+def first_line(error: BaseException) -> str:
     """Of an error's words, or its kind."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
-def identity(name: str) -> list[Any]:
+def identity(name: str, *, trust_remote_code: bool = False) -> list[Any]:
     """What a model is, for the key of a part: place, size and time of its files, or a hub model's revision.
+
+    Args:
+        name: a hub name, a directory, or a GGUF file.
+        trust_remote_code: Python code that comes with it may run.
 
     Raises:
         ModelError: there is no such model.
@@ -247,7 +446,7 @@ def identity(name: str) -> list[Any]:
     path = Path(name)
     files = [path] if path.is_file() else sorted(path.iterdir()) if path.is_dir() else []
     if not files:
-        return [name, getattr(load_config(name)[0], "_commit_hash", None)]
+        return [name, getattr(load_config(name, trust_remote_code=trust_remote_code)[0], "_commit_hash", None)]
     # parts and reports that were put beside a model do not make it another one
     kept = [f for f in files if f.is_file() and (f.suffix in _OF_A_MODEL or f.name in _CONFIGURATIONS)]
     return [str(path.resolve()), stamps(kept)]

@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from softpick.failures import read_json
+
 __all__ = ["Parts", "stamps", "titles"]
 
 
@@ -38,7 +40,7 @@ class Parts:
 
         if file.is_file():
             self.again += 1
-            return json.loads(file.read_text(encoding="utf-8"))
+            return read_json(file)
         value = make()
         file.parent.mkdir(parents=True, exist_ok=True)
         write_json(file, value)

@@ -15,17 +15,17 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from softpick.environment import command_line, hardware, versions
+from softpick.environment import chosen_device, command_line, hardware, versions
 from softpick.evaluation.perplexity import perplexity
 from softpick.evaluation.tasks import HEADLINES, EvaluationError, check_tasks, expected_files, run_tasks
-from softpick.loading import DTYPES, Subject, identity, load_config, load_subject
+from softpick.loading import DTYPES, Subject, identity, load_subject, saved_positions
 from softpick.parts import Parts, stamps, titles
 from softpick.progress import Reporter, Silent, Titled
 from softpick.quantization.methods import METHODS, Job
@@ -34,6 +34,7 @@ from softpick.quantization.methods import quantize as quantize_weights
 from softpick.quantization.plots import figure_of
 from softpick.quantization.simulate import FORMATS, GRANULARITIES, quantized_activations, quantized_cache
 from softpick.quantization.verify import QuantizationError, linear_layers, quiet_libraries
+from softpick.settings import check_settings
 from softpick.training.data import Corpus, get_corpus, split_documents
 
 __all__ = ["QuantizeSettings", "cells", "columns", "forget", "markdown", "quantize", "summary_rows", "weight_rows"]
@@ -58,7 +59,7 @@ class QuantizeSettings:
         tasks: of ``softpick.evaluation.tasks.TASKS``; empty for none.
         data_dir: local files of the tasks; None asks the hub.
         limit: examples of each task; None is all.
-        data: for perplexity and calibration: text, JSONL or parquet file or a directory of them; None is the Python standard
+        data: for perplexity and calibration: a file or a directory as for ``read_corpus``; None is the Python standard
             library's sources. Calibration uses one part of the documents, perplexity the rest.
         text_field: of JSONL and parquet files.
         samples: sequences for the perplexity.
@@ -70,6 +71,7 @@ class QuantizeSettings:
         dtype: ``auto`` (as saved), ``float32``, ``bfloat16`` or ``float16``.
         attn_implementation: of transformers or softpick; None is the model's own.
         keep: leave the quantized models in the output folder.
+        trust_remote_code: Python code that comes with a model may run.
     """
 
     model: str
@@ -93,6 +95,7 @@ class QuantizeSettings:
     dtype: str = "auto"
     attn_implementation: str | None = None
     keep: bool = False
+    trust_remote_code: bool = False
 
     @property
     def models(self) -> tuple[str, ...]:
@@ -105,18 +108,7 @@ class QuantizeSettings:
 
     def check(self) -> None:
         """Raise :class:`EvaluationError` for values that cannot work."""
-        least = {
-            "samples": 1,
-            "calibration_samples": 1,
-            "batch_size": 1,
-            "group_size": 1,
-            "sequence_length": 2,
-            "limit": 1,
-        }
-        for name, smallest in least.items():
-            value = getattr(self, name)
-            if value is not None and value < smallest:
-                raise EvaluationError(f"{name}: expected at least {smallest}, got {value}")
+        check_settings(self, EvaluationError)
         for name, known in (("methods", METHODS), ("dtype", DTYPES)):
             values = getattr(self, name)
             for value in (values,) if isinstance(values, str) else values:
@@ -209,12 +201,16 @@ def quantize(
         ImportError: a package is missing; the message names the extra.
     """
     settings.check()
+    settings = replace(settings, device=chosen_device(settings.device))
     reporter = reporter if reporter is not None else Silent()
     output = Path(output)
     corpus = get_corpus(settings.data, settings.text_field, _CORPUS_CHARACTERS)
+    reporter.say(f"data: {corpus.description}")
     calibration, held, split = split_documents(corpus.documents)
     texts = tuple(Corpus(tuple(documents), corpus.description) for documents in (calibration, held))
-    length = settings.sequence_length or min(2048, *(_positions(name) for name in settings.models))
+    length = settings.sequence_length or min(
+        2048, *(saved_positions(name, trust_remote_code=settings.trust_remote_code) or 2048 for name in settings.models)
+    )
     parts = Parts(output, _PREFIX)
     with quiet_libraries():
         runs = [
@@ -258,11 +254,6 @@ def _vocabulary(model: Any) -> list[Any]:
     return [module for module in ends if module is not None]
 
 
-def _positions(name: str) -> int:
-    longest = getattr(load_config(name)[0], "max_position_embeddings", None)
-    return longest if isinstance(longest, int) and longest > 0 else 2048
-
-
 def forget(output: str | Path) -> None:
     """Remove what :func:`quantize` has left for going on; nothing else."""
     Parts(output, _PREFIX).forget()
@@ -287,11 +278,11 @@ class _Run:
         self._loaded: Subject | None = None
         self._sequences: tuple[Tensor, Tensor] | None = None
         self._key = [
-            identity(name),
+            identity(name, trust_remote_code=settings.trust_remote_code),
             length,
             [hashlib.sha256("\0".join(text.documents).encode()).hexdigest() for text in texts],
             stamps(self._files()),
-            {k: v for k, v in asdict(settings).items() if k not in _NOT_OF_A_CELL},
+            {k: v for k, v in asdict(settings).items() if k not in (*_NOT_OF_A_CELL, "trust_remote_code")},
             versions("hqq", "bitsandbytes", "gptqmodel", "optimum", "lm_eval"),
         ]
 
@@ -338,6 +329,7 @@ class _Run:
                 device=settings.device,
                 dtype=settings.dtype,
                 attn_implementation=settings.attn_implementation,
+                trust_remote_code=settings.trust_remote_code,
                 decoder=True,
             )
             # transformers unpacks a GGUF file, and says nevertheless that it is quantized
@@ -375,7 +367,8 @@ class _Run:
 
     def _job(self, cell: Cell, folder: Path) -> Job:
         group = self.settings.group_size or 64
-        return Job(self.subject, cell.bits, group, self.sequences[0], folder, self.reporter)
+        trusted = self.settings.trust_remote_code
+        return Job(self.subject, cell.bits, group, self.sequences[0], folder, self.reporter, trusted)
 
     def _places(self, cell: Cell) -> tuple[Path, Path]:
         """Where a quantized model is kept, and where it is made."""
@@ -469,7 +462,18 @@ class _Run:
 
 
 # which cells there are does not change what one of them gives
-_NOT_OF_A_CELL = ("model", "against", "methods", "bits", "activations", "kv_cache", "keep", "data", "data_dir")
+_NOT_OF_A_CELL = (
+    "model",
+    "against",
+    "methods",
+    "bits",
+    "activations",
+    "kv_cache",
+    "keep",
+    "data",
+    "data_dir",
+    "trust_remote_code",
+)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -30,9 +30,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from softpick.environment import command_line, hardware, versions
+from softpick.environment import chosen_device, command_line, hardware, missing_device, versions
+from softpick.failures import DamagedFileError, parse_json, read_json
+from softpick.loading import load_tokenizer
 from softpick.normalizers import get_normalizer
 from softpick.progress import Reporter, Silent
+from softpick.settings import check_memory
 from softpick.training.data import (
     DataError,
     SequenceDataset,
@@ -70,6 +73,7 @@ def train(
     *,
     device: str = "auto",
     tensorboard: bool = False,
+    trust_remote_code: bool = False,
     command: str = "",
     reporter: Reporter | None = None,
     stop: StopRequest | None = None,
@@ -79,8 +83,9 @@ def train(
     Args:
         recipe: what to train.
         output: folder of the run.
-        device: ``cpu``, ``cuda``, ``mps``, or ``auto``: the GPU if there is one.
+        device: ``cpu``, ``cuda``, ``mps``, or ``auto``: ``cuda`` where torch finds such a GPU, else ``cpu``.
         tensorboard: also write TensorBoard events (needs tensorboard).
+        trust_remote_code: Python code that comes with the recipe's tokenizer may run.
         command: as typed, for the model card.
         reporter: told what happens; under torchrun only rank 0's is.
         stop: asked during training whether to stop at a checkpoint.
@@ -109,12 +114,12 @@ def train(
         raise RecipeError("tensor_parallel: accelerate has it for GPUs only, not for ranks of the CPU")
     with arguments.main_process_first(local=False, desc="data"):
         _enter(output, recipe)
-        data = _prepare(recipe, output, reporter if rank == 0 else Silent())
+        data = _prepare(recipe, output, reporter if rank == 0 else Silent(), trust_remote_code)
         if rank == 0:
             _remember(output, recipe, data)
     if (output / "results.json").exists():
         reporter.say(f"{output}: already trained")
-        return json.loads((output / "results.json").read_text(encoding="utf-8"))
+        return read_json(output / "results.json")
 
     model = engine.build_model(
         recipe.normalizer,
@@ -204,12 +209,13 @@ def train(
 
 
 def _device(recipe: Recipe, device: str, ranks: int) -> str:
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = chosen_device(device)
     if device not in ("cpu", "cuda", "mps"):
         raise RecipeError(f"device: expected auto, cpu, cuda or mps; got {device!r}")
-    if device == "cuda" and not torch.cuda.is_available():
-        raise RecipeError("device: 'cuda' asked for, but torch finds no usable GPU")
+    absent = missing_device(device)
+    if absent:
+        raise RecipeError(f"device: {absent}")
+    check_memory(recipe.parameters // recipe.tensor_parallel, device, RecipeError)
     if recipe.tensor_parallel > 1 and ranks != recipe.tensor_parallel:
         raise RecipeError(
             f"tensor_parallel: expected as many ranks, {recipe.tensor_parallel}, got {ranks}: torchrun --nproc-per-node "
@@ -324,18 +330,21 @@ def _remember(output: Path, recipe: Recipe, data: _Data) -> None:
         raise RecipeError(f"output: the data changed since the run in {output} was started; choose another --output")
 
 
-def _prepare(recipe: Recipe, output: Path, reporter: Reporter) -> _Data:
+def _prepare(recipe: Recipe, output: Path, reporter: Reporter, trust_remote_code: bool) -> _Data:
     if (recipe.data or "").startswith("hub:"):
-        return _stream(recipe, output, reporter)
+        return _stream(recipe, output, reporter, trust_remote_code)
     files = {name: output / f"{name}.tokens" for name in ("train", "validation")}
     if (output / "tokenizer").exists() and all(path.exists() for path in files.values()):
-        tokenizer, description = _tokenizer(recipe, output, lambda: iter(())), recipe.data or "the built-in corpus"
+        tokenizer, description = (
+            _tokenizer(recipe, output, lambda: iter(()), trust_remote_code),
+            recipe.data or "the built-in corpus",
+        )
     else:
         corpus = get_corpus(recipe.data, recipe.text_field)
         description = corpus.description
         reporter.say(f"data: {description}")
         train_texts, held_texts, _ = split_documents(corpus.documents)
-        tokenizer = _tokenizer(recipe, output, lambda: iter(train_texts))
+        tokenizer = _tokenizer(recipe, output, lambda: iter(train_texts), trust_remote_code)
         for name, texts in (("train", train_texts), ("validation", held_texts)):
             write_tokens(files[name], tokenizer, texts, reporter, f"tokenising the {name} data", len(texts))
     shape = recipe.sequence_length, len(tokenizer), tokenizer.bos_token_id
@@ -349,10 +358,10 @@ def _prepare(recipe: Recipe, output: Path, reporter: Reporter) -> _Data:
     return _Data(training, held, tokenizer, description, training.fingerprint() + held.fingerprint())
 
 
-def _stream(recipe: Recipe, output: Path, reporter: Reporter) -> _Data:
+def _stream(recipe: Recipe, output: Path, reporter: Reporter, trust_remote_code: bool) -> _Data:
     name = (recipe.data or "").removeprefix("hub:")
     documents = hub_documents(name, recipe.data_config, recipe.text_field)
-    tokenizer = _tokenizer(recipe, output, documents)
+    tokenizer = _tokenizer(recipe, output, documents, trust_remote_code)
     description = f"the Hugging Face data set {name}" + (f" ({recipe.data_config})" if recipe.data_config else "")
     reporter.say(f"data: {description}, streamed")
     held = recipe.validation_sequences
@@ -367,18 +376,23 @@ def _stream(recipe: Recipe, output: Path, reporter: Reporter) -> _Data:
     return _Data(training, SequenceDataset(rows), tokenizer, description, fingerprint(rows))
 
 
-def _tokenizer(recipe: Recipe, output: Path, documents: Callable[[], Iterator[str]]) -> PreTrainedTokenizerBase:
+def _tokenizer(
+    recipe: Recipe, output: Path, documents: Callable[[], Iterator[str]], trust_remote_code: bool
+) -> PreTrainedTokenizerBase:
     """The run's tokenizer, the recipe's, or one trained on the beginning of the documents."""
-    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+    from transformers import PreTrainedTokenizerFast
 
     saved = output / "tokenizer"
     if saved.exists():
         return PreTrainedTokenizerFast.from_pretrained(saved)
     if recipe.tokenizer is not None:
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(recipe.tokenizer)
-        except Exception as error:  # whatever a hub or a file can do wrong
-            raise RecipeError(f"tokenizer: cannot load {recipe.tokenizer!r}: {str(error).splitlines()[0]}") from error
+        tokenizer = load_tokenizer(
+            recipe.tokenizer,
+            recipe.tokenizer,
+            trust_remote_code=trust_remote_code,
+            error_class=RecipeError,
+            message="tokenizer: cannot load {name!r}",
+        )
         if tokenizer.bos_token_id is None or tokenizer.eos_token_id is None:
             raise RecipeError(f"tokenizer: {recipe.tokenizer!r} has no BOS or no EOS; sequences start with BOS")
     else:
@@ -414,7 +428,7 @@ class _Metrics:
         if not self.writes:
             return
         if self.path.exists():
-            kept = [line for line in self._lines() if json.loads(line)["step"] <= step]
+            kept = [line for line, entry in zip(self._lines(), self._entries(), strict=True) if entry["step"] <= step]
             temporary = self.path.with_name(f".{self.path.name}.tmp")
             temporary.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
             os.replace(temporary, self.path)
@@ -436,7 +450,14 @@ class _Metrics:
     def entries(self, kind: str) -> list[dict[str, Any]]:
         if not self.path.exists():
             return []
-        return [entry for entry in map(json.loads, self._lines()) if entry["kind"] == kind]
+        return [entry for entry in self._entries() if entry["kind"] == kind]
+
+    def _entries(self) -> list[dict[str, Any]]:
+        found = [parse_json(line, self.path, number) for number, line in enumerate(self._lines(), 1)]
+        for number, entry in enumerate(found, 1):
+            if not isinstance(entry, dict) or not isinstance(entry.get("step"), int) or "kind" not in entry:
+                raise DamagedFileError(f"{self.path}, line {number}: is damaged: expected an object with step and kind")
+        return found
 
     def _lines(self) -> list[str]:
         text = self.path.read_text(encoding="utf-8")

@@ -20,6 +20,8 @@ import torch
 from torch import Tensor
 
 from softpick.evaluation.tasks import EvaluationError, starts_with_bos
+from softpick.loading import first_position
+from softpick.training.data import token_ids
 
 __all__ = ["LENGTHS", "PasskeyPrompt", "make_prompts", "passkey", "prompt_text", "retrieving_heads", "shortest_prompt"]
 
@@ -82,7 +84,7 @@ def make_prompts(
 
         def tokens(filler: int, key: str = key, depth: float = depth) -> int:
             text = prompt_text(key, depth, filler)[0]
-            return opening + len(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+            return opening + len(token_ids(tokenizer, [text])[0])
 
         if characters is None:
             characters = _longest(tokens, length)
@@ -104,7 +106,7 @@ def shortest_prompt(tokenizer: Any, bos: int | None = None) -> int:
         bos: counted where there is one.
     """
     text = prompt_text(str(_LARGEST_KEY), 0.5, 0)[0]
-    return len(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]) + (bos is not None)
+    return len(token_ids(tokenizer, [text])[0]) + (bos is not None)
 
 
 def passkey(
@@ -237,7 +239,9 @@ def _longest(tokens: Callable[[int], int], length: int) -> int:
 
 def _prompt(tokenizer: Any, key: str, depth: float, filler: int, bos: int | None) -> PasskeyPrompt:
     text, places = prompt_text(key, depth, filler)
-    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    encoded = tokenizer(
+        text, add_special_tokens=False, split_special_tokens=True, return_offsets_mapping=True, verbose=False
+    )
     shift = 0 if bos is None else 1
     at = tuple(
         index + shift
@@ -252,10 +256,7 @@ def _prompt(tokenizer: Any, key: str, depth: float, filler: int, bos: int | None
 def _answer_tokens(tokenizer: Any, key: str) -> int:
     """Tokens of the key where the prompt ends: what the sentence has more with it than without."""
     question = "The pass key is"
-    lengths = [
-        len(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
-        for text in (question, f"{question} {key}")
-    ]
+    lengths = [len(ids) for ids in token_ids(tokenizer, [question, f"{question} {key}"])]
     return max(1, lengths[1] - lengths[0])
 
 
@@ -308,7 +309,7 @@ def _generate(model: Any, ids: Tensor, mask: Tensor, steps: int) -> Tensor:
     ids, mask = ids.to(device), mask.to(device)
     known = inspect.signature(model.forward).parameters
     more: dict[str, Any] = {"logits_to_keep": 1} if "logits_to_keep" in known else {}
-    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    positions = (mask.cumsum(1) - 1).clamp(min=0) + first_position(model)
     cache, found = None, []
     for step in range(steps):
         if "position_ids" in known:  # models without them (ALiBi) count by the mask

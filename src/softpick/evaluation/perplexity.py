@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from softpick.loading import learned_positions
+
 __all__ = ["learned_positions", "perplexity", "perplexity_by_position", "position_edges"]
 
 _LOGIT_ENTRIES = 1 << 27  # vocabulary logits of a forward pass: half a gigabyte in fp32
@@ -108,21 +110,6 @@ def position_edges(length: int, bins: int, trained: int | None = None) -> list[i
         return [*divide(1, length, bins), length]
     inside = max(1, min(round(bins * (trained - 1) / (length - 1)), bins - 1))
     return [*divide(1, trained, inside), *divide(trained, length, max(1, bins - inside)), length]
-
-
-def learned_positions(model: Any) -> int | None:
-    """How many positions a model has a learned embedding for (GPT-2, OPT); None where it needs none (RoPE, ALiBi).
-
-    Args:
-        model: of transformers.
-    """
-    words = model.get_input_embeddings()
-    for name, module in model.named_modules():
-        last = name.rpartition(".")[2]
-        if isinstance(module, nn.Embedding) and module is not words and ("pos" in last or last == "wpe"):
-            longest = getattr(model.config, "max_position_embeddings", None)
-            return longest if isinstance(longest, int) else module.num_embeddings
-    return None
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -22,8 +22,10 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
-from softpick.loading import first_line
+from softpick.loading import first_line, positions
 from softpick.progress import Reporter, Silent
+from softpick.training.data import token_ids
+from softpick.training.reading import check_text, json_lines
 
 __all__ = [
     "HEADLINES",
@@ -293,32 +295,28 @@ def _no_data(task: str, why: Any, tasks: Sequence[str], num_fewshot: int | None)
 def _check_file(file: Path, task: _Task, name: str) -> None:
     """Every line is an object with the task's fields."""
     lines = 0
-    with file.open(encoding="utf-8") as handle:
-        for number, line in enumerate(handle, 1):
-            if not line.strip():
-                continue
-            lines += 1
-            wanted = f"expected an object with {task.fields}"
-            try:
-                entry = json.loads(line)
-            except ValueError as error:
-                raise EvaluationError(f"data_dir: {file}, line {number}: not JSON ({error}); {wanted}") from error
-            absent = [field for field in task.needs if not isinstance(entry, dict) or field not in entry]
-            if absent:
-                raise EvaluationError(f"data_dir: {file}, line {number} lacks {', '.join(absent)}; {wanted}")
-            if name == "arc_easy":
-                choices = entry["choices"]
-                if not isinstance(choices, dict) or not {"text", "label"} <= set(choices):
-                    raise EvaluationError(f"data_dir: {file}, line {number}: choices has no text and label; {wanted}")
-                if entry["answerKey"] not in choices["label"] or len(choices["text"]) != len(choices["label"]):
-                    raise EvaluationError(
-                        f"data_dir: {file}, line {number}: expected an answerKey among the labels, one a text; "
-                        f"got {entry['answerKey']!r} of {choices['label']}"
-                    )
-            if name == "piqa" and entry["label"] not in (0, 1):
+    wanted = f"expected an object with {task.fields}"
+    for line, entry in json_lines(file, wanted, EvaluationError, "data_dir"):
+        lines += 1
+        absent = [field for field in task.needs if not isinstance(entry, dict) or field not in entry]
+        if absent:
+            raise EvaluationError(f"data_dir: {file}, {line} lacks {', '.join(absent)}; {wanted}")
+        for field in task.needs:
+            if field not in ("choices", "label"):
+                check_text(entry[field], f"data_dir: {file}, {line}: {field}", EvaluationError)
+        if name == "arc_easy":
+            choices = entry["choices"]
+            if not isinstance(choices, dict) or not all(isinstance(choices.get(x), list) for x in ("text", "label")):
+                raise EvaluationError(f"data_dir: {file}, {line}: choices has no text and label; {wanted}")
+            for text in choices["text"]:
+                check_text(text, f"data_dir: {file}, {line}: a text of choices", EvaluationError)
+            if entry["answerKey"] not in choices["label"] or len(choices["text"]) != len(choices["label"]):
                 raise EvaluationError(
-                    f"data_dir: {file}, line {number}: label: expected 0 or 1, got {entry['label']!r}"
+                    f"data_dir: {file}, {line}: expected an answerKey among the labels, one a text; "
+                    f"got {entry['answerKey']!r} of {choices['label']}"
                 )
+        if name == "piqa" and entry["label"] not in (0, 1):
+            raise EvaluationError(f"data_dir: {file}, {line}: label: expected 0 or 1, got {entry['label']!r}")
     if lines == 0:
         raise EvaluationError(f"data_dir: {file} has no lines; expected objects with {task.fields}")
 
@@ -381,7 +379,9 @@ def _language_model() -> Any:
                 backend="causal",
                 batch_size=batch_size,
                 prefix_token_id=prefix,
+                max_length=positions(model),
                 softmax_dtype="float32",  # also of logits in half precision
+                trust_remote_code=False,
             )
             self._bar: Any = None
             self._done = self._total = 0
@@ -403,7 +403,7 @@ def _language_model() -> Any:
         def tok_encode(
             self, string: str, add_special_tokens: bool | None = None, left_truncate_len: int | None = None, **_: Any
         ) -> list[int]:
-            ids = self.tokenizer(string, add_special_tokens=False, verbose=False)["input_ids"]
+            ids = token_ids(self.tokenizer, [string])[0]
             return ids[-left_truncate_len:] if left_truncate_len else ids
 
         def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:

@@ -477,7 +477,7 @@ def _convert_to_transformers(options: argparse.Namespace) -> None:
     if options.tokenizer:
         from transformers import AutoTokenizer
 
-        tokenizer = AutoTokenizer.from_pretrained(options.tokenizer, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(options.tokenizer, local_files_only=True, trust_remote_code=False)
         special = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
     converted = to_transformers(model_args, state, **special)
 

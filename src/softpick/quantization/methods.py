@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from softpick.loading import DTYPES, ModelError, Subject, first_line, load_subject
 from softpick.progress import Reporter
 from softpick.quantization.verify import QuantizationError, Verification, inner_layers, tensors, untouched, verify
 
-__all__ = ["METHODS", "Job", "Method", "Quantized", "check", "quantize"]
+__all__ = ["METHODS", "Job", "Method", "Quantized", "check", "load_hqq", "quantize"]
 
 
 @dataclass(frozen=True)
@@ -31,6 +31,7 @@ class Job:
         calibration: ``(N, T)`` token ids, for methods that look at activations.
         folder: a new folder in which the quantized model is saved.
         reporter: told what happens.
+        trust_remote_code: Python code that comes with the model may run.
     """
 
     subject: Subject
@@ -39,6 +40,7 @@ class Job:
     calibration: Tensor
     folder: Path
     reporter: Reporter
+    trust_remote_code: bool = False
 
     @property
     def dtype(self) -> torch.dtype:
@@ -59,6 +61,7 @@ class Job:
             device=self.device,
             dtype=names[self.dtype],
             attn_implementation=str(self.subject.model.config._attn_implementation),
+            trust_remote_code=self.trust_remote_code,
             **options,
         )
 
@@ -153,7 +156,13 @@ def _bits_per_weight(job: Job, model: Any, found: Verification) -> float:
         for name, tensor in model.named_parameters()
         if not name.startswith(inside)
     }
-    return 8 * (size - sum(rest.values())) / sum(layer.weights for layer in found.layers)
+    bits = 8 * (size - sum(rest.values())) / sum(layer.weights for layer in found.layers)
+    if bits < job.bits:
+        raise QuantizationError(
+            f"the saved files hold {bits:.2f} bits a quantized weight, expected at least {job.bits}: the library did not save "
+            "all of the model"
+        )
+    return bits
 
 
 @contextmanager
@@ -205,15 +214,76 @@ def _hqq_check(job: Job) -> None:
 def _hqq(job: Job) -> Any:
     # transformers' own HqqConfig is not implemented in transformers 5; the library's interface is
     from hqq.core.quantize import BaseQuantizeConfig
-    from hqq.models.hf.base import AutoHQQHFModel
 
+    library = _hqq_library()
     model = job.load().model
     config = BaseQuantizeConfig(nbits=job.bits, group_size=job.group, axis=1)
     # a device by name would have to be given a place for each layer, which the library knows for some models only
-    AutoHQQHFModel.quantize_model(model, quant_config=config, compute_dtype=job.dtype, device={"": job.device})
+    library.quantize_model(model, quant_config=config, compute_dtype=job.dtype, device={"": job.device})
     _put_back(job.subject.model, model)
-    AutoHQQHFModel.save_quantized(model, str(job.folder))
+    library.save_quantized(model, str(job.folder))
     return model
+
+
+def load_hqq(folder: str | Path, *, dtype: torch.dtype = torch.float32, device: str = "cpu") -> Any:
+    """A model that ``softpick quantize --method hqq --keep`` left.
+
+    hqq's own ``AutoHQQHFModel.from_quantized`` leaves out parameters of modules that hold others: experts that are one
+    tensor, learned sinks, score scales.
+
+    Args:
+        folder: of the model.
+        dtype: in which it computes.
+        device: where it runs.
+
+    Returns:
+        The model, in evaluation mode, with its own attention.
+
+    Raises:
+        ImportError: hqq is missing.
+    """
+    from transformers import AutoConfig
+
+    from softpick.integrations.transformers import register
+
+    register()
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    model = _hqq_library().from_quantized(str(folder), compute_dtype=dtype, device=device)
+    own = getattr(config, "_attn_implementation_internal", None)
+    if isinstance(own, str):
+        model.set_attn_implementation(own)
+    return model.eval()
+
+
+def _hqq_library() -> Any:
+    """The interface of hqq, which saves leaves of the tree of modules, made to save parameters of the other modules as well."""
+    from hqq.models.hf.base import AutoHQQHFModel
+
+    def others(model: Any) -> Iterator[tuple[str, Any]]:
+        for name, module in model.named_modules():
+            if module._modules and (module._parameters or module._buffers):
+                yield name, module
+
+    class Library(AutoHQQHFModel):
+        @classmethod
+        def serialize_weights(cls, model: Any, verbose: bool = False) -> dict[str, Any]:
+            weights = super().serialize_weights(model, verbose)
+            for name, module in others(model):
+                own = {**module._parameters, **module._buffers}
+                left = {key: value for key, value in own.items() if value is not None}
+                weights[name] = {k: v for k, v in left.items() if k not in module._non_persistent_buffers_set}
+            return weights
+
+        @classmethod
+        def post_module_load(cls, model: Any, weights: dict[str, Any]) -> None:
+            for name, module in others(model):
+                for key, value in weights.get(name, {}).items():
+                    if key in module._parameters:
+                        module._parameters[key] = nn.Parameter(value, requires_grad=False)
+                    else:
+                        module._buffers[key] = value
+
+    return Library
 
 
 def _put_back(original: Any, model: Any) -> None:

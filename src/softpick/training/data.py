@@ -1,4 +1,4 @@
-"""Text into sequences: read documents, split them, train a byte-level BPE, cut into sequences that start with BOS.
+"""Text into sequences: split documents, train a byte-level BPE, cut into sequences that start with BOS.
 
 Everything is deterministic: the same files give the same tokens in the same order. Nothing touches the network.
 """
@@ -6,15 +6,16 @@ Everything is deterministic: the same files give the same tokens in the same ord
 from __future__ import annotations
 
 import hashlib
-import json
 import sysconfig
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+
+from softpick.training.reading import Corpus, DataError, read_corpus
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -33,32 +34,14 @@ __all__ = [
     "read_corpus",
     "split_documents",
     "standard_library",
+    "token_ids",
     "train_tokenizer",
 ]
 
 BOS, EOS = "<bos>", "<eos>"
 DEFAULT_CHARACTERS = 8_000_000
 VALIDATION_SHARE = 0.05
-_TEXT_SUFFIXES = (".txt", ".md", ".rst", ".py", ".text")
-_SUFFIXES = (*_TEXT_SUFFIXES, ".jsonl", ".ndjson", ".json", ".parquet")
 _NOT_LIBRARY = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__", "__phello__"}
-
-
-class DataError(ValueError):
-    """The data cannot be used; the message says which file, which line and what was expected."""
-
-
-@dataclass(frozen=True)
-class Corpus:
-    """Documents in a fixed order, and a sentence that says what they are."""
-
-    documents: tuple[str, ...]
-    description: str
-
-    @property
-    def characters(self) -> int:
-        """Total length."""
-        return sum(map(len, self.documents))
 
 
 def standard_library(characters: int = DEFAULT_CHARACTERS) -> Corpus:
@@ -93,95 +76,6 @@ def standard_library(characters: int = DEFAULT_CHARACTERS) -> Corpus:
         f"sources of the Python {platform.python_version()} standard library without its tests: "
         f"{len(documents)} files, {total / 1e6:.1f} million characters",
     )
-
-
-def read_corpus(path: str | Path, text_field: str = "text", characters: int | None = None) -> Corpus:
-    """Documents of a text, JSONL or parquet file, or of all such files below a directory (sorted by path).
-
-    A text file is one document; a JSONL line or a parquet row is one document, taken from ``text_field``.
-
-    Args:
-        path: file or directory.
-        text_field: name of the field (JSONL) or column (parquet) with the text.
-        characters: stop before the document that would go beyond this; None reads everything.
-
-    Raises:
-        DataError: path missing, of an unknown kind or without text; a line or file without the field.
-    """
-    path = Path(path)
-    if not path.exists():
-        raise DataError(f"data: {path} does not exist")
-    if path.is_dir():
-        files = sorted(p for p in path.rglob("*") if p.is_file() and p.suffix.lower() in _SUFFIXES)
-        if not files:
-            raise DataError(f"data: no files below {path} end in {', '.join(_SUFFIXES)}")
-    else:
-        files = [path]
-    documents: list[str] = []
-    total = 0
-    for text in (text for file in files for text in _read_file(file, text_field)):
-        if characters is not None and total + len(text) > characters:
-            break
-        if text.strip():
-            documents.append(text)
-            total += len(text)
-    if not documents:
-        raise DataError(f"data: {path} has no text in it")
-    kind = "1 document" if len(documents) == 1 else f"{len(documents)} documents"
-    return Corpus(tuple(documents), f"{path}: {kind}, {total / 1e6:.3g} million characters")
-
-
-def _read_file(file: Path, field: str) -> Iterator[str]:
-    suffix = file.suffix.lower()
-    if suffix in (".jsonl", ".ndjson", ".json"):
-        yield from _read_jsonl(file, field)
-    elif suffix == ".parquet":
-        yield from _read_parquet(file, field)
-    else:  # whatever else the caller named is tried as text
-        try:
-            yield file.read_text(encoding="utf-8")
-        except UnicodeDecodeError as error:
-            raise DataError(f"data: {file} is not UTF-8 text (byte {error.start})") from None
-
-
-def _read_jsonl(file: Path, field: str) -> Iterator[str]:
-    with file.open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            try:
-                record = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise DataError(f"data: {file}, line {number}: not JSON ({error.msg}); one object a line") from None
-            if not isinstance(record, dict) or field not in record:
-                found = ", ".join(map(repr, record)) if isinstance(record, dict) else type(record).__name__
-                raise DataError(f"data: {file}, line {number}: no field {field!r} (found {found}); see text_field")
-            if not isinstance(record[field], str):
-                got = type(record[field]).__name__
-                raise DataError(f"data: {file}, line {number}: field {field!r} is {got}, not a string")
-            yield record[field]
-
-
-def _read_parquet(file: Path, field: str) -> Iterator[str]:
-    try:
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-    except ModuleNotFoundError:
-        raise DataError(f"data: {file} needs pyarrow: pip install 'softpick[compare]'") from None
-    try:
-        table = pq.ParquetFile(file)
-    except (pa.ArrowInvalid, OSError) as error:
-        raise DataError(f"data: {file} is not a parquet file ({error})") from None
-    if field not in table.schema_arrow.names:
-        found = ", ".join(map(repr, table.schema_arrow.names))
-        raise DataError(f"data: {file}: no column {field!r} (found {found}); see text_field")
-    for batch in table.iter_batches(columns=[field]):
-        for value in batch.column(0).to_pylist():
-            if value is None:
-                continue
-            if not isinstance(value, str):
-                raise DataError(f"data: {file}: column {field!r} holds {type(value).__name__}, not strings")
-            yield value
 
 
 def get_corpus(path: str | Path | None, text_field: str = "text", characters: int | None = None) -> Corpus:
@@ -254,6 +148,20 @@ def train_tokenizer(documents: Iterable[str], vocab_size: int) -> PreTrainedToke
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=BOS, eos_token=EOS)
 
 
+def token_ids(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
+    """Token ids of texts that somebody wrote, without special tokens.
+
+    The words ``<eos>`` in a text are text like any other and not the token that ends a document, which only software may set.
+
+    Args:
+        tokenizer: of transformers.
+        texts: any number of them.
+    """
+    if not texts:
+        return []
+    return tokenizer(list(texts), add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
+
+
 def make_sequences(
     tokenizer: PreTrainedTokenizerFast, documents: Sequence[str], length: int, what: str = "data"
 ) -> Tensor:
@@ -265,9 +173,8 @@ def make_sequences(
     stream: list[int] = []
     # in slices: the token ids of a whole corpus as Python objects at once would take gigabytes
     for start in range(0, len(documents), 256):
-        encoded = tokenizer.backend_tokenizer.encode_batch(documents[start : start + 256], add_special_tokens=False)
-        for item in encoded:
-            stream.extend(item.ids)
+        for ids in token_ids(tokenizer, documents[start : start + 256]):
+            stream.extend(ids)
             stream.append(tokenizer.eos_token_id)
     count = len(stream) // (length - 1)
     if count == 0:

@@ -40,6 +40,7 @@ from transformers import (
 from transformers.trainer_utils import SaveStrategy
 from transformers.utils import logging as transformers_logging
 
+from softpick.failures import read_json
 from softpick.integrations.transformers import SoftpickLlamaConfig, SoftpickLlamaForCausalLM
 from softpick.normalizers import get_normalizer
 from softpick.progress import ProgressBar
@@ -552,7 +553,7 @@ def train(
         _remove_cut_short(Path(arguments.output_dir))
     seconds = 0.0
     if checkpoint is not None:
-        complete = json.loads((checkpoint / _COMPLETE).read_text())
+        complete = read_json(checkpoint / _COMPLETE)
         seconds = float(complete["seconds"])
         if guard is not None:
             guard.skipped = complete.get("skipped_steps", 0)
@@ -627,5 +628,5 @@ def write_json(path: Path, value: Any) -> None:
 def write_text(path: Path, text: str) -> None:
     """Write a text file that appears complete or not at all."""
     temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
+    temporary.write_text(text, encoding="utf-8", errors="backslashreplace")  # names of files may be no Unicode
     os.replace(temporary, path)

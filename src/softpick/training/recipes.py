@@ -9,6 +9,7 @@
 from __future__ import annotations
 
 import dataclasses
+import reprlib
 import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
@@ -16,6 +17,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from softpick.normalizers import get_normalizer
+from softpick.settings import check_settings
 
 __all__ = ["RECIPES", "Recipe", "RecipeError", "get_recipe", "paper_1_8b", "paper_340m", "small_h200", "tiny_cpu"]
 
@@ -49,7 +51,7 @@ class Recipe:
         weight_decay: of matrices and embeddings.
         max_grad_norm: gradients are clipped to it; inf clips nothing.
         seed: of initial weights and data order.
-        data: text, JSONL or parquet file, a directory of them, or ``hub:NAME`` for a Hugging Face data set (streamed);
+        data: a file or a directory as for ``read_corpus``, or ``hub:NAME`` for a Hugging Face data set (streamed);
             None is the sources of the running Python's standard library.
         data_config: configuration of the hub data set.
         text_field: of JSONL, parquet and hub data.
@@ -111,26 +113,15 @@ class Recipe:
 
     def check(self) -> None:
         """Raise :class:`RecipeError` for fields that cannot work, before any work is done."""
+        check_settings(self, RecipeError)
         try:
             get_normalizer(self.normalizer)
         except ValueError as error:
             raise RecipeError(str(error)) from None
-        least = {"sequence_length": 2, "vocab_size": 258}
-        zero = {"seed", "warmup_steps", "evaluate_every", "probe_every"}
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if isinstance(value, bool) or not isinstance(value, int):
-                continue
-            lowest = 0 if field.name in zero else least.get(field.name, 1)
-            if value < lowest:
-                raise RecipeError(f"{field.name}: expected at least {lowest}, got {value}")
         if self.width % self.heads or self.width // self.heads % 2:
             raise RecipeError(f"heads: expected width / heads even and whole, got {self.width} / {self.heads}")
         if self.heads % (self.kv_heads or self.heads):
             raise RecipeError(f"kv_heads: expected a divisor of {self.heads} heads, got {self.kv_heads}")
-        for name in ("learning_rate", "max_grad_norm", "rope_theta"):
-            if not getattr(self, name) > 0:
-                raise RecipeError(f"{name}: expected a number > 0, got {getattr(self, name)}")
         if self.batch_size % self.micro_batch_size:
             raise RecipeError(
                 f"micro_batch_size: expected a divisor of batch_size {self.batch_size}, got {self.micro_batch_size}"
@@ -209,7 +200,7 @@ def _parse(name: str, text: str, kind: Any) -> Any:
             return kind(text)
         except ValueError:
             pass
-    raise RecipeError(f"{name}: expected {kind.__name__}, got {text!r}")
+    raise RecipeError(f"{name}: expected {kind.__name__}, got {reprlib.repr(text)}")
 
 
 def tiny_cpu() -> Recipe:

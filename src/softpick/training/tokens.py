@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from softpick.progress import Reporter
-from softpick.training.data import DataError
+from softpick.training.data import token_ids
+from softpick.training.reading import DataError, check_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -31,7 +32,7 @@ def _tokenised(tokenizer: PreTrainedTokenizerBase, documents: Iterable[str]) -> 
     """Token ids of each document, EOS behind it."""
     documents = iter(documents)
     while chunk := list(itertools.islice(documents, _TOGETHER)):
-        for ids in tokenizer(chunk, add_special_tokens=False, verbose=False)["input_ids"]:
+        for ids in token_ids(tokenizer, chunk):
             yield [*ids, tokenizer.eos_token_id]
 
 
@@ -154,10 +155,11 @@ class StreamedSequences(torch.utils.data.IterableDataset[Tensor]):
 
 
 def hub_documents(name: str, config: str | None, field: str) -> Callable[[], Iterator[str]]:
-    """The texts of a Hugging Face data set, streamed.
+    """The texts of a Hugging Face data set, streamed; a record whose text is null has none.
 
     Raises:
-        DataError: ``datasets`` is missing, the hub cannot be reached, or there is no such field.
+        DataError: ``datasets`` is missing, the hub cannot be reached, or there is no such field; while it streams, a record
+            that cannot be read or whose text is no text.
     """
     try:
         import datasets
@@ -176,12 +178,22 @@ def hub_documents(name: str, config: str | None, field: str) -> Callable[[], Ite
             f"data: cannot read the hub data set {name!r} ({reason}); without network give data=PATH, or data=none for the "
             "built-in corpus"
         ) from error
-    if not isinstance(first.get(field), str):
+    if field not in first:
         raise DataError(f"data: hub:{name} has no text field {field!r} (found {', '.join(first)}); see text_field")
 
     def texts() -> Iterator[str]:
-        for record in stream:
-            yield record[field]
+        records, number = iter(stream), 0
+        while True:
+            try:
+                record = next(records, None)
+            except Exception as error:  # the same
+                reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+                raise DataError(f"data: hub:{name} cannot be read after record {number} ({reason})") from error
+            if record is None:
+                return
+            number += 1
+            if record.get(field) is not None:  # no text, no document
+                yield check_text(record[field], f"data: hub:{name}, record {number}: field {field!r}")
 
     return texts
 
@@ -199,7 +211,7 @@ def collator(document_mask: bool, eos: int) -> Callable[[list[Tensor]], dict[str
         if not document_mask:
             return {"input_ids": ids, "labels": ids}
         first = torch.zeros_like(ids, dtype=torch.bool)
-        first[:, 1:] = ids[:, :-1] == eos
+        first[:, 2:] = ids[:, 1:-1] == eos  # the token in front of all is BOS, also where BOS and EOS are one token
         starts = (first | (torch.arange(ids.shape[1]) == 0)).flatten().nonzero().flatten()
         # up to a power of two with empty documents: a compiled layer shall not see a new shape in every batch
         offsets = torch.full((2 ** (len(starts) - 1).bit_length() + 1,), ids.numel(), dtype=torch.int32)

@@ -1,0 +1,233 @@
+"""Text files as people have them: every kind and compression, and everything that can be wrong with them, by file and line."""
+
+import bz2
+import csv
+import gzip
+import io
+import json
+import lzma
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from softpick.training.data import DataError, get_corpus, read_corpus
+
+TEXTS = ["hello", "two\nlines", 'a "quoted", text', "äöü ☃ 🙂", "<eos> is a word"]
+
+
+def jsonl(texts, field="text"):
+    return "".join(json.dumps({"id": i, field: text}) + "\n" for i, text in enumerate(texts)).encode()
+
+
+def table(texts, delimiter=","):
+    stream = io.StringIO()
+    writer = csv.writer(stream, delimiter=delimiter)
+    writer.writerow(["id", "text"])
+    writer.writerows(enumerate(texts))
+    return stream.getvalue().encode()
+
+
+def parquet(texts):
+    pa = pytest.importorskip("pyarrow")
+    import pyarrow.parquet as pq
+
+    stream = io.BytesIO()
+    pq.write_table(pa.table({"text": texts}), stream)
+    return stream.getvalue()
+
+
+def zstd(content):
+    pa = pytest.importorskip("pyarrow")
+    return pa.compress(content, codec="zstd", asbytes=True)
+
+
+WRITERS = {
+    "jsonl": jsonl,
+    "ndjson": jsonl,
+    "json": lambda texts: json.dumps([{"text": text} for text in texts], indent=1).encode(),
+    "csv": table,
+    "tsv": lambda texts: table(texts, "\t"),
+    "parquet": parquet,
+}
+COMPRESSIONS = {"": bytes, ".gz": gzip.compress, ".bz2": bz2.compress, ".xz": lzma.compress, ".zst": zstd}
+
+
+@pytest.mark.parametrize("compression", COMPRESSIONS)
+@pytest.mark.parametrize("kind", WRITERS)
+def test_every_kind_and_compression(tmp_path, kind, compression):
+    path = tmp_path / f"x.{kind}{compression}"
+    path.write_bytes(COMPRESSIONS[compression](WRITERS[kind](TEXTS)))
+    assert read_corpus(path).documents == tuple(TEXTS)
+    assert read_corpus(tmp_path).documents == tuple(TEXTS)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.sampled_from(sorted(set(WRITERS) - {"parquet"})),
+    st.lists(st.text(st.characters(exclude_categories=["Cs", "Cc"]), min_size=1).filter(str.strip), min_size=1),
+)
+def test_what_was_written_is_read(tmp_path_factory, kind, texts):
+    path = tmp_path_factory.mktemp("any") / f"x.{kind}"
+    path.write_bytes(WRITERS[kind](texts))
+    assert read_corpus(path).documents == tuple(texts)
+
+
+def test_json_may_be_one_object_or_lines(tmp_path):
+    (tmp_path / "one.json").write_text('{\n "text": "hello"\n}')
+    (tmp_path / "two.json").write_bytes(jsonl(["a", "b"]))
+    assert read_corpus(tmp_path).documents == ("hello", "a", "b")
+
+
+def test_what_a_directory_leaves_out_is_said(tmp_path):
+    (tmp_path / "a.txt").write_text("text")
+    for name in ("b.docx", "c.tar.gz", "d.tar.gz", "e"):
+        (tmp_path / name).write_bytes(b"x")
+    with pytest.warns(UserWarning, match=r"4 files of other kinds left out \(2 \.tar\.gz, 1 "):
+        corpus = read_corpus(tmp_path)
+    assert "4 files of other kinds left out" in corpus.description
+    (tmp_path / "a.txt").unlink()
+    with pytest.raises(DataError, match="no files below"):
+        read_corpus(tmp_path)
+
+
+def test_rows_without_text_are_counted(tmp_path):
+    (tmp_path / "x.jsonl").write_text('{"text": null}\n{"text": "a"}\n{"text": null}\n')
+    corpus = read_corpus(tmp_path)
+    assert corpus.documents == ("a",)
+    assert "2 without text (null) left out" in corpus.description
+
+
+def test_numbers_that_python_does_not_read_do_no_harm(tmp_path):
+    (tmp_path / "x.jsonl").write_text('{"id": ' + "9" * 10_000 + ', "text": "a"}\n')
+    assert read_corpus(tmp_path / "x.jsonl").documents == ("a",)
+
+
+GOOD = jsonl([f"document {i}" for i in range(399)])
+BAD_LINES = {
+    "lone surrogate": (rb'{"text": "\ud83d"}', "half of a character"),
+    "latin-1": (b'{"text": "caf\xe9"}', "is not UTF-8"),
+    "deep": (b'{"text": ' + b"[" * 100_000, "nested too deeply"),
+    "cut": (b'{"text": "a', "not JSON"),
+    "digits": (b'{"text": ' + b"9" * 10_000 + b"}", "not a string"),
+    "list": (b'{"text": ["a"]}', "field 'text' is list, not a string"),
+    "no field": (b'{"body": "a"}', "no field 'text'"),
+}
+
+
+@pytest.mark.parametrize("compression", ["", ".gz"])
+@pytest.mark.parametrize("name", BAD_LINES)
+def test_a_bad_line_is_named(tmp_path, name, compression):
+    line, words = BAD_LINES[name]
+    path = tmp_path / f"x.jsonl{compression}"
+    path.write_bytes(COMPRESSIONS[compression](GOOD + line + b"\n" + GOOD))
+    with pytest.raises(DataError, match="line 400") as raised:
+        read_corpus(path)
+    assert words in str(raised.value)
+    assert str(path) in str(raised.value)
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("x.csv", b"id,text\n1,a\n2\n", "line 3: expected 2 columns, got 1"),
+        ("x.csv", b"id,body\n1,a\n", "line 1: expected one column 'text', found 'id', 'body'"),
+        ("x.csv", b'id,text\n1,"a', "line 2: not CSV"),
+        ("x.csv", b"id,text\n1,a\n2,caf\xe9\n", "line 3, byte 5"),
+        ("x.txt", b"a\nb\ncaf\xe9\n", "line 3, byte 3"),
+        ("x.json", b'[{"text": "a"},\n {"text": 3}]', "object 2: field 'text' is int"),
+        ("x.json", b'[{"text": "a"},\n {"text" 3}]', "line 2: not JSON"),
+        ("x.json", b"[" * 100_000, "nested too deeply"),
+        ("x.jsonl.gz", gzip.compress(GOOD)[:-20], "cannot be read"),
+        ("x.jsonl.gz", b"no gzip", "cannot be read"),
+        ("x.jsonl.xz", lzma.compress(GOOD)[:100], "cannot be read"),
+    ],
+)
+def test_damaged_files(tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(DataError, match=message) as raised:
+        read_corpus(tmp_path / name)
+    assert name in str(raised.value)
+
+
+def test_a_parquet_file_with_a_damaged_page(tmp_path):
+    content = bytearray(parquet([f"document {i} " * 50 for i in range(2000)]))
+    content[4:2000] = b"\xff" * 1996
+    (tmp_path / "x.parquet").write_bytes(content)
+    with pytest.raises(DataError, match=r"x\.parquet"):
+        read_corpus(tmp_path)
+
+
+def test_a_file_that_may_not_be_read(tmp_path, monkeypatch):
+    (tmp_path / "x.txt").write_text("a")
+
+    def refuse(*args):
+        raise PermissionError(13, "Permission denied", str(tmp_path / "x.txt"))
+
+    monkeypatch.setattr("softpick.training.reading._open", refuse)
+    with pytest.raises(DataError, match=r"x\.txt cannot be read \(Permission denied\)"):
+        read_corpus(tmp_path)
+
+
+def test_hub_records(tmp_path, monkeypatch):
+    datasets = pytest.importorskip("datasets")
+    pytest.importorskip("transformers")
+    from softpick.training.tokens import hub_documents
+
+    def documents(*records):
+        def stream():
+            for record in records:
+                if isinstance(record, Exception):
+                    raise record
+                yield {"text": record}
+
+        class Stream:
+            def __iter__(self):
+                return stream()
+
+        monkeypatch.setattr(datasets, "load_dataset", lambda *args, **kwargs: Stream())
+        return list(hub_documents(str(tmp_path), None, "text")())
+
+    assert documents(None, "a", None, "b") == ["a", "b"]
+    with pytest.raises(DataError, match="record 2: field 'text' is int"):
+        documents("a", 3)
+    with pytest.raises(DataError, match=r"record 2: .*half of a character"):
+        documents("a", "\ud83d")
+    with pytest.raises(DataError, match=r"cannot be read after record 1 \(gone\)"):
+        documents("a", ConnectionError("gone"))
+
+
+# ---- the cap on characters
+
+
+@pytest.mark.parametrize("compression", COMPRESSIONS)
+@pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"])
+@pytest.mark.parametrize("letters", ["a", "ä", "☃", "🙂", "a🙂☃"])
+def test_of_a_long_text_only_the_beginning_is_read(tmp_path, compression, mark, letters):
+    text = letters * 5000
+    path = tmp_path / f"x.txt{compression}"
+    path.write_bytes(COMPRESSIONS[compression](mark + text.encode()))
+    for cap in (1, 2, 999, 1000, 1001, 1002):
+        assert read_corpus(path, characters=cap).documents == (text[:cap],)
+    assert read_corpus(path).documents == (text,)
+    assert read_corpus(path, characters=len(text)).documents == (text,)
+    assert "more are not used" not in read_corpus(path, characters=len(text)).description
+
+
+@pytest.mark.parametrize(
+    ("texts", "cap", "kept"),
+    [
+        (["abc", "defg", "h"], 8, ["abc", "defg", "h"]),  # ends exactly at the cap
+        (["abc", "defg"], 7, ["abc", "defg"]),
+        (["abc", "defg", "h"], 7, ["abc", "defg"]),
+        (["abc", "defg", "h"], 6, ["abc", "def"]),
+        (["a" * 50], 10, ["a" * 10]),  # one document that is longer than all that is used
+        (["abc"], 3, ["abc"]),
+    ],
+)
+def test_documents_up_to_the_cap(tmp_path, texts, cap, kept):
+    (tmp_path / "x.jsonl").write_bytes(jsonl(texts))
+    corpus = get_corpus(tmp_path / "x.jsonl", "text", cap)
+    assert list(corpus.documents) == kept
+    assert ("more are not used" in corpus.description) == (sum(map(len, texts)) > cap)

@@ -16,14 +16,16 @@ ALLOWED = {
     "softpick.normalizers": set(),
     "softpick.progress": set(),
     "softpick.environment": set(),
+    "softpick.experiment": set(),
     "softpick.ops": {"softpick.normalizers"},
     "softpick.functional": {"softpick.normalizers", "softpick.ops"},
     "softpick.distributed": {"softpick.normalizers", "softpick.functional", "softpick.ops"},
     "softpick.nn": {"softpick.normalizers", "softpick.functional"},
     "softpick.integrations": {"softpick.normalizers", "softpick.functional", "softpick.nn", "softpick.distributed"},
-    "softpick.training": {"softpick.normalizers", "softpick.progress", "softpick.integrations"},
+    "softpick.training": {"softpick.experiment", "softpick.normalizers", "softpick.progress", "softpick.integrations"},
     "softpick.analysis": {"softpick.normalizers", "softpick.functional", "softpick.integrations"},
     "softpick.compare": {
+        "softpick.experiment",
         "softpick.environment",
         "softpick.normalizers",
         "softpick.progress",
@@ -41,9 +43,10 @@ ALLOWED = {
         "softpick.integrations",
         "softpick.training",
     },
-    "softpick.parts": {"softpick.training"},
+    "softpick.parts": {"softpick.experiment"},
     "softpick.quantization": {"softpick.progress", "softpick.loading", "softpick.integrations", "softpick.evaluation"},
     "softpick.quantize": {
+        "softpick.experiment",
         "softpick.environment",
         "softpick.parts",
         "softpick.progress",
@@ -54,6 +57,7 @@ ALLOWED = {
         "softpick.integrations",
     },
     "softpick.audit": {
+        "softpick.experiment",
         "softpick.parts",
         "softpick.environment",
         "softpick.loading",
@@ -63,6 +67,7 @@ ALLOWED = {
         "softpick.integrations",
     },
     "softpick.evaluate": {
+        "softpick.experiment",
         "softpick.parts",
         "softpick.environment",
         "softpick.evaluation",
@@ -73,6 +78,7 @@ ALLOWED = {
         "softpick.integrations",
     },
     "softpick.train": {
+        "softpick.experiment",
         "softpick.environment",
         "softpick.normalizers",
         "softpick.progress",
@@ -81,6 +87,7 @@ ALLOWED = {
     },
     "softpick.__main__": {"softpick.cli"},
     "softpick.cli": {
+        "softpick.experiment",
         "softpick.train",
         "softpick.quantize",
         "softpick.quantization",

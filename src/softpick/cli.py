@@ -16,8 +16,6 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     import typer
     from rich.console import Console
 
@@ -428,6 +426,7 @@ def _run_compare(given: dict[str, Any], output: str, fresh: bool) -> None:
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     from softpick.compare import Settings, SettingsError
     from softpick.compare import compare as run
+    from softpick.experiment.files import OutputError
     from softpick.training.data import DataError
     from softpick.training.engine import Interrupted, StopRequest
 
@@ -443,7 +442,7 @@ def _run_compare(given: dict[str, Any], output: str, fresh: bool) -> None:
             reporter=_Reporter(console),
             stop=stop,
         )
-    except (SettingsError, DataError) as error:
+    except (SettingsError, DataError, OutputError) as error:
         _fail(str(error))
     except Interrupted as reason:
         console.print(f"{reason}; {again}", markup=False, highlight=False)
@@ -456,65 +455,41 @@ def _run_compare(given: dict[str, Any], output: str, fresh: bool) -> None:
 
 
 def _run_audit(given: dict[str, Any], output: str) -> None:
-    from pathlib import Path
-
     from softpick.analysis import write_report
     from softpick.audit import AuditSettings, audit, forget
-    from softpick.loading import ModelError
-    from softpick.training.data import DataError
-    from softpick.training.engine import quiet_transformers, write_json
+    from softpick.experiment.files import write_json, writing
+    from softpick.experiment.resume import Workspace
 
-    folder = Path(output)
-    for name in ("report.html", "results.json"):
-        if (folder / name).exists():
-            _fail(f"output: {folder / name} is there already; choose another --output")
     console = _console()
-    try:
-        with quiet_transformers():
-            report = audit(
-                AuditSettings(**given),
-                reporter=_Reporter(console),
-                state=folder,
-            )
-    except (ModelError, DataError) as error:
-        _fail(str(error))
-    except KeyboardInterrupt:
-        console.print(f"interrupted; run the same command again to continue in {output}", markup=False, highlight=False)
-        raise SystemExit(130) from None
-    folder.mkdir(parents=True, exist_ok=True)
-    write_report(folder / "report.html", report)
-    bare = [{key: value for key, value in run.items() if key != "samples"} for run in report["runs"]]
-    write_json(folder / "results.json", report | {"runs": bare})
-    forget(folder)
+    names = ("report.html", "results.json")
+    with _told(console, output), Workspace(output, outputs=names, forget=forget) as work:
+        report = audit(AuditSettings(**given), reporter=_Reporter(console), state=work.folder)
+        with writing(work.folder / "report.html"):
+            write_report(work.scratch / "report.html", report)
+        bare = [{key: value for key, value in run.items() if key != "samples"} for run in report["runs"]]
+        write_json(work.scratch / "results.json", report | {"runs": bare})
+        work.finish(names)
+        work.end()
     _print_report(report, output, console)
 
 
 def _run_evaluate(given: dict[str, Any], output: str) -> None:
-    folder = _new_folder(output, "results.json", "passkey.png", "heads.png", "perplexity.png")
     _offline_unless_asked(given)
     from softpick.evaluate import EvaluateSettings, evaluate, forget
     from softpick.evaluation.plots import write_plots
-    from softpick.training.engine import write_json
+    from softpick.experiment.files import write_json, writing
+    from softpick.experiment.resume import Workspace
 
     console = _console()
-    with _told(console, output):
-        report = evaluate(EvaluateSettings(**given), reporter=_Reporter(console), state=folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    plots = write_plots(folder, report)
-    write_json(folder / "results.json", report)
-    forget(folder)
-    _print_evaluation(report, [folder / "results.json", *plots], console)
-
-
-def _new_folder(output: str, *names: str) -> Path:
-    """The folder of a run, in which none of the files is yet that it will write."""
-    from pathlib import Path
-
-    folder = Path(output)
-    for name in names:
-        if (folder / name).exists():
-            _fail(f"output: {folder / name} is there already; choose another --output")
-    return folder
+    names = ("results.json", "passkey.png", "heads.png", "perplexity.png")
+    with _told(console, output), Workspace(output, outputs=names, forget=forget) as work:
+        report = evaluate(EvaluateSettings(**given), reporter=_Reporter(console), state=work.folder)
+        with writing(work.folder):
+            plots = [path.name for path in write_plots(work.scratch, report)]
+        write_json(work.scratch / "results.json", report)
+        work.finish([*plots, "results.json"])
+        work.end()
+    _print_evaluation(report, [work.folder / name for name in ("results.json", *plots)], console)
 
 
 def _offline_unless_asked(given: dict[str, Any]) -> None:
@@ -531,6 +506,7 @@ def _offline_unless_asked(given: dict[str, Any]) -> None:
 def _told(console: Console, output: str) -> Iterator[None]:
     """Errors that a user can do something about in one line, and how to go on after Ctrl-C."""
     from softpick.evaluation.tasks import EvaluationError
+    from softpick.experiment.files import OutputError
     from softpick.loading import ModelError
     from softpick.quantization.verify import QuantizationError
     from softpick.training.data import DataError
@@ -539,7 +515,7 @@ def _told(console: Console, output: str) -> Iterator[None]:
     try:
         with quiet_transformers():
             yield
-    except (EvaluationError, ModelError, QuantizationError, DataError, ImportError) as error:
+    except (EvaluationError, ModelError, QuantizationError, DataError, OutputError, ImportError) as error:
         _fail(str(error))
     except KeyboardInterrupt:
         console.print(f"interrupted; run the same command again to continue in {output}", markup=False, highlight=False)
@@ -566,20 +542,23 @@ def _print_evaluation(report: dict[str, Any], files: Sequence[Any], console: Con
 
 
 def _run_quantize(given: dict[str, Any], output: str) -> None:
-    folder = _new_folder(output, "results.json", "table.md", "weights.png", "activations.png")
     _offline_unless_asked(given)
+    from softpick.experiment.files import write_json, write_text, writing
+    from softpick.experiment.resume import Workspace
     from softpick.quantization.plots import write_plots
     from softpick.quantize import QuantizeSettings, forget, markdown, quantize
-    from softpick.training.engine import write_json, write_text
 
     console = _console(wide=True)
-    with _told(console, output):
-        report = quantize(QuantizeSettings(**given), folder, reporter=_Reporter(console))
-    plots = write_plots(folder, report)
-    write_text(folder / "table.md", markdown(report))
-    write_json(folder / "results.json", report)
-    forget(folder)
-    _print_quantization(report, [folder / "results.json", folder / "table.md", *plots], console)
+    names = ("results.json", "table.md", "weights.png", "activations.png")
+    with _told(console, output), Workspace(output, outputs=names, forget=forget) as work:
+        report = quantize(QuantizeSettings(**given), work.folder, reporter=_Reporter(console))
+        with writing(work.folder):
+            plots = [path.name for path in write_plots(work.scratch, report)]
+        write_text(work.scratch / "table.md", markdown(report))
+        write_json(work.scratch / "results.json", report)
+        work.finish(["table.md", *plots, "results.json"])
+        work.end()
+    _print_quantization(report, [work.folder / name for name in ("results.json", "table.md", *plots)], console)
 
 
 def _print_quantization(report: dict[str, Any], files: Sequence[Any], console: Console) -> None:
@@ -624,6 +603,7 @@ def _run_train(name: str, overrides: list[str], output: str | None, device: str,
     if recipe.tokenizer is None and not (recipe.data or "").startswith("hub:"):
         os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    from softpick.experiment.files import OutputError
     from softpick.train import train as run
     from softpick.training.engine import Interrupted, NonFinite, StopRequest
 
@@ -639,7 +619,7 @@ def _run_train(name: str, overrides: list[str], output: str | None, device: str,
             reporter=_Reporter(console),
             stop=StopRequest(),
         )
-    except (RecipeError, DataError, NonFinite) as error:
+    except (RecipeError, DataError, NonFinite, OutputError) as error:
         _fail(str(error))
     except Interrupted as reason:
         console.print(f"{reason}; {again}", markup=False, highlight=False)

@@ -367,7 +367,8 @@ class _Metrics:
         if not self.writes:
             return
         if self.path.exists():
-            kept = [line for line, entry in self._lines() if entry["step"] <= step]
+            # the summary of the last step is written again when the run ends
+            kept = [line for line, entry in self._lines() if entry["step"] <= step and entry["kind"] != "summary"]
             write_text(self.path, "".join(f"{line}\n" for line in kept))
         if self.events is not None:
             from torch.utils.tensorboard import SummaryWriter

@@ -441,6 +441,13 @@ class _Trainer(Trainer):
         with self.speed.paused() if self.speed is not None else nullcontext():
             return super().evaluate(*args, **kwargs)
 
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        """Nothing after the last step: from a checkpoint of that step the Trainer would go one step beyond it."""
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(*args, **kwargs)
+
     def _get_output_dir(self, trial: Any = None) -> str:
         """Checkpoints are written aside, and there the Trainer finds none to remove; :class:`_Watch` publishes them."""
         return str(Path(self.args.output_dir) / checkpoints.WRITING)

@@ -252,6 +252,7 @@ def test_killed_before_it_had_its_data_then_other_data(home, tmp_path, recipe, w
     if data != "same":
         train(replace(recipe, data=str(home / "two")), tmp_path / "fresh", device="cpu")
     expected = whole if data == "same" else tmp_path / "fresh"
+    assert not (out / ".softpick").exists()
     assert (out / "train.tokens").read_bytes() == (expected / "train.tokens").read_bytes()
     assert weights(out) == weights(expected)
 

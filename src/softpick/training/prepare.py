@@ -79,10 +79,9 @@ def prepare(
     make, names = (_stream, FILES[:1]) if streamed else (_tokens, FILES)
     staged = scratch(output) / "data"
     if work is not None:
-        if config is None:
-            shutil.rmtree(staged, ignore_errors=True)  # of a process that was killed before it wrote config.json
-        else:
+        if config is not None:  # else of a process that was killed before it wrote config.json
             _move(work.ledger.read(), staged, output)
+        shutil.rmtree(staged, ignore_errors=True)
     now, then = _sources(recipe, output), (config or {}).get("sources")
     if then is not None and now is None:
         reporter.say(f"data: {recipe.data} is not there; the run goes on with the tokens that it has")

@@ -291,6 +291,8 @@ def main() -> int:
             losses += bool(lost)
             done += kills
             number += 1
+            if number % 10 == 0:
+                print(f"{done} kills so far", flush=True)
         print(f"{done} kills in {number} runs, {losses} with a loss")
     return int(losses > 0)
 

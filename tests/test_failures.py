@@ -13,7 +13,8 @@ import pytest
 pytest.importorskip("typer")
 
 from softpick import __version__
-from softpick.failures import DamagedFileError, _file_of, parse_json, read_json, sentence, told
+from softpick.experiment.files import DamagedFileError, parse_json, read_json
+from softpick.failures import _file_of, sentence, told
 from softpick.settings import RANGES
 
 SOFTPICK = [sys.executable, "-m", "softpick"]
@@ -247,7 +248,7 @@ def test_the_file_nearest_to_the_error(tmp_path):
 def test_files_of_a_run_that_are_damaged(tmp_path, content):
     path = tmp_path / "results.json"
     path.write_bytes(content)
-    with pytest.raises(DamagedFileError, match=r"results\.json.*is damaged: not JSON") as stopped:
+    with pytest.raises(DamagedFileError, match=r"results\.json cannot be read as JSON") as stopped:
         read_json(path)
     assert sentence(stopped.value)[1] == 2
     assert "\n" not in str(stopped.value)

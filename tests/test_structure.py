@@ -18,12 +18,15 @@ ALLOWED = {
     "softpick.environment": set(),
     "softpick.settings": set(),
     "softpick.failures": set(),
+    "softpick.experiment": set(),
     "softpick.ops": {"softpick.normalizers"},
     "softpick.functional": {"softpick.normalizers", "softpick.ops"},
     "softpick.distributed": {"softpick.normalizers", "softpick.functional", "softpick.ops"},
     "softpick.nn": {"softpick.normalizers", "softpick.functional"},
     "softpick.integrations": {"softpick.normalizers", "softpick.functional", "softpick.nn", "softpick.distributed"},
     "softpick.training": {
+        "softpick.experiment",
+        "softpick.loading",
         "softpick.failures",
         "softpick.normalizers",
         "softpick.progress",
@@ -32,7 +35,7 @@ ALLOWED = {
     },
     "softpick.analysis": {"softpick.normalizers", "softpick.functional", "softpick.integrations"},
     "softpick.compare": {
-        "softpick.failures",
+        "softpick.experiment",
         "softpick.settings",
         "softpick.environment",
         "softpick.normalizers",
@@ -57,9 +60,10 @@ ALLOWED = {
         "softpick.integrations",
         "softpick.training",
     },
-    "softpick.parts": {"softpick.failures", "softpick.training"},
+    "softpick.parts": {"softpick.experiment"},
     "softpick.quantization": {"softpick.progress", "softpick.loading", "softpick.integrations", "softpick.evaluation"},
     "softpick.quantize": {
+        "softpick.experiment",
         "softpick.settings",
         "softpick.environment",
         "softpick.parts",
@@ -73,6 +77,7 @@ ALLOWED = {
     "softpick.audit": {
         "softpick.failures",
         "softpick.settings",
+        "softpick.experiment",
         "softpick.parts",
         "softpick.environment",
         "softpick.loading",
@@ -83,6 +88,7 @@ ALLOWED = {
     },
     "softpick.evaluate": {
         "softpick.settings",
+        "softpick.experiment",
         "softpick.parts",
         "softpick.environment",
         "softpick.evaluation",
@@ -96,6 +102,7 @@ ALLOWED = {
         "softpick.failures",
         "softpick.settings",
         "softpick.loading",
+        "softpick.experiment",
         "softpick.environment",
         "softpick.normalizers",
         "softpick.progress",
@@ -106,6 +113,7 @@ ALLOWED = {
     "softpick.cli": {
         "softpick.settings",
         "softpick.failures",
+        "softpick.experiment",
         "softpick.train",
         "softpick.quantize",
         "softpick.quantization",

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import hashlib
 import inspect
-import json
 import math
+import os
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,8 +21,10 @@ import torch
 from torch import Tensor
 
 from softpick.environment import chosen_device, command_line, versions
-from softpick.failures import read_json
-from softpick.loading import DTYPES, FUSED, ModelError, Subject, first_position, identity, load_subject
+from softpick.experiment.files import OutputError, writing
+from softpick.experiment.resume import Workspace, scratch
+from softpick.loading import DTYPES, FUSED, ModelError, Subject, first_line, first_position, identity, load_subject
+from softpick.parts import Parts
 from softpick.progress import Reporter, Silent
 from softpick.settings import Range, check_settings
 from softpick.training.data import Corpus, get_corpus
@@ -43,6 +46,7 @@ SAMPLE_TEXTS = (
 """What the attention maps of the report show unless other texts are given: prose, code, a dialogue."""
 
 KNOCKOUTS = ("first", "strongest")
+_PREFIX = "audit"
 _SAVE_SECONDS = 30.0  # between two saved states of a long measurement
 _LOGIT_ENTRIES = 1 << 27  # vocabulary logits, or eager attention weights, of a forward pass: half a gigabyte in fp32
 _CORPUS_CHARACTERS = 2_000_000  # of a corpus that is tokenized for measuring: far more than the samples need
@@ -135,16 +139,22 @@ def audit(
         ModelError: a model that cannot be loaded.
         AuditError: one without visible attention, or impossible settings.
         DataError: the data cannot be used, or are too short.
+        OutputError: ``state`` cannot be written, is used by another process, or holds a part that was changed.
         ImportError: transformers is missing.
     """
     settings.check()
     settings = replace(settings, device=chosen_device(settings.device))
     reporter = reporter if reporter is not None else Silent()
+    with nullcontext() if state is None else Workspace(state):
+        return _audit(settings, reporter, command, None if state is None else Path(state))
+
+
+def _audit(settings: AuditSettings, reporter: Reporter, command: str, state: Path | None) -> dict[str, Any]:
     corpus = get_corpus(settings.data, settings.text_field, _CORPUS_CHARACTERS)
     reporter.say(f"data: {corpus.description}")
     runs: list[dict[str, Any]] = []
     for name in (settings.model, *([settings.against] if settings.against else [])):
-        run = _run(name, settings, corpus, reporter, None if state is None else Path(state))
+        run = _run(name, settings, corpus, reporter, state)
         if any(run["normalizer"] == other["normalizer"] for other in runs):
             run["normalizer"] += " (2)"  # the report would take two models of one normalizer for seeds of one model
         runs.append(run)
@@ -159,47 +169,47 @@ def audit(
 
 def _run(name: str, settings: AuditSettings, corpus: Corpus, reporter: Reporter, state: Path | None) -> dict[str, Any]:
     """One model's part of the report, from ``state`` where it is there."""
-    stem = None
-    if state is not None:
-        stem = state / f"audit-{_fingerprint(name, settings, corpus)}"
-        done = stem.with_suffix(".json")
-        if done.is_file():
-            reporter.say(f"{name}: measured before")
-            return read_json(done)
-    subject = load_subject(
-        name,
-        reporter=reporter,
-        device=settings.device,
-        dtype=settings.dtype,
-        attn_implementation=settings.attn_implementation,
-        trust_remote_code=settings.trust_remote_code,
-        visible=True,
-    )
-    run = _measure(subject, settings, corpus, reporter, stem)
-    if stem is not None:
-        from softpick.training.engine import write_json
+    parts = Parts(state, _PREFIX)
+    key = _key(name, settings, corpus)
+    if parts.has(key):
+        reporter.say(f"{name}: measured before")
 
-        stem.parent.mkdir(parents=True, exist_ok=True)
-        write_json(stem.with_suffix(".json"), run)
-    return run
+    def make() -> dict[str, Any]:
+        subject = load_subject(
+            name,
+            reporter=reporter,
+            device=settings.device,
+            dtype=settings.dtype,
+            attn_implementation=settings.attn_implementation,
+            trust_remote_code=settings.trust_remote_code,
+            visible=True,
+        )
+        return _measure(subject, settings, corpus, reporter, parts.file(key, ".pt"))
+
+    return parts.get(key, make)
 
 
 def forget(state: str | Path) -> None:
     """Remove what audits have left in a folder for going on; nothing else in it."""
-    for file in Path(state).glob("audit-*"):
-        if file.suffix in (".json", ".pt", ".tmp"):
-            file.unlink()
+    from softpick.analysis.metrics import load_meter
+
+    Parts(state, _PREFIX).forget()
+    for file in Path(state).glob(f"{_PREFIX}-{'[0-9a-f]' * 16}.pt"):
+        try:
+            load_meter(file)
+        except Exception:  # whatever a file can hold that is not a meter
+            continue
+        file.unlink()
 
 
-def _fingerprint(name: str, settings: AuditSettings, corpus: Corpus) -> str:
+def _key(name: str, settings: AuditSettings, corpus: Corpus) -> dict[str, Any]:
     """Of all that the measurements of one model depend on."""
-    parts = {
+    return {
         "model": identity(name, trust_remote_code=settings.trust_remote_code),
         "settings": {k: v for k, v in asdict(settings).items() if k not in ("model", "against")},
         "documents": hashlib.sha256("\0".join(corpus.documents).encode()).hexdigest(),
         "versions": versions(),
     }
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -207,7 +217,7 @@ def _fingerprint(name: str, settings: AuditSettings, corpus: Corpus) -> str:
 
 
 def _measure(
-    subject: Subject, settings: AuditSettings, corpus: Corpus, reporter: Reporter, stem: Path | None
+    subject: Subject, settings: AuditSettings, corpus: Corpus, reporter: Reporter, file: Path | None
 ) -> dict[str, Any]:
     from softpick.analysis import attention_maps, encode_maps
 
@@ -215,7 +225,7 @@ def _measure(
     tokens = subject.sequences(corpus, settings.samples, settings.sequence_length)
     batches = tokens.split(settings.batch_size)
     reporter.say(f"{subject.name}: {len(tokens)} sequences of {tokens.shape[1]} tokens")
-    measurements = _stream(subject, batches, reporter, stem)
+    measurements = _stream(subject, batches, reporter, file)
     title = subject.title
     samples = []
     with reporter.progress(f"attention maps of {title}", len(settings.texts)) as progress:
@@ -260,8 +270,8 @@ def _measure(
     return run
 
 
-def _stream(subject: Subject, batches: Sequence[Tensor], reporter: Reporter, stem: Path | None) -> Measurements:
-    """All batches through the model, from where ``stem`` says that an interrupted measurement stopped."""
+def _stream(subject: Subject, batches: Sequence[Tensor], reporter: Reporter, file: Path | None) -> Measurements:
+    """All batches through the model, from where ``file`` says that an interrupted measurement stopped."""
     from softpick.analysis import Meter, measure
     from softpick.analysis.metrics import load_meter, save_meter
 
@@ -271,9 +281,13 @@ def _stream(subject: Subject, batches: Sequence[Tensor], reporter: Reporter, ste
     tokenizer = subject.tokenizer
     special = [tokenizer.bos_token_id, tokenizer.cls_token_id, tokenizer.sep_token_id, tokenizer.eos_token_id]
     meter, before = Meter(policy, [t for t in special if t is not None]), 0
-    file = None if stem is None else stem.with_suffix(".pt")
     if file is not None and file.is_file():
-        meter, before = load_meter(file)
+        try:
+            meter, before = load_meter(file)
+        except Exception as error:  # whatever a file can hold that is not a meter
+            raise OutputError(
+                f"output: {file} is not what softpick wrote ({first_line(error)}); remove it, or choose another --output"
+            ) from error
         reporter.say(f"{subject.name}: going on after batch {before} of {len(batches)}")
     saved = time.monotonic()
     with reporter.progress(f"measuring {subject.title}", len(batches)) as progress:
@@ -282,8 +296,10 @@ def _stream(subject: Subject, batches: Sequence[Tensor], reporter: Reporter, ste
             nonlocal saved
             progress.update(before + batch, None)
             if file is not None and time.monotonic() - saved > _SAVE_SECONDS:
-                file.parent.mkdir(parents=True, exist_ok=True)
-                save_meter(meter, before + batch, file)
+                unfinished = scratch(file.parent) / file.name
+                with writing(file):
+                    save_meter(meter, before + batch, unfinished)
+                    os.replace(unfinished, file)
                 saved = time.monotonic()
 
         try:

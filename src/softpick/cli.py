@@ -20,8 +20,6 @@ from softpick.failures import fail as _fail
 from softpick.failures import process, told
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     import typer
     from rich.console import Console
 
@@ -462,46 +460,39 @@ def _run_compare(given: dict[str, Any], output: str, fresh: bool) -> None:
 def _run_audit(given: dict[str, Any], output: str) -> None:
     from softpick.analysis import write_report
     from softpick.audit import AuditSettings, audit, forget
-    from softpick.training.engine import write_json
+    from softpick.experiment.files import write_json, writing
+    from softpick.experiment.resume import Workspace
 
-    folder = _new_folder(output, "report.html", "results.json")
     console = _console()
-    with _going_on(console, output):
-        report = audit(AuditSettings(**given), reporter=_Reporter(console), state=folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    write_report(folder / "report.html", report)
-    bare = [{key: value for key, value in run.items() if key != "samples"} for run in report["runs"]]
-    write_json(folder / "results.json", report | {"runs": bare})
-    forget(folder)
+    names = ("report.html", "results.json")
+    with _going_on(console, output), Workspace(output, outputs=names, forget=forget) as work:
+        report = audit(AuditSettings(**given), reporter=_Reporter(console), state=work.folder)
+        with writing(work.folder / "report.html"):
+            write_report(work.scratch / "report.html", report)
+        bare = [{key: value for key, value in run.items() if key != "samples"} for run in report["runs"]]
+        write_json(work.scratch / "results.json", report | {"runs": bare})
+        work.finish(names)
+        work.end()
     _print_report(report, output, console)
 
 
 def _run_evaluate(given: dict[str, Any], output: str) -> None:
-    folder = _new_folder(output, "results.json", "passkey.png", "heads.png", "perplexity.png")
     _offline_unless_asked(given)
     from softpick.evaluate import EvaluateSettings, evaluate, forget
     from softpick.evaluation.plots import write_plots
-    from softpick.training.engine import write_json
+    from softpick.experiment.files import write_json, writing
+    from softpick.experiment.resume import Workspace
 
     console = _console()
-    with _going_on(console, output):
-        report = evaluate(EvaluateSettings(**given), reporter=_Reporter(console), state=folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    plots = write_plots(folder, report)
-    write_json(folder / "results.json", report)
-    forget(folder)
-    _print_evaluation(report, [folder / "results.json", *plots], console)
-
-
-def _new_folder(output: str, *names: str) -> Path:
-    """The folder of a run, in which none of the files is yet that it will write."""
-    from pathlib import Path
-
-    folder = Path(output)
-    for name in names:
-        if (folder / name).exists():
-            _fail(f"output: {folder / name} is there already; choose another --output")
-    return folder
+    names = ("results.json", "passkey.png", "heads.png", "perplexity.png")
+    with _going_on(console, output), Workspace(output, outputs=names, forget=forget) as work:
+        report = evaluate(EvaluateSettings(**given), reporter=_Reporter(console), state=work.folder)
+        with writing(work.folder):
+            plots = [path.name for path in write_plots(work.scratch, report)]
+        write_json(work.scratch / "results.json", report)
+        work.finish([*plots, "results.json"])
+        work.end()
+    _print_evaluation(report, [work.folder / name for name in ("results.json", *plots)], console)
 
 
 def _offline_unless_asked(given: dict[str, Any]) -> None:
@@ -548,20 +539,23 @@ def _print_evaluation(report: dict[str, Any], files: Sequence[Any], console: Con
 
 
 def _run_quantize(given: dict[str, Any], output: str) -> None:
-    folder = _new_folder(output, "results.json", "table.md", "weights.png", "activations.png")
     _offline_unless_asked(given)
+    from softpick.experiment.files import write_json, write_text, writing
+    from softpick.experiment.resume import Workspace
     from softpick.quantization.plots import write_plots
     from softpick.quantize import QuantizeSettings, forget, markdown, quantize
-    from softpick.training.engine import write_json, write_text
 
     console = _console(wide=True)
-    with _going_on(console, output):
-        report = quantize(QuantizeSettings(**given), folder, reporter=_Reporter(console))
-    plots = write_plots(folder, report)
-    write_text(folder / "table.md", markdown(report))
-    write_json(folder / "results.json", report)
-    forget(folder)
-    _print_quantization(report, [folder / "results.json", folder / "table.md", *plots], console)
+    names = ("results.json", "table.md", "weights.png", "activations.png")
+    with _going_on(console, output), Workspace(output, outputs=names, forget=forget) as work:
+        report = quantize(QuantizeSettings(**given), work.folder, reporter=_Reporter(console))
+        with writing(work.folder):
+            plots = [path.name for path in write_plots(work.scratch, report)]
+        write_text(work.scratch / "table.md", markdown(report))
+        write_json(work.scratch / "results.json", report)
+        work.finish(["table.md", *plots, "results.json"])
+        work.end()
+    _print_quantization(report, [work.folder / name for name in ("results.json", "table.md", *plots)], console)
 
 
 def _print_quantization(report: dict[str, Any], files: Sequence[Any], console: Console) -> None:

@@ -7,6 +7,7 @@
     softmax-seed0/              a finished model: a transformers checkpoint with its tokenizer, and run.json
     .training/softpick-seed0/   the Trainer's checkpoints of the model that is being trained
     results.json  report.html
+    .softpick/                  while it works: the lock, and what is not finished
 
 Finished models are not trained again and a model in training goes on from its last checkpoint, so running the same
 settings again continues where it stopped. Nothing that a user had is deleted.
@@ -17,7 +18,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -29,10 +29,12 @@ import torch
 from torch import Tensor
 
 from softpick.environment import chosen_device, command_line, hardware, missing_device, versions
-from softpick.failures import read_json
+from softpick.experiment.files import digest, json_text, read_json, text_digest, write_json, writing
+from softpick.experiment.resume import Workspace
 from softpick.normalizers import get_normalizer
 from softpick.progress import Reporter, Silent
 from softpick.settings import TASKS, check_memory, check_settings
+from softpick.training.checkpoints import remove_all
 from softpick.training.data import (
     DataError,
     SequenceDataset,
@@ -194,20 +196,29 @@ def compare(
         The report, as for ``softpick.analysis.write_report``.
 
     Raises:
-        SettingsError: ``output`` holds something else.
+        SettingsError: ``output`` holds something else, cannot be written, or is used by another process.
+        softpick.experiment.files.OutputError: the disk refused while it worked; the run can be continued.
         DataError: the data cannot be used.
         softpick.training.engine.Interrupted: after ``stop`` was requested and the checkpoint written.
         softpick.training.engine.NonFinite: a model's loss is not finite after training.
     """
-    from softpick.analysis import write_report
-    from softpick.training.engine import write_json
-
     settings.check()
     reporter = reporter if reporter is not None else Silent()
     output = Path(output)
-    _enter(output, settings, fresh, reporter)
+    if fresh:
+        _set_aside(output, reporter)
+    with Workspace(output, error=SettingsError, ledger="config.json") as work:
+        return _compare(settings, output, work, command, reporter, stop)
+
+
+def _compare(
+    settings: Settings, output: Path, work: Workspace, command: str, reporter: Reporter, stop: StopRequest | None
+) -> dict[str, Any]:
+    from softpick.analysis import write_report
+
+    _enter(output, settings, work)
     data = _prepare(settings, output, reporter)
-    _remember(output, settings, data)
+    _remember(output, settings, data, work)
 
     plan = [(seed, name) for seed in settings.seeds for name in settings.normalizers]
     runs = []
@@ -217,9 +228,10 @@ def compare(
         folder = output / f"{name}-seed{seed}"
         if (folder / "run.json").exists():
             reporter.say(f"{label}: already trained")
+            remove_all(output / ".training" / folder.name)
         else:
-            _train_one(settings, data, name, seed, output, folder, label, reporter, stop)
-        runs.append(read_json(folder / "run.json"))
+            _train_one(settings, data, name, seed, work, folder, label, reporter, stop)
+        runs.append(read_json(folder / "run.json", SettingsError))
 
     report = {
         "title": f"softpick compare: {', '.join(get_normalizer(name).title for name in settings.normalizers)}",
@@ -227,10 +239,12 @@ def compare(
         "notes": _notes(settings, data, runs),
         "runs": runs,
     }
-    write_report(output / "report.html", report)
+    with writing(output / "report.html"):
+        write_report(work.scratch / "report.html", report)
     report["notes"] = [*report["notes"], *_sink_notes(runs)]  # write_report makes this remark by itself
     bare = [{key: value for key, value in run.items() if key != "samples"} for run in runs]
-    write_json(output / "results.json", {**report, "settings": settings.to_json(), "runs": bare})
+    write_json(work.scratch / "results.json", {**report, "settings": settings.to_json(), "runs": bare})
+    work.finish(["report.html", "results.json"], reporter.say)
     return report
 
 
@@ -238,29 +252,37 @@ def compare(
 # The folder
 
 
-def _enter(output: Path, settings: Settings, fresh: bool, reporter: Reporter) -> None:
-    """Make sure that the folder is new, or holds a run of these settings."""
-    if output.exists() and not output.is_dir():
-        raise SettingsError(f"output: {output} is a file; choose another --output")
-    if not output.exists() or not any(output.iterdir()):
-        output.mkdir(parents=True, exist_ok=True)
+def _set_aside(output: Path, reporter: Reporter) -> None:
+    """Rename a run that is there."""
+    if not output.is_dir() or not any(output.iterdir()):
         return
-    config = _read_config(output)
-    if config is None:
-        raise SettingsError(
-            f"output: {output} is not empty and holds no run of softpick compare; choose another --output"
-        )
-    if fresh:
+    with Workspace(output, error=SettingsError, ledger="config.json") as work:
+        if not work.entries():
+            return
+        if _read_config(output) is None:
+            raise SettingsError(_NO_RUN.format(output))
         stamp = time.strftime("%Y%m%d-%H%M%S")
         old = output.with_name(f"{output.resolve().name}.old-{stamp}")
         number = 1
         while old.exists():
             number += 1
             old = output.with_name(f"{output.resolve().name}.old-{stamp}-{number}")
-        output.rename(old)
-        output.mkdir()
+        with writing(old):
+            output.rename(old)
+        work.folder = old
         reporter.say(f"the run that was in {output} is now in {old}")
-        return
+
+
+_NO_RUN = "output: {} is not empty and holds no run of softpick compare; choose another --output"
+
+
+def _enter(output: Path, settings: Settings, work: Workspace) -> None:
+    """Make sure that the folder is new, or holds a run of these settings."""
+    config = _read_config(output)
+    if config is None:
+        if work.entries() <= {".config.json.tmp"}:  # at which version 0.1 was killed
+            return
+        raise SettingsError(_NO_RUN.format(output))
     now, then = settings.to_json(), config["settings"]
     differences = [f"{key}: {then.get(key)!r} there, {now[key]!r} now" for key in now if now[key] != then.get(key)]
     if differences:
@@ -268,33 +290,64 @@ def _enter(output: Path, settings: Settings, fresh: bool, reporter: Reporter) ->
             f"output: {output} holds a run with other settings ({'; '.join(differences)}); choose another --output, or "
             "--fresh to rename that run and start anew"
         )
+    _check_models(output, settings, config, work)
+
+
+def _check_models(output: Path, settings: Settings, config: dict[str, Any], work: Workspace) -> None:
+    """Raise, before any training, where a model's folder is in the way or holds what this run did not write."""
+    adopted = {}
+    for seed in settings.seeds:
+        for name in settings.normalizers:
+            folder = output / f"{name}-seed{seed}"
+            record = folder / "run.json"
+            key = f"{folder.name}/run.json"
+            if not os.path.lexists(folder):
+                continue
+            if not record.is_file():
+                raise SettingsError(
+                    f"output: {folder} is there, without run.json; move it away, or choose another --output"
+                )
+            run = read_json(record, SettingsError)
+            if "files" not in config:  # version 0.1
+                if not isinstance(run, dict) or (run.get("normalizer"), run.get("seed")) != (name, seed):
+                    raise SettingsError(f"output: {record} is not of {name}, seed {seed}; move {folder} away")
+                adopted[key] = digest(record)
+            elif not work.ledger.knows(key, record):
+                raise SettingsError(
+                    f"output: {record} was changed, or not written by this run; put it back as it was, or move {folder} away"
+                )
+    if "files" not in config:
+        work.ledger.add(adopted)
 
 
 def _read_config(output: Path) -> dict[str, Any] | None:
-    try:
-        config = json.loads((output / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    path = output / "config.json"
+    if not path.exists():
         return None
-    return config if isinstance(config, dict) and config.get("format") == _FORMAT else None
+    config = read_json(path, SettingsError)
+    if not isinstance(config, dict) or config.get("format") != _FORMAT:
+        return None
+    if not isinstance(config.get("settings"), dict) or "data" not in config:
+        raise SettingsError(f"output: {path} is not as softpick wrote it; choose another --output")
+    return config
 
 
-def _remember(output: Path, settings: Settings, data: _Data) -> None:
+def _remember(output: Path, settings: Settings, data: _Data, work: Workspace) -> None:
     """Make the folder this run's, or check that the data are those of the run that is continued."""
-    from softpick.training.engine import write_json
-
     key = fingerprint(data.train, data.validation)
     config = _read_config(output)
     if config is None:
-        write_json(output / "config.json", {"format": _FORMAT, "settings": settings.to_json(), "data": key})
+        config = {"format": _FORMAT, "settings": settings.to_json(), "data": key, "files": {}}
+        write_json(output / "config.json", config)
     elif config["data"] != key:
         raise SettingsError(
             f"output: the data changed since the run in {output} was started; choose another --output, or --fresh to "
             "rename that run and start anew"
         )
     if not (output / "tokenizer").exists():
-        temporary = output / ".tokenizer.tmp"
-        data.tokenizer.save_pretrained(temporary)
-        os.replace(temporary, output / "tokenizer")
+        with writing(output / "tokenizer"):
+            data.tokenizer.save_pretrained(work.scratch / "tokenizer")
+            os.replace(work.scratch / "tokenizer", output / "tokenizer")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -343,7 +396,7 @@ def _train_one(
     data: _Data,
     name: str,
     seed: int,
-    output: Path,
+    work: Workspace,
     folder: Path,
     label: str,
     reporter: Reporter,
@@ -362,7 +415,7 @@ def _train_one(
         bos=data.tokenizer.bos_token_id,
         eos=data.tokenizer.eos_token_id,
     )
-    working = output / ".training" / folder.name
+    working = folder.parent / ".training" / folder.name
     log_every = max(1, min(25, settings.steps // 20))
     arguments = engine.training_arguments(
         working,
@@ -387,6 +440,8 @@ def _train_one(
             evaluation_data=SequenceDataset(data.validation[:_MEASURED]),
             stop=stop,
             progress=progress,
+            run=text_digest(json_text([settings.to_json(), fingerprint(data.train, data.validation), name, seed])),
+            say=reporter.say,
         )
     if not math.isfinite(outcome.validation_loss):
         raise engine.NonFinite(
@@ -403,15 +458,15 @@ def _train_one(
         "curves": outcome.curves,
         **_measure(model, data),
     }
-    temporary = output / ".training" / f"{folder.name}.tmp"
-    if temporary.exists():
-        shutil.rmtree(temporary)  # of a crash while writing; nothing but ours has this name
-    with engine.quiet_transformers():
-        model.save_pretrained(temporary)
-    data.tokenizer.save_pretrained(temporary)
-    engine.write_json(temporary / "run.json", run)
-    os.replace(temporary, folder)
-    shutil.rmtree(working, ignore_errors=True)  # the checkpoints of a model that is finished
+    temporary = work.scratch / folder.name
+    with writing(folder):
+        with engine.quiet_transformers():
+            model.save_pretrained(temporary)
+        data.tokenizer.save_pretrained(temporary)
+        write_json(temporary / "run.json", run)
+        work.ledger.add({f"{folder.name}/run.json": digest(temporary / "run.json")})
+        os.rename(temporary, folder)
+    remove_all(working)  # the checkpoints of a model that is finished
 
 
 @contextmanager

@@ -12,6 +12,7 @@ import math
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,7 @@ from softpick.evaluation.tasks import (
     run_tasks,
     starts_with_bos,
 )
+from softpick.experiment.resume import Workspace
 from softpick.loading import DTYPES, ModelError, Subject, identity, load_subject
 from softpick.parts import Parts, stamps, titles
 from softpick.progress import Reporter, Silent, Titled
@@ -138,11 +140,17 @@ def evaluate(
         EvaluationError: impossible settings, missing files, a model without attention that can be seen.
         ModelError: an encoder, a model that cannot be loaded, has no tokenizer or no room for so many positions.
         DataError: the data cannot be used, or are shorter than a sequence.
+        OutputError: ``state`` cannot be written, is used by another process, or holds a part that was changed.
         ImportError: a package is missing; the message names the extra.
     """
     settings.check()
     settings = replace(settings, device=chosen_device(settings.device))
     reporter = reporter if reporter is not None else Silent()
+    with nullcontext() if state is None else Workspace(state):
+        return _evaluate(settings, reporter, command, state)
+
+
+def _evaluate(settings: EvaluateSettings, reporter: Reporter, command: str, state: str | Path | None) -> dict[str, Any]:
     corpus = None
     if settings.perplexity:
         corpus = get_corpus(settings.data, settings.text_field, _CORPUS_CHARACTERS)

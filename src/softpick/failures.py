@@ -19,7 +19,7 @@ from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import Any, NoReturn
 
-__all__ = ["DamagedFileError", "fail", "parse_json", "process", "read_json", "sentence", "told"]
+__all__ = ["fail", "process", "sentence", "told"]
 
 _DAMAGED = {
     "BadZipFile", "EOFError", "JSONDecodeError", "SafetensorError", "UnicodeDecodeError", "UnpicklingError", "PanicException",
@@ -31,41 +31,6 @@ _DISK = re.compile(r"No space left|PytorchStreamWriter|PytorchStreamReader|I/O e
 _MEMORY = re.compile(r"allocate memory|not enough memory|out of memory|Unable to allocate|bad_alloc", re.IGNORECASE)
 
 _interrupted = False
-
-
-class DamagedFileError(ValueError):
-    """A file that a command wrote is not as it was written."""
-
-
-def read_json(path: str | os.PathLike[str]) -> Any:
-    """What a JSON file holds.
-
-    Raises:
-        DamagedFileError: it is no JSON; the message says file and line.
-    """
-    with open(path, "rb") as file:
-        return parse_json(file.read(), path)
-
-
-def parse_json(text: str | bytes, path: str | os.PathLike[str], line: int = 1) -> Any:
-    """What a piece of a file holds.
-
-    Args:
-        text: JSON.
-        path: of the file, for the message.
-        line: where in it the text begins.
-
-    Raises:
-        DamagedFileError: it is no JSON; the message says file and line.
-    """
-    import json
-
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        raise DamagedFileError(f"{path}, line {line + error.lineno - 1}: is damaged: not JSON ({error.msg})") from None
-    except (ValueError, RecursionError) as error:
-        raise DamagedFileError(f"{path}: is damaged: not JSON ({error})") from None
 
 
 def fail(message: str, code: int = 2) -> NoReturn:

@@ -8,13 +8,15 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from softpick.failures import read_json
+from softpick.experiment.files import OutputError, read_json, text_digest, write_json, writing
 
 __all__ = ["Parts", "stamps", "titles"]
 
 
 class Parts:
     """The finished parts of one piece of work.
+
+    A part is a file ``PREFIX-DIGEST.json`` that says that it is a part, and of which key. Version 0.1 wrote the bare value.
 
     Args:
         folder: where they are kept; None keeps nothing.
@@ -25,6 +27,7 @@ class Parts:
         self.folder = None if folder is None else Path(folder)
         self.prefix = prefix
         self.again = 0  # parts that were there
+        self._bare: list[Path] = []  # parts of version 0.1 that were used: their names are hashes of our keys
 
     def get(self, key: Any, make: Callable[[], Any]) -> Any:
         """What ``make()`` returns (something for JSON), or what it returned the last time for the same key.
@@ -32,36 +35,70 @@ class Parts:
         Args:
             key: all that the part depends on, for JSON.
             make: does the work.
+
+        Raises:
+            OutputError: the part's file holds something else, or cannot be written.
         """
-        file = self._file(key)
+        file = self.file(key)
         if file is None:
             return make()
-        from softpick.training.engine import write_json
-
         if file.is_file():
+            value = self._read(file)
             self.again += 1
-            return read_json(file)
+            return value
         value = make()
-        file.parent.mkdir(parents=True, exist_ok=True)
-        write_json(file, value)
+        with writing(file):
+            file.parent.mkdir(parents=True, exist_ok=True)
+        write_json(file, {"format": _FORMAT, "name": file.stem, "digest": _digest(value), "value": value})
         return value
 
     def has(self, key: Any) -> bool:
         """Whether a part is there."""
-        file = self._file(key)
+        file = self.file(key)
         return file is not None and file.is_file()
 
-    def _file(self, key: Any) -> Path | None:
+    def file(self, key: Any, suffix: str = ".json") -> Path | None:
+        """Where the part of a key is kept."""
         digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
-        return None if self.folder is None else self.folder / f"{self.prefix}-{digest}.json"
+        return None if self.folder is None else self.folder / f"{self.prefix}-{digest}{suffix}"
+
+    def _read(self, file: Path) -> Any:
+        found = read_json(file)
+        if not isinstance(found, dict) or "format" not in found:
+            self._bare.append(file)
+            return found
+        if (
+            found["format"] != _FORMAT
+            or found.get("name") != file.stem
+            or found.get("digest") != _digest(found.get("value"))
+        ):
+            raise OutputError(
+                f"output: {file} was changed since softpick wrote it; remove it, or choose another --output"
+            )
+        return found["value"]
 
     def forget(self) -> None:
-        """Remove them."""
-        if self.folder is not None:
-            digest = "[0-9a-f]" * 16  # a user's own file may begin like ours
-            for pattern in (f"{self.prefix}-{digest}.json", f".{self.prefix}-{digest}.json.tmp"):
-                for file in self.folder.glob(pattern):
-                    file.unlink()
+        """Remove the parts, those of other keys as well; nothing that does not say that it is one."""
+        if self.folder is None:
+            return
+        for file in self.folder.glob(f"{self.prefix}-{'[0-9a-f]' * 16}.json"):
+            if file in self._bare or _is_part(file):
+                file.unlink()
+
+
+_FORMAT = "softpick part 1"
+
+
+def _digest(value: Any) -> str:
+    return text_digest(json.dumps(value, sort_keys=True))
+
+
+def _is_part(file: Path) -> bool:
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(found, dict) and found.get("format") == _FORMAT and found.get("name") == file.stem
 
 
 def stamps(files: Iterable[Path]) -> list[Any]:

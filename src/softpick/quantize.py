@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import math
+import os
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -25,6 +26,8 @@ from torch import Tensor
 from softpick.environment import chosen_device, command_line, hardware, versions
 from softpick.evaluation.perplexity import perplexity
 from softpick.evaluation.tasks import HEADLINES, EvaluationError, check_tasks, expected_files, run_tasks
+from softpick.experiment.files import writing
+from softpick.experiment.resume import Ledger, Workspace, scratch
 from softpick.loading import DTYPES, Subject, identity, load_subject, saved_positions
 from softpick.parts import Parts, stamps, titles
 from softpick.progress import Reporter, Silent, Titled
@@ -198,12 +201,16 @@ def quantize(
         QuantizationError: a library cannot take this model, or nothing was quantized.
         ModelError: an encoder, a model that cannot be loaded, or has no room for so many positions.
         DataError: the data cannot be used, or are shorter than a sequence.
+        OutputError: ``output`` cannot be written, is used by another process, or holds a part that was changed.
         ImportError: a package is missing; the message names the extra.
     """
     settings.check()
     settings = replace(settings, device=chosen_device(settings.device))
-    reporter = reporter if reporter is not None else Silent()
-    output = Path(output)
+    with Workspace(output):
+        return _quantize(settings, Path(output), reporter if reporter is not None else Silent(), command)
+
+
+def _quantize(settings: QuantizeSettings, output: Path, reporter: Reporter, command: str) -> dict[str, Any]:
     corpus = get_corpus(settings.data, settings.text_field, _CORPUS_CHARACTERS)
     reporter.say(f"data: {corpus.description}")
     calibration, held, split = split_documents(corpus.documents)
@@ -256,7 +263,9 @@ def _vocabulary(model: Any) -> list[Any]:
 
 def forget(output: str | Path) -> None:
     """Remove what :func:`quantize` has left for going on; nothing else."""
-    Parts(output, _PREFIX).forget()
+    with Workspace(output) as work:
+        Parts(output, _PREFIX).forget()
+        work.ledger.path.unlink(missing_ok=True)
 
 
 class _Run:
@@ -374,9 +383,14 @@ class _Run:
         """Where a quantized model is kept, and where it is made."""
         name = f"{self.title.replace('/', '-')}-{cell.method}-{cell.bits}bit"
         kept = self.output / name
-        if self.settings.keep and kept.exists():
+        if self.settings.keep and kept.exists() and not self._ledger.knows(name, kept):
             raise EvaluationError(f"output: {kept} is there already; choose another --output")
-        return kept, self.output / f".{name}.tmp"
+        return kept, scratch(self.output) / f"{name}.making"
+
+    @property
+    def _ledger(self) -> Ledger:
+        with Workspace(self.output) as work:
+            return work.ledger
 
     @property
     def sequences(self) -> tuple[Tensor, Tensor]:
@@ -425,19 +439,29 @@ class _Run:
     def _folder(self, cell: Cell) -> Iterator[Path]:
         """A new folder for a quantized model, which stays if the models are kept."""
         kept, working = self._places(cell)
-        if working.exists():
-            shutil.rmtree(working)  # of a crash; nothing but ours has this name
-        self.output.mkdir(parents=True, exist_ok=True)
-        try:
-            yield working
-            if self.settings.keep:
-                self.subject.tokenizer.save_pretrained(working)
-                working.rename(kept)
-        finally:
-            log = working.with_suffix(".log")
-            if log.exists():
-                log.replace(kept.with_name(f"{kept.name}.log"))
-            shutil.rmtree(working, ignore_errors=True)
+        with Workspace(self.output) as work:
+            try:
+                yield working
+                if self.settings.keep:
+                    with writing(kept):
+                        self.subject.tokenizer.save_pretrained(working)
+                        os.replace(working, work.scratch / kept.name)
+                    work.finish([kept.name])
+            finally:
+                log = working.with_suffix(".log")
+                if log.exists():
+                    self._keep_log(log, f"{kept.name}.log", work)
+                shutil.rmtree(working, ignore_errors=True)
+
+    def _keep_log(self, log: Path, name: str, work: Workspace) -> None:
+        """What a quantizer printed goes to the output folder, under another name where the user has a file of this one."""
+        number, stem = 1, name.removesuffix(".log")
+        while os.path.lexists(self.output / name) and not work.ledger.knows(name, self.output / name):
+            number += 1
+            name = f"{stem}-{number}.log"
+        if log.name != name:
+            os.replace(log, work.scratch / name)
+        work.finish([name])
 
     def _evaluate(self, subject: Subject, reporter: Reporter) -> dict[str, Any]:
         settings = self.settings

@@ -2,13 +2,14 @@
 
 A run lives in one folder::
 
-    config.json             the recipe and a hash of the data; another run does not enter this folder
+    config.json             the recipe, hashes of the data and of what was written; another run does not enter this folder
     tokenizer/
     train.tokens, validation.tokens
     checkpoints/            of the Trainer, the last two
     metrics.jsonl           every log line, evaluation and probe
     model/                  the trained model: a transformers checkpoint with its tokenizer and a model card
     results.json
+    .softpick/              while it works: the lock, and what is not finished
 
 The same command again continues it. The Trainer trains; this module decides what it is given.
 """
@@ -19,11 +20,10 @@ import copy
 import importlib.util
 import json
 import os
-import shutil
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,40 +31,31 @@ import torch
 from torch import Tensor
 
 from softpick.environment import chosen_device, command_line, hardware, missing_device, versions
-from softpick.failures import DamagedFileError, parse_json, read_json
-from softpick.loading import load_tokenizer
+from softpick.experiment.files import (
+    DamagedFileError,
+    OutputError,
+    digest,
+    json_text,
+    read_json,
+    text_digest,
+    write_text,
+    writing,
+)
+from softpick.experiment.resume import Ledger, Workspace, scratch
 from softpick.normalizers import get_normalizer
 from softpick.progress import Reporter, Silent
 from softpick.settings import check_memory
-from softpick.training.data import (
-    DataError,
-    SequenceDataset,
-    fingerprint,
-    get_corpus,
-    split_documents,
-    train_tokenizer,
-)
+from softpick.training import checkpoints
+from softpick.training.prepare import FILES, prepare
 from softpick.training.recipes import Recipe, RecipeError
-from softpick.training.tokens import StreamedSequences, TokenFile, collator, hub_documents, write_tokens
+from softpick.training.tokens import collator
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
     from softpick.training.engine import StopRequest
 
 __all__ = ["train"]
 
 _FORMAT = "softpick train 1"
-_TOKENIZER_CHARACTERS = 20_000_000  # of text that a tokenizer is trained on
-
-
-@dataclass(frozen=True)
-class _Data:
-    train: torch.utils.data.Dataset[Tensor]
-    validation: TokenFile | SequenceDataset
-    tokenizer: PreTrainedTokenizerBase
-    description: str
-    key: str
 
 
 def train(
@@ -98,9 +89,8 @@ def train(
         softpick.training.data.DataError: the data cannot be used.
         softpick.training.engine.Interrupted: after ``stop`` was requested and the checkpoint written.
         softpick.training.engine.NonFinite: too many steps in a row without a finite gradient.
+        softpick.experiment.files.OutputError: the disk refused, or a file of the run was changed; it names the file.
     """
-    from softpick.training import engine
-
     recipe.check()
     output = Path(output)
     ranks, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
@@ -109,17 +99,45 @@ def train(
         raise RecipeError("tensorboard: is not installed: pip install tensorboard")
     if rank or reporter is None:
         reporter = Silent()
+    with ExitStack() as stack:
+        return _train(
+            stack, recipe, output, device, tensorboard, command, reporter, stop, ranks, rank, trust_remote_code
+        )
+
+
+def _train(
+    stack: ExitStack,
+    recipe: Recipe,
+    output: Path,
+    device: str,
+    tensorboard: bool,
+    command: str,
+    reporter: Reporter,
+    stop: StopRequest | None,
+    ranks: int,
+    rank: int,
+    trust_remote_code: bool,
+) -> dict[str, Any]:
+    from softpick.training import engine
+
     arguments = _arguments(recipe, output, device, ranks)
     if recipe.tensor_parallel > 1 and arguments.distributed_state.distributed_type == "MULTI_CPU":
         raise RecipeError("tensor_parallel: accelerate has it for GPUs only, not for ranks of the CPU")
+    work: Workspace | None = None
     with arguments.main_process_first(local=False, desc="data"):
-        _enter(output, recipe)
-        data = _prepare(recipe, output, reporter if rank == 0 else Silent(), trust_remote_code)
-        if rank == 0:
-            _remember(output, recipe, data)
-    if (output / "results.json").exists():
+        if rank == 0:  # the owner of the folder for all ranks of the run
+            work = stack.enter_context(Workspace(output, error=RecipeError, ledger="config.json"))
+            _enter(output, recipe, work)
+        about = {"format": _FORMAT, "recipe": recipe.to_json()}
+        data = prepare(recipe, output, work, _read_config(output), about, reporter, trust_remote_code)
+    finished = _finished(output)
+    if finished is not None:
         reporter.say(f"{output}: already trained")
-        return read_json(output / "results.json")
+        if work is not None:
+            checkpoints.remove_all(output / "checkpoints")
+        return finished
+    if work is not None:
+        _check_model(output, recipe, work)
 
     model = engine.build_model(
         recipe.normalizer,
@@ -143,7 +161,7 @@ def train(
         f"model: {title}, {parameters / 1e6:.1f} million parameters; {recipe.tokens / 1e6:,.1f} million tokens"
     )
     if recipe.tensor_parallel > 1:
-        model = engine.shard_tensors(model, recipe.tensor_parallel, output / ".initial.tmp")
+        model = engine.shard_tensors(model, recipe.tensor_parallel, scratch(output) / "initial")
     if recipe.liger:
         from liger_kernel.transformers import apply_liger_kernel_to_llama
 
@@ -160,9 +178,7 @@ def train(
     if recipe.probe_every:
         batch = torch.stack([data.validation[i] for i in range(min(recipe.probe_sequences, len(data.validation)))])
         callbacks.append(_probe_callback(recipe, batch, log, speed))
-    temporary = output / ".model.tmp"
-    if temporary.exists() and rank == 0:
-        shutil.rmtree(temporary)  # of a crash while writing; nothing but ours has this name
+    export = scratch(output) / "model"
     with reporter.progress(f"{recipe.name}, {title}", recipe.steps) as progress:
         outcome = engine.train(
             model,
@@ -176,7 +192,9 @@ def train(
             callbacks=callbacks,
             speed=speed,
             guard=engine.Guard(recipe.max_skipped),
-            export=temporary,
+            export=export,
+            run=text_digest(json_text([recipe.to_json(), data.key])),
+            say=reporter.say,
         )
     result = {
         "recipe": recipe.to_json(),
@@ -193,14 +211,14 @@ def train(
         "created": time.strftime("%Y-%m-%d %H:%M"),
         "command": command or command_line(),
     }
-    if rank == 0:
-        (temporary / "training_args.bin").unlink(missing_ok=True)  # a pickle with paths of this machine
-        (temporary / "README.md").write_text(_card(result), encoding="utf-8")
-        if (output / "model").exists():
-            shutil.rmtree(output / "model")  # the same, of a run that was killed before the next line but one
-        os.replace(temporary, output / "model")
+    if work is not None:
+        with writing(export):
+            (export / "training_args.bin").unlink(missing_ok=True)  # a pickle with paths of this machine
+            (export / "README.md").write_text(_card(result), encoding="utf-8")
+        work.finish(["model"])
+        work.ledger.add({"results.json": text_digest(json_text(result))})
         engine.write_json(output / "results.json", result)
-        shutil.rmtree(output / "checkpoints", ignore_errors=True)
+        checkpoints.remove_all(output / "checkpoints")
     return result
 
 
@@ -281,19 +299,24 @@ def _arguments(recipe: Recipe, output: Path, device: str, ranks: int) -> Any:
 # The folder and the data
 
 
-def _enter(output: Path, recipe: Recipe) -> None:
+# what version 0.1 left in a folder where it was killed before it had its data
+_BEGUN = {*FILES, *(f".{name}.tmp" for name in FILES), ".config.json.tmp"}
+
+
+# of a field that is younger than the run
+_DEFAULTS = {field.name: field.default for field in fields(Recipe) if field.default is not MISSING}
+
+
+def _enter(output: Path, recipe: Recipe, work: Workspace) -> None:
     """Make sure that the folder is new, or holds a run of this recipe."""
-    if output.exists() and not output.is_dir():
-        raise RecipeError(f"output: {output} is a file; choose another --output")
-    if not output.exists() or not any(output.iterdir()):
-        output.mkdir(parents=True, exist_ok=True)
-        return
     config = _read_config(output)
     if config is None:
-        if {p.name for p in output.iterdir()} <= _BEGUN:
-            return  # killed before it had its data
-        raise RecipeError(f"output: {output} is not empty and holds no run of softpick train; choose another --output")
-    now, then = recipe.to_json(), config["recipe"]
+        if not work.entries() <= _BEGUN:
+            raise RecipeError(
+                f"output: {output} is not empty and holds no run of softpick train; choose another --output"
+            )
+        return
+    now, then = recipe.to_json(), _DEFAULTS | config["recipe"]
     differences = [f"{key}: {then.get(key)!r} there, {now[key]!r} now" for key in now if now[key] != then.get(key)]
     if differences:
         raise RecipeError(
@@ -301,115 +324,47 @@ def _enter(output: Path, recipe: Recipe) -> None:
         )
 
 
-_BEGUN = {
-    "tokenizer",
-    ".tokenizer.tmp",
-    "train.tokens",
-    ".train.tokens.tmp",
-    "validation.tokens",
-    ".validation.tokens.tmp",
-    ".config.json.tmp",
-}
-
-
 def _read_config(output: Path) -> dict[str, Any] | None:
-    try:
-        config = json.loads((output / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    path = output / "config.json"
+    if not path.exists():
         return None
-    return config if isinstance(config, dict) and config.get("format") == _FORMAT else None
+    config = read_json(path, RecipeError)
+    if not isinstance(config, dict) or config.get("format") != _FORMAT:
+        return None
+    if not isinstance(config.get("recipe"), dict) or "data" not in config:
+        raise RecipeError(f"output: {path} is not as softpick wrote it; choose another --output")
+    return config
 
 
-def _remember(output: Path, recipe: Recipe, data: _Data) -> None:
-    from softpick.training.engine import write_json
-
-    config = _read_config(output)
-    if config is None:
-        write_json(output / "config.json", {"format": _FORMAT, "recipe": recipe.to_json(), "data": data.key})
-    elif config["data"] != data.key:
-        raise RecipeError(f"output: the data changed since the run in {output} was started; choose another --output")
-
-
-def _prepare(recipe: Recipe, output: Path, reporter: Reporter, trust_remote_code: bool) -> _Data:
-    if (recipe.data or "").startswith("hub:"):
-        return _stream(recipe, output, reporter, trust_remote_code)
-    files = {name: output / f"{name}.tokens" for name in ("train", "validation")}
-    if (output / "tokenizer").exists() and all(path.exists() for path in files.values()):
-        tokenizer, description = (
-            _tokenizer(recipe, output, lambda: iter(()), trust_remote_code),
-            recipe.data or "the built-in corpus",
-        )
-    else:
-        corpus = get_corpus(recipe.data, recipe.text_field)
-        description = corpus.description
-        reporter.say(f"data: {description}")
-        train_texts, held_texts, _ = split_documents(corpus.documents)
-        tokenizer = _tokenizer(recipe, output, lambda: iter(train_texts), trust_remote_code)
-        for name, texts in (("train", train_texts), ("validation", held_texts)):
-            write_tokens(files[name], tokenizer, texts, reporter, f"tokenising the {name} data", len(texts))
-    shape = recipe.sequence_length, len(tokenizer), tokenizer.bos_token_id
-    training = TokenFile(files["train"], *shape)
-    held = TokenFile(files["validation"], *shape, at_most=recipe.validation_sequences)
-    reporter.say(f"      {len(training.tokens):,} tokens, {len(held)} sequences of {recipe.sequence_length} held out")
-    if len(training) < recipe.batch_size:
+def _finished(output: Path) -> dict[str, Any] | None:
+    """What ``results.json`` holds, if the run wrote it."""
+    path = output / "results.json"
+    if not path.exists():
+        return None
+    result = read_json(path, RecipeError)
+    config = _read_config(output) or {}
+    if "files" in config and not Ledger(output / "config.json").knows(path.name, path):
         raise RecipeError(
-            f"batch_size: the data has {len(training)} sequences, fewer than a batch of {recipe.batch_size}"
+            f"output: {path} was changed, or not written by this run; move it away, or choose another --output"
         )
-    return _Data(training, held, tokenizer, description, training.fingerprint() + held.fingerprint())
+    return result
 
 
-def _stream(recipe: Recipe, output: Path, reporter: Reporter, trust_remote_code: bool) -> _Data:
-    name = (recipe.data or "").removeprefix("hub:")
-    documents = hub_documents(name, recipe.data_config, recipe.text_field)
-    tokenizer = _tokenizer(recipe, output, documents, trust_remote_code)
-    description = f"the Hugging Face data set {name}" + (f" ({recipe.data_config})" if recipe.data_config else "")
-    reporter.say(f"data: {description}, streamed")
-    held = recipe.validation_sequences
-    beginning = list(StreamedSequences(documents, tokenizer, recipe.sequence_length, at_most=held + 1))
-    if len(beginning) <= held:
-        raise DataError(
-            f"data: expected more than validation_sequences = {held} sequences of {recipe.sequence_length} tokens in "
-            f"{recipe.data}, got {len(beginning)}"
-        )
-    rows = torch.stack(beginning[:held])
-    training = StreamedSequences(documents, tokenizer, recipe.sequence_length, skip=held)
-    return _Data(training, SequenceDataset(rows), tokenizer, description, fingerprint(rows))
-
-
-def _tokenizer(
-    recipe: Recipe, output: Path, documents: Callable[[], Iterator[str]], trust_remote_code: bool
-) -> PreTrainedTokenizerBase:
-    """The run's tokenizer, the recipe's, or one trained on the beginning of the documents."""
-    from transformers import PreTrainedTokenizerFast
-
-    saved = output / "tokenizer"
-    if saved.exists():
-        return PreTrainedTokenizerFast.from_pretrained(saved)
-    if recipe.tokenizer is not None:
-        tokenizer = load_tokenizer(
-            recipe.tokenizer,
-            recipe.tokenizer,
-            trust_remote_code=trust_remote_code,
-            error_class=RecipeError,
-            message="tokenizer: cannot load {name!r}",
-        )
-        if tokenizer.bos_token_id is None or tokenizer.eos_token_id is None:
-            raise RecipeError(f"tokenizer: {recipe.tokenizer!r} has no BOS or no EOS; sequences start with BOS")
-    else:
-        tokenizer = train_tokenizer(_beginning(documents()), recipe.vocab_size)
-    temporary = output / ".tokenizer.tmp"
-    tokenizer.save_pretrained(temporary)
-    os.replace(temporary, saved)
-    return tokenizer
-
-
-def _beginning(documents: Iterator[str]) -> Iterator[str]:
-    total = 0
-    for text in documents:
-        yield text
-        total += len(text)
-        if total > _TOKENIZER_CHARACTERS:
+def _check_model(output: Path, recipe: Recipe, work: Workspace) -> None:
+    """Raise, before any training, where a ``model`` is in the place of the one that will be written."""
+    path = output / "model"
+    if not path.exists() or work.ledger.knows(path.name, path):
+        return
+    if "files" not in (_read_config(output) or {}):
+        card = path / "README.md"
+        if card.is_file() and json.dumps(recipe.to_json(), indent=1) in card.read_text(
+            encoding="utf-8", errors="replace"
+        ):
+            work.ledger.add({path.name: digest(path)})  # version 0.1, killed before its last file: it is written again
             return
+    raise RecipeError(
+        f"output: {path} is there, and this run did not write it; move it away, or choose another --output"
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -428,10 +383,9 @@ class _Metrics:
         if not self.writes:
             return
         if self.path.exists():
-            kept = [line for line, entry in zip(self._lines(), self._entries(), strict=True) if entry["step"] <= step]
-            temporary = self.path.with_name(f".{self.path.name}.tmp")
-            temporary.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
-            os.replace(temporary, self.path)
+            # the summary of the last step is written again when the run ends
+            kept = [line for line, entry in self._lines() if entry["step"] <= step and entry["kind"] != "summary"]
+            write_text(self.path, "".join(f"{line}\n" for line in kept))
         if self.events is not None:
             from torch.utils.tensorboard import SummaryWriter
 
@@ -440,7 +394,7 @@ class _Metrics:
     def write(self, kind: str, step: int, values: dict[str, Any]) -> None:
         if not self.writes:
             return
-        with self.path.open("a", encoding="utf-8") as file:
+        with writing(self.path), self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
         if self.board is not None:
             for key, value in values.items():
@@ -450,18 +404,27 @@ class _Metrics:
     def entries(self, kind: str) -> list[dict[str, Any]]:
         if not self.path.exists():
             return []
-        return [entry for entry in self._entries() if entry["kind"] == kind]
+        return [entry for _, entry in self._lines() if entry["kind"] == kind]
 
-    def _entries(self) -> list[dict[str, Any]]:
-        found = [parse_json(line, self.path, number) for number, line in enumerate(self._lines(), 1)]
-        for number, entry in enumerate(found, 1):
-            if not isinstance(entry, dict) or not isinstance(entry.get("step"), int) or "kind" not in entry:
-                raise DamagedFileError(f"{self.path}, line {number}: is damaged: expected an object with step and kind")
+    def _lines(self) -> list[tuple[str, dict[str, Any]]]:
+        """Each line and what it says."""
+        try:
+            text = self.path.read_text(encoding="utf-8")
+            lines = text[: text.rfind("\n") + 1].splitlines()  # a line that a kill cut short is none
+        except (OSError, ValueError) as error:
+            raise OutputError(f"output: {self.path} cannot be read ({error}); put it back, or remove it") from error
+        found = []
+        for number, line in enumerate(lines, 1):
+            try:
+                entry = json.loads(line)
+                if not isinstance(entry["step"], int) or not isinstance(entry["kind"], str):
+                    raise ValueError("expected a step and a kind")
+            except (ValueError, KeyError, TypeError, RecursionError) as error:
+                raise DamagedFileError(
+                    f"output: {self.path}, line {number}: is damaged ({error}); put the file back, or remove it"
+                ) from error
+            found.append((line, entry))
         return found
-
-    def _lines(self) -> list[str]:
-        text = self.path.read_text(encoding="utf-8")
-        return text[: text.rfind("\n") + 1].splitlines()  # a line that a kill cut short is none
 
 
 def _log_callback(log: _Metrics, parallel: str) -> Any:

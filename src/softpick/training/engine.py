@@ -6,13 +6,13 @@ transformers may be missing.
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import shutil
 import signal
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -40,10 +40,12 @@ from transformers import (
 from transformers.trainer_utils import SaveStrategy
 from transformers.utils import logging as transformers_logging
 
-from softpick.failures import read_json
+from softpick.experiment.files import read_json, write_json, write_text, writing
 from softpick.integrations.transformers import SoftpickLlamaConfig, SoftpickLlamaForCausalLM
 from softpick.normalizers import get_normalizer
 from softpick.progress import ProgressBar
+from softpick.training import checkpoints
+from softpick.training.checkpoints import last_checkpoint
 from softpick.training.data import collate
 
 __all__ = [
@@ -63,8 +65,6 @@ __all__ = [
     "write_json",
     "write_text",
 ]
-
-_COMPLETE = "complete.json"
 
 
 class Interrupted(Exception):  # noqa: N818 - not an error: the run can be continued
@@ -264,9 +264,9 @@ class _Watch(TrainerCallback):
     """Reports progress, stops on request, and marks checkpoints that were written to the end."""
 
     def __init__(
-        self, stop: StopRequest | None, progress: ProgressBar | None, guard: Guard | None, seconds: float
+        self, stop: StopRequest | None, progress: ProgressBar | None, guard: Guard | None, seconds: float, run: str
     ) -> None:
-        self.stop, self.progress, self.guard = stop, progress, guard
+        self.stop, self.progress, self.guard, self.run = stop, progress, guard, run
         self.before, self.start = seconds, time.perf_counter()
 
     @property
@@ -293,12 +293,15 @@ class _Watch(TrainerCallback):
             self.progress.update(state.global_step, logs["loss"], _speed_note(logs))
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-        if state.is_world_process_zero:
-            skipped = 0 if self.guard is None else self.guard.skipped
-            write_json(
-                folder / _COMPLETE, {"step": state.global_step, "seconds": self.seconds, "skipped_steps": skipped}
-            )
+        if not state.is_world_process_zero:
+            return
+        skipped = 0 if self.guard is None else self.guard.skipped
+        folder = Path(args.output_dir)
+        with writing(folder):
+            marker = {"seconds": self.seconds, "skipped_steps": skipped, "run": self.run}
+            checkpoints.publish(folder, state.global_step, marker)
+            if args.save_total_limit:
+                checkpoints.rotate(folder, args.save_total_limit)
 
 
 def _on_any_rank(flag: bool, device: torch.device) -> bool:
@@ -437,9 +440,22 @@ class _Trainer(Trainer):
         with self.speed.paused() if self.speed is not None else nullcontext():
             return super().evaluate(*args, **kwargs)
 
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        """Nothing after the last step: from a checkpoint of that step the Trainer would go one step beyond it."""
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(*args, **kwargs)
+
+    def _get_output_dir(self, trial: Any = None) -> str:
+        """Checkpoints are written aside, and there the Trainer finds none to remove; :class:`_Watch` publishes them."""
+        return str(Path(self.args.output_dir) / checkpoints.WRITING)
+
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
-        with self.speed.paused() if self.speed is not None else nullcontext():
+        with self.speed.paused() if self.speed is not None else nullcontext(), writing(self.args.output_dir):
             super()._save_checkpoint(*args, **kwargs)
+            if torch.distributed.is_initialized():
+                torch.distributed.barrier()  # each rank writes the state of its random numbers
 
     # Of a model that ranks share. With tensor parallelism the Trainer would save the optimizer's state of rank 0 for all,
     # and load whole weights into shards; with FSDP it would gather and write the weights a second time, for itself. Here
@@ -488,20 +504,6 @@ def _bare(optimizer: Any) -> torch.optim.Optimizer:
     return optimizer.optimizer if isinstance(optimizer, AcceleratedOptimizer) else optimizer
 
 
-def last_checkpoint(folder: Path) -> Path | None:
-    """The newest complete checkpoint below a folder; one that a crash cut short does not count."""
-    found = [p.parent for p in folder.glob(f"checkpoint-*/{_COMPLETE}")]
-    return max(found, key=lambda p: int(p.name.rpartition("-")[2]), default=None)
-
-
-def _remove_cut_short(folder: Path) -> None:
-    """Checkpoints that a crash cut short: the Trainer would keep one as the last, and remove the complete one before it."""
-    for path in folder.glob("checkpoint-*"):
-        ours = path.name.rpartition("-")[2].isdecimal() and path.is_dir()
-        if ours and not (path / _COMPLETE).exists():
-            shutil.rmtree(path)
-
-
 @dataclass
 class Outcome:
     """What training gave: the loss on the evaluation data, the seconds over all its sessions, the curves."""
@@ -526,12 +528,14 @@ def train(
     speed: Speed | None = None,
     guard: Guard | None = None,
     export: Path | None = None,
+    run: str = "",
+    say: Callable[[str], None] | None = None,
 ) -> Outcome:
     """Train, from the last complete checkpoint in ``arguments.output_dir`` if there is one; then evaluate.
 
     Args:
         model: with its initial weights; trained in place.
-        arguments: from :func:`training_arguments`. Of ``output_dir``, incomplete folders ``checkpoint-N`` are removed.
+        arguments: from :func:`training_arguments`. In ``output_dir`` nothing is removed but checkpoints that training wrote.
         train_data: rows of token ids.
         validation_data: for the final loss.
         tokenizer: saved with every checkpoint.
@@ -543,21 +547,25 @@ def train(
         speed: measures, for the log lines.
         guard: of steps without a finite gradient.
         export: folder for the trained weights, gathered from all ranks.
+        run: what identifies the run; checkpoints of another one are not resumed from.
+        say: is told of checkpoints that cannot be resumed from; by default it is a warning.
 
     Raises:
+        OutputError: the disk refuses a checkpoint or the weights; the run can be continued.
         Interrupted: after the checkpoint that ``stop`` asked for.
         NonFinite: from ``guard``.
     """
-    checkpoint = last_checkpoint(Path(arguments.output_dir))
-    if arguments.process_index == 0:
-        _remove_cut_short(Path(arguments.output_dir))
+    folder, first = Path(arguments.output_dir), arguments.process_index == 0
+    checkpoint = checkpoints.choose(folder, run, (say or warnings.warn) if first else lambda _: None)
+    if first:
+        checkpoints.clear(folder)
     seconds = 0.0
     if checkpoint is not None:
-        complete = read_json(checkpoint / _COMPLETE)
+        complete = read_json(checkpoint / checkpoints.MARKER)
         seconds = float(complete["seconds"])
         if guard is not None:
             guard.skipped = complete.get("skipped_steps", 0)
-    watch = _Watch(stop, progress, guard, seconds)
+    watch = _Watch(stop, progress, guard, seconds, run)
     with quiet_transformers():
         strategy = arguments.save_strategy
         if _is_sharded(model):  # by tensor parallelism; the Trainer refuses what _Trainer has for it
@@ -590,7 +598,8 @@ def train(
             trainer.remove_callback(callback)
         loss = trainer.evaluate(validation_data)["eval_loss"]
         if export is not None:
-            trainer.save_model(str(export))
+            with writing(export):
+                trainer.save_model(str(export))
     return Outcome(loss, seconds, _curves(history))
 
 
@@ -618,15 +627,3 @@ def quiet_transformers() -> Iterator[None]:
         transformers_logging.set_verbosity(level)
         if bars:
             transformers_logging.enable_progress_bar()
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write a JSON file that appears complete or not at all."""
-    write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a text file that appears complete or not at all."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text, encoding="utf-8", errors="backslashreplace")  # names of files may be no Unicode
-    os.replace(temporary, path)

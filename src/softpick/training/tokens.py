@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from softpick.experiment.files import writing
 from softpick.progress import Reporter
 from softpick.training.data import token_ids
 from softpick.training.reading import DataError, check_text
@@ -58,7 +59,7 @@ def write_tokens(
 
     dtype = _dtype(len(tokenizer))
     temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("wb") as file, reporter.progress(label, total) as progress:
+    with writing(path), temporary.open("wb") as file, reporter.progress(label, total) as progress:
         for done, ids in enumerate(_tokenised(tokenizer, documents), 1):
             file.write(np.asarray(ids, dtype=dtype).tobytes())
             if done % _TOGETHER == 0 or done == total:

@@ -79,9 +79,18 @@ ALLOWED = {
         "softpick.training",
         "softpick.analysis",
     },
+    "softpick.grid_report": {"softpick.progress", "softpick.training", "softpick.analysis", "softpick.evaluation"},
+    "softpick.grid": {
+        "softpick.grid_report",
+        "softpick.normalizers",
+        "softpick.progress",
+        "softpick.train",
+        "softpick.training",
+    },
     "softpick.__main__": {"softpick.cli"},
     "softpick.cli": {
         "softpick.train",
+        "softpick.grid",
         "softpick.quantize",
         "softpick.quantization",
         "softpick.normalizers",

@@ -32,12 +32,17 @@ NOT_PROSE = {"_sources", "_static", "src", "genindex", "fonts"}  # parts of path
 LARGEST = 20_000_000  # bytes of a file
 PIECE = 50_000  # characters of a document, which ends with a paragraph
 COMMON = frozenset(
-    "the of and to a in is that for it as with be by on are this not or from an at which if you can have was will when "
-    "but has its no all one we they he his her their used use any these may must there so than into".split()
+    re.findall(
+        r"\w+",
+        "the of and to a in is that for it as with be by on are this not or from an at which if you can have was "
+        "will when but has its no all one we they he his her their used use any these may must there so than into",
+    )
 )
 
 _HIDDEN = re.compile(r"<(script|style|head|pre|table|nav|svg|math)\b.*?</\1\s*>|<!--.*?-->", re.S | re.I)
-_BLOCK = re.compile(r"</?(p|div|li|ul|ol|dl|dt|dd|h\d|br|tr|td|section|article|title|item|note|blockquote)\b[^>]*>", re.I)
+_BLOCK = re.compile(
+    r"</?(p|div|li|ul|ol|dl|dt|dd|h\d|br|tr|td|section|article|title|item|note|blockquote)\b[^>]*>", re.I
+)
 _TAG = re.compile(r"<[^<>]*>")
 _MARKS = re.compile(r"[CBIFLSXEZ]<+([^<>]*)>+|``?|\*\*|\[(?:1913 Webster|PJC|WordNet 1\.5)\]")
 _WORD = re.compile(r"[A-Za-z']+")

@@ -680,7 +680,12 @@ def _run_train(name: str, overrides: list[str], output: str | None, device: str,
 
 
 def _run_grid(
-    name: str, overrides: list[str], variants: list[str], seeds: tuple[int, ...], output: str | None, given: dict[str, Any]
+    name: str,
+    overrides: list[str],
+    variants: list[str],
+    seeds: tuple[int, ...],
+    output: str | None,
+    given: dict[str, Any],
 ) -> None:
     import os
 

@@ -18,7 +18,7 @@ import json
 import os
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -70,8 +70,10 @@ def make_runs(recipe: Recipe, variants: Sequence[str], seeds: Sequence[int]) -> 
     runs = [Run(name, replace(changed, seed=seed)) for seed in seeds for name, changed in named]
     names = [run.name for run in runs]
     twice = sorted({name for name in names if names.count(name) > 1})
-    if twice or not runs:
-        raise RecipeError(f"normalizers, seeds: expected each run once, got {', '.join(twice) or 'none'} twice")
+    if twice:
+        raise RecipeError(f"normalizers, seeds: expected each run once, got {', '.join(twice)} more than once")
+    if not runs:
+        raise RecipeError("normalizers, seeds: expected at least one of each, got none")
     for run in runs:
         run.recipe.check()
     return runs
@@ -157,16 +159,14 @@ def grid(
     return rows
 
 
-def _train(
-    run: Run, output: Path, device: str, command: str, reporter: Reporter, stop: StopRequest
-) -> dict[str, Any]:
+def _train(run: Run, output: Path, device: str, command: str, reporter: Reporter, stop: StopRequest) -> dict[str, Any]:
     """Train one run, or go on with it; its row. Training that diverged is a result too."""
     from softpick.train import train
     from softpick.training.engine import NonFinite
 
     folder, shared = output / "runs" / run.name, output / "tokens"
-    data = describe(run.recipe.data)
-    if data is not None and run.recipe.data is not None:
+    packed = describe(run.recipe.data)
+    if packed is not None and run.recipe.data is not None:
         unpack(run.recipe.data, shared)
     _share_tokens(shared, folder)
     if torch.cuda.is_available():
@@ -185,7 +185,8 @@ def _train(
             torch.cuda.empty_cache()
     _share_tokens(folder, shared)
     log = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    return _row(run, result | ({} if data is None else {"data": data}), log)
+    # train describes text in full only where it tokenised that text itself, in the first run
+    return _row(run, result | {"data": packed or run.recipe.data or "the Python standard library"}, log)
 
 
 def _share_tokens(source: Path, target: Path) -> None:
@@ -195,10 +196,8 @@ def _share_tokens(source: Path, target: Path) -> None:
     target.mkdir(parents=True, exist_ok=True)
     for name in TOKEN_FILES:
         if not (target / name).exists():
-            try:
+            with suppress(FileExistsError):  # another process was first
                 os.link(source / name, target / name)
-            except FileExistsError:
-                pass  # another process was first
     copy_folder(source / "tokenizer", target / "tokenizer")
 
 

@@ -17,7 +17,17 @@ from typing import Any
 
 from softpick.normalizers import get_normalizer
 
-__all__ = ["RECIPES", "Recipe", "RecipeError", "get_recipe", "paper_1_8b", "paper_340m", "sinks_h200", "small_h200", "tiny_cpu"]
+__all__ = [
+    "RECIPES",
+    "Recipe",
+    "RecipeError",
+    "get_recipe",
+    "paper_1_8b",
+    "paper_340m",
+    "sinks_h200",
+    "small_h200",
+    "tiny_cpu",
+]
 
 
 class RecipeError(ValueError):
@@ -259,7 +269,9 @@ def paper_1_8b() -> Recipe:
     )  # fmt: skip
 
 
-RECIPES: Mapping[str, Callable[[], Recipe]] = {f.__name__: f for f in (tiny_cpu, small_h200, sinks_h200, paper_340m, paper_1_8b)}
+RECIPES: Mapping[str, Callable[[], Recipe]] = {
+    f.__name__: f for f in (tiny_cpu, small_h200, sinks_h200, paper_340m, paper_1_8b)
+}
 """The recipes of this package."""
 
 

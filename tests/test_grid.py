@@ -140,6 +140,12 @@ def test_rows_of_another_recipe(whole, recipe):
         grid(replace(recipe, steps=14), VARIANTS, (0,), whole[0], device="cpu")
 
 
+def test_rows_that_were_looked_at_more_often(whole, recipe, monkeypatch):
+    monkeypatch.setattr(softpick.train, "train", no_training)
+    rarely = replace(recipe, log_every=4, save_every=12, evaluate_every=0, probe_every=0)
+    assert grid(rarely, VARIANTS, (0,), whole[0], device="cpu") == whole[1][:2]
+
+
 def test_a_row_that_was_cut_short(whole, recipe, tmp_path):
     """A kill in the middle of a write costs that row and no other."""
     folder, rows = whole

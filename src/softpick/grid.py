@@ -38,6 +38,7 @@ __all__ = ["SWITCHES", "Run", "grid", "make_runs", "read_rows"]
 SWITCHES = {"gate": "output_gate", "scale": "score_scale"}
 """What may follow a normalizer in the name of a variant, and the field of the recipe that it switches on."""
 
+_WATCHING = {"log_every", "save_every", "evaluate_every", "probe_every"}  # when a run is looked at, not what it becomes
 _EARLY = 0.1  # of the steps: gradient norms peak there, if anywhere
 
 
@@ -282,7 +283,8 @@ def _check_rows(runs: Sequence[Run], rows: Sequence[dict[str, Any]]) -> None:
         now, then = run.recipe.to_json(), None if row is None else row["recipe"]
         if then is None:
             continue
-        differences = [f"{key}: {then.get(key)!r} there, {now[key]!r} now" for key in now if now[key] != then.get(key)]
+        keys = [key for key in now if key not in _WATCHING and now[key] != then.get(key)]
+        differences = [f"{key}: {then.get(key)!r} there, {now[key]!r} now" for key in keys]
         if differences:
             raise RecipeError(
                 f"output: results.jsonl holds {run.name} of another recipe ({'; '.join(differences)}); choose another "

@@ -245,7 +245,7 @@ def sinks_h200() -> Recipe:
     return Recipe(
         name="sinks_h200", layers=8, heads=8, width=512, intermediate=1408, vocab_size=8192, sequence_length=256,
         steps=9000, batch_size=128, micro_batch_size=128, learning_rate=3e-3, warmup_steps=300, weight_decay=1.0,
-        log_every=20, save_every=1500, evaluate_every=1500, probe_every=1500, probe_sequences=64,
+        log_every=20, save_every=1500, evaluate_every=3000, probe_every=3000, probe_sequences=64,
     )  # fmt: skip
 
 

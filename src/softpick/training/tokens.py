@@ -112,7 +112,7 @@ class TokenFile(torch.utils.data.Dataset[Tensor]):
         """``(len(indices), length)``: a batch; torch's fetcher prefers this to one call an item."""
         import numpy as np
 
-        chosen = np.asarray(indices)
+        chosen = np.asarray(indices, dtype=np.int64)
         if chosen.size and not 0 <= chosen.min() <= chosen.max() < self.count:
             raise IndexError(f"{chosen.min()} to {chosen.max()}")
         size = self.length - 1

@@ -389,6 +389,33 @@ def build_app() -> typer.Typer:
         _require("transformers", "accelerate", "tokenizers", "numpy")
         _run_train(recipe, overrides or [], output, device, tensorboard, trust_remote_code)
 
+    @app.command(
+        help="Train many runs of a recipe, for variants of its attention and several seeds, and put them side by side. "
+        "Running the same command again continues; a finished run is never repeated."
+    )
+    def grid(
+        recipe: str = typer.Argument(..., help="A name; `softpick recipes` lists them."),
+        overrides: list[str] | None = typer.Argument(  # noqa: B008
+            None, metavar="[FIELD=VALUE]...", help="Fields of the recipe, for all runs."
+        ),
+        normalizers: str = option(
+            "softmax,softpick",
+            help="Comma-separated: a normalizer, followed by any of +gate, +scale and +FIELD=VALUE, for example "
+            "softpick+scale+gate or softmax+learning_rate=1e-3.",
+        ),
+        seeds: str = option("0", metavar="0,1,2", help="Each variant is trained with each of them."),
+        share: str = option("1/1", metavar="I/N", help="Train every Nth run from the Ith on: a process for each GPU."),
+        minutes: float = option(None, help="After them the run in progress stops at a checkpoint."),
+        output: str = option(None, metavar="DIR", help="Folder of the grid.  [default: softpick-grid-RECIPE]"),
+        device: str = option("auto", help="auto, cpu, cuda or mps."),
+    ) -> None:
+        _require("transformers", "accelerate", "tokenizers", "numpy")
+        part, _, parts = share.partition("/")
+        if not (part.isdecimal() and parts.isdecimal()):
+            _fail(f"share: expected I/N, got {share!r}")
+        given = {"share": (int(part), int(parts)), "minutes": minutes, "device": device}
+        _run_grid(recipe, overrides or [], _split(normalizers), _integers(seeds), output, given)
+
     @app.command(help="List the recipes, or print one.")
     def recipes(name: str = typer.Argument(None, help="Print all its fields.")) -> None:
         _print_recipes(name)
@@ -616,6 +643,36 @@ def _run_train(
         _print_training(result, folder, console)
     if not math.isfinite(result["validation_loss"]):
         _fail(f"the validation loss is {result['validation_loss']}: training failed", 1)
+
+
+def _run_grid(
+    name: str,
+    overrides: list[str],
+    variants: list[str],
+    seeds: tuple[int, ...],
+    output: str | None,
+    given: dict[str, Any],
+) -> None:
+    import os
+
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    from softpick.grid import grid
+    from softpick.training.data import DataError
+    from softpick.training.engine import Interrupted, StopRequest
+    from softpick.training.recipes import RecipeError, get_recipe
+
+    console = _console()
+    folder = output or f"softpick-grid-{name}"
+    try:
+        recipe = get_recipe(name).override(overrides)
+        grid(recipe, variants, seeds, folder, reporter=_Reporter(console), stop=StopRequest(), **given)
+    except (RecipeError, DataError) as error:
+        _fail(str(error))
+    except (Interrupted, KeyboardInterrupt) as reason:
+        text = f"{reason or 'interrupted'}; run the same command again to continue in {folder}"
+        console.print(text, markup=False, highlight=False)
+        raise SystemExit(130) from None
+    console.print(f"{folder}/report.md", markup=False, highlight=False)
 
 
 def _print_training(result: dict[str, Any], folder: str, console: Console) -> None:

@@ -19,7 +19,17 @@ from typing import Any
 from softpick.normalizers import get_normalizer
 from softpick.settings import check_settings
 
-__all__ = ["RECIPES", "Recipe", "RecipeError", "get_recipe", "paper_1_8b", "paper_340m", "small_h200", "tiny_cpu"]
+__all__ = [
+    "RECIPES",
+    "Recipe",
+    "RecipeError",
+    "get_recipe",
+    "paper_1_8b",
+    "paper_340m",
+    "sinks_h200",
+    "small_h200",
+    "tiny_cpu",
+]
 
 
 class RecipeError(ValueError):
@@ -221,6 +231,15 @@ def small_h200() -> Recipe:
     )  # fmt: skip
 
 
+def sinks_h200() -> Recipe:
+    """34M parameters, 295M tokens: softmax gets sinks in it, within minutes on one H200 (docs/results.md)."""
+    return Recipe(
+        name="sinks_h200", layers=8, heads=8, width=512, intermediate=1408, vocab_size=8192, sequence_length=256,
+        steps=9000, batch_size=128, micro_batch_size=128, learning_rate=3e-3, warmup_steps=300, weight_decay=1.0,
+        log_every=20, save_every=1500, evaluate_every=3000, probe_every=3000, probe_sequences=64,
+    )  # fmt: skip
+
+
 def paper_340m() -> Recipe:
     """The paper's 340M model (table 4): 52.4 billion tokens of FineWeb-Edu."""
     return Recipe(
@@ -241,7 +260,9 @@ def paper_1_8b() -> Recipe:
     )  # fmt: skip
 
 
-RECIPES: Mapping[str, Callable[[], Recipe]] = {f.__name__: f for f in (tiny_cpu, small_h200, paper_340m, paper_1_8b)}
+RECIPES: Mapping[str, Callable[[], Recipe]] = {
+    f.__name__: f for f in (tiny_cpu, small_h200, sinks_h200, paper_340m, paper_1_8b)
+}
 """The recipes of this package."""
 
 

@@ -110,6 +110,17 @@ class TokenFile(torch.utils.data.Dataset[Tensor]):
         body = self.tokens[index * (self.length - 1) : (index + 1) * (self.length - 1)]
         return torch.cat([torch.tensor([self.bos]), torch.from_numpy(body.astype("int64"))])
 
+    def __getitems__(self, indices: list[int]) -> Tensor:
+        """``(len(indices), length)``: a batch; torch's fetcher prefers this to one call an item."""
+        import numpy as np
+
+        chosen = np.asarray(indices, dtype=np.int64)
+        if chosen.size and not 0 <= chosen.min() <= chosen.max() < self.count:
+            raise IndexError(f"{chosen.min()} to {chosen.max()}")
+        size = self.length - 1
+        rows = self.tokens[: self.count * size].reshape(self.count, size)[chosen]
+        return torch.cat([torch.full((len(rows), 1), self.bos), torch.from_numpy(rows.astype("int64"))], dim=1)
+
     def fingerprint(self) -> str:
         """A hash of the file, by which a resumed run knows that it is still the same."""
         with self.path.open("rb") as file:
@@ -199,16 +210,16 @@ def hub_documents(name: str, config: str | None, field: str) -> Callable[[], Ite
     return texts
 
 
-def collator(document_mask: bool, eos: int) -> Callable[[list[Tensor]], dict[str, Any]]:
-    """Rows ``(T,)`` into a batch for a causal language model.
+def collator(document_mask: bool, eos: int) -> Callable[[list[Tensor] | Tensor], dict[str, Any]]:
+    """Rows ``(T,)``, a list or a tensor of them, into a batch for a causal language model.
 
     With ``document_mask`` also ``cu_seq_lens``, the starts of the documents among all tokens of the batch, by which attention
     keeps them apart; and the first token of a document, which nothing before it can tell, is no target. Positions go on
     through a row: rotary embeddings only know differences.
     """
 
-    def collate(rows: list[Tensor]) -> dict[str, Any]:
-        ids = torch.stack(list(rows))
+    def collate(rows: list[Tensor] | Tensor) -> dict[str, Any]:
+        ids = rows if isinstance(rows, Tensor) else torch.stack(list(rows))
         if not document_mask:
             return {"input_ids": ids, "labels": ids}
         first = torch.zeros_like(ids, dtype=torch.bool)

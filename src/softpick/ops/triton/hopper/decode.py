@@ -13,12 +13,12 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
-    tma,
     warpgroup_mma,
 )
 from triton.language.extra.cuda import gdc_launch_dependents
 
 from softpick.ops.triton.decode import count_tiles, keys_of_sequence, sequence_at, share_of
+from softpick.ops.triton.hopper.versions import barrier, load_tile
 from softpick.ops.triton.tile import (
     EXP,
     INF,
@@ -48,7 +48,7 @@ def _fetch(tiles, it, wanted, first, row, kv, table, bar, place, BLOCK_N: gl.con
         row = gl.load(table + at // PAGE, mask=wanted, other=0).to(gl.int32)
         at = at % PAGE
     mbarrier.expect(bar, tiles.block_type.nbytes, pred=wanted)
-    tma.async_copy_global_to_shared(tiles, [row, kv, at, 0], bar, place, pred=wanted)
+    load_tile(tiles, [row, kv, at, 0], bar, place, pred=wanted)
 
 
 @gluon.jit
@@ -115,7 +115,7 @@ def _sweep(
         if SKIP:
             top = gl.max(gl.max(gl.where(keep & rows, s, -INF), 1), 0)
             live = top > 0 if RECTIFY == POSITIVE else top >= 0
-        gl.thread_barrier()  # scores are read by nobody any more, weights are there for everybody
+        barrier()  # scores are read by nobody any more, weights are there for everybody
         stage = (seen + it) % STAGES
         following = it + STAGES
         _fetch(
@@ -146,7 +146,7 @@ def _sweep(
             if LENGTHS:
                 last = gl.where(live & (at == taken - 1), valid, BLOCK_N)
             acc = _product(acc, at, last, values, weights, arrived, BLOCK_N, BLOCK_DV, VALUES, num_warps)
-    gl.thread_barrier()
+    barrier()
     return acc, gl.sum(total, 0), taken
 
 
@@ -163,7 +163,7 @@ def _product(
         n = gl.arange(0, BLOCK_N, layout=gl.SliceLayout(1, layout))
         v.store(gl.where((n < valid)[:, None], v.load(layout), 0.0))
         fence_async_shared()
-        gl.thread_barrier()
+        barrier()
     return warpgroup_mma(v.permute([1, 0]), weights.index(at % (VALUES + 1)).permute([1, 0]), acc)
 
 
@@ -181,7 +181,7 @@ def _largest(
             BASE, LEFT, RIGHT, SOFTCAP, BLOCK_M, BLOCK_N, BLOCK_D, STAGES, s_layout,
         )  # fmt: skip
         top = gl.maximum(top, gl.where(keep, s, -INF))
-        gl.thread_barrier()
+        barrier()
         stage = (seen + it) % STAGES
         following = it + STAGES
         _fetch(
@@ -222,7 +222,7 @@ def _take(
     inside = (r < groups * tq)[:, None] & (d < width)[None, :]
     q.store(gl.load(query + at[:, None] + d[None, :] * q_d, mask=inside, other=0.0))
     fence_async_shared()
-    gl.thread_barrier()
+    barrier()
     r = gl.arange(0, BLOCK_M, layout=gl.SliceLayout(0, s_layout))
     rows = r < groups * tq
     i = r % tq

@@ -22,6 +22,7 @@ from softpick.ops.triton.tile import (
     EXPM1,
     INF,
     LINEAR,
+    LN2,
     LOG2E,
     assignment,
     dropout_factor,
@@ -73,11 +74,12 @@ def row_statistics(
 
 
 @triton.jit
-def _slopes(s, e, inverse, BASE: tl.constexpr, EXACT: tl.constexpr):
+def _slopes(s, e, inverse, BASE: tl.constexpr, EXACT: tl.constexpr, EDGE: tl.constexpr):
     """For EXPM1: ``f / l`` up to a relu, and ``e`` with a minus where the score is not positive.
 
     ``e - inverse = (e^s - 1) / l`` has the sign of the score: ``inverse`` is an ulp above ``1 / l``, so that a score of 0
-    counts as negative.
+    counts as negative. EDGE: small scores by a series, since the difference may have lost them where ``l`` is small, too,
+    which takes a row with few keys.
     """
     if BASE != EXPM1:
         return e, e
@@ -86,6 +88,9 @@ def _slopes(s, e, inverse, BASE: tl.constexpr, EXACT: tl.constexpr):
         return p, tl.where(s > 0, e, -e)
     else:
         p = e - inverse
+        if EDGE:
+            near = s * (LN2 - (0.5 * LN2 * LN2) * s)  # of 1 - 2^-s, to 8e-5; below 0 for a score of 0
+            p = tl.where(tl.abs(s) < 0.03125, e * near - 1e-37, p)
         return p, signed(e, p)
 
 
@@ -193,7 +198,7 @@ def _sweep_keys(
             e = tl.exp2(s - level[:, None])
         if EDGE or MASK != 0:
             e = tl.where(keep, e, 0.0)
-        _, e = _slopes(s, e, inverse[:, None], BASE, EXACT)
+        _, e = _slopes(s, e, inverse[:, None], BASE, EXACT, EDGE or MASK != 0)
         drop = 1.0
         if DROPOUT:
             drop = dropout_factor(seed, start, i2, j2, tk, dropout_p)
@@ -360,7 +365,7 @@ def _sweep_queries(
         drop = 1.0
         if DROPOUT:
             drop = dropout_factor(seed, start, i2, j2, tk, dropout_p)
-        p, e = _slopes(s, e, inverse[None, :], BASE, EXACT)
+        p, e = _slopes(s, e, inverse[None, :], BASE, EXACT, EDGE or MASK != 0)
         if BASE == LINEAR:
             p = s * e
         elif BASE == EXP:

@@ -12,6 +12,7 @@ import triton.language as tl
 
 from softpick.ops.triton.tile import (
     EXP,
+    FEW,
     FP16_SCALE,
     INF,
     LINEAR,
@@ -23,14 +24,16 @@ from softpick.ops.triton.tile import (
     SINK,
     TINY,
     Constant,
+    add_product,
     assignment,
+    count_seen,
     dropout_factor,
     either,
+    few_seen,
     finish_scores,
     kept_scores,
     keys_of_queries,
     load_rows,
-    narrow,
     numerators,
 )
 
@@ -48,7 +51,7 @@ def _sweep(
     BLOCK_DV: tl.constexpr, PAD_D: tl.constexpr, PAD_DV: tl.constexpr, MASK: tl.constexpr, MASK_ROWS: tl.constexpr,
     LEFT: tl.constexpr, RIGHT: tl.constexpr, SOFTCAP: tl.constexpr, DROPOUT: tl.constexpr, STATS: tl.constexpr,
     EDGE: tl.constexpr, SHIFT: tl.constexpr, EXACT: tl.constexpr, TRACK: tl.constexpr, RELU_ASM: tl.constexpr,
-    PRECISION: tl.constexpr, SIGNED: tl.constexpr,
+    PRECISION: tl.constexpr, SIGNED: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
     """Take the key tiles from ``lo`` to ``hi`` into the accumulators."""
     d, dv, n = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV), tl.arange(0, BLOCK_N)
@@ -107,7 +110,7 @@ def _sweep(
                 p /= high[:, None]
                 m = high
             p *= FP16_SCALE
-        acc = tl.dot(narrow(p, v, RELU, RELU_ASM and RELU), v, acc, input_precision=PRECISION)
+        acc = add_product(acc, p, v, RELU, RELU_ASM, SPLIT, PRECISION)
         key += BLOCK_N * k_t
         value += BLOCK_N * v_t
     return acc, total, kept, m, top, bits
@@ -121,7 +124,7 @@ def _phases(
     BLOCK_DV: tl.constexpr, PAD_D: tl.constexpr, PAD_DV: tl.constexpr, MASK: tl.constexpr, MASK_ROWS: tl.constexpr,
     LEFT: tl.constexpr, RIGHT: tl.constexpr, SOFTCAP: tl.constexpr, DROPOUT: tl.constexpr, STATS: tl.constexpr,
     SHIFT: tl.constexpr, EXACT: tl.constexpr, TRACK: tl.constexpr, RELU_ASM: tl.constexpr, PRECISION: tl.constexpr,
-    SIGNED: tl.constexpr,
+    SIGNED: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
     """The edge before (window), the full tiles, the edge behind (diagonal, end)."""
     if LEFT:
@@ -129,19 +132,19 @@ def _phases(
             acc, total, kept, m, top, bits, q, key, value, mask, i2, lo, full_lo, tq, tk, width, v_width, offset, left, right,
             unit, softcap, dropout_p, seed, start, k_t, k_d, v_t, v_d, m_q, m_k,
             BASE, RECTIFY, ABSOLUTE, BLOCK_N, BLOCK_D, BLOCK_DV, PAD_D, PAD_DV, MASK, MASK_ROWS, LEFT, RIGHT, SOFTCAP,
-            DROPOUT, STATS, True, SHIFT, EXACT, TRACK, RELU_ASM, PRECISION, SIGNED,
+            DROPOUT, STATS, True, SHIFT, EXACT, TRACK, RELU_ASM, PRECISION, SIGNED, SPLIT,
         )  # fmt: skip
     acc, total, kept, m, top, bits = _sweep(
         acc, total, kept, m, top, bits, q, key, value, mask, i2, full_lo, full_hi, tq, tk, width, v_width, offset, left, right,
         unit, softcap, dropout_p, seed, start, k_t, k_d, v_t, v_d, m_q, m_k,
         BASE, RECTIFY, ABSOLUTE, BLOCK_N, BLOCK_D, BLOCK_DV, PAD_D, PAD_DV, MASK, MASK_ROWS, LEFT, RIGHT, SOFTCAP,
-        DROPOUT, STATS, False, SHIFT, EXACT, TRACK, RELU_ASM, PRECISION, SIGNED,
+        DROPOUT, STATS, False, SHIFT, EXACT, TRACK, RELU_ASM, PRECISION, SIGNED, SPLIT,
     )  # fmt: skip
     acc, total, kept, m, top, bits = _sweep(
         acc, total, kept, m, top, bits, q, key, value, mask, i2, full_hi, hi, tq, tk, width, v_width, offset, left, right,
         unit, softcap, dropout_p, seed, start, k_t, k_d, v_t, v_d, m_q, m_k,
         BASE, RECTIFY, ABSOLUTE, BLOCK_N, BLOCK_D, BLOCK_DV, PAD_D, PAD_DV, MASK, MASK_ROWS, LEFT, RIGHT, SOFTCAP,
-        DROPOUT, STATS, True, SHIFT, EXACT, TRACK, RELU_ASM, PRECISION, SIGNED,
+        DROPOUT, STATS, True, SHIFT, EXACT, TRACK, RELU_ASM, PRECISION, SIGNED, SPLIT,
     )  # fmt: skip
     return acc, total, kept, m, top, bits
 
@@ -159,7 +162,7 @@ def _all_keys(
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, PAD_D: tl.constexpr, PAD_DV: tl.constexpr, MASK: tl.constexpr,
     MASK_ROWS: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, SOFTCAP: tl.constexpr, DROPOUT: tl.constexpr,
     STATS: tl.constexpr, SHIFT: tl.constexpr, EXACT: tl.constexpr, TRACK: tl.constexpr, RELU_ASM: tl.constexpr,
-    PRECISION: tl.constexpr, SIGNED: tl.constexpr,
+    PRECISION: tl.constexpr, SIGNED: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
     """All visible keys of the query tile.
 
@@ -183,7 +186,7 @@ def _all_keys(
                 _within(full_hi, a, b), _within(hi, a, b), tq, tk, width, v_width, offset, left, right,
                 unit, softcap, dropout_p, seed, start, k_t, k_d, v_t, v_d, m_q, m_k,
                 BASE, RECTIFY, ABSOLUTE, BLOCK_N, BLOCK_D, BLOCK_DV, PAD_D, PAD_DV, MASK, MASK_ROWS, LEFT, RIGHT, SOFTCAP,
-                DROPOUT, STATS, SHIFT, EXACT, TRACK, RELU_ASM, PRECISION, SIGNED,
+                DROPOUT, STATS, SHIFT, EXACT, TRACK, RELU_ASM, PRECISION, SIGNED, SPLIT,
             )  # fmt: skip
             r = tl.arange(0, ROWS)
             tl.store(
@@ -196,7 +199,7 @@ def _all_keys(
             acc, total, kept, m, top, bits, q, key, value, mask, i2, lo, full_lo, full_hi, hi, tq, tk, width, v_width,
             offset, left, right, unit, softcap, dropout_p, seed, start, k_t, k_d, v_t, v_d, m_q, m_k,
             BASE, RECTIFY, ABSOLUTE, BLOCK_N, BLOCK_D, BLOCK_DV, PAD_D, PAD_DV, MASK, MASK_ROWS, LEFT, RIGHT, SOFTCAP,
-            DROPOUT, STATS, SHIFT, EXACT, TRACK, RELU_ASM, PRECISION, SIGNED,
+            DROPOUT, STATS, SHIFT, EXACT, TRACK, RELU_ASM, PRECISION, SIGNED, SPLIT,
         )  # fmt: skip
     return acc, total, kept, m, top
 
@@ -222,13 +225,8 @@ def attention_forward(
 
     With TRACK also ``live``: bit ``c % 32`` of word ``c // 32`` of row ``r`` says whether the numerator keeps a score of
     query tile ``r`` and key tile ``c``, both of BLOCK_N positions. Words that no query of the row sees are not written.
-    With ``redo``, an int32 a program, those with zero have nothing to do.
+    With ``redo``, an int32 a program, those with zero have nothing to do, unless one of their rows sees few keys.
     """
-    wanted = 1
-    if redo is not None:
-        wanted = tl.load(redo + tl.program_id(0))
-    if wanted == 0:
-        return
     tile, h, b = assignment(tiles, heads, pairs, together)
     start = (b * heads + h) * 1_000_003
     if TRACK:
@@ -251,6 +249,10 @@ def attention_forward(
     offset = 0
     if BOTTOM_RIGHT:
         offset = tk - tq
+    few = few_seen(i0, tl.minimum(i0 + BLOCK_M, tq), tk, offset, left, right, LEFT, RIGHT)
+    if redo is not None:  # noqa: SIM102 (known when compiling)
+        if (tl.load(redo + tl.program_id(0)) == 0) & (few == 0):
+            return
     kv = h // groups
     i, d, dv = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
     query += b * q_b + h * q_h + i0.to(tl.int64) * q_t
@@ -272,27 +274,47 @@ def attention_forward(
     if CONSTANT == SINK:
         logit = tl.load(sink + h).to(tl.float32) * LOG2E
         anchor = tl.maximum(anchor, logit)
-    acc, total, kept, m, top = _all_keys(
-        q, key, value, mask, live, i0, i2, lo, full_lo, full_hi, hi, anchor, tq, tk, width, v_width, offset, left,
-        right, unit, softcap, dropout_p, seed, start, k_t, k_d, v_t, v_d, m_q, m_k, live_r,
-        BASE, RECTIFY, ABSOLUTE, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, PAD_D, PAD_DV, MASK, MASK_ROWS, LEFT, RIGHT,
-        SOFTCAP, DROPOUT, STATS, not OPTIMISTIC, EXACT, TRACK, RELU_ASM, PRECISION, SIGNED,
-    )  # fmt: skip
-    if OPTIMISTIC:
-        m = tl.zeros([BLOCK_M], tl.float32)
-        sound = total < _LARGEST
-        if not ANCHORED:
-            sound = sound & ((total > _SMALLEST) | (hi <= lo))
-        if CONSTANT == SINK:
-            sound = sound & (tl.zeros([BLOCK_M], tl.float32) + logit < 64.0)
-        trouble = tl.max(tl.where(sound, 0, 1)) + tl.max(tl.where(tl.abs(acc) < 3.0e38, 0, 1))
-        if trouble > 0:
-            acc, total, kept, m, top = _all_keys(
-                q, key, value, mask, live, i0, i2, lo, full_lo, full_hi, hi, anchor, tq, tk, width, v_width, offset, left,
-                right, unit, softcap, dropout_p, seed, start, k_t, k_d, v_t, v_d, m_q, m_k, live_r,
-                BASE, RECTIFY, ABSOLUTE, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, PAD_D, PAD_DV, MASK, MASK_ROWS, LEFT, RIGHT,
-                SOFTCAP, DROPOUT, STATS, True, EXACT, TRACK, RELU_ASM, PRECISION, SIGNED,
-            )  # fmt: skip
+    if redo is None:
+        CAREFUL: tl.constexpr = q.dtype != tl.float32  # products in fp32 round no weights
+        if MASK != 0 and CAREFUL:
+            seen = count_seen(
+                mask, m_q, m_k, i2, lo, hi, tq, tk, offset, left, right, MASK, MASK_ROWS, LEFT, RIGHT, BLOCK_N
+            )
+            few = tl.max(((seen > 0) & (seen <= FEW)).to(tl.int32), 0) > 0
+        last, full_last = hi, full_hi
+        if CAREFUL:  # with few keys none are taken yet
+            last, full_last = tl.where(few, full_lo, hi), tl.where(few, full_lo, full_hi)
+        acc, total, kept, m, top = _all_keys(
+            q, key, value, mask, live, i0, i2, lo, full_lo, full_last, last, anchor, tq, tk, width, v_width, offset, left,
+            right, unit, softcap, dropout_p, seed, start, k_t, k_d, v_t, v_d, m_q, m_k, live_r,
+            BASE, RECTIFY, ABSOLUTE, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, PAD_D, PAD_DV, MASK, MASK_ROWS, LEFT, RIGHT,
+            SOFTCAP, DROPOUT, STATS, not OPTIMISTIC, EXACT, TRACK, RELU_ASM, PRECISION, SIGNED, False,
+        )  # fmt: skip
+        again = few
+        if OPTIMISTIC:
+            m = tl.zeros([BLOCK_M], tl.float32)
+            sound = total < _LARGEST
+            if not ANCHORED:
+                sound = sound & ((total > _SMALLEST) | (hi <= lo))
+            if CONSTANT == SINK:
+                sound = sound & (tl.zeros([BLOCK_M], tl.float32) + logit < 64.0)
+            trouble = tl.max(tl.where(sound, 0, 1)) + tl.max(tl.where(tl.abs(acc) < 3.0e38, 0, 1))
+            again = few | (trouble > 0)
+        if CAREFUL:  # noqa: SIM102
+            if again:
+                acc, total, kept, m, top = _all_keys(
+                    q, key, value, mask, live, i0, i2, lo, full_lo, full_hi, hi, anchor, tq, tk, width, v_width, offset, left,
+                    right, unit, softcap, dropout_p, seed, start, k_t, k_d, v_t, v_d, m_q, m_k, live_r,
+                    BASE, RECTIFY, ABSOLUTE, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, PAD_D, PAD_DV, MASK, MASK_ROWS, LEFT, RIGHT,
+                    SOFTCAP, DROPOUT, STATS, True, True, TRACK, RELU_ASM, PRECISION, SIGNED, True,
+                )  # fmt: skip
+    else:
+        acc, total, kept, m, top = _all_keys(
+            q, key, value, mask, live, i0, i2, lo, full_lo, full_hi, hi, anchor, tq, tk, width, v_width, offset, left,
+            right, unit, softcap, dropout_p, seed, start, k_t, k_d, v_t, v_d, m_q, m_k, live_r,
+            BASE, RECTIFY, ABSOLUTE, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, PAD_D, PAD_DV, MASK, MASK_ROWS, LEFT, RIGHT,
+            SOFTCAP, DROPOUT, STATS, True, True, TRACK, RELU_ASM, PRECISION, SIGNED, True,
+        )  # fmt: skip
     if q.dtype == tl.float16:
         if BASE == LINEAR:
             acc *= m[:, None]

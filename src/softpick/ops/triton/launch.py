@@ -19,6 +19,7 @@ from softpick.ops.triton.backward import (
     row_statistics,
 )
 from softpick.ops.triton.decode import decode_merge, decode_split
+from softpick.ops.triton.few import few_statistics
 from softpick.ops.triton.forward import attention_forward
 from softpick.ops.triton.rows import (
     rows_backward,
@@ -27,7 +28,7 @@ from softpick.ops.triton.rows import (
     rows_forward_long,
 )
 from softpick.ops.triton.run import run
-from softpick.ops.triton.tile import LOG2E, switches
+from softpick.ops.triton.tile import FEW, LOG2E, switches
 from softpick.ops.triton.tuning import (
     FEWEST_KEYS,
     HOPPER,
@@ -71,6 +72,7 @@ _FEWEST_SHARED = 2**20  # keys from which it pays to share those of sequences of
 _EVEN = 0.95  # share of the places from which programs of hopper/decode.py take whole sequences and heads: then none is merged
 _MOST_PARTS = 256  # of a sequence and key head: the merge holds them at once
 _FEW_PARTS = 4  # that it takes at a time where programs share all sequences and heads, and most have one or two
+_FEW_QUERIES = 16  # of a tile of few_statistics
 _LARGEST_OPTIMISTIC_EPS = 1e-5  # eps is relative to e^m; without m it is off by a factor of at most 1 + eps
 
 
@@ -381,6 +383,9 @@ def backward(
         *out.stride(), *grad_out.stride(), *lse.stride(), *statistics.stride()[1:], heads, total_q, padded, value.shape[-1],
         BASE=common["BASE"], BLOCK_M=lines, BLOCK_DV=common["BLOCK_DV"], num_warps=4,
     )  # fmt: skip
+    _few_statistics(
+        options, common, query, key, value, mask, sink, cu_q, cu_k, seed, longest, longest_k, grad_out, statistics
+    )
     if by_hand:
         _backward_by_hand(options, common, query, key, value, grad_out, statistics, dquery, dkey, dvalue)
     else:
@@ -392,6 +397,62 @@ def backward(
         return None
     level, delta = statistics[:, :, :total_q, 0], statistics[:, :, :total_q, 2]
     return -(delta * torch.exp2(sink.float().view(1, -1, 1) * LOG2E.value - level)).sum((0, 2))
+
+
+def _few_tiles(options: Options, tq: int, tk: int, mask: Tensor | None) -> int:
+    """In how many tiles of queries some may see few keys, as ``rows_with_few`` has it."""
+    offset = tk - tq if options.bottom_right else 0
+    bounded = options.right >= 0
+    first, last = (max(0, -(offset + options.right)) if bounded else 0), tq
+    if mask is None:
+        high = min(tk, tq + offset + options.right) if bounded else tk
+        low = max(0, tq - 1 + offset - options.left) if options.left >= 0 else 0
+        if high - low > FEW.value:
+            last = min(tq, FEW.value - offset - options.right) if bounded else first
+    return _cdiv(max(0, last - first), _FEW_QUERIES)
+
+
+def _few_statistics(
+    options: Options,
+    common: dict[str, Any],
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    sink: Tensor | None,
+    cu_q: Tensor | None,
+    cu_k: Tensor | None,
+    seed: Tensor | None,
+    longest: int,
+    longest_k: int,
+    grad_out: Tensor,
+    statistics: Tensor,
+) -> None:
+    """Corrects the statistics ``(B, H, Tq, 4)`` of rows that see few keys, if there may be any."""
+    heads, groups = query.shape[1], query.shape[1] // key.shape[1]
+    b = _sequences(query, cu_q, longest)[0]
+    tiles = _few_tiles(options, longest, key.shape[2] if cu_k is None else longest_k, mask)
+    if cu_q is not None:
+        tiles = max(1, tiles)  # every sequence may be a short one
+    if tiles == 0:
+        return
+    pointer, mask_strides = _mask_arguments(mask)
+    wide = max(common["BLOCK_D"], common["BLOCK_DV"]) * query.element_size() > 512
+    run(
+        few_statistics, (tiles, heads, b),
+        query, key, value, grad_out, statistics, pointer, sink, cu_q, cu_k, seed,
+        *query.stride(), *key.stride(), *value.stride(), *grad_out.stride(), *mask_strides, *statistics.stride()[1:],
+        heads, groups, query.shape[2], key.shape[2], query.shape[-1], value.shape[-1],
+        options.left, options.right, _unit(options), options.eps, options.softcap, _dropped(options),
+        **common,
+        BLOCK_M=_FEW_QUERIES,
+        BLOCK_N=16 if wide else 32,
+        DROPOUT=options.dropout_p > 0,
+        VARLEN=cu_q is not None,
+        STEP=128,
+        num_warps=4,
+        num_stages=1,
+    )  # fmt: skip
 
 
 def _backward_kernels(

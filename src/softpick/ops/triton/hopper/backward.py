@@ -107,7 +107,7 @@ def _tile_of_keys(
     if EDGE:
         i = at + gl.arange(0, BLOCK_M, layout=gl.SliceLayout(0, s_layout))
         e = gl.where(j2 <= i[None, :] + reach, e, 0.0)
-    p, e = _slopes(s, e, statistics.slice(1, 1).load(s_layout), BASE, False)
+    p, e = _slopes(s * unit if EDGE else s, e, statistics.slice(1, 1).load(s_layout), BASE, False, EDGE)
     if BASE == EXPM1:
         p = narrow(p, do, True, True)
     else:

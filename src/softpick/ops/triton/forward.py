@@ -299,14 +299,14 @@ def attention_forward(
             if CONSTANT == SINK:
                 sound = sound & (tl.zeros([BLOCK_M], tl.float32) + logit < 64.0)
             trouble = tl.max(tl.where(sound, 0, 1)) + tl.max(tl.where(tl.abs(acc) < 3.0e38, 0, 1))
-            again = few | (trouble > 0)
-        if CAREFUL:  # noqa: SIM102
+            again = (few | (trouble > 0)) if CAREFUL else trouble > 0
+        if CAREFUL or OPTIMISTIC:  # noqa: SIM102
             if again:
                 acc, total, kept, m, top = _all_keys(
                     q, key, value, mask, live, i0, i2, lo, full_lo, full_hi, hi, anchor, tq, tk, width, v_width, offset, left,
                     right, unit, softcap, dropout_p, seed, start, k_t, k_d, v_t, v_d, m_q, m_k, live_r,
                     BASE, RECTIFY, ABSOLUTE, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, PAD_D, PAD_DV, MASK, MASK_ROWS, LEFT, RIGHT,
-                    SOFTCAP, DROPOUT, STATS, True, True, TRACK, RELU_ASM, PRECISION, SIGNED, True,
+                    SOFTCAP, DROPOUT, STATS, True, True, TRACK, RELU_ASM, PRECISION, SIGNED, CAREFUL,
                 )  # fmt: skip
     else:
         acc, total, kept, m, top = _all_keys(

@@ -148,7 +148,7 @@ def test_matches_the_reference(setting, poisoned, monkeypatch):
     original = functional.attention
     monkeypatch.setattr(functional, "attention", lambda *a, **k: chosen.append(k["backend"]) or original(*a, **k))
     forward, backward = errors(setting)
-    assert chosen == ["triton"]
+    assert chosen == ["auto"]  # by Triton, or by tiles where that cannot be built
     limits = TOLERANCE[setting["dtype"]]
     assert max(forward) < limits[0], forward
     assert max(backward) < limits[1], backward

@@ -29,6 +29,7 @@ from softpick.functional import (
     _check_sink,
     _choose,
     _eps,
+    _operator,
     _restore,
     _scale,
     _softcap,
@@ -202,7 +203,7 @@ def ring_attention(
         _eps(eps, norm),
         is_causal,
         _softcap(softcap) or 0.0,
-        _choose(backend, q, v, "tiled"),
+        _operator(backend, _choose(backend, q, v, "tiled")),
     )
     return _restore(out, lead, query.dim())
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from softpick.normalizers import Normalizer, get_normalizer
+from softpick.ops.failures import KernelError, fall_back
 from softpick.ops.library import HAS_TRITON, attention, decode, interpreted, rows_forward
 from softpick.ops.reference import attention_reference, normalize
 
@@ -327,6 +328,7 @@ def scaled_dot_product_attention(
         raise ValueError(
             f"return_weights: the {backend!r} backend never forms the weights; choose 'reference' or 'auto'"
         )
+    named = backend
     backend = "reference" if return_weights else _choose(backend, q, v, "tiled")
 
     if backend == "reference":
@@ -348,7 +350,25 @@ def scaled_dot_product_attention(
     elif backend == "triton" and dropout_p == 0.0 and not return_stats and _few_queries(q, k, v, mask, sink):
         bottom_right = causal_alignment == "bottom_right"
         cap = softcap or 0.0
-        out, _ = decode(q, k, v, mask, sink, None, None, norm.name, scale, eps, left, right, bottom_right, cap)
+        try:
+            out, _ = decode(q, k, v, mask, sink, None, None, norm.name, scale, eps, left, right, bottom_right, cap)
+        except KernelError as failure:
+            fall_back(failure, "the kernels for long queries compute it instead")
+            out, *_ = attention(
+                q,
+                k,
+                v,
+                backend=_operator(named, backend),
+                normalizer=norm.name,
+                scale=scale,
+                eps=eps,
+                mask=mask,
+                sink=sink,
+                left=left,
+                right=right,
+                bottom_right=bottom_right,
+                softcap=softcap,
+            )
         return _restore(out, lead, query.dim())
     else:
         weights = None
@@ -356,7 +376,7 @@ def scaled_dot_product_attention(
             q,
             k,
             v,
-            backend=backend,
+            backend=_operator(named, backend),
             normalizer=norm.name,
             scale=scale,
             eps=eps,
@@ -451,6 +471,7 @@ def varlen_attention(
     _check_sink(sink, norm, q.shape[1], q)
     bottom_right = causal_alignment == "bottom_right"
     scale, softcap, eps = _scale(scale, q.shape[-1]), _softcap(softcap), _eps(eps, norm)
+    named = backend
     backend = _choose(backend, q, v, "tiled")
     if backend == "reference":
         parts = []
@@ -484,7 +505,7 @@ def varlen_attention(
             q,
             k,
             v,
-            backend=backend,
+            backend=_operator(named, backend),
             normalizer=norm.name,
             scale=scale,
             eps=eps,
@@ -579,13 +600,18 @@ def decode_attention(
     # views (B or num_blocks, Hkv, S or page, D)
     key, value = (x if block_table is None else x.transpose(1, 2) for x in (key_cache, value_cache))
     groups = heads // key.shape[1] if key.shape[1] else 1
-    backend = _choose(backend, query, value, "reference", groups * query.shape[2])
+    named, backend = backend, _choose(backend, query, value, "reference", groups * query.shape[2])
     if backend == "triton":
         cap = softcap or 0.0
-        out, lse = decode(
-            query, key, value, None, sink, cache_seqlens, block_table, norm.name, scale, eps, left, right, True, cap
-        )
-        return (out, lse) if return_lse else out
+        try:
+            out, lse = decode(
+                query, key, value, None, sink, cache_seqlens, block_table, norm.name, scale, eps, left, right, True, cap
+            )
+            return (out, lse) if return_lse else out
+        except KernelError as failure:
+            if named == "triton":
+                raise
+            fall_back(failure, "the reference computes it instead, slowly (backend='auto')")
     if block_table is not None:
         page = key.shape[2]
         if cache_seqlens is not None:  # entries beyond the filled pages may be anything
@@ -669,6 +695,11 @@ def _choose(backend: str, q: Tensor, v: Tensor, otherwise: str, rows: int = 0) -
                 f"{reason}. backend='auto' takes {otherwise!r} here, which is slow", UserWarning, stacklevel=3
             )
     return otherwise if backend == "auto" else backend
+
+
+def _operator(named: str, chosen: str) -> str:
+    """What an operator is told: with ``"auto"`` for Triton, tiles of torch take the place of a kernel that cannot be built."""
+    return "auto" if (named, chosen) == ("auto", "triton") else chosen
 
 
 def _few_queries(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, sink: Tensor | None) -> bool:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -11,6 +11,7 @@ import triton
 from torch import Tensor
 
 from softpick.normalizers import Normalizer
+from softpick.ops.failures import KernelError, fall_back
 from softpick.ops.triton import tuning
 from softpick.ops.triton.backward import (
     attention_backward_keys,
@@ -44,9 +45,14 @@ from softpick.ops.triton.tuning import (
 )
 
 hopper: Any = None
+_no_hopper: KernelError | None = None
 if not triton.knobs.runtime.interpret:  # Gluon has no interpreter
-    with contextlib.suppress(ImportError):  # an experimental part of Triton, which other versions may not have
+    try:  # an experimental part of Triton, which other versions may not have, or have under other names
         from softpick.ops.triton import hopper
+    except Exception as error:
+        _no_hopper = KernelError(
+            "softpick.ops.triton.hopper", f"{type(error).__name__}: {error}; Triton {triton.__version__}"
+        )
 
 __all__ = [
     "Options",
@@ -72,6 +78,7 @@ _FEWEST_SHARED = 2**20  # keys from which it pays to share those of sequences of
 _EVEN = 0.95  # share of the places from which programs of hopper/decode.py take whole sequences and heads: then none is merged
 _MOST_PARTS = 256  # of a sequence and key head: the merge holds them at once
 _FEW_PARTS = 4  # that it takes at a time where programs share all sequences and heads, and most have one or two
+_PORTABLE_TAKES = "the Triton kernels for every GPU take its place: up to twice the time of those for Hopper GPUs"
 _FEW_QUERIES = 16  # of a tile of few_statistics
 _LARGEST_OPTIMISTIC_EPS = 1e-5  # eps is relative to e^m; without m it is off by a factor of at most 1 + eps
 
@@ -157,7 +164,20 @@ def _capability(x: Tensor) -> int:
 
 def _on_hopper(x: Tensor) -> bool:
     """Whether the kernels of ``hopper/`` are there and run on its GPU."""
-    return hopper is not None and _capability(x) == 9
+    if _capability(x) != 9:
+        return False
+    if _no_hopper is not None:
+        fall_back(_no_hopper, _PORTABLE_TAKES)
+    return hopper is not None
+
+
+def _tried(kernels: Callable[..., Any], *args: Any) -> Any:
+    """What ``kernels`` of ``hopper/`` return for these arguments; None, with a warning, where they cannot be built."""
+    try:
+        return kernels(*args)
+    except KernelError as failure:
+        fall_back(failure, _PORTABLE_TAKES)
+        return None
 
 
 @functools.cache
@@ -257,15 +277,14 @@ def forward(
     tile = blocks("forward", max(common["BLOCK_D"], common["BLOCK_DV"]), query.dtype, query.device)
     plain = cu_q is None and mass is None and live is None
     many = b * heads * longest * keys >= _FEWEST_FORWARD
-    by_hand = plain and optimistic and many and hopper_can(options, query, key, value, mask, out)
-    if by_hand:
+    redo = None
+    if plain and optimistic and many and hopper_can(options, query, key, value, mask, out):
+        redo = _tried(_forward_by_hand, options, common, query, key, value, sink, out, lse)
+    if redo is not None:
         tile, optimistic = tile._replace(m=_HOPPER_QUERIES), False
     pointer, mask_strides = _mask_arguments(mask)
     tiles = _cdiv(longest, tile.m)
     together = _together(heads * b, groups, _row_bytes(key, value) * keys, tiles)
-    redo = None
-    if by_hand:
-        redo = _forward_by_hand(options, common, query, key, value, sink, out, lse, tiles, together)
     run(
         attention_forward, (tiles * heads * b,),
         query, key, value, out, lse, mass, largest, live, pointer, sink, cu_q, cu_k, seed, redo,
@@ -297,11 +316,11 @@ def _forward_by_hand(
     sink: Tensor | None,
     out: Tensor,
     lse: Tensor,
-    tiles: int,
-    together: int,
 ) -> Tensor:
     """A kernel of ``hopper/``; returns which tiles have to be taken again, an int32 each."""
     (b, heads, tq, _), groups, tk = query.shape, query.shape[1] // key.shape[1], key.shape[2]
+    tiles = _cdiv(tq, _HOPPER_QUERIES)
+    together = _together(heads * b, groups, _row_bytes(key, value) * tk, tiles)
     padded, total = common["BLOCK_D"], tiles * heads * b
     ring = HOPPER_FORWARD[padded]
     turn = torch.zeros(1 + total, dtype=torch.int32, device=query.device)
@@ -387,8 +406,12 @@ def backward(
         options, common, query, key, value, mask, sink, cu_q, cu_k, seed, longest, longest_k, grad_out, statistics
     )
     if by_hand:
-        _backward_by_hand(options, common, query, key, value, grad_out, statistics, dquery, dkey, dvalue)
-    else:
+        by_hand = _tried(
+            _backward_by_hand, options, common, query, key, value, grad_out, statistics, dquery, dkey, dvalue
+        )  # fmt: skip
+        if not by_hand:
+            statistics = statistics[:, :, :total_q].contiguous()
+    if not by_hand:
         _backward_kernels(
             options, common, query, key, value, mask, cu_q, cu_k, seed, longest, longest_k, grad_out, statistics, dquery, dkey,
             dvalue, dmask, live,
@@ -573,8 +596,8 @@ def _backward_by_hand(
     dquery: Tensor,
     dkey: Tensor,
     dvalue: Tensor,
-) -> None:
-    """The kernels of ``hopper/backward.py``."""
+) -> bool:
+    """The kernels of ``hopper/backward.py``; true when they are launched."""
     (b, heads, tq, width), kv_heads, tk = query.shape, key.shape[1], key.shape[2]
     groups, padded = heads // kv_heads, common["BLOCK_D"]
     shared = {**switches(options.norm), **{name: common[name] for name in ("BLOCK_D", "RIGHT", "BOTTOM_RIGHT")}}
@@ -610,6 +633,7 @@ def _backward_by_hand(
         **shared, BLOCK_M=tile.m, BLOCK_N=tile.n, STAGES=tile.stages, IN_REGISTERS=tile.in_registers,
         num_warps=tile.warps,
     )  # fmt: skip
+    return True
 
 
 def decode(
@@ -625,16 +649,38 @@ def decode(
     lse: Tensor,
 ) -> None:
     """Few queries against a cache: ``(B, Hkv, Tk, D)``, or with ``table`` pages ``(blocks, Hkv, page, D)``."""
-    b, heads, tq, _ = query.shape
-    kv_heads = key.shape[1]
-    if not (b and heads and tq):
+    if not query.numel():
         return
-    groups = heads // kv_heads
     page = 0 if table is None else key.shape[2]
     tk = key.shape[2] if table is None else table.shape[1] * page
+    keys = query.shape[0] * key.shape[1] * tk
+    tensors = query, key, value, mask, sink, lengths, table, out, lse
+    by_hand = hopper_can_decode(options, query, key, value, mask, page, keys)
+    if not (by_hand and _tried(_decode, True, options, page, tk, *tensors)):
+        _decode(False, options, page, tk, *tensors)
+
+
+def _decode(
+    by_hand: bool,
+    options: Options,
+    page: int,
+    tk: int,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    sink: Tensor | None,
+    lengths: Tensor | None,
+    table: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+) -> bool:
+    """:func:`decode` by ``hopper/decode.py`` or by ``decode.py``; true when the kernels are launched."""
+    b, heads, tq, _ = query.shape
+    kv_heads = key.shape[1]
+    groups = heads // kv_heads
     common = _common(options, query, value, mask)
     widest = max(common["BLOCK_D"], common["BLOCK_DV"])
-    by_hand = hopper_can_decode(options, query, key, value, mask, page, b * kv_heads * tk)
     pays = by_hand or b * kv_heads * tk >= SKIP_FROM
     skip = options.norm.sparse and (pays if options.skip is None else options.skip)
     kind = "decode_skip" if skip else "decode"
@@ -684,7 +730,7 @@ def decode(
             num_warps=schedule.warps,
         )  # fmt: skip
         if whole:
-            return
+            return True
     else:
         pointer, mask_strides = _mask_arguments(mask)
         run(
@@ -715,6 +761,7 @@ def decode(
         LENGTHS=lengths is not None, SHARED=shared, EARLY=early, num_warps=4,
         **({"launch_pdl": True} if early else {}),
     )  # fmt: skip
+    return True
 
 
 def _places(programs: int, device: torch.device) -> int:
@@ -796,6 +843,34 @@ def _ring(kind: str, x: Tensor, *more: Tensor) -> tuple[int, int, Tensor, dict[s
     return together * parts, parts, zeros, shape
 
 
+def _forward_ring(x: Tensor, eps: float, y: Tensor, lse: Tensor) -> bool:
+    """:func:`softpick_forward` by ``hopper/rows.py``, if that can."""
+    ring = _ring("forward", x)
+    if ring is None:
+        return False
+    programs, parts, words, shape = ring
+    (rows, n), entries = x.shape, 16 // x.element_size()
+    run(
+        hopper.rows_forward_ring, (programs,),
+        x, y, lse, words, rows, n // entries, x.stride(0) // entries, eps, parts, **shape
+    )  # fmt: skip
+    return True
+
+
+def _backward_ring(x: Tensor, lse: Tensor, grad: Tensor, dx: Tensor) -> bool:
+    """:func:`softpick_backward` by ``hopper/rows.py``, if that can."""
+    ring = _ring("backward", x, grad)
+    if ring is None:
+        return False
+    programs, parts, words, shape = ring
+    (rows, n), entries = x.shape, 16 // x.element_size()
+    run(
+        hopper.rows_backward_ring, (programs,),
+        x, lse, grad, dx, words, rows, n // entries, x.stride(0) // entries, grad.stride(0) // entries, parts, **shape
+    )  # fmt: skip
+    return True
+
+
 def softpick_forward(x: Tensor, eps: float, y: Tensor, lse: Tensor) -> None:
     """Softpick over the rows of a matrix ``(rows, n)`` with unit stride in a row, into contiguous ``y`` and ``lse``."""
     rows, n = x.shape
@@ -805,14 +880,7 @@ def softpick_forward(x: Tensor, eps: float, y: Tensor, lse: Tensor) -> None:
         grid, shape = _short("forward", x)
         run(rows_forward, grid, x, y, lse, rows, n, x.stride(0), eps, **shape)
         return
-    ring = _ring("forward", x)
-    if ring is not None:
-        programs, parts, words, shape = ring
-        entries = 16 // x.element_size()
-        run(
-            hopper.rows_forward_ring, (programs,),
-            x, y, lse, words, rows, n // entries, x.stride(0) // entries, eps, parts, **shape
-        )  # fmt: skip
+    if _tried(_forward_ring, x, eps, y, lse):
         return
     run(rows_forward_long, (rows,), x, y, lse, n, x.stride(0), eps, EXACT=x.dtype == torch.float32, **_LONG)
 
@@ -826,14 +894,7 @@ def softpick_backward(x: Tensor, lse: Tensor, grad: Tensor, dx: Tensor) -> None:
         grid, shape = _short("backward", x)
         run(rows_backward, grid, x, lse, grad, dx, rows, n, x.stride(0), grad.stride(0), **shape)
         return
-    ring = _ring("backward", x, grad)
-    if ring is not None:
-        programs, parts, words, shape = ring
-        entries = 16 // x.element_size()
-        run(
-            hopper.rows_backward_ring, (programs,),
-            x, lse, grad, dx, words, rows, n // entries, x.stride(0) // entries, grad.stride(0) // entries, parts, **shape
-        )  # fmt: skip
+    if _tried(_backward_ring, x, lse, grad, dx):
         return
     run(
         rows_backward_long, (rows,),

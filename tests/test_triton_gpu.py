@@ -882,7 +882,7 @@ def test_rows_that_see_few_keys(name, pattern, dtype):
     for size in few_keys.SIZES:
         dq, dk, one = few_keys.excess(name, pattern, size, dtype, DEVICE, length=200)
         assert max(dq, dk) <= 1, (size, dq, dk)
-        assert one or dtype == FP32, size  # eps takes more than a bit of fp32
+        assert one or dtype == FP32, size  # in fp32 the weight is off by an ulp
 
 
 @for_hopper
@@ -915,8 +915,9 @@ def test_one_key_is_decoded_to_its_value(name, dtype, by_hand, monkeypatch):
     sink = torch.full((8,), -60.0, device=DEVICE) if name == "learned_sink" else None
     ones = torch.ones(3, dtype=torch.int32, device=DEVICE)
     if NORMALIZERS[name].constant == 1:
-        q = q * 10  # so that the constant is nothing against the score
-    out = decode_attention(q, k, v, cache_seqlens=ones, normalizer=name, sink=sink)
+        q = q * 40  # so that the constant is nothing against the score
+    eps = 1e-6 if name == "linear_softpick" else None
+    out = decode_attention(q, k, v, cache_seqlens=ones, normalizer=name, sink=sink, eps=eps)
     assert torch.equal(out, v[:, :, :1].repeat_interleave(4, 1))
 
 

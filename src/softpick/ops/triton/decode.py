@@ -186,26 +186,24 @@ def decode_split(
             PAGE, True, True, False, RELU_ASM, PRECISION, True,
         )  # fmt: skip
     else:
-        # with a mask nobody knows: what the weights' rounding leaves out is always added, which memory is too slow to notice
-        SPLIT: tl.constexpr = MASK != 0 and q.dtype != tl.float32
         if LEFT:
             acc, total, m = _sweep(
                 acc, total, m, q, key, value, mask, table_of, i[:, None], lo, full_lo, tq, tk, width, v_width, offset, left,
                 right, unit, softcap, k_b, k_t, k_d, v_b, v_t, v_d, m_q, m_k,
                 BASE, RECTIFY, ABSOLUTE, BLOCK_N, BLOCK_D, BLOCK_DV, PAD_D, PAD_DV, MASK, MASK_ROWS, LEFT, RIGHT, SOFTCAP,
-                PAGE, True, EXACT, SKIP, RELU_ASM, PRECISION, SPLIT,
+                PAGE, True, EXACT, SKIP, RELU_ASM, PRECISION, False,
             )  # fmt: skip
         acc, total, m = _sweep(
             acc, total, m, q, key, value, mask, table_of, i[:, None], full_lo, full_hi, tq, tk, width, v_width, offset, left,
             right, unit, softcap, k_b, k_t, k_d, v_b, v_t, v_d, m_q, m_k,
             BASE, RECTIFY, ABSOLUTE, BLOCK_N, BLOCK_D, BLOCK_DV, PAD_D, PAD_DV, MASK, MASK_ROWS, LEFT, RIGHT, SOFTCAP,
-            PAGE, False, EXACT, SKIP, RELU_ASM, PRECISION, SPLIT,
+            PAGE, False, EXACT, SKIP, RELU_ASM, PRECISION, False,
         )  # fmt: skip
         acc, total, m = _sweep(
             acc, total, m, q, key, value, mask, table_of, i[:, None], full_hi, hi, tq, tk, width, v_width, offset, left,
             right, unit, softcap, k_b, k_t, k_d, v_b, v_t, v_d, m_q, m_k,
             BASE, RECTIFY, ABSOLUTE, BLOCK_N, BLOCK_D, BLOCK_DV, PAD_D, PAD_DV, MASK, MASK_ROWS, LEFT, RIGHT, SOFTCAP,
-            PAGE, True, EXACT, SKIP, RELU_ASM, PRECISION, SPLIT,
+            PAGE, True, EXACT, SKIP, RELU_ASM, PRECISION, False,
         )  # fmt: skip
     if q.dtype == tl.float16:
         if BASE == LINEAR:

@@ -17,10 +17,8 @@ from softpick.ops.triton.backward import (
     attention_backward_keys,
     attention_backward_queries,
     live_segments,
-    row_statistics,
 )
 from softpick.ops.triton.decode import decode_merge, decode_split
-from softpick.ops.triton.few import few_statistics
 from softpick.ops.triton.forward import attention_forward
 from softpick.ops.triton.rows import (
     rows_backward,
@@ -29,7 +27,8 @@ from softpick.ops.triton.rows import (
     rows_forward_long,
 )
 from softpick.ops.triton.run import run
-from softpick.ops.triton.tile import FEW, LOG2E, switches
+from softpick.ops.triton.statistics import row_statistics
+from softpick.ops.triton.tile import FEW, FEW_ROWS, LOG2E, switches
 from softpick.ops.triton.tuning import (
     FEWEST_KEYS,
     HOPPER,
@@ -79,7 +78,7 @@ _EVEN = 0.95  # share of the places from which programs of hopper/decode.py take
 _MOST_PARTS = 256  # of a sequence and key head: the merge holds them at once
 _FEW_PARTS = 4  # that it takes at a time where programs share all sequences and heads, and most have one or two
 _PORTABLE_TAKES = "the Triton kernels for every GPU take its place: up to twice the time of those for Hopper GPUs"
-_FEW_QUERIES = 16  # of a tile of few_statistics
+_MASK_TILES = 4  # programs of a head that look for rows which see few keys because of a mask over keys
 _LARGEST_OPTIMISTIC_EPS = 1e-5  # eps is relative to e^m; without m it is off by a factor of at most 1 + eps
 
 
@@ -285,26 +284,41 @@ def forward(
     pointer, mask_strides = _mask_arguments(mask)
     tiles = _cdiv(longest, tile.m)
     together = _together(heads * b, groups, _row_bytes(key, value) * keys, tiles)
-    run(
-        attention_forward, (tiles * heads * b,),
-        query, key, value, out, lse, mass, largest, live, pointer, sink, cu_q, cu_k, seed, redo,
-        *query.stride(), *key.stride(), *value.stride(), *out.stride(), *lse.stride(), *mask_strides,
-        *_line_strides(live),
-        tiles, heads, heads * b, together, groups, query.shape[2], key.shape[2], query.shape[-1], value.shape[-1],
-        options.left, options.right, _unit(options), options.eps, options.softcap, _dropped(options),
-        **common,
-        BLOCK_M=tile.m,
-        BLOCK_N=tile.n,
-        DROPOUT=options.dropout_p > 0,
-        STATS=mass is not None,
-        VARLEN=cu_q is not None,
-        OPTIMISTIC=optimistic,
-        TRACK=live is not None,
-        SIGNED=options.scale <= 0 or (mask is not None and mask.dtype != torch.bool),
-        RELU_ASM=_relu_asm(query),
-        num_warps=tile.warps,
-        num_stages=tile.stages,
-    )  # fmt: skip
+    few = 0
+    if query.dtype != torch.float32:  # products in fp32 round no weights
+        few = _few_tiles(options, query, longest, key.shape[2] if cu_k is None else longest, mask, cu_q is not None)
+    early = redo is not None and _dependent_launch(query)
+
+    def launch(few: int, programs: int) -> None:
+        run(
+            attention_forward, (programs,),
+            query, key, value, out, lse, mass, largest, live, pointer, sink, cu_q, cu_k, seed, redo,
+            *query.stride(), *key.stride(), *value.stride(), *out.stride(), *lse.stride(), *mask_strides,
+            *_line_strides(live),
+            tiles, heads, heads * b, together, few, groups, query.shape[2], key.shape[2], query.shape[-1], value.shape[-1],
+            options.left, options.right, _unit(options), options.eps, options.softcap, _dropped(options),
+            **common,
+            BLOCK_M=tile.m,
+            BLOCK_N=tile.n,
+            DROPOUT=options.dropout_p > 0,
+            STATS=mass is not None,
+            VARLEN=cu_q is not None,
+            OPTIMISTIC=optimistic,
+            TRACK=live is not None,
+            SIGNED=options.scale <= 0 or (mask is not None and mask.dtype != torch.bool),
+            RELU_ASM=_relu_asm(query),
+            EARLY=early,
+            num_warps=tile.warps,
+            num_stages=tile.stages,
+            **({"launch_pdl": True} if early else {}),
+        )  # fmt: skip
+
+    if mask is None:
+        launch(few, (few + tiles) * heads * b)
+    else:  # which rows see few keys is not known beforehand: they are written again
+        launch(0, tiles * heads * b)
+        if few:
+            launch(few, few * heads * b)
 
 
 def _forward_by_hand(
@@ -394,17 +408,9 @@ def backward(
     statistics = torch.empty(shape, dtype=torch.float32, device=query.device)
     if by_hand:
         statistics = statistics.transpose(2, 3)
-    widest = max(common["BLOCK_D"], common["BLOCK_DV"])
-    lines = 64 if widest <= 128 else 32
-    run(
-        row_statistics, (_cdiv(padded, lines), heads, rows),
-        out, grad_out, lse, statistics,
-        *out.stride(), *grad_out.stride(), *lse.stride(), *statistics.stride()[1:], heads, total_q, padded, value.shape[-1],
-        BASE=common["BASE"], BLOCK_M=lines, BLOCK_DV=common["BLOCK_DV"], num_warps=4,
+    _row_statistics(
+        options, common, query, key, value, mask, sink, cu_q, cu_k, seed, longest, longest_k, out, lse, grad_out, statistics
     )  # fmt: skip
-    _few_statistics(
-        options, common, query, key, value, mask, sink, cu_q, cu_k, seed, longest, longest_k, grad_out, statistics
-    )
     if by_hand:
         by_hand = _tried(
             _backward_by_hand, options, common, query, key, value, grad_out, statistics, dquery, dkey, dvalue
@@ -422,8 +428,10 @@ def backward(
     return -(delta * torch.exp2(sink.float().view(1, -1, 1) * LOG2E.value - level)).sum((0, 2))
 
 
-def _few_tiles(options: Options, tq: int, tk: int, mask: Tensor | None) -> int:
-    """In how many tiles of queries some may see few keys, as ``rows_with_few`` has it."""
+def _few_tiles(options: Options, query: Tensor, tq: int, tk: int, mask: Tensor | None, packed: bool) -> int:
+    """How many programs of a head take the rows that see few keys (``rows_with_few``); 0 if there are none or in fp32."""
+    if mask is not None and mask.shape[2] == 1 and options.left < 0:
+        return _MASK_TILES
     offset = tk - tq if options.bottom_right else 0
     bounded = options.right >= 0
     first, last = (max(0, -(offset + options.right)) if bounded else 0), tq
@@ -432,10 +440,10 @@ def _few_tiles(options: Options, tq: int, tk: int, mask: Tensor | None) -> int:
         low = max(0, tq - 1 + offset - options.left) if options.left >= 0 else 0
         if high - low > FEW.value:
             last = min(tq, FEW.value - offset - options.right) if bounded else first
-    return _cdiv(max(0, last - first), _FEW_QUERIES)
+    return max(int(packed), _cdiv(max(0, last - first), FEW_ROWS.value))  # each packed sequence may be a short one
 
 
-def _few_statistics(
+def _row_statistics(
     options: Options,
     common: dict[str, Any],
     query: Tensor,
@@ -448,34 +456,33 @@ def _few_statistics(
     seed: Tensor | None,
     longest: int,
     longest_k: int,
+    out: Tensor,
+    lse: Tensor,
     grad_out: Tensor,
     statistics: Tensor,
 ) -> None:
-    """Corrects the statistics ``(B, H, Tq, 4)`` of rows that see few keys, if there may be any."""
-    heads, groups = query.shape[1], query.shape[1] // key.shape[1]
-    b = _sequences(query, cu_q, longest)[0]
-    tiles = _few_tiles(options, longest, key.shape[2] if cu_k is None else longest_k, mask)
-    if cu_q is not None:
-        tiles = max(1, tiles)  # every sequence may be a short one
-    if tiles == 0:
-        return
+    """Into ``statistics`` ``(B, H, Tq or more, 4)``."""
+    (rows, heads, total_q, _), padded = query.shape, statistics.shape[2]
+    few = _few_tiles(options, query, longest, key.shape[2] if cu_k is None else longest_k, mask, cu_q is not None)
+    lines = 64 if max(common["BLOCK_D"], common["BLOCK_DV"]) <= 128 else 32
     pointer, mask_strides = _mask_arguments(mask)
-    wide = max(common["BLOCK_D"], common["BLOCK_DV"]) * query.element_size() > 512
-    run(
-        few_statistics, (tiles, heads, b),
-        query, key, value, grad_out, statistics, pointer, sink, cu_q, cu_k, seed,
-        *query.stride(), *key.stride(), *value.stride(), *grad_out.stride(), *mask_strides, *statistics.stride()[1:],
-        heads, groups, query.shape[2], key.shape[2], query.shape[-1], value.shape[-1],
-        options.left, options.right, _unit(options), options.eps, options.softcap, _dropped(options),
-        **common,
-        BLOCK_M=_FEW_QUERIES,
-        BLOCK_N=16 if wide else 32,
-        DROPOUT=options.dropout_p > 0,
-        VARLEN=cu_q is not None,
-        STEP=128,
-        num_warps=4,
-        num_stages=1,
-    )  # fmt: skip
+    apart = mask is not None or cu_q is not None
+    first = 0 if apart else few
+
+    def launch(tiles: int, programs: int, sequences: int) -> None:
+        run(
+            row_statistics, (programs, heads, sequences),
+            query, key, value, out, grad_out, lse, statistics, pointer, sink, cu_q, cu_k, seed,
+            *query.stride(), *key.stride(), *value.stride(), *out.stride(), *grad_out.stride(), *lse.stride(), *mask_strides,
+            *statistics.stride()[1:],
+            tiles, heads, heads // key.shape[1], total_q, key.shape[2], padded, query.shape[-1], value.shape[-1],
+            options.left, options.right, _unit(options), options.eps, options.softcap, _dropped(options),
+            **common, BLOCK_M=lines, DROPOUT=options.dropout_p > 0, VARLEN=cu_q is not None, num_warps=4,
+        )  # fmt: skip
+
+    launch(first, first + _cdiv(padded, lines), rows)
+    if apart and few:
+        launch(few, few, _sequences(query, cu_q, longest)[0])
 
 
 def _backward_kernels(
@@ -512,6 +519,7 @@ def _backward_kernels(
     strides = (*query.stride(), *key.stride(), *value.stride(), *grad_out.stride())
     grain = 0 if live is None else _grain(query, value)
     span = (cu_q, cu_k, longest, key.shape[2] if cu_k is None else longest_k)
+    shared["EXACT"] = shared["EXACT"] or span[3] <= FEW.value  # every row sees few keys
     tile = blocks("keys", widest, query.dtype, query.device)
     runs = None if live is None else _segments(live, True, tile.n, grain, *span)
     tiles = _cdiv(span[3], tile.n)

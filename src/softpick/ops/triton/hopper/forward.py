@@ -22,6 +22,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
+from triton.language.extra.cuda import gdc_launch_dependents
 
 from softpick.ops.triton.hopper.versions import barrier, load_tile, store_tile
 from softpick.ops.triton.tile import (
@@ -335,6 +336,7 @@ def forward_queries(
     ``turn``: zeros; the first counts tiles of 128 queries in the order of ``forward.py``, the others note which of them have
     to be taken again, with a running maximum.
     """
+    gdc_launch_dependents()  # forward.py waits by itself
     reach = right
     if BOTTOM_RIGHT:
         reach += tk - tq

@@ -16,6 +16,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_init,
     warpgroup_mma_wait,
 )
+from triton.language.extra.cuda import gdc_launch_dependents
 
 from softpick.ops.triton.hopper.forward import ROWS, finish, row_parts, start_scores, weights_of
 from softpick.ops.triton.hopper.versions import barrier, load_tile
@@ -84,6 +85,7 @@ def forward_narrow(
     """
     s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [num_warps, 1], [16, BLOCK_N, 16])
     o_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [num_warps, 1], [16, BLOCK_D, 16])
+    gdc_launch_dependents()  # forward.py waits by itself
     tile, h, b = assignment(tiles, heads, pairs, together)
     i0 = (tiles - 1 - tile) * (2 * ROWS)
     reach = right

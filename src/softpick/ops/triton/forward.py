@@ -269,7 +269,7 @@ def _few_tile(
         m = zero + anchor
         if BASE == LINEAR:
             m += TINY
-        acc, total, kept, m, top, _ = _sweep(
+        acc, total, kept, m, top, _bits = _sweep(
             tl.zeros([FEW_ROWS, BLOCK_DV], tl.float32), zero, zero, m, zero - INF, tl.zeros([FEW_ROWS], tl.int32), q, key,
             value, mask, i2, lo, hi, tq, tk, width, v_width, offset, left, right,
             unit, softcap, dropout_p, seed, start, k_t, k_d, v_t, v_d, m_q, m_k,

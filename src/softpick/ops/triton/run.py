@@ -63,9 +63,12 @@ def _first(kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], constants:
     except (KernelError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # whatever a compiler raises: each version of Triton has its own
-        lines = str(error).strip().splitlines()
-        cause = f"{type(error).__name__}: {lines[-1].strip()}" if lines else type(error).__name__
-        cause = f"{cause}; Triton {triton.__version__}"
+        root: BaseException = error
+        while root.__cause__ is not None:  # Triton wraps an error once for every call in a kernel
+            root = root.__cause__
+        cause = (
+            f"{type(root).__name__}: {(str(root).strip() or 'no message').splitlines()[0]}; Triton {triton.__version__}"
+        )
         _failed[_variant(kernel, args, constants)] = cause
         raise KernelError(_name(kernel), cause) from error
 

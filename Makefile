@@ -5,7 +5,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test lint bench matrix clean
 
 demo: $(VENV)/.compare
 	$(BIN)/softpick compare --output runs/demo
@@ -20,6 +20,10 @@ lint: $(VENV)/.ready
 
 bench: $(VENV)/.ready
 	$(BIN)/python benchmarks/attention_cpu.py
+
+# all kernels with four Tritons for seven GPUs, without one: about half an hour; finished cells are kept in .matrix
+matrix: $(VENV)/.ready
+	$(BIN)/python tests/matrix.py
 
 # torch comes first and pinned: a range could resolve to a build with gigabytes of GPU libraries
 $(VENV)/.compare: pyproject.toml constraints.txt

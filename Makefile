@@ -5,7 +5,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint bench mutants clean
+.PHONY: demo test lint bench matrix mutants clean
 
 demo: $(VENV)/.compare
 	$(BIN)/softpick compare --output runs/demo
@@ -24,6 +24,10 @@ bench: $(VENV)/.ready
 # do the tests notice small changes of the code? hours; goes on where it was stopped
 mutants: $(VENV)/.ready
 	$(BIN)/python tests/mutants.py
+
+# all kernels with four Tritons for seven GPUs, without one: about half an hour; finished cells are kept in .matrix
+matrix: $(VENV)/.ready
+	$(BIN)/python tests/matrix.py
 
 # torch comes first and pinned: a range could resolve to a build with gigabytes of GPU libraries
 $(VENV)/.compare: pyproject.toml constraints.txt

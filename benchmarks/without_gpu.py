@@ -1,4 +1,4 @@
-"""Compiles Triton kernels for an NVIDIA GPU that is not there; nothing is launched. For tune_gpu.py and the tests."""
+"""Compiles Triton kernels for a GPU that is not there; nothing is launched. For tune_gpu.py and the tests."""
 
 from collections.abc import Callable
 from typing import Any
@@ -11,11 +11,11 @@ from triton.runtime import driver, jit
 class NoGPU:
     """As much of a driver as compiling asks for."""
 
-    def __init__(self, capability: int) -> None:
-        self.capability = capability
+    def __init__(self, target: GPUTarget) -> None:
+        self.target = target
 
     def get_current_target(self) -> GPUTarget:
-        return GPUTarget("cuda", self.capability, 32)
+        return self.target
 
     def get_current_device(self) -> int:
         return 0
@@ -27,8 +27,11 @@ class NoGPU:
         return torch.device("cpu")
 
 
-def compile_only(capability: int, seen: Callable[[str, Any], None] = lambda name, kernel: None) -> None:
-    """From now on, in this process, a launch only compiles (for a capability such as 90) and tells ``seen`` of it."""
+def compile_only(capability: int | str, seen: Callable[[str, Any], None] = lambda name, kernel: None) -> None:
+    """From now on, in this process, a launch only compiles and tells ``seen`` of it.
+
+    ``capability``: of an NVIDIA GPU, such as 90, or the architecture of an AMD GPU, such as ``gfx942``.
+    """
     original = jit.JITFunction.run
 
     def run(self, *args, grid=None, warmup=False, **kwargs):
@@ -36,6 +39,11 @@ def compile_only(capability: int, seen: Callable[[str, Any], None] = lambda name
         seen(self.fn.__name__, kernel)
         return kernel
 
-    driver.set_active(NoGPU(capability))
+    if isinstance(capability, str):
+        target, major = GPUTarget("hip", capability, 64), (9, 4)
+        torch.version.hip = "made up"
+    else:
+        target, major = GPUTarget("cuda", capability, 32), divmod(capability, 10)
+    driver.set_active(NoGPU(target))
     jit.JITFunction.run = run
-    torch.cuda.get_device_capability = lambda *_: divmod(capability, 10)
+    torch.cuda.get_device_capability = lambda *_: major

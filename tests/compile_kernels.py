@@ -1,7 +1,11 @@
-"""Compiles kernels for a GPU that is not there and prints what each takes. test_triton_compile.py runs it in a process."""
+"""Compiles kernels for a GPU that is not there and prints what each takes, or a case's error.
+
+test_triton_compile.py and matrix.py run it in a process: an architecture (90, gfx942), then cases.
+"""
 
 import json
 import sys
+import warnings
 from pathlib import Path
 
 import torch
@@ -10,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
 from without_gpu import compile_only
 
-CAPABILITY = int(sys.argv[1])
+CAPABILITY = int(sys.argv[1]) if sys.argv[1].isdigit() else sys.argv[1]
 SHAPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 compiled = {}
@@ -18,12 +22,14 @@ compiled = {}
 
 def note(name, kernel):
     found = kernel.metadata
-    compiled[name] = {"shared": found.shared, "cubin": len(kernel.asm["cubin"]), "warps": found.num_warps}
-    if found.maxnreg:
+    binary = kernel.asm["cubin" if "cubin" in kernel.asm else "hsaco"]
+    compiled[name] = {"shared": found.shared, "cubin": len(binary), "warps": found.num_warps}
+    if getattr(found, "maxnreg", None):
         compiled[name]["registers"] = found.maxnreg * found.num_warps * 32
 
 
 compile_only(CAPABILITY, note)
+warnings.filterwarnings("error", ".*could not be built")  # what another kernel takes over counts as failed
 
 from softpick import NORMALIZERS  # noqa: E402
 from softpick.ops.triton import launch, tuning  # noqa: E402
@@ -33,7 +39,8 @@ launch.multiprocessors = lambda _: 28
 launch._FEWEST_FORWARD, launch._FEWEST_TILES = 0, 1
 launch.blocks = lambda kind, d, dtype, device: tuning.row(tuning._SINGLE if dtype == torch.float32 else table, kind, d)
 
-for case in sys.argv[2:]:
+
+def build(case):
     name, d, dtype, extra = case.split(",")
     d, dtype, norm = int(d), SHAPES[dtype], NORMALIZERS[name]
     compiled.clear()
@@ -60,4 +67,12 @@ for case in sys.argv[2:]:
             x = torch.empty(8, n, dtype=dtype)
             launch.softpick_forward(x, 1e-6, x, lse.flatten()[:8])
             launch.softpick_backward(x, lse.flatten()[:8], x, x.float() if dtype == torch.float16 else x)
-    print(json.dumps({"case": case, "kernels": compiled}), flush=True)
+
+
+for case in sys.argv[2:]:
+    try:
+        build(case)
+    except Exception as error:
+        print(json.dumps({"case": case, "error": f"{type(error).__name__}: {error}"}), flush=True)
+    else:
+        print(json.dumps({"case": case, "kernels": compiled}), flush=True)

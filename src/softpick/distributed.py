@@ -30,6 +30,7 @@ from softpick.functional import (
     _check_sink,
     _choose,
     _eps,
+    _operator,
     _restore,
     _scale,
     _softcap,
@@ -217,7 +218,7 @@ def ring_attention(
         _eps(eps, norm),
         is_causal,
         _softcap(softcap) or 0.0,
-        _choose(backend, q, v, norm, "tiled"),
+        _operator(backend, _choose(backend, q, v, norm, "tiled")),
     )
     return _restore(out, lead, max(query.dim(), key.dim(), value.dim()))
 

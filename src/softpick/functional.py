@@ -15,6 +15,7 @@ from torch._subclasses.fake_tensor import is_fake
 
 from softpick import checks
 from softpick.normalizers import NORMALIZERS, Normalizer, get_normalizer, visible
+from softpick.ops.failures import KernelError, fall_back
 from softpick.ops.library import HAS_TRITON, attention, decode, interpreted, rows_forward
 from softpick.ops.reference import attention_reference, normalize, widen
 from softpick.ops.transforms import has_tangent, wants_reference
@@ -324,6 +325,7 @@ def scaled_dot_product_attention(
         raise ValueError(
             f"return_weights: the {backend!r} backend never forms the weights; choose 'reference' or 'auto'"
         )
+    named = backend
     wanted = wants_reference(q, k, v, mask, sink)
     backend = "reference" if return_weights else _choose(backend, q, v, norm, "tiled", wanted=wanted)
 
@@ -346,7 +348,25 @@ def scaled_dot_product_attention(
     elif backend == "triton" and dropout_p == 0.0 and not return_stats and _few_queries(q, k, v, mask, sink):
         bottom_right = causal_alignment == "bottom_right"
         cap = softcap or 0.0
-        out, _ = decode(q, k, v, mask, sink, None, None, norm.text, scale, eps, left, right, bottom_right, cap)
+        try:
+            out, _ = decode(q, k, v, mask, sink, None, None, norm.text, scale, eps, left, right, bottom_right, cap)
+        except KernelError as failure:
+            fall_back(failure, "the kernels for long queries compute it instead")
+            out, *_ = attention(
+                q,
+                k,
+                v,
+                backend=_operator(named, backend),
+                normalizer=norm.text,
+                scale=scale,
+                eps=eps,
+                mask=mask,
+                sink=sink,
+                left=left,
+                right=right,
+                bottom_right=bottom_right,
+                softcap=softcap,
+            )
         return _restore(out, lead, dims)
     else:
         weights = None
@@ -354,7 +374,7 @@ def scaled_dot_product_attention(
             q,
             k,
             v,
-            backend=backend,
+            backend=_operator(named, backend),
             normalizer=norm.text,
             scale=scale,
             eps=eps,
@@ -449,6 +469,7 @@ def varlen_attention(
     _check_sink(sink, norm, q.shape[1], q)
     bottom_right = causal_alignment == "bottom_right"
     scale, softcap, eps = _scale(scale, q.shape[-1]), _softcap(softcap), _eps(eps, norm)
+    named = backend
     backend = _choose(backend, q, v, norm, "tiled", wanted=wants_reference(q, k, v, sink))
     if backend == "reference":
         options: Any = {"normalizer": norm, "scale": scale, "eps": eps, "softcap": softcap, "sink": sink}
@@ -469,7 +490,7 @@ def varlen_attention(
             q,
             k,
             v,
-            backend=backend,
+            backend=_operator(named, backend),
             normalizer=norm.text,
             scale=scale,
             eps=eps,
@@ -567,16 +588,23 @@ def decode_attention(
     key, value = (x if block_table is None else x.transpose(1, 2) for x in (key_cache, value_cache))
     groups = heads // key.shape[1] if key.shape[1] else 1
     wanted = wants_reference(query, key, value, sink)
-    backend = _choose(backend, query, value, norm, "reference", groups * query.shape[2], wanted=wanted)
+    named, backend = backend, _choose(backend, query, value, norm, "reference", groups * query.shape[2], wanted=wanted)
     if block_table is not None and (backend == "reference" or _checkable(block_table)):
         used = _used_blocks(cache_seqlens, block_table, key.shape[2], query.shape[2], left)
         _check_pages(block_table, used, key.shape[0])
     if backend == "triton":
         cap = softcap or 0.0
-        out, lse = decode(
-            query, key, value, None, sink, cache_seqlens, block_table, norm.text, scale, eps, left, right, True, cap
-        )
-        return (out, lse) if return_lse else out
+        try:
+            out, lse = decode(
+                query, key, value, None, sink, cache_seqlens, block_table, norm.text, scale, eps, left, right, True, cap
+            )
+            return (out, lse) if return_lse else out
+        except KernelError as failure:
+            if named == "triton":
+                raise
+            fall_back(failure, "the reference computes it instead, slowly (backend='auto')")
+            if block_table is not None:
+                used = _used_blocks(cache_seqlens, block_table, key.shape[2], query.shape[2], left)
     j = torch.arange(room, device=query.device)
     filled = torch.full((1, 1, 1, 1), room, device=query.device)
     if cache_seqlens is not None:
@@ -672,6 +700,11 @@ def _choose(
                 f"{reason}. backend='auto' takes {otherwise!r} here, which is slow", UserWarning, stacklevel=3
             )
     return otherwise if backend == "auto" else backend
+
+
+def _operator(named: str, chosen: str) -> str:
+    """What an operator is told: with ``"auto"`` for Triton, tiles of torch take the place of a kernel that cannot be built."""
+    return "auto" if (named, chosen) == ("auto", "triton") else chosen
 
 
 def _few_queries(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, sink: Tensor | None) -> bool:

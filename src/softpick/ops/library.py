@@ -21,6 +21,7 @@ from torch import Tensor
 
 from softpick.normalizers import get_normalizer
 from softpick.ops import tiled
+from softpick.ops.failures import KernelError, fall_back
 from softpick.ops.reference import normalize
 
 if TYPE_CHECKING:
@@ -48,6 +49,11 @@ def interpreted() -> bool:
     import triton
 
     return bool(triton.knobs.runtime.interpret)
+
+
+TRITON = ("triton", "auto")
+"""Backends whose kernels are Triton's; with ``"auto"`` tiles of torch take the place of one that cannot be built."""
+_TILES = "tiles of torch compute it instead, slowly (backend='auto')"
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -113,28 +119,34 @@ def _attention_forward(
     out, lse, mass, largest, live = _empty_outputs(
         query, key, value, cu_seqlens_q, stats, backend, max_seqlen_q, max_seqlen_k, track
     )
-    if backend == "triton":
+    if backend in TRITON:
         from softpick.ops.triton import launch
 
-        with _on(query):
-            launch.forward(
-                _options(normalizer, scale, eps, left, right, bottom_right, softcap, dropout_p),
-                query,
-                key,
-                value,
-                mask,
-                _dense(sink),
-                _dense(cu_seqlens_q),
-                _dense(cu_seqlens_k),
-                seed,
-                max_seqlen_q,
-                out,
-                lse,
-                mass if stats else None,
-                largest if stats else None,
-                live if live.numel() else None,
-            )
-        return out, lse, mass, largest, live
+        try:
+            with _on(query):
+                launch.forward(
+                    _options(normalizer, scale, eps, left, right, bottom_right, softcap, dropout_p),
+                    query,
+                    key,
+                    value,
+                    mask,
+                    _dense(sink),
+                    _dense(cu_seqlens_q),
+                    _dense(cu_seqlens_k),
+                    seed,
+                    max_seqlen_q,
+                    out,
+                    lse,
+                    mass if stats else None,
+                    largest if stats else None,
+                    live if live.numel() else None,
+                )
+            return out, lse, mass, largest, live
+        except KernelError as failure:
+            if backend == "triton":
+                raise
+            fall_back(failure, _TILES)
+            live.fill_(-1)  # every tile may keep a score
     for index, (rows, keys) in enumerate(_sequences(query, key, cu_seqlens_q, cu_seqlens_k)):
         spec = _spec(normalizer, scale, eps, left, right, bottom_right, softcap, dropout_p, seed, index)
         tiled.forward(
@@ -173,7 +185,7 @@ def _empty_outputs(
     lse = query.new_empty(b, h, t, dtype=dtype)
     shape = (b, h, t) if stats else (0,)
     tiles: tuple[int, ...] = (0,)
-    if backend == "triton" and track:
+    if backend in TRITON and track:
         from softpick.ops.triton import launch
 
         sizes = (b, t, key.shape[2])
@@ -274,37 +286,46 @@ def _attention_backward(
             grad.zero_()
     dmask: Tensor | None = None
     dsink: Tensor | None = None
-    if backend == "triton":
+    done = False
+    if backend in TRITON:
         from softpick.ops.triton import launch
 
         if mask_grad and mask is not None:
             full = (*query.shape[:3], key.shape[2])
             dmask = torch.zeros(full, dtype=torch.float32, device=query.device)
-        with _on(query):
-            dsink = launch.backward(
-                _options(normalizer, scale, eps, left, right, bottom_right, softcap, dropout_p),
-                query,
-                key,
-                value,
-                mask,
-                _dense(sink),
-                _dense(cu_seqlens_q),
-                _dense(cu_seqlens_k),
-                seed,
-                max_seqlen_q,
-                max_seqlen_k,
-                out,
-                lse,
-                grad_out,
-                dquery,
-                dkey,
-                dvalue,
-                dmask,
-                live if live.numel() else None,
-            )
-        if dmask is not None and mask is not None:
+        try:
+            with _on(query):
+                dsink = launch.backward(
+                    _options(normalizer, scale, eps, left, right, bottom_right, softcap, dropout_p),
+                    query,
+                    key,
+                    value,
+                    mask,
+                    _dense(sink),
+                    _dense(cu_seqlens_q),
+                    _dense(cu_seqlens_k),
+                    seed,
+                    max_seqlen_q,
+                    max_seqlen_k,
+                    out,
+                    lse,
+                    grad_out,
+                    dquery,
+                    dkey,
+                    dvalue,
+                    dmask,
+                    live if live.numel() else None,
+                )
+            done = True
+        except KernelError as failure:
+            if backend == "triton":
+                raise
+            fall_back(failure, _TILES)
+        if done and dmask is not None and mask is not None:
             dmask = dmask.sum_to_size(mask.shape)
-    else:
+    if not done:
+        for grad in (dquery, dkey, dvalue) if cu_seqlens_q is not None else ():
+            grad.zero_()  # whatever a kernel left
         dmask = torch.zeros_like(mask, dtype=lse.dtype) if mask_grad and mask is not None else None
         dsink = torch.zeros_like(sink, dtype=lse.dtype) if sink is not None else None
         for index, (rows, keys) in enumerate(_sequences(query, key, cu_seqlens_q, cu_seqlens_k)):
@@ -491,7 +512,7 @@ def attention(
 
         call, transformed = Forward.apply, True
     track = False
-    if backend == "triton" and trained and not whole and not transformed:
+    if backend in TRITON and trained and not whole and not transformed:
         from softpick.ops.triton.tuning import TRACKED
 
         track = normalizer in TRACKED
@@ -543,17 +564,22 @@ def block_forward(
     out = query.new_empty(b, h, t, value.shape[-1], dtype=dtype)
     lse, mass, largest = (query.new_empty(b, h, t, dtype=dtype) for _ in range(3))
     right = 0 if is_causal else -1
-    if backend == "triton":
+    if backend in TRITON:
         from softpick.ops.triton import launch
 
         options = _options(normalizer, scale, eps, -1, right, False, softcap, 0.0)
-        with _on(query):
-            launch.forward(
-                options, query, key, value, None, _dense(sink), None, None, None, 0, out, lse, mass, largest
-            )  # fmt: skip
-    else:
-        spec = _spec(normalizer, scale, eps, -1, right, False, softcap, 0.0, None, 0)
-        tiled.forward(spec, query, key, value, None, sink, out, lse, mass, largest)
+        try:
+            with _on(query):
+                launch.forward(
+                    options, query, key, value, None, _dense(sink), None, None, None, 0, out, lse, mass, largest
+                )  # fmt: skip
+            return out, lse, largest
+        except KernelError as failure:
+            if backend == "triton":
+                raise
+            fall_back(failure, _TILES)
+    spec = _spec(normalizer, scale, eps, -1, right, False, softcap, 0.0, None, 0)
+    tiled.forward(spec, query, key, value, None, sink, out, lse, mass, largest)
     return out, lse, largest
 
 
@@ -579,17 +605,23 @@ def block_backward(
     dtype = accumulation_dtype(query.dtype)
     dquery, dkey, dvalue = (torch.empty(x.shape, dtype=dtype, device=x.device) for x in (query, key, value))
     right = 0 if is_causal else -1
-    if backend == "triton":
+    if backend in TRITON:
         from softpick.ops.triton import launch
 
         options = _options(normalizer, scale, 0.0, -1, right, False, softcap, 0.0)
-        with _on(query):
-            launch.backward(
-                options, query, key, value, None, None, None, None, None, 0, 0, out, lse, grad_out, dquery, dkey, dvalue, None
-            )  # fmt: skip
-    else:
-        spec = replace(_spec(normalizer, scale, 0.0, -1, right, False, softcap, 0.0, None, 0), part=True)
-        tiled.backward(spec, query, key, value, None, None, out, lse, grad_out, dquery, dkey, dvalue)
+        try:
+            with _on(query):
+                launch.backward(
+                    options, query, key, value, None, None, None, None, None, 0, 0, out, lse, grad_out, dquery, dkey, dvalue,
+                    None,
+                )  # fmt: skip
+            return dquery, dkey, dvalue
+        except KernelError as failure:
+            if backend == "triton":
+                raise
+            fall_back(failure, _TILES)
+    spec = replace(_spec(normalizer, scale, 0.0, -1, right, False, softcap, 0.0, None, 0), part=True)
+    tiled.backward(spec, query, key, value, None, None, out, lse, grad_out, dquery, dkey, dvalue)
     return dquery, dkey, dvalue
 
 
@@ -686,9 +718,18 @@ def _rows_forward(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     y, lse = _empty_rows(x)
     if x.shape[1] == 0:
         return y, lse.fill_(math.log(eps) if eps else -math.inf)
-    with _on(x):
-        launch.softpick_forward(_unit_stride(x), eps, y, lse)
+    try:
+        with _on(x):
+            launch.softpick_forward(_unit_stride(x), eps, y, lse)
+    except KernelError as failure:
+        fall_back(failure, "torch computes softpick over rows instead")
+        return _rows_by_torch(x, eps)
     return y, lse
+
+
+def _rows_by_torch(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    y, lse, *_ = normalize(x.float(), "softpick", keep=x != -math.inf, eps=eps)
+    return y.to(x.dtype), lse
 
 
 _rows_operator = torch.library.custom_op("softpick::rows_forward", _rows_forward, mutates_args=())
@@ -714,8 +755,15 @@ def _rows_backward(grad: Tensor, x: Tensor, lse: Tensor, eps: float) -> Tensor:
     # near zero the gradient reaches 1 / eps, beyond fp16's range: saturate, as the CPU path does
     half = x.dtype == torch.float16
     dx = x.new_empty(x.shape, dtype=torch.float32 if half else x.dtype)
-    with _on(x):
-        launch.softpick_backward(_unit_stride(x), lse, _unit_stride(grad), dx)
+    try:
+        with _on(x):
+            launch.softpick_backward(_unit_stride(x), lse, _unit_stride(grad), dx)
+    except KernelError as failure:
+        fall_back(failure, "torch computes the gradient of softpick over rows instead")
+        with torch.enable_grad():
+            leaf = x.detach().float().requires_grad_()
+            (dx,) = torch.autograd.grad(_rows_by_torch(leaf, eps)[0], leaf, grad.float())
+        dx = dx if half else dx.to(x.dtype)
     limit = torch.finfo(torch.float16).max
     return dx.clamp_(-limit, limit).to(x.dtype) if half else dx
 
@@ -754,7 +802,7 @@ def _rows_second_gradient(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None,
     """The gradient of the gradient, in torch operations: it is asked for too rarely to be worth a kernel."""
     with torch.enable_grad():
         first, x = (t.detach().requires_grad_() for t in ctx.saved_tensors)
-        y = normalize(x.float(), "softpick", keep=x != -math.inf, eps=ctx.eps)[0].to(x.dtype)
+        y, _ = _rows_by_torch(x, ctx.eps)
         (dx,) = torch.autograd.grad(y, x, first, create_graph=True)
         of_first, of_x = torch.autograd.grad(dx, (first, x), grad)
     return of_first, of_x, None, None

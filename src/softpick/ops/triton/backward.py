@@ -22,7 +22,7 @@ from softpick.ops.triton.tile import (
     EXPM1,
     INF,
     LINEAR,
-    LOG2E,
+    LN2,
     assignment,
     dropout_factor,
     expm1_exp2,
@@ -37,47 +37,16 @@ from softpick.ops.triton.tile import (
     zeros,
 )
 
-__all__ = ["attention_backward_keys", "attention_backward_queries", "live_segments", "row_statistics"]
-
-
-@triton.jit(do_not_specialize=["heads", "tq", "padded"])
-def row_statistics(
-    out, grad_out, lse, statistics,
-    o_b, o_h, o_t, o_d, g_b, g_h, g_t, g_d, l_b, l_h, l_t, s_h, s_t, s_c,
-    heads, tq, padded, v_width,
-    BASE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_DV: tl.constexpr,
-):  # fmt: skip
-    """What the backward kernels need of a row: ``statistics`` is ``(B, H, Tq, 4)`` in memory (they are loaded together), or
-    ``(B, H, 4, padded)`` for :mod:`softpick.ops.triton.hopper`, where rows of no query come after the last one.
-
-    The lse in the tiles' units (plus infinity for an empty row, which zeroes its exponentials), ``1 / l``,
-    ``delta = do . out``, and a power of two that keeps ``ds`` of the row, which may reach ``dp / l``, in the range of fp16.
-    Grid: (row tiles, heads, batch).
-    """
-    h, b = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
-    rows = (tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
-    dv = tl.arange(0, BLOCK_DV)
-    inside = (rows[:, None] < tq) & (dv[None, :] < v_width)
-    o = tl.load(out + b * o_b + h * o_h + rows[:, None] * o_t + dv[None, :] * o_d, mask=inside, other=0.0)
-    g = tl.load(grad_out + b * g_b + h * g_h + rows[:, None] * g_t + dv[None, :] * g_d, mask=inside, other=0.0)
-    at = statistics + (b * heads + h) * s_h + rows * s_t
-    level = tl.load(lse + b * l_b + h * l_h + rows * l_t, mask=rows < tq, other=-INF)
-    level = tl.where(level == -INF, INF, level * LOG2E)
-    wanted = rows < padded
-    tl.store(at, level, mask=wanted)
-    tl.store(at + s_c, tl.exp2(-level) * (1.0 + 1.1920929e-07), mask=wanted)  # an ulp more: see _slopes
-    tl.store(at + 2 * s_c, tl.sum(o.to(tl.float32) * g.to(tl.float32), 1), mask=wanted)
-    # at most 2^10: query times its inverse should fit as well; e of the plain exponential is at most 1
-    excess = tl.zeros_like(level) if BASE == EXP else tl.minimum(tl.maximum(tl.ceil(-level), 0.0), 10.0)
-    tl.store(at + 3 * s_c, tl.exp2(-excess), mask=wanted)
+__all__ = ["attention_backward_keys", "attention_backward_queries", "live_segments"]
 
 
 @triton.jit
-def _slopes(s, e, inverse, BASE: tl.constexpr, EXACT: tl.constexpr):
+def _slopes(s, e, inverse, BASE: tl.constexpr, EXACT: tl.constexpr, EDGE: tl.constexpr):
     """For EXPM1: ``f / l`` up to a relu, and ``e`` with a minus where the score is not positive.
 
     ``e - inverse = (e^s - 1) / l`` has the sign of the score: ``inverse`` is an ulp above ``1 / l``, so that a score of 0
-    counts as negative.
+    counts as negative. EDGE: small scores by a series, since the difference may have lost them where ``l`` is small, too,
+    which takes a row with few keys.
     """
     if BASE != EXPM1:
         return e, e
@@ -86,6 +55,9 @@ def _slopes(s, e, inverse, BASE: tl.constexpr, EXACT: tl.constexpr):
         return p, tl.where(s > 0, e, -e)
     else:
         p = e - inverse
+        if EDGE:
+            near = s * (LN2 - (0.5 * LN2 * LN2) * s)  # of 1 - 2^-s, to 8e-5; below 0 for a score of 0
+            p = tl.where(tl.abs(s) < 0.03125, e * near - 1e-37, p)
         return p, signed(e, p)
 
 
@@ -193,7 +165,7 @@ def _sweep_keys(
             e = tl.exp2(s - level[:, None])
         if EDGE or MASK != 0:
             e = tl.where(keep, e, 0.0)
-        _, e = _slopes(s, e, inverse[:, None], BASE, EXACT)
+        _, e = _slopes(s, e, inverse[:, None], BASE, EXACT, EDGE or MASK_ROWS)
         drop = 1.0
         if DROPOUT:
             drop = dropout_factor(seed, start, i2, j2, tk, dropout_p)
@@ -360,7 +332,7 @@ def _sweep_queries(
         drop = 1.0
         if DROPOUT:
             drop = dropout_factor(seed, start, i2, j2, tk, dropout_p)
-        p, e = _slopes(s, e, inverse[None, :], BASE, EXACT)
+        p, e = _slopes(s, e, inverse[None, :], BASE, EXACT, EDGE or MASK_ROWS)
         if BASE == LINEAR:
             p = s * e
         elif BASE == EXP:

@@ -23,7 +23,9 @@ from softpick.ops.triton.tile import (
     POSITIVE,
     SINK,
     TINY,
+    add_product,
     any_kept,
+    few_seen,
     finish_scores,
     kept_scores,
     keys_of_queries,
@@ -64,7 +66,7 @@ def _sweep(
     BASE: tl.constexpr, RECTIFY: tl.constexpr, ABSOLUTE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr, PAD_D: tl.constexpr, PAD_DV: tl.constexpr, MASK: tl.constexpr, MASK_ROWS: tl.constexpr,
     LEFT: tl.constexpr, RIGHT: tl.constexpr, SOFTCAP: tl.constexpr, PAGE: tl.constexpr, EDGE: tl.constexpr,
-    EXACT: tl.constexpr, SKIP: tl.constexpr, RELU_ASM: tl.constexpr, PRECISION: tl.constexpr,
+    EXACT: tl.constexpr, SKIP: tl.constexpr, RELU_ASM: tl.constexpr, PRECISION: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
     d, dv, n = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV), tl.arange(0, BLOCK_N)
     if SKIP:  # which values are wanted is known late: their product waits until the next tile's scores are there
@@ -108,11 +110,10 @@ def _sweep(
                 p /= high[:, None]
                 m = high
             p *= FP16_SCALE
-        p = narrow(p, v, RELU, RELU_ASM and RELU)
         if SKIP:
-            waiting = p
+            waiting = narrow(p, v, RELU, RELU_ASM and RELU)
         else:
-            acc = tl.dot(p, v, acc, input_precision=PRECISION)
+            acc = add_product(acc, p, v, RELU, RELU_ASM, SPLIT, PRECISION)
     if SKIP:
         acc = tl.dot(waiting, v, acc, input_precision=PRECISION)
     return acc, total, m
@@ -174,25 +175,36 @@ def decode_split(
         m += TINY
     if CONSTANT == SINK:
         m = tl.maximum(m, tl.load(sink + head, mask=rows, other=0.0).to(tl.float32) * LOG2E)
-    if LEFT:
+    few = False
+    if MASK == 0 and q.dtype != tl.float32:
+        few = few_seen(0, tq, tk, offset, left, right, LEFT, RIGHT)
+    if few:
         acc, total, m = _sweep(
-            acc, total, m, q, key, value, mask, table_of, i[:, None], lo, full_lo, tq, tk, width, v_width, offset, left,
+            acc, total, m, q, key, value, mask, table_of, i[:, None], lo, hi, tq, tk, width, v_width, offset, left,
             right, unit, softcap, k_b, k_t, k_d, v_b, v_t, v_d, m_q, m_k,
             BASE, RECTIFY, ABSOLUTE, BLOCK_N, BLOCK_D, BLOCK_DV, PAD_D, PAD_DV, MASK, MASK_ROWS, LEFT, RIGHT, SOFTCAP,
-            PAGE, True, EXACT, SKIP, RELU_ASM, PRECISION,
+            PAGE, True, True, False, RELU_ASM, PRECISION, True,
         )  # fmt: skip
-    acc, total, m = _sweep(
-        acc, total, m, q, key, value, mask, table_of, i[:, None], full_lo, full_hi, tq, tk, width, v_width, offset, left,
-        right, unit, softcap, k_b, k_t, k_d, v_b, v_t, v_d, m_q, m_k,
-        BASE, RECTIFY, ABSOLUTE, BLOCK_N, BLOCK_D, BLOCK_DV, PAD_D, PAD_DV, MASK, MASK_ROWS, LEFT, RIGHT, SOFTCAP,
-        PAGE, False, EXACT, SKIP, RELU_ASM, PRECISION,
-    )  # fmt: skip
-    acc, total, m = _sweep(
-        acc, total, m, q, key, value, mask, table_of, i[:, None], full_hi, hi, tq, tk, width, v_width, offset, left,
-        right, unit, softcap, k_b, k_t, k_d, v_b, v_t, v_d, m_q, m_k,
-        BASE, RECTIFY, ABSOLUTE, BLOCK_N, BLOCK_D, BLOCK_DV, PAD_D, PAD_DV, MASK, MASK_ROWS, LEFT, RIGHT, SOFTCAP,
-        PAGE, True, EXACT, SKIP, RELU_ASM, PRECISION,
-    )  # fmt: skip
+    else:
+        if LEFT:
+            acc, total, m = _sweep(
+                acc, total, m, q, key, value, mask, table_of, i[:, None], lo, full_lo, tq, tk, width, v_width, offset, left,
+                right, unit, softcap, k_b, k_t, k_d, v_b, v_t, v_d, m_q, m_k,
+                BASE, RECTIFY, ABSOLUTE, BLOCK_N, BLOCK_D, BLOCK_DV, PAD_D, PAD_DV, MASK, MASK_ROWS, LEFT, RIGHT, SOFTCAP,
+                PAGE, True, EXACT, SKIP, RELU_ASM, PRECISION, False,
+            )  # fmt: skip
+        acc, total, m = _sweep(
+            acc, total, m, q, key, value, mask, table_of, i[:, None], full_lo, full_hi, tq, tk, width, v_width, offset, left,
+            right, unit, softcap, k_b, k_t, k_d, v_b, v_t, v_d, m_q, m_k,
+            BASE, RECTIFY, ABSOLUTE, BLOCK_N, BLOCK_D, BLOCK_DV, PAD_D, PAD_DV, MASK, MASK_ROWS, LEFT, RIGHT, SOFTCAP,
+            PAGE, False, EXACT, SKIP, RELU_ASM, PRECISION, False,
+        )  # fmt: skip
+        acc, total, m = _sweep(
+            acc, total, m, q, key, value, mask, table_of, i[:, None], full_hi, hi, tq, tk, width, v_width, offset, left,
+            right, unit, softcap, k_b, k_t, k_d, v_b, v_t, v_d, m_q, m_k,
+            BASE, RECTIFY, ABSOLUTE, BLOCK_N, BLOCK_D, BLOCK_DV, PAD_D, PAD_DV, MASK, MASK_ROWS, LEFT, RIGHT, SOFTCAP,
+            PAGE, True, EXACT, SKIP, RELU_ASM, PRECISION, False,
+        )  # fmt: skip
     if q.dtype == tl.float16:
         if BASE == LINEAR:
             acc *= m[:, None]

@@ -9,9 +9,13 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_wait
 
 from softpick.ops.triton.tile import (
     EXP,
+    FEW,
+    FEW_KEYS,
+    FEW_ROWS,
     FP16_SCALE,
     INF,
     LINEAR,
@@ -23,15 +27,18 @@ from softpick.ops.triton.tile import (
     SINK,
     TINY,
     Constant,
-    assignment,
+    add_product,
+    count_seen,
     dropout_factor,
     either,
     finish_scores,
     kept_scores,
     keys_of_queries,
+    keys_seen,
     load_rows,
-    narrow,
     numerators,
+    rows_with_few,
+    tile_at,
 )
 
 _LARGEST = Constant(2.0**64)  # sums beyond this are computed again with a shift
@@ -48,7 +55,7 @@ def _sweep(
     BLOCK_DV: tl.constexpr, PAD_D: tl.constexpr, PAD_DV: tl.constexpr, MASK: tl.constexpr, MASK_ROWS: tl.constexpr,
     LEFT: tl.constexpr, RIGHT: tl.constexpr, SOFTCAP: tl.constexpr, DROPOUT: tl.constexpr, STATS: tl.constexpr,
     EDGE: tl.constexpr, SHIFT: tl.constexpr, EXACT: tl.constexpr, TRACK: tl.constexpr, RELU_ASM: tl.constexpr,
-    PRECISION: tl.constexpr, SIGNED: tl.constexpr,
+    PRECISION: tl.constexpr, SIGNED: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
     """Take the key tiles from ``lo`` to ``hi`` into the accumulators."""
     d, dv, n = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV), tl.arange(0, BLOCK_N)
@@ -107,7 +114,7 @@ def _sweep(
                 p /= high[:, None]
                 m = high
             p *= FP16_SCALE
-        acc = tl.dot(narrow(p, v, RELU, RELU_ASM and RELU), v, acc, input_precision=PRECISION)
+        acc = add_product(acc, p, v, RELU, RELU_ASM, SPLIT, PRECISION)
         key += BLOCK_N * k_t
         value += BLOCK_N * v_t
     return acc, total, kept, m, top, bits
@@ -121,7 +128,7 @@ def _phases(
     BLOCK_DV: tl.constexpr, PAD_D: tl.constexpr, PAD_DV: tl.constexpr, MASK: tl.constexpr, MASK_ROWS: tl.constexpr,
     LEFT: tl.constexpr, RIGHT: tl.constexpr, SOFTCAP: tl.constexpr, DROPOUT: tl.constexpr, STATS: tl.constexpr,
     SHIFT: tl.constexpr, EXACT: tl.constexpr, TRACK: tl.constexpr, RELU_ASM: tl.constexpr, PRECISION: tl.constexpr,
-    SIGNED: tl.constexpr,
+    SIGNED: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
     """The edge before (window), the full tiles, the edge behind (diagonal, end)."""
     if LEFT:
@@ -129,19 +136,19 @@ def _phases(
             acc, total, kept, m, top, bits, q, key, value, mask, i2, lo, full_lo, tq, tk, width, v_width, offset, left, right,
             unit, softcap, dropout_p, seed, start, k_t, k_d, v_t, v_d, m_q, m_k,
             BASE, RECTIFY, ABSOLUTE, BLOCK_N, BLOCK_D, BLOCK_DV, PAD_D, PAD_DV, MASK, MASK_ROWS, LEFT, RIGHT, SOFTCAP,
-            DROPOUT, STATS, True, SHIFT, EXACT, TRACK, RELU_ASM, PRECISION, SIGNED,
+            DROPOUT, STATS, True, SHIFT, EXACT, TRACK, RELU_ASM, PRECISION, SIGNED, SPLIT,
         )  # fmt: skip
     acc, total, kept, m, top, bits = _sweep(
         acc, total, kept, m, top, bits, q, key, value, mask, i2, full_lo, full_hi, tq, tk, width, v_width, offset, left, right,
         unit, softcap, dropout_p, seed, start, k_t, k_d, v_t, v_d, m_q, m_k,
         BASE, RECTIFY, ABSOLUTE, BLOCK_N, BLOCK_D, BLOCK_DV, PAD_D, PAD_DV, MASK, MASK_ROWS, LEFT, RIGHT, SOFTCAP,
-        DROPOUT, STATS, False, SHIFT, EXACT, TRACK, RELU_ASM, PRECISION, SIGNED,
+        DROPOUT, STATS, False, SHIFT, EXACT, TRACK, RELU_ASM, PRECISION, SIGNED, SPLIT,
     )  # fmt: skip
     acc, total, kept, m, top, bits = _sweep(
         acc, total, kept, m, top, bits, q, key, value, mask, i2, full_hi, hi, tq, tk, width, v_width, offset, left, right,
         unit, softcap, dropout_p, seed, start, k_t, k_d, v_t, v_d, m_q, m_k,
         BASE, RECTIFY, ABSOLUTE, BLOCK_N, BLOCK_D, BLOCK_DV, PAD_D, PAD_DV, MASK, MASK_ROWS, LEFT, RIGHT, SOFTCAP,
-        DROPOUT, STATS, True, SHIFT, EXACT, TRACK, RELU_ASM, PRECISION, SIGNED,
+        DROPOUT, STATS, True, SHIFT, EXACT, TRACK, RELU_ASM, PRECISION, SIGNED, SPLIT,
     )  # fmt: skip
     return acc, total, kept, m, top, bits
 
@@ -159,7 +166,7 @@ def _all_keys(
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, PAD_D: tl.constexpr, PAD_DV: tl.constexpr, MASK: tl.constexpr,
     MASK_ROWS: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, SOFTCAP: tl.constexpr, DROPOUT: tl.constexpr,
     STATS: tl.constexpr, SHIFT: tl.constexpr, EXACT: tl.constexpr, TRACK: tl.constexpr, RELU_ASM: tl.constexpr,
-    PRECISION: tl.constexpr, SIGNED: tl.constexpr,
+    PRECISION: tl.constexpr, SIGNED: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
     """All visible keys of the query tile.
 
@@ -183,7 +190,7 @@ def _all_keys(
                 _within(full_hi, a, b), _within(hi, a, b), tq, tk, width, v_width, offset, left, right,
                 unit, softcap, dropout_p, seed, start, k_t, k_d, v_t, v_d, m_q, m_k,
                 BASE, RECTIFY, ABSOLUTE, BLOCK_N, BLOCK_D, BLOCK_DV, PAD_D, PAD_DV, MASK, MASK_ROWS, LEFT, RIGHT, SOFTCAP,
-                DROPOUT, STATS, SHIFT, EXACT, TRACK, RELU_ASM, PRECISION, SIGNED,
+                DROPOUT, STATS, SHIFT, EXACT, TRACK, RELU_ASM, PRECISION, SIGNED, SPLIT,
             )  # fmt: skip
             r = tl.arange(0, ROWS)
             tl.store(
@@ -196,104 +203,19 @@ def _all_keys(
             acc, total, kept, m, top, bits, q, key, value, mask, i2, lo, full_lo, full_hi, hi, tq, tk, width, v_width,
             offset, left, right, unit, softcap, dropout_p, seed, start, k_t, k_d, v_t, v_d, m_q, m_k,
             BASE, RECTIFY, ABSOLUTE, BLOCK_N, BLOCK_D, BLOCK_DV, PAD_D, PAD_DV, MASK, MASK_ROWS, LEFT, RIGHT, SOFTCAP,
-            DROPOUT, STATS, SHIFT, EXACT, TRACK, RELU_ASM, PRECISION, SIGNED,
+            DROPOUT, STATS, SHIFT, EXACT, TRACK, RELU_ASM, PRECISION, SIGNED, SPLIT,
         )  # fmt: skip
     return acc, total, kept, m, top
 
 
-@triton.jit(
-    do_not_specialize=["heads", "tiles", "pairs", "together", "tq", "tk", "left", "right", "live_b", "live_h", "live_r"]
-)
-def attention_forward(
-    query, key, value, out, lse, mass, largest, live, mask, sink, cu_q, cu_k, seed_at, redo,
-    q_b, q_h, q_t, q_d, k_b, k_h, k_t, k_d, v_b, v_h, v_t, v_d, o_b, o_h, o_t, o_d, l_b, l_h, l_t, m_b, m_h, m_q, m_k,
-    live_b, live_h, live_r, tiles, heads, pairs, together, groups, tq, tk, width, v_width, left, right, unit, eps, softcap,
-    dropout_p,
-    BASE: tl.constexpr, RECTIFY: tl.constexpr, ABSOLUTE: tl.constexpr, CONSTANT: tl.constexpr,
-    NEGATIVE_GRADIENT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_DV: tl.constexpr, PAD_D: tl.constexpr, PAD_DV: tl.constexpr, MASK: tl.constexpr, MASK_ROWS: tl.constexpr,
-    LEFT: tl.constexpr, RIGHT: tl.constexpr, BOTTOM_RIGHT: tl.constexpr, SOFTCAP: tl.constexpr, DROPOUT: tl.constexpr,
-    STATS: tl.constexpr, VARLEN: tl.constexpr, OPTIMISTIC: tl.constexpr, EXACT: tl.constexpr, TRACK: tl.constexpr,
-    RELU_ASM: tl.constexpr, PRECISION: tl.constexpr, SIGNED: tl.constexpr,
+@triton.jit
+def _finish(
+    acc, total, kept, m, top, logit, eps, rows, out, lse, mass, largest, o_t, o_d, l_t, v_width,
+    BASE: tl.constexpr, CONSTANT: tl.constexpr, STATS: tl.constexpr, HALF: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
-    """Grid: query tiles of all ``pairs`` of head and sequence (:func:`assignment`).
-
-    Writes ``out``, ``lse`` (natural), with STATS mass and largest.
-
-    With TRACK also ``live``: bit ``c % 32`` of word ``c // 32`` of row ``r`` says whether the numerator keeps a score of
-    query tile ``r`` and key tile ``c``, both of BLOCK_N positions. Words that no query of the row sees are not written.
-    With ``redo``, an int32 a program, those with zero have nothing to do.
-    """
-    wanted = 1
-    if redo is not None:
-        wanted = tl.load(redo + tl.program_id(0))
-    if wanted == 0:
-        return
-    tile, h, b = assignment(tiles, heads, pairs, together)
-    start = (b * heads + h) * 1_000_003
-    if TRACK:
-        live += b * live_b + h * live_h
-    if VARLEN:
-        q0, k0 = tl.load(cu_q + b).to(tl.int64), tl.load(cu_k + b).to(tl.int64)
-        tq, tk = (tl.load(cu_q + b + 1) - q0).to(tl.int32), (tl.load(cu_k + b + 1) - k0).to(tl.int32)
-        query += q0 * q_t
-        key += k0 * k_t
-        value += k0 * v_t
-        out += q0 * o_t
-        lse += q0 * l_t
-        if STATS:
-            mass += q0 * l_t
-            largest += q0 * l_t
-        b *= 0
-    i0 = (tiles - 1 - tile) * BLOCK_M  # under a causal mask the last queries see the most keys
-    if i0 >= tq:
-        return
-    offset = 0
-    if BOTTOM_RIGHT:
-        offset = tk - tq
-    kv = h // groups
-    i, d, dv = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
-    query += b * q_b + h * q_h + i0.to(tl.int64) * q_t
-    key += b * k_b + kv * k_h
-    value += b * v_b + kv * v_h
-    if MASK != 0:
-        mask += b * m_b + h * m_h
-    seed = 0
-    if DROPOUT:
-        seed = tl.load(seed_at)
-    q = load_rows(query, i, d, q_t, q_d, tq - i0, width, True, PAD_D)
-    i2 = (i0 + i)[:, None]
-    lo, full_lo, full_hi, hi = keys_of_queries(
-        i0, tl.minimum(i0 + BLOCK_M, tq), tk, offset, left, right, BLOCK_N, LEFT, RIGHT
-    )
-    ANCHORED: tl.constexpr = BASE != EXP or RECTIFY != NONE or CONSTANT != 0
-    anchor = 0.0 if ANCHORED else -INF
-    logit = 0.0
-    if CONSTANT == SINK:
-        logit = tl.load(sink + h).to(tl.float32) * LOG2E
-        anchor = tl.maximum(anchor, logit)
-    acc, total, kept, m, top = _all_keys(
-        q, key, value, mask, live, i0, i2, lo, full_lo, full_hi, hi, anchor, tq, tk, width, v_width, offset, left,
-        right, unit, softcap, dropout_p, seed, start, k_t, k_d, v_t, v_d, m_q, m_k, live_r,
-        BASE, RECTIFY, ABSOLUTE, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, PAD_D, PAD_DV, MASK, MASK_ROWS, LEFT, RIGHT,
-        SOFTCAP, DROPOUT, STATS, not OPTIMISTIC, EXACT, TRACK, RELU_ASM, PRECISION, SIGNED,
-    )  # fmt: skip
-    if OPTIMISTIC:
-        m = tl.zeros([BLOCK_M], tl.float32)
-        sound = total < _LARGEST
-        if not ANCHORED:
-            sound = sound & ((total > _SMALLEST) | (hi <= lo))
-        if CONSTANT == SINK:
-            sound = sound & (tl.zeros([BLOCK_M], tl.float32) + logit < 64.0)
-        trouble = tl.max(tl.where(sound, 0, 1)) + tl.max(tl.where(tl.abs(acc) < 3.0e38, 0, 1))
-        if trouble > 0:
-            acc, total, kept, m, top = _all_keys(
-                q, key, value, mask, live, i0, i2, lo, full_lo, full_hi, hi, anchor, tq, tk, width, v_width, offset, left,
-                right, unit, softcap, dropout_p, seed, start, k_t, k_d, v_t, v_d, m_q, m_k, live_r,
-                BASE, RECTIFY, ABSOLUTE, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, PAD_D, PAD_DV, MASK, MASK_ROWS, LEFT, RIGHT,
-                SOFTCAP, DROPOUT, STATS, True, EXACT, TRACK, RELU_ASM, PRECISION, SIGNED,
-            )  # fmt: skip
-    if q.dtype == tl.float16:
+    """Normalize and write ``rows`` of a tile, whose first row is where the pointers point."""
+    if HALF:
         if BASE == LINEAR:
             acc *= m[:, None]
         acc *= 1.0 / FP16_SCALE
@@ -309,17 +231,196 @@ def attention_forward(
             total += tl.exp2(logit - m)
     total += eps  # relative to m
     inverse = tl.where(total == 0, 0.0, 1.0 / total)
-    rows = i0 + i < tq
-    out += b * o_b + h * o_h + i0.to(tl.int64) * o_t
+    i, dv = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_DV)
     tl.store(
         out + i[:, None] * o_t + dv[None, :] * o_d,
         (acc * inverse[:, None]).to(out.dtype.element_ty),
         mask=rows[:, None] & (dv[None, :] < v_width),
     )
-    at = b * l_b + h * l_h + (i0 + i) * l_t
-    tl.store(lse + at, (m + tl.log2(total)) * LN2, mask=rows)
+    tl.store(lse + i * l_t, (m + tl.log2(total)) * LN2, mask=rows)
     if STATS:
-        tl.store(mass + at, kept * inverse, mask=rows)
+        tl.store(mass + i * l_t, kept * inverse, mask=rows)
         if BASE != LINEAR:
             top *= LN2
-        tl.store(largest + at, top, mask=rows)
+        tl.store(largest + i * l_t, top, mask=rows)
+
+
+@triton.jit
+def _few_tile(
+    query, key, value, mask, i0, anchor, logit, eps, out, lse, mass, largest, tq, tk, width, v_width, offset, left, right,
+    unit, softcap, dropout_p, seed, start, q_t, q_d, k_t, k_d, v_t, v_d, o_t, o_d, l_t, m_q, m_k,
+    BASE: tl.constexpr, RECTIFY: tl.constexpr, ABSOLUTE: tl.constexpr, CONSTANT: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr, PAD_D: tl.constexpr, PAD_DV: tl.constexpr, MASK: tl.constexpr, MASK_ROWS: tl.constexpr,
+    LEFT: tl.constexpr, RIGHT: tl.constexpr, SOFTCAP: tl.constexpr, DROPOUT: tl.constexpr, STATS: tl.constexpr,
+    RELU_ASM: tl.constexpr, PRECISION: tl.constexpr, SIGNED: tl.constexpr, EARLY: tl.constexpr,
+):  # fmt: skip
+    """Those of FEW_ROWS queries from ``i0`` on that see few keys, with care; pointers to the head."""
+    i = tl.arange(0, FEW_ROWS)
+    i2 = (i0 + i)[:, None]
+    lo, _, _, hi = keys_of_queries(
+        i0, tl.minimum(i0 + FEW_ROWS, tq), tk, offset, left, right, FEW_KEYS, LEFT, RIGHT
+    )  # fmt: skip
+    seen = count_seen(mask, m_q, m_k, i2, lo, hi, tq, tk, offset, left, right, MASK, MASK_ROWS, LEFT, RIGHT, 128)
+    rows = (seen > 0) & (seen <= FEW)
+    if tl.max(rows.to(tl.int32), 0) > 0:
+        i64 = tl.cast(i0, tl.int64)
+        q = load_rows(query + i64 * q_t, i, tl.arange(0, BLOCK_D), q_t, q_d, tq - i0, width, True, PAD_D)
+        zero = tl.zeros([FEW_ROWS], tl.float32)
+        m = zero + anchor
+        if BASE == LINEAR:
+            m += TINY
+        acc, total, kept, m, top, _bits = _sweep(
+            tl.zeros([FEW_ROWS, BLOCK_DV], tl.float32), zero, zero, m, zero - INF, tl.zeros([FEW_ROWS], tl.int32), q, key,
+            value, mask, i2, lo, hi, tq, tk, width, v_width, offset, left, right,
+            unit, softcap, dropout_p, seed, start, k_t, k_d, v_t, v_d, m_q, m_k,
+            BASE, RECTIFY, ABSOLUTE, FEW_KEYS, BLOCK_D, BLOCK_DV, PAD_D, PAD_DV, MASK, MASK_ROWS, LEFT, RIGHT, SOFTCAP,
+            DROPOUT, STATS, True, True, True, False, RELU_ASM, PRECISION, SIGNED, True,
+        )  # fmt: skip
+        if EARLY:
+            gdc_wait()
+        _finish(
+            acc, total, kept, m, top, logit, eps, rows, out + i64 * o_t, lse + i64 * l_t,
+            mass + i64 * l_t if STATS else mass, largest + i64 * l_t if STATS else largest, o_t, o_d, l_t, v_width,
+            BASE, CONSTANT, STATS, q.dtype == tl.float16, FEW_ROWS, BLOCK_DV,
+        )  # fmt: skip
+
+
+@triton.jit(
+    do_not_specialize=[
+        "heads",
+        "tiles",
+        "pairs",
+        "together",
+        "tq",
+        "tk",
+        "left",
+        "right",
+        "live_b",
+        "live_h",
+        "live_r",
+        "few_tiles",
+    ]
+)
+def attention_forward(
+    query, key, value, out, lse, mass, largest, live, mask, sink, cu_q, cu_k, seed_at, redo,
+    q_b, q_h, q_t, q_d, k_b, k_h, k_t, k_d, v_b, v_h, v_t, v_d, o_b, o_h, o_t, o_d, l_b, l_h, l_t, m_b, m_h, m_q, m_k,
+    live_b, live_h, live_r, tiles, heads, pairs, together, few_tiles, groups, tq, tk, width, v_width, left, right, unit, eps,
+    softcap, dropout_p,
+    BASE: tl.constexpr, RECTIFY: tl.constexpr, ABSOLUTE: tl.constexpr, CONSTANT: tl.constexpr,
+    NEGATIVE_GRADIENT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr, PAD_D: tl.constexpr, PAD_DV: tl.constexpr, MASK: tl.constexpr, MASK_ROWS: tl.constexpr,
+    LEFT: tl.constexpr, RIGHT: tl.constexpr, BOTTOM_RIGHT: tl.constexpr, SOFTCAP: tl.constexpr, DROPOUT: tl.constexpr,
+    STATS: tl.constexpr, VARLEN: tl.constexpr, OPTIMISTIC: tl.constexpr, EXACT: tl.constexpr, TRACK: tl.constexpr,
+    RELU_ASM: tl.constexpr, PRECISION: tl.constexpr, SIGNED: tl.constexpr, EARLY: tl.constexpr,
+):  # fmt: skip
+    """Grid: ``few_tiles`` programs for each of the ``pairs`` of head and sequence, which write the rows that see few keys,
+    then the query tiles of all pairs (:func:`tile_at`), which write the others.
+
+    Writes ``out``, ``lse`` (natural), with STATS mass and largest.
+
+    With TRACK also ``live``: bit ``c % 32`` of word ``c // 32`` of row ``r`` says whether the numerator keeps a score of
+    query tile ``r`` and key tile ``c``, both of BLOCK_N positions. Words that no query of the row sees are not written.
+    With a mask nobody knows which rows those are: they are written again, in a launch of their own. With ``redo``, an int32 a
+    query tile, those with zero have nothing to do. EARLY: may be launched while the kernel that writes ``redo`` runs.
+    """
+    at = tl.program_id(0) - few_tiles * pairs
+    if redo is not None and at >= 0:
+        if EARLY:
+            gdc_wait()
+        if tl.load(redo + at) == 0:
+            return
+    tile, h, b = tile_at(tl.maximum(at, 0), tiles, heads, pairs, together)
+    if at < 0:
+        pair = tl.program_id(0) // few_tiles
+        tile, h, b = tl.program_id(0) % few_tiles, pair % heads, pair // heads
+    h, b = h.to(tl.int64), b.to(tl.int64)
+    start = (b * heads + h) * 1_000_003
+    if TRACK:
+        live += b * live_b + h * live_h
+    if VARLEN:
+        q0, k0 = tl.load(cu_q + b).to(tl.int64), tl.load(cu_k + b).to(tl.int64)
+        tq, tk = (tl.load(cu_q + b + 1) - q0).to(tl.int32), (tl.load(cu_k + b + 1) - k0).to(tl.int32)
+        query += q0 * q_t
+        key += k0 * k_t
+        value += k0 * v_t
+        out += q0 * o_t
+        lse += q0 * l_t
+        if STATS:
+            mass += q0 * l_t
+            largest += q0 * l_t
+        b *= 0
+    offset = 0
+    if BOTTOM_RIGHT:
+        offset = tk - tq
+    kv = h // groups
+    query += b * q_b + h * q_h
+    key += b * k_b + kv * k_h
+    value += b * v_b + kv * v_h
+    out += b * o_b + h * o_h
+    rest = b * l_b + h * l_h
+    lse += rest
+    if STATS:
+        mass += rest
+        largest += rest
+    if MASK != 0:
+        mask += b * m_b + h * m_h
+    seed = 0
+    if DROPOUT:
+        seed = tl.load(seed_at)
+    ANCHORED: tl.constexpr = BASE != EXP or RECTIFY != NONE or CONSTANT != 0
+    anchor = 0.0 if ANCHORED else -INF
+    logit = 0.0
+    if CONSTANT == SINK:
+        logit = tl.load(sink + h).to(tl.float32) * LOG2E
+        anchor = tl.maximum(anchor, logit)
+    if at < 0:
+        first, last = rows_with_few(mask, m_k, tq, tk, offset, left, right, MASK, MASK_ROWS, LEFT, RIGHT, 128)
+        for i0 in range(first + tile * FEW_ROWS, last, few_tiles * FEW_ROWS):
+            _few_tile(
+                query, key, value, mask, i0, anchor, logit, eps, out, lse, mass, largest, tq, tk, width, v_width, offset, left,
+                right, unit, softcap, dropout_p, seed, start, q_t, q_d, k_t, k_d, v_t, v_d, o_t, o_d, l_t, m_q, m_k,
+                BASE, RECTIFY, ABSOLUTE, CONSTANT, BLOCK_D, BLOCK_DV, PAD_D, PAD_DV, MASK, MASK_ROWS, LEFT, RIGHT, SOFTCAP,
+                DROPOUT, STATS, RELU_ASM, PRECISION, SIGNED, EARLY,
+            )  # fmt: skip
+        return
+    i0 = (tiles - 1 - tile) * BLOCK_M  # under a causal mask the last queries see the most keys
+    if i0 >= tq:
+        return
+    i, d = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D)
+    i64 = i0.to(tl.int64)
+    query += i64 * q_t
+    q = load_rows(query, i, d, q_t, q_d, tq - i0, width, True, PAD_D)
+    i2 = (i0 + i)[:, None]
+    lo, full_lo, full_hi, hi = keys_of_queries(
+        i0, tl.minimum(i0 + BLOCK_M, tq), tk, offset, left, right, BLOCK_N, LEFT, RIGHT
+    )
+    acc, total, kept, m, top = _all_keys(
+        q, key, value, mask, live, i0, i2, lo, full_lo, full_hi, hi, anchor, tq, tk, width, v_width, offset, left,
+        right, unit, softcap, dropout_p, seed, start, k_t, k_d, v_t, v_d, m_q, m_k, live_r,
+        BASE, RECTIFY, ABSOLUTE, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, PAD_D, PAD_DV, MASK, MASK_ROWS, LEFT, RIGHT,
+        SOFTCAP, DROPOUT, STATS, not OPTIMISTIC, EXACT, TRACK, RELU_ASM, PRECISION, SIGNED, False,
+    )  # fmt: skip
+    if OPTIMISTIC:
+        m = tl.zeros([BLOCK_M], tl.float32)
+        sound = total < _LARGEST
+        if not ANCHORED:
+            sound = sound & ((total > _SMALLEST) | (hi <= lo))
+        if CONSTANT == SINK:
+            sound = sound & (tl.zeros([BLOCK_M], tl.float32) + logit < 64.0)
+        trouble = tl.max(tl.where(sound, 0, 1)) + tl.max(tl.where(tl.abs(acc) < 3.0e38, 0, 1))
+        if trouble > 0:
+            acc, total, kept, m, top = _all_keys(
+                q, key, value, mask, live, i0, i2, lo, full_lo, full_hi, hi, anchor, tq, tk, width, v_width, offset, left,
+                right, unit, softcap, dropout_p, seed, start, k_t, k_d, v_t, v_d, m_q, m_k, live_r,
+                BASE, RECTIFY, ABSOLUTE, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, PAD_D, PAD_DV, MASK, MASK_ROWS, LEFT, RIGHT,
+                SOFTCAP, DROPOUT, STATS, True, EXACT, TRACK, RELU_ASM, PRECISION, SIGNED, False,
+            )  # fmt: skip
+    rows = i0 + i < tq
+    if MASK == 0 and q.dtype != tl.float32:
+        seen = keys_seen(i0 + i, tk, offset, left, right, LEFT, RIGHT)
+        rows = rows & ((seen == 0) | (seen > FEW))  # other programs write the rest
+    _finish(
+        acc, total, kept, m, top, logit, eps, rows, out + i64 * o_t, lse + i64 * l_t,
+        mass + i64 * l_t if STATS else mass, largest + i64 * l_t if STATS else largest, o_t, o_d, l_t, v_width,
+        BASE, CONSTANT, STATS, q.dtype == tl.float16, BLOCK_M, BLOCK_DV,
+    )  # fmt: skip

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -11,12 +11,12 @@ import triton
 from torch import Tensor
 
 from softpick.normalizers import Normalizer
+from softpick.ops.failures import KernelError, fall_back
 from softpick.ops.triton import tuning
 from softpick.ops.triton.backward import (
     attention_backward_keys,
     attention_backward_queries,
     live_segments,
-    row_statistics,
 )
 from softpick.ops.triton.decode import decode_merge, decode_split
 from softpick.ops.triton.forward import attention_forward
@@ -27,7 +27,8 @@ from softpick.ops.triton.rows import (
     rows_forward_long,
 )
 from softpick.ops.triton.run import run
-from softpick.ops.triton.tile import LOG2E, switches
+from softpick.ops.triton.statistics import row_statistics
+from softpick.ops.triton.tile import FEW, FEW_ROWS, LOG2E, switches
 from softpick.ops.triton.tuning import (
     FEWEST_KEYS,
     HOPPER,
@@ -43,9 +44,14 @@ from softpick.ops.triton.tuning import (
 )
 
 hopper: Any = None
+_no_hopper: KernelError | None = None
 if not triton.knobs.runtime.interpret:  # Gluon has no interpreter
-    with contextlib.suppress(ImportError):  # an experimental part of Triton, which other versions may not have
+    try:  # an experimental part of Triton, which other versions may not have, or have under other names
         from softpick.ops.triton import hopper
+    except Exception as error:
+        _no_hopper = KernelError(
+            "softpick.ops.triton.hopper", f"{type(error).__name__}: {error}; Triton {triton.__version__}"
+        )
 
 __all__ = [
     "Options",
@@ -71,6 +77,8 @@ _FEWEST_SHARED = 2**20  # keys from which it pays to share those of sequences of
 _EVEN = 0.95  # share of the places from which programs of hopper/decode.py take whole sequences and heads: then none is merged
 _MOST_PARTS = 256  # of a sequence and key head: the merge holds them at once
 _FEW_PARTS = 4  # that it takes at a time where programs share all sequences and heads, and most have one or two
+_PORTABLE_TAKES = "the Triton kernels for every GPU take its place: up to twice the time of those for Hopper GPUs"
+_MASK_TILES = 4  # programs of a head that look for rows which see few keys because of a mask over keys
 _LARGEST_OPTIMISTIC_EPS = 1e-5  # eps is relative to e^m; without m it is off by a factor of at most 1 + eps
 
 
@@ -155,7 +163,20 @@ def _capability(x: Tensor) -> int:
 
 def _on_hopper(x: Tensor) -> bool:
     """Whether the kernels of ``hopper/`` are there and run on its GPU."""
-    return hopper is not None and _capability(x) == 9
+    if _capability(x) != 9:
+        return False
+    if _no_hopper is not None:
+        fall_back(_no_hopper, _PORTABLE_TAKES)
+    return hopper is not None
+
+
+def _tried(kernels: Callable[..., Any], *args: Any) -> Any:
+    """What ``kernels`` of ``hopper/`` return for these arguments; None, with a warning, where they cannot be built."""
+    try:
+        return kernels(*args)
+    except KernelError as failure:
+        fall_back(failure, _PORTABLE_TAKES)
+        return None
 
 
 @functools.cache
@@ -255,35 +276,49 @@ def forward(
     tile = blocks("forward", max(common["BLOCK_D"], common["BLOCK_DV"]), query.dtype, query.device)
     plain = cu_q is None and mass is None and live is None
     many = b * heads * longest * keys >= _FEWEST_FORWARD
-    by_hand = plain and optimistic and many and hopper_can(options, query, key, value, mask, out)
-    if by_hand:
+    redo = None
+    if plain and optimistic and many and hopper_can(options, query, key, value, mask, out):
+        redo = _tried(_forward_by_hand, options, common, query, key, value, sink, out, lse)
+    if redo is not None:
         tile, optimistic = tile._replace(m=_HOPPER_QUERIES), False
     pointer, mask_strides = _mask_arguments(mask)
     tiles = _cdiv(longest, tile.m)
     together = _together(heads * b, groups, _row_bytes(key, value) * keys, tiles)
-    redo = None
-    if by_hand:
-        redo = _forward_by_hand(options, common, query, key, value, sink, out, lse, tiles, together)
-    run(
-        attention_forward, (tiles * heads * b,),
-        query, key, value, out, lse, mass, largest, live, pointer, sink, cu_q, cu_k, seed, redo,
-        *query.stride(), *key.stride(), *value.stride(), *out.stride(), *lse.stride(), *mask_strides,
-        *_line_strides(live),
-        tiles, heads, heads * b, together, groups, query.shape[2], key.shape[2], query.shape[-1], value.shape[-1],
-        options.left, options.right, _unit(options), options.eps, options.softcap, _dropped(options),
-        **common,
-        BLOCK_M=tile.m,
-        BLOCK_N=tile.n,
-        DROPOUT=options.dropout_p > 0,
-        STATS=mass is not None,
-        VARLEN=cu_q is not None,
-        OPTIMISTIC=optimistic,
-        TRACK=live is not None,
-        SIGNED=options.scale <= 0 or (mask is not None and mask.dtype != torch.bool),
-        RELU_ASM=_relu_asm(query),
-        num_warps=tile.warps,
-        num_stages=tile.stages,
-    )  # fmt: skip
+    few = 0
+    if query.dtype != torch.float32:  # products in fp32 round no weights
+        few = _few_tiles(options, query, longest, key.shape[2] if cu_k is None else longest, mask, cu_q is not None)
+    early = redo is not None and _dependent_launch(query)
+
+    def launch(few: int, programs: int) -> None:
+        run(
+            attention_forward, (programs,),
+            query, key, value, out, lse, mass, largest, live, pointer, sink, cu_q, cu_k, seed, redo,
+            *query.stride(), *key.stride(), *value.stride(), *out.stride(), *lse.stride(), *mask_strides,
+            *_line_strides(live),
+            tiles, heads, heads * b, together, few, groups, query.shape[2], key.shape[2], query.shape[-1], value.shape[-1],
+            options.left, options.right, _unit(options), options.eps, options.softcap, _dropped(options),
+            **common,
+            BLOCK_M=tile.m,
+            BLOCK_N=tile.n,
+            DROPOUT=options.dropout_p > 0,
+            STATS=mass is not None,
+            VARLEN=cu_q is not None,
+            OPTIMISTIC=optimistic,
+            TRACK=live is not None,
+            SIGNED=options.scale <= 0 or (mask is not None and mask.dtype != torch.bool),
+            RELU_ASM=_relu_asm(query),
+            EARLY=early,
+            num_warps=tile.warps,
+            num_stages=tile.stages,
+            **({"launch_pdl": True} if early else {}),
+        )  # fmt: skip
+
+    if mask is None:
+        launch(few, (few + tiles) * heads * b)
+    else:  # which rows see few keys is not known beforehand: they are written again
+        launch(0, tiles * heads * b)
+        if few:
+            launch(few, few * heads * b)
 
 
 def _forward_by_hand(
@@ -295,11 +330,11 @@ def _forward_by_hand(
     sink: Tensor | None,
     out: Tensor,
     lse: Tensor,
-    tiles: int,
-    together: int,
 ) -> Tensor:
     """A kernel of ``hopper/``; returns which tiles have to be taken again, an int32 each."""
     (b, heads, tq, _), groups, tk = query.shape, query.shape[1] // key.shape[1], key.shape[2]
+    tiles = _cdiv(tq, _HOPPER_QUERIES)
+    together = _together(heads * b, groups, _row_bytes(key, value) * tk, tiles)
     padded, total = common["BLOCK_D"], tiles * heads * b
     ring = HOPPER_FORWARD[padded]
     turn = torch.zeros(1 + total, dtype=torch.int32, device=query.device)
@@ -373,17 +408,16 @@ def backward(
     statistics = torch.empty(shape, dtype=torch.float32, device=query.device)
     if by_hand:
         statistics = statistics.transpose(2, 3)
-    widest = max(common["BLOCK_D"], common["BLOCK_DV"])
-    lines = 64 if widest <= 128 else 32
-    run(
-        row_statistics, (_cdiv(padded, lines), heads, rows),
-        out, grad_out, lse, statistics,
-        *out.stride(), *grad_out.stride(), *lse.stride(), *statistics.stride()[1:], heads, total_q, padded, value.shape[-1],
-        BASE=common["BASE"], BLOCK_M=lines, BLOCK_DV=common["BLOCK_DV"], num_warps=4,
+    _row_statistics(
+        options, common, query, key, value, mask, sink, cu_q, cu_k, seed, longest, longest_k, out, lse, grad_out, statistics
     )  # fmt: skip
     if by_hand:
-        _backward_by_hand(options, common, query, key, value, grad_out, statistics, dquery, dkey, dvalue)
-    else:
+        by_hand = _tried(
+            _backward_by_hand, options, common, query, key, value, grad_out, statistics, dquery, dkey, dvalue
+        )  # fmt: skip
+        if not by_hand:
+            statistics = statistics[:, :, :total_q].contiguous()
+    if not by_hand:
         _backward_kernels(
             options, common, query, key, value, mask, cu_q, cu_k, seed, longest, longest_k, grad_out, statistics, dquery, dkey,
             dvalue, dmask, live,
@@ -392,6 +426,63 @@ def backward(
         return None
     level, delta = statistics[:, :, :total_q, 0], statistics[:, :, :total_q, 2]
     return -(delta * torch.exp2(sink.float().view(1, -1, 1) * LOG2E.value - level)).sum((0, 2))
+
+
+def _few_tiles(options: Options, query: Tensor, tq: int, tk: int, mask: Tensor | None, packed: bool) -> int:
+    """How many programs of a head take the rows that see few keys (``rows_with_few``); 0 if there are none or in fp32."""
+    if mask is not None and mask.shape[2] == 1 and options.left < 0:
+        return _MASK_TILES
+    offset = tk - tq if options.bottom_right else 0
+    bounded = options.right >= 0
+    first, last = (max(0, -(offset + options.right)) if bounded else 0), tq
+    if mask is None:
+        high = min(tk, tq + offset + options.right) if bounded else tk
+        low = max(0, tq - 1 + offset - options.left) if options.left >= 0 else 0
+        if high - low > FEW.value:
+            last = min(tq, FEW.value - offset - options.right) if bounded else first
+    return max(int(packed), _cdiv(max(0, last - first), FEW_ROWS.value))  # each packed sequence may be a short one
+
+
+def _row_statistics(
+    options: Options,
+    common: dict[str, Any],
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    sink: Tensor | None,
+    cu_q: Tensor | None,
+    cu_k: Tensor | None,
+    seed: Tensor | None,
+    longest: int,
+    longest_k: int,
+    out: Tensor,
+    lse: Tensor,
+    grad_out: Tensor,
+    statistics: Tensor,
+) -> None:
+    """Into ``statistics`` ``(B, H, Tq or more, 4)``."""
+    (rows, heads, total_q, _), padded = query.shape, statistics.shape[2]
+    few = _few_tiles(options, query, longest, key.shape[2] if cu_k is None else longest_k, mask, cu_q is not None)
+    lines = 64 if max(common["BLOCK_D"], common["BLOCK_DV"]) <= 128 else 32
+    pointer, mask_strides = _mask_arguments(mask)
+    apart = mask is not None or cu_q is not None
+    first = 0 if apart else few
+
+    def launch(tiles: int, programs: int, sequences: int) -> None:
+        run(
+            row_statistics, (programs, heads, sequences),
+            query, key, value, out, grad_out, lse, statistics, pointer, sink, cu_q, cu_k, seed,
+            *query.stride(), *key.stride(), *value.stride(), *out.stride(), *grad_out.stride(), *lse.stride(), *mask_strides,
+            *statistics.stride()[1:],
+            tiles, heads, heads // key.shape[1], total_q, key.shape[2], padded, query.shape[-1], value.shape[-1],
+            options.left, options.right, _unit(options), options.eps, options.softcap, _dropped(options),
+            **common, BLOCK_M=lines, DROPOUT=options.dropout_p > 0, VARLEN=cu_q is not None, num_warps=4,
+        )  # fmt: skip
+
+    launch(first, first + _cdiv(padded, lines), rows)
+    if apart and few:
+        launch(few, few, _sequences(query, cu_q, longest)[0])
 
 
 def _backward_kernels(
@@ -428,6 +519,7 @@ def _backward_kernels(
     strides = (*query.stride(), *key.stride(), *value.stride(), *grad_out.stride())
     grain = 0 if live is None else _grain(query, value)
     span = (cu_q, cu_k, longest, key.shape[2] if cu_k is None else longest_k)
+    shared["EXACT"] = shared["EXACT"] or span[3] <= FEW.value  # every row sees few keys
     tile = blocks("keys", widest, query.dtype, query.device)
     runs = None if live is None else _segments(live, True, tile.n, grain, *span)
     tiles = _cdiv(span[3], tile.n)
@@ -512,8 +604,8 @@ def _backward_by_hand(
     dquery: Tensor,
     dkey: Tensor,
     dvalue: Tensor,
-) -> None:
-    """The kernels of ``hopper/backward.py``."""
+) -> bool:
+    """The kernels of ``hopper/backward.py``; true when they are launched."""
     (b, heads, tq, width), kv_heads, tk = query.shape, key.shape[1], key.shape[2]
     groups, padded = heads // kv_heads, common["BLOCK_D"]
     shared = {**switches(options.norm), **{name: common[name] for name in ("BLOCK_D", "RIGHT", "BOTTOM_RIGHT")}}
@@ -549,6 +641,7 @@ def _backward_by_hand(
         **shared, BLOCK_M=tile.m, BLOCK_N=tile.n, STAGES=tile.stages, IN_REGISTERS=tile.in_registers,
         num_warps=tile.warps,
     )  # fmt: skip
+    return True
 
 
 def decode(
@@ -564,16 +657,38 @@ def decode(
     lse: Tensor,
 ) -> None:
     """Few queries against a cache: ``(B, Hkv, Tk, D)``, or with ``table`` pages ``(blocks, Hkv, page, D)``."""
-    b, heads, tq, _ = query.shape
-    kv_heads = key.shape[1]
-    if not (b and heads and tq):
+    if not query.numel():
         return
-    groups = heads // kv_heads
     page = 0 if table is None else key.shape[2]
     tk = key.shape[2] if table is None else table.shape[1] * page
+    keys = query.shape[0] * key.shape[1] * tk
+    tensors = query, key, value, mask, sink, lengths, table, out, lse
+    by_hand = hopper_can_decode(options, query, key, value, mask, page, keys)
+    if not (by_hand and _tried(_decode, True, options, page, tk, *tensors)):
+        _decode(False, options, page, tk, *tensors)
+
+
+def _decode(
+    by_hand: bool,
+    options: Options,
+    page: int,
+    tk: int,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    sink: Tensor | None,
+    lengths: Tensor | None,
+    table: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+) -> bool:
+    """:func:`decode` by ``hopper/decode.py`` or by ``decode.py``; true when the kernels are launched."""
+    b, heads, tq, _ = query.shape
+    kv_heads = key.shape[1]
+    groups = heads // kv_heads
     common = _common(options, query, value, mask)
     widest = max(common["BLOCK_D"], common["BLOCK_DV"])
-    by_hand = hopper_can_decode(options, query, key, value, mask, page, b * kv_heads * tk)
     pays = by_hand or b * kv_heads * tk >= SKIP_FROM
     skip = options.norm.sparse and (pays if options.skip is None else options.skip)
     kind = "decode_skip" if skip else "decode"
@@ -623,7 +738,7 @@ def decode(
             num_warps=schedule.warps,
         )  # fmt: skip
         if whole:
-            return
+            return True
     else:
         pointer, mask_strides = _mask_arguments(mask)
         run(
@@ -654,6 +769,7 @@ def decode(
         LENGTHS=lengths is not None, SHARED=shared, EARLY=early, num_warps=4,
         **({"launch_pdl": True} if early else {}),
     )  # fmt: skip
+    return True
 
 
 def _places(programs: int, device: torch.device) -> int:
@@ -735,6 +851,34 @@ def _ring(kind: str, x: Tensor, *more: Tensor) -> tuple[int, int, Tensor, dict[s
     return together * parts, parts, zeros, shape
 
 
+def _forward_ring(x: Tensor, eps: float, y: Tensor, lse: Tensor) -> bool:
+    """:func:`softpick_forward` by ``hopper/rows.py``, if that can."""
+    ring = _ring("forward", x)
+    if ring is None:
+        return False
+    programs, parts, words, shape = ring
+    (rows, n), entries = x.shape, 16 // x.element_size()
+    run(
+        hopper.rows_forward_ring, (programs,),
+        x, y, lse, words, rows, n // entries, x.stride(0) // entries, eps, parts, **shape
+    )  # fmt: skip
+    return True
+
+
+def _backward_ring(x: Tensor, lse: Tensor, grad: Tensor, dx: Tensor) -> bool:
+    """:func:`softpick_backward` by ``hopper/rows.py``, if that can."""
+    ring = _ring("backward", x, grad)
+    if ring is None:
+        return False
+    programs, parts, words, shape = ring
+    (rows, n), entries = x.shape, 16 // x.element_size()
+    run(
+        hopper.rows_backward_ring, (programs,),
+        x, lse, grad, dx, words, rows, n // entries, x.stride(0) // entries, grad.stride(0) // entries, parts, **shape
+    )  # fmt: skip
+    return True
+
+
 def softpick_forward(x: Tensor, eps: float, y: Tensor, lse: Tensor) -> None:
     """Softpick over the rows of a matrix ``(rows, n)`` with unit stride in a row, into contiguous ``y`` and ``lse``."""
     rows, n = x.shape
@@ -744,14 +888,7 @@ def softpick_forward(x: Tensor, eps: float, y: Tensor, lse: Tensor) -> None:
         grid, shape = _short("forward", x)
         run(rows_forward, grid, x, y, lse, rows, n, x.stride(0), eps, **shape)
         return
-    ring = _ring("forward", x)
-    if ring is not None:
-        programs, parts, words, shape = ring
-        entries = 16 // x.element_size()
-        run(
-            hopper.rows_forward_ring, (programs,),
-            x, y, lse, words, rows, n // entries, x.stride(0) // entries, eps, parts, **shape
-        )  # fmt: skip
+    if _tried(_forward_ring, x, eps, y, lse):
         return
     run(rows_forward_long, (rows,), x, y, lse, n, x.stride(0), eps, EXACT=x.dtype == torch.float32, **_LONG)
 
@@ -765,14 +902,7 @@ def softpick_backward(x: Tensor, lse: Tensor, grad: Tensor, dx: Tensor) -> None:
         grid, shape = _short("backward", x)
         run(rows_backward, grid, x, lse, grad, dx, rows, n, x.stride(0), grad.stride(0), **shape)
         return
-    ring = _ring("backward", x, grad)
-    if ring is not None:
-        programs, parts, words, shape = ring
-        entries = 16 // x.element_size()
-        run(
-            hopper.rows_backward_ring, (programs,),
-            x, lse, grad, dx, words, rows, n // entries, x.stride(0) // entries, grad.stride(0) // entries, parts, **shape
-        )  # fmt: skip
+    if _tried(_backward_ring, x, lse, grad, dx):
         return
     run(
         rows_backward_long, (rows,),

@@ -1,4 +1,4 @@
-"""Launching a kernel once more.
+"""Launching a kernel once more, and what a kernel that cannot be built is told as.
 
 Before each launch Triton works out anew what every argument means for the compiled kernel: which integers are 1 or multiples of
 16, which pointers are aligned. That takes Python as long as small kernels take the GPU. Arguments that are equal to earlier
@@ -15,6 +15,8 @@ from torch import Tensor
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
+from softpick.ops.failures import KernelError
+
 __all__ = ["run"]
 
 # remembered kernels are called as their own runner calls them, which has been tried with this version
@@ -23,23 +25,62 @@ _MOST = 4096  # lengths that differ from call to call should not fill the memory
 _known: dict[tuple[Any, ...], tuple[Any, list[Any]]] = {}
 
 
+_failed: dict[tuple[Any, ...], str] = {}
+
+
 def run(kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> None:
-    """``kernel[grid](*args, **constants)`` on the current device."""
+    """``kernel[grid](*args, **constants)`` on the current device.
+
+    Raises:
+        KernelError: where this variant of the kernel could not be built or launched, now or before: another Triton, a
+            device with too little shared memory. Memory that has run out is not of that kind.
+    """
+    if _failed:
+        cause = _failed.get(_variant(kernel, args, constants))
+        if cause is not None:
+            raise KernelError(_name(kernel), cause)
     usual = isinstance(kernel, JITFunction) and type(kernel).run.__module__ == "triton.runtime.jit"
     if not (_REMEMBERS and usual) or kernel.pre_run_hooks:
-        kernel[grid](*args, **constants)  # interpreted, replaced for a test, or compiled without a GPU
+        _first(kernel, grid, args, constants)  # interpreted, replaced for a test, or compiled without a GPU
         return
     key = (kernel, driver.active.get_current_device(), *map(_meaning, args), *constants.values())
     found = _known.get(key)
     if found is None:
         if len(_known) >= _MOST:
             _known.clear()
-        compiled = kernel[grid](*args, **constants)
+        compiled = _first(kernel, grid, args, constants)
         if compiled is not None:  # a hook may have taken it
             _known[key] = compiled, [constants[name] for name in kernel.arg_names[len(args) :]]
         return
     compiled, rest = found
     compiled[(*grid, 1, 1)[:3]](*args, *rest)
+
+
+def _first(kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], constants: dict[str, Any]) -> Any:
+    """A launch that may have to compile first."""
+    try:
+        return kernel[grid](*args, **constants)
+    except (KernelError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # whatever a compiler raises: each version of Triton has its own
+        root: BaseException = error
+        while root.__cause__ is not None:  # Triton wraps an error once for every call in a kernel
+            root = root.__cause__
+        cause = (
+            f"{type(root).__name__}: {(str(root).strip() or 'no message').splitlines()[0]}; Triton {triton.__version__}"
+        )
+        _failed[_variant(kernel, args, constants)] = cause
+        raise KernelError(_name(kernel), cause) from error
+
+
+def _name(kernel: Any) -> str:
+    return str(getattr(getattr(kernel, "fn", kernel), "__name__", kernel))
+
+
+def _variant(kernel: Any, args: tuple[Any, ...], constants: dict[str, Any]) -> tuple[Any, ...]:
+    """What decides how a kernel is built, as far as its failing is concerned."""
+    dtypes = tuple(x.dtype for x in args if isinstance(x, Tensor))
+    return _name(kernel), dtypes, *((name, str(value)) for name, value in constants.items())
 
 
 def _meaning(x: Any) -> Any:

@@ -30,6 +30,10 @@ FP16_SCALE = Constant(1024.0)
 TINY = Constant(2.0**-64)
 """Where the running maximum of unbounded weights starts, because it is divided by."""
 
+FEW, FEW_ROWS, FEW_KEYS = Constant(16), Constant(16), Constant(16)
+"""Rows that see so many keys or fewer are computed with care: with few keys rounding does not average out, and the gradient is
+a difference of nearly equal numbers, times ``1 / l``. Programs of their own take FEW_ROWS of them and FEW_KEYS at a time."""
+
 EXP, EXPM1, LINEAR = Constant(0), Constant(1), Constant(2)
 NONE, POSITIVE, NONNEGATIVE = Constant(0), Constant(1), Constant(2)
 BOOLEAN, ADDITIVE = Constant(1), Constant(2)  # kinds of mask; 0 is no mask
@@ -110,6 +114,22 @@ def narrow(p, like, RELU: tl.constexpr, RELU_ASM: tl.constexpr):
         return tl.maximum(p, 0.0).to(like.dtype)
     else:
         return p.to(like.dtype)
+
+
+@triton.jit
+def add_product(
+    acc, p, v, RELU: tl.constexpr, RELU_ASM: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr
+):  # fmt: skip
+    """``acc + p v``, with weights in the dtype of ``v``; SPLIT: with what their rounding left out, too."""
+    if SPLIT:
+        if RELU:
+            p = tl.maximum(p, 0.0)
+        high = p.to(v.dtype)
+        acc = tl.dot(high, v, acc, input_precision=PRECISION)
+        finite = tl.where(v - v == 0.0, v, 0.0)  # an infinite value is in the first product
+        return tl.dot((p - high.to(tl.float32)).to(v.dtype), finite, acc, input_precision=PRECISION)
+    else:
+        return tl.dot(narrow(p, v, RELU, RELU_ASM and RELU), v, acc, input_precision=PRECISION)
 
 
 @triton.jit
@@ -268,6 +288,75 @@ def keys_of_queries(i0, i1, tk, offset, left, right, BLOCK_N: tl.constexpr, LEFT
         full_lo = tl.maximum(lo, tl.minimum(full_lo, hi))
     full_hi = tl.maximum(full_lo, full_hi)
     return lo, full_lo, full_hi, hi
+
+
+@triton.jit
+def keys_seen(i, tk, offset, left, right, LEFT: tl.constexpr, RIGHT: tl.constexpr):
+    """How many keys the queries ``i`` see if no mask hides any."""
+    lo, hi = 0, tk
+    if RIGHT:
+        hi = tl.minimum(hi, i + (offset + right + 1))
+    if LEFT:
+        lo = tl.maximum(lo, i + (offset - left))
+    return tl.maximum(hi - lo, 0)
+
+
+@triton.jit
+def few_seen(i0, i1, tk, offset, left, right, LEFT: tl.constexpr, RIGHT: tl.constexpr):
+    """Whether one of the queries ``i0 .. i1 - 1`` sees FEW keys or fewer, if no mask hides any: then the first or the last."""
+    first = keys_seen(i0, tk, offset, left, right, LEFT, RIGHT)
+    return tl.minimum(first, keys_seen(i1 - 1, tk, offset, left, right, LEFT, RIGHT)) <= FEW
+
+
+@triton.jit
+def rows_with_few(
+    mask, m_k, tq, tk, offset, left, right,
+    MASK: tl.constexpr, MASK_ROWS: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, STEP: tl.constexpr,
+):  # fmt: skip
+    """First and end of the queries to look at for those that see few keys."""
+    first, last = 0, tq
+    if RIGHT:
+        first = tl.minimum(tl.maximum(0, -(offset + right)), tq)
+    if MASK == 0:
+        # along the queries the number of keys rises and falls once: if the last one sees many, the first ones may see few
+        if keys_seen(tq - 1, tk, offset, left, right, LEFT, RIGHT) > FEW:
+            last = tl.minimum(tq, tl.maximum(first, FEW - offset - right)) if RIGHT else first
+    elif not MASK_ROWS and not LEFT:
+        j, seen, start = 0, 0, 0
+        while (j < tk) & (
+            seen <= FEW
+        ):  # keys in steps: from the first that has visible ones to where there are too many
+            tile = load_mask(mask, 0, m_k, 0, j + tl.arange(0, STEP), tq, tk, MASK, False)
+            start = tl.where(seen == 0, j, start)
+            seen += tl.sum((tile if MASK == BOOLEAN else tile != -INF).to(tl.int32), 0)
+            j += STEP
+        if RIGHT:
+            first = tl.maximum(first, tl.minimum(start - offset - right, tq))
+            last = tl.where(seen > FEW, tl.minimum(tq, tl.maximum(first, j - offset - right)), tq)
+        else:
+            last = tl.where(seen > FEW, 0, tq)
+    return first, last
+
+
+@triton.jit
+def count_seen(
+    mask, m_q, m_k, i2, lo, hi, tq, tk, offset, left, right,
+    MASK: tl.constexpr, MASK_ROWS: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, STEP: tl.constexpr,
+):  # fmt: skip
+    """How many of the keys ``lo .. hi - 1`` the queries see. With a mask counting ends where all see more than FEW."""
+    seen = tl.sum(tl.where(i2 < tq, 0, FEW + 1), 1)
+    if MASK == 0:
+        seen += tl.sum(keys_seen(i2, tk, offset, left, right, LEFT, RIGHT) + i2 * 0, 1)
+    else:
+        n = tl.arange(0, STEP)
+        j = lo
+        while (j < hi) & (tl.min(seen, 0) <= FEW):
+            j2 = (j + n)[None, :]
+            tile = load_mask(mask, m_q, m_k, i2, j2, tq, tk, MASK, MASK_ROWS)
+            keep = visible(i2, j2, offset, left, right, tk, LEFT, RIGHT) & (tile if MASK == BOOLEAN else tile != -INF)
+            seen += tl.sum((keep & (i2 < tq)).to(tl.int32), 1)
+            j += STEP
+    return seen
 
 
 @triton.jit

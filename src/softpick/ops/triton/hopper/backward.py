@@ -14,7 +14,6 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
     mbarrier,
-    tma,
     warpgroup_mma,
     warpgroup_mma_init,
     warpgroup_mma_wait,
@@ -22,6 +21,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from softpick.ops.triton.backward import _score_gradient, _slopes
 from softpick.ops.triton.hopper.tiles import store
+from softpick.ops.triton.hopper.versions import barrier, load_tile
 from softpick.ops.triton.tile import EXPM1, assignment, kept_scores, narrow
 
 __all__ = ["backward_keys", "backward_queries"]
@@ -35,8 +35,8 @@ def _fetch(it, count, head, row, first, second, firsts, seconds, ready, BLOCK: g
     at = it * BLOCK
     bar = ready.index(stage)
     mbarrier.expect(bar, first.block_type.nbytes + second.block_type.nbytes, pred=wanted)
-    tma.async_copy_global_to_shared(first, [row, head, at, 0], bar, firsts.index(stage), pred=wanted)
-    tma.async_copy_global_to_shared(second, [row, head, at, 0], bar, seconds.index(stage), pred=wanted)
+    load_tile(first, [row, head, at, 0], bar, firsts.index(stage), pred=wanted)
+    load_tile(second, [row, head, at, 0], bar, seconds.index(stage), pred=wanted)
 
 
 @gluon.jit
@@ -54,9 +54,9 @@ def _fetch_queries(
     bar = ready.index(stage)
     nbytes: gl.constexpr = query_tiles.block_type.nbytes + grad_tiles.block_type.nbytes + row_tiles.block_type.nbytes
     mbarrier.expect(bar, nbytes, pred=wanted)
-    tma.async_copy_global_to_shared(query_tiles, [row, h, at, 0], bar, queries.index(stage), pred=wanted)
-    tma.async_copy_global_to_shared(grad_tiles, [row, h, at, 0], bar, grads.index(stage), pred=wanted)
-    tma.async_copy_global_to_shared(row_tiles, [row, h, 0, at], bar, rows.index(stage), pred=wanted)
+    load_tile(query_tiles, [row, h, at, 0], bar, queries.index(stage), pred=wanted)
+    load_tile(grad_tiles, [row, h, at, 0], bar, grads.index(stage), pred=wanted)
+    load_tile(row_tiles, [row, h, 0, at], bar, rows.index(stage), pred=wanted)
     last = n + 1 == per_head
     return gl.where(last, 0, n + 1), gl.where(last, h + 1, h)
 
@@ -75,8 +75,8 @@ def _room(held, held_too, passing, passing_too, place, STAGES: gl.constexpr):
         mbarrier.init(ready.index(stage), count=1)
     bar = ready.index(STAGES)
     mbarrier.expect(bar, held.block_type.nbytes + held_too.block_type.nbytes)
-    tma.async_copy_global_to_shared(held, place, bar, one)
-    tma.async_copy_global_to_shared(held_too, place, bar, other)
+    load_tile(held, place, bar, one)
+    load_tile(held_too, place, bar, other)
     return one, other, first, second, ready
 
 
@@ -98,7 +98,7 @@ def _tile_of_keys(
     dp = warpgroup_mma(values, do.permute([1, 0]), zero, use_acc=False, is_async=True)
     s, dk, dv = warpgroup_mma_wait(num_outstanding=1, deps=[s, dk, dv])
     # every product of the tile before has ended, for every warp once they have met: its place can be filled again
-    gl.thread_barrier()
+    barrier()
     next_n, next_h = _fetch_queries(
         it + STAGES - 1, next_n, next_h, count, per_head, lo, row, query_tiles, grad_tiles, row_tiles, queries, grads, rows,
         ready, BLOCK_M, STAGES,
@@ -107,7 +107,7 @@ def _tile_of_keys(
     if EDGE:
         i = at + gl.arange(0, BLOCK_M, layout=gl.SliceLayout(0, s_layout))
         e = gl.where(j2 <= i[None, :] + reach, e, 0.0)
-    p, e = _slopes(s, e, statistics.slice(1, 1).load(s_layout), BASE, False)
+    p, e = _slopes(s * unit if EDGE else s, e, statistics.slice(1, 1).load(s_layout), BASE, False, EDGE)
     if BASE == EXPM1:
         p = narrow(p, do, True, True)
     else:
@@ -204,7 +204,7 @@ def _tile_of_queries(
     s = warpgroup_mma(q, k.permute([1, 0]), zero, use_acc=False, is_async=True)
     dp = warpgroup_mma(do, v.permute([1, 0]), zero, use_acc=False, is_async=True)
     s, dq = warpgroup_mma_wait(num_outstanding=1, deps=[s, dq])
-    gl.thread_barrier()  # as above
+    barrier()  # as above
     _fetch(it + STAGES - 1, count, head, row, key_tiles, value_tiles, keys, values, ready, BLOCK_N, STAGES)
     e = gl.exp2(s * unit - level)
     if EDGE:

@@ -13,12 +13,12 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
-    tma,
     warpgroup_mma,
 )
 from triton.language.extra.cuda import gdc_launch_dependents
 
 from softpick.ops.triton.decode import count_tiles, keys_of_sequence, sequence_at, share_of
+from softpick.ops.triton.hopper.versions import barrier, load_tile
 from softpick.ops.triton.tile import (
     EXP,
     INF,
@@ -30,6 +30,7 @@ from softpick.ops.triton.tile import (
     POSITIVE,
     SINK,
     Constant,
+    few_seen,
     finish_scores,
     kept_scores,
     numerators,
@@ -48,7 +49,7 @@ def _fetch(tiles, it, wanted, first, row, kv, table, bar, place, BLOCK_N: gl.con
         row = gl.load(table + at // PAGE, mask=wanted, other=0).to(gl.int32)
         at = at % PAGE
     mbarrier.expect(bar, tiles.block_type.nbytes, pred=wanted)
-    tma.async_copy_global_to_shared(tiles, [row, kv, at, 0], bar, place, pred=wanted)
+    load_tile(tiles, [row, kv, at, 0], bar, place, pred=wanted)
 
 
 @gluon.jit
@@ -90,13 +91,14 @@ def _sweep(
     STAGES: gl.constexpr, VALUES: gl.constexpr, PAGE: gl.constexpr, LENGTHS: gl.constexpr, SKIP: gl.constexpr,
     SHIFT: gl.constexpr, s_layout: gl.constexpr, o_layout: gl.constexpr, num_warps: gl.constexpr,
 ):  # fmt: skip
-    """All keys with weights relative to ``m``; their first tiles are on the way (:func:`_start`).
+    """All keys with weights relative to ``m``; their first tiles are on the way (:func:`_start`). SHIFT takes more care.
 
     ``seen`` key tiles and ``taken`` value tiles came through the stages before.
     """
     taken = gl.to_tensor(taken)
     acc = gl.zeros([BLOCK_DV, BLOCK_M], gl.float32, layout=o_layout)
     total = gl.zeros([BLOCK_N, BLOCK_M], gl.float32, layout=s_layout)
+    lost = total
     used = taken
     live = gl.to_tensor(False)
     valid = tk - first - (count - 1) * BLOCK_N  # keys of the last tile
@@ -106,16 +108,19 @@ def _sweep(
             BASE, LEFT, RIGHT, SOFTCAP, BLOCK_M, BLOCK_N, BLOCK_D, STAGES, s_layout,
         )  # fmt: skip
         s = gl.where(keep, s, -INF if BASE == EXP else 0.0)
-        p = numerators(s, m, BASE, SHIFT, False)
+        p = numerators(s, m, BASE, SHIFT, SHIFT)
         kept = kept_scores(p, s, RECTIFY)
         total += gl.abs(p) if ABSOLUTE else kept
+        rounded = kept.to(gl.bfloat16)
+        if SHIFT:
+            lost += gl.abs(kept) - gl.abs(rounded.to(gl.float32))
         # a place more than value tiles: what is written here, nobody reads who has not met the others since
-        weights.index(taken % (VALUES + 1)).store(gl.permute(kept.to(gl.bfloat16), (1, 0)))
+        weights.index(taken % (VALUES + 1)).store(gl.permute(rounded, (1, 0)))
         fence_async_shared()
         if SKIP:
             top = gl.max(gl.max(gl.where(keep & rows, s, -INF), 1), 0)
             live = top > 0 if RECTIFY == POSITIVE else top >= 0
-        gl.thread_barrier()  # scores are read by nobody any more, weights are there for everybody
+        barrier()  # scores are read by nobody any more, weights are there for everybody
         stage = (seen + it) % STAGES
         following = it + STAGES
         _fetch(
@@ -146,8 +151,12 @@ def _sweep(
             if LENGTHS:
                 last = gl.where(live & (at == taken - 1), valid, BLOCK_N)
             acc = _product(acc, at, last, values, weights, arrived, BLOCK_N, BLOCK_DV, VALUES, num_warps)
-    gl.thread_barrier()
-    return acc, gl.sum(total, 0), taken
+    barrier()
+    total = gl.sum(total, 0)
+    if SHIFT:  # the numerator as if its weights had not been rounded: with one key it is that key's value
+        rest = total - gl.sum(lost, 0)
+        acc *= gl.convert_layout(gl.where(rest > 0, total / rest, 1.0), gl.SliceLayout(0, o_layout))[None, :]
+    return acc, total, taken
 
 
 @gluon.jit
@@ -163,7 +172,7 @@ def _product(
         n = gl.arange(0, BLOCK_N, layout=gl.SliceLayout(1, layout))
         v.store(gl.where((n < valid)[:, None], v.load(layout), 0.0))
         fence_async_shared()
-        gl.thread_barrier()
+        barrier()
     return warpgroup_mma(v.permute([1, 0]), weights.index(at % (VALUES + 1)).permute([1, 0]), acc)
 
 
@@ -181,7 +190,7 @@ def _largest(
             BASE, LEFT, RIGHT, SOFTCAP, BLOCK_M, BLOCK_N, BLOCK_D, STAGES, s_layout,
         )  # fmt: skip
         top = gl.maximum(top, gl.where(keep, s, -INF))
-        gl.thread_barrier()
+        barrier()
         stage = (seen + it) % STAGES
         following = it + STAGES
         _fetch(
@@ -222,7 +231,7 @@ def _take(
     inside = (r < groups * tq)[:, None] & (d < width)[None, :]
     q.store(gl.load(query + at[:, None] + d[None, :] * q_d, mask=inside, other=0.0))
     fence_async_shared()
-    gl.thread_barrier()
+    barrier()
     r = gl.arange(0, BLOCK_M, layout=gl.SliceLayout(0, s_layout))
     rows = r < groups * tq
     i = r % tq
@@ -237,7 +246,11 @@ def _take(
     m = zero
     if CONSTANT == SINK:
         logit = gl.load(sink + kv * groups + gl.minimum(r // tq, groups - 1)).to(gl.float32) * LOG2E
-    if BASE != LINEAR:
+    few = few_seen(0, tq, filled, offset, left, right, LEFT, RIGHT) & (count > 0)
+    if BASE == LINEAR:
+        wrong = gl.to_tensor(0)
+        sees = rows
+    else:
         sees = rows & (hi > lo)
         if RIGHT:
             sees = sees & (gl.minimum(hi, i + offset + right + 1) > lo)
@@ -249,32 +262,34 @@ def _take(
         if CONSTANT == SINK:
             sound = sound & (logit < 64.0)
         wrong = gl.max(gl.where(sound | ~rows, 0, 1), 0) + gl.max(gl.max(gl.where(gl.abs(acc) < 3.0e38, 0, 1), 0), 0)
-        if wrong > 0:
-            _start(key_tiles, seen, count, lo, b, kv, table_of, ready, keys, BLOCK_N, PAGE, STAGES, STAGES)
-            m = _largest(
-                seen, count, lo, b, kv, q, key_tiles, keys, ready, table_of, i[None, :],
-                tq, filled, offset, left, right, unit, softcap,
-                BASE, LEFT, RIGHT, SOFTCAP, BLOCK_M, BLOCK_N, BLOCK_D, STAGES, PAGE, s_layout,
+    if (wrong > 0) | few:
+        _start(key_tiles, seen, count, lo, b, kv, table_of, ready, keys, BLOCK_N, PAGE, STAGES, STAGES)
+        m = _largest(
+            seen, count, lo, b, kv, q, key_tiles, keys, ready, table_of, i[None, :],
+            tq, filled, offset, left, right, unit, softcap,
+            BASE, LEFT, RIGHT, SOFTCAP, BLOCK_M, BLOCK_N, BLOCK_D, STAGES, PAGE, s_layout,
+        )  # fmt: skip
+        seen += count
+        if ANCHORED:
+            m = gl.maximum(m, 0.0)
+        if BASE == LINEAR:
+            m = zero
+        if CONSTANT == SINK:
+            m = gl.maximum(m, logit)
+        _start(key_tiles, seen, count, lo, b, kv, table_of, ready, keys, BLOCK_N, PAGE, STAGES, STAGES)
+        if not SKIP:
+            _start(
+                value_tiles, taken, count, lo, b, kv, table_of, arrived, values, BLOCK_N, PAGE, VALUES - 1, VALUES
             )  # fmt: skip
-            seen += count
-            if ANCHORED:
-                m = gl.maximum(m, 0.0)
-            if CONSTANT == SINK:
-                m = gl.maximum(m, logit)
-            _start(key_tiles, seen, count, lo, b, kv, table_of, ready, keys, BLOCK_N, PAGE, STAGES, STAGES)
-            if not SKIP:
-                _start(
-                    value_tiles, taken, count, lo, b, kv, table_of, arrived, values, BLOCK_N, PAGE, VALUES - 1, VALUES
-                )  # fmt: skip
-            acc, total, taken = _sweep(
-                gl.where(m == -INF, 0.0, m)[None, :], seen, taken, count, lo, b, kv, q, key_tiles, value_tiles, keys,
-                values, weights, ready, arrived, table_of, i[None, :], rows[None, :], tq, filled, offset, left, right, unit,
-                softcap, BASE, RECTIFY, ABSOLUTE, LEFT, RIGHT, SOFTCAP, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, STAGES, VALUES,
-                PAGE, LENGTHS, SKIP, True, s_layout, o_layout, num_warps,
-            )  # fmt: skip
-            seen += count
-        elif not ANCHORED:  # a part without keys says nothing about the largest score
-            m = gl.where(sees, 0.0, -INF)
+        acc, total, taken = _sweep(
+            gl.where(m == -INF, 0.0, m)[None, :], seen, taken, count, lo, b, kv, q, key_tiles, value_tiles, keys,
+            values, weights, ready, arrived, table_of, i[None, :], rows[None, :], tq, filled, offset, left, right, unit,
+            softcap, BASE, RECTIFY, ABSOLUTE, LEFT, RIGHT, SOFTCAP, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, STAGES, VALUES,
+            PAGE, LENGTHS, SKIP, True, s_layout, o_layout, num_warps,
+        )  # fmt: skip
+        seen += count
+    elif not ANCHORED:  # a part without keys says nothing about the largest score
+        m = gl.where(sees, 0.0, -INF)
     d = gl.arange(0, BLOCK_DV, layout=gl.SliceLayout(1, o_layout))
     if WHOLE:  # as the merge
         m = gl.where(m == -INF, 0.0, m)
@@ -321,8 +336,8 @@ def decode_keys(
 
     WHOLE: no pair is divided; programs write ``out`` and ``lse``, and there is nothing to merge.
 
-    Pages have a multiple of BLOCK_N keys. Weights are taken relative to 0; only where a sum left the range, once more relative
-    to the largest score.
+    Pages have a multiple of BLOCK_N keys. Weights are taken relative to 0; only where a sum left the range, or where a query
+    sees few keys, once more relative to the largest score.
     """
     gdc_launch_dependents()  # the merge waits by itself
     shared: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK_M, BLOCK_D], gl.bfloat16)

@@ -22,7 +22,9 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
+from triton.language.extra.cuda import gdc_launch_dependents
 
+from softpick.ops.triton.hopper.versions import barrier, load_tile, store_tile
 from softpick.ops.triton.tile import (
     EXP,
     INF,
@@ -72,7 +74,7 @@ def _fill(n, tiles, at, head, row, full, empty, room, STAGES: gl.constexpr):
     stage = n % STAGES
     mbarrier.wait(empty.index(stage), (n // STAGES) & 1 ^ 1)
     mbarrier.expect(full.index(stage), tiles.block_type.nbytes)
-    tma.async_copy_global_to_shared(tiles, [row, head, at, 0], full.index(stage), room.index(stage))
+    load_tile(tiles, [row, head, at, 0], full.index(stage), room.index(stage))
 
 
 @gluon.jit
@@ -80,7 +82,7 @@ def _tell(at, loaded, place, empty):
     """Tell the warpgroups which tile comes next, once both have let go of the queries before."""
     mbarrier.wait(empty, loaded & 1 ^ 1)
     place.store(gl.full([32], at, gl.int32, gl.BlockedLayout([1], [32], [1], [0])))
-    gl.thread_barrier()
+    barrier()
 
 
 @gluon.jit
@@ -101,7 +103,7 @@ def _fetch(
         _tell(at, loaded, place, q_empty)
         mbarrier.expect(q_full, 2 * query_tiles.block_type.nbytes)
         for half in gl.static_range(2):
-            tma.async_copy_global_to_shared(query_tiles, [row, head, i0 + half * ROWS, 0], q_full, queries.index(half))
+            load_tile(query_tiles, [row, head, i0 + half * ROWS, 0], q_full, queries.index(half))
         j = (count - 1) * BLOCK_N
         _fill(n, key_tiles, j, kv, row, k_full, k_empty, keys, STAGES)
         for it in range(1, count):
@@ -268,7 +270,7 @@ def _take(
         acc = warpgroup_mma_wait(num_outstanding=0, deps=[acc])
         mbarrier.arrive(v_empty.index(last))
         tma.store_wait(0)  # the rows before have left their room; for every warp once they have met
-        gl.thread_barrier()
+        barrier()
         finish(
             acc, total, i0, head, row, tile, turn, eps, shape, outputs, rows.index(w), BASE, RECTIFY, CONSTANT, o_layout
         )  # fmt: skip
@@ -309,8 +311,8 @@ def finish(
     inverse = gl.convert_layout(gl.where(total == 0, 0.0, 1.0 / total), gl.SliceLayout(1, layout))
     room.store((acc * inverse[:, None]).to(gl.bfloat16).reshape([1, 1, ROWS, acc.shape[1]]))
     fence_async_shared()
-    gl.thread_barrier()
-    tma.async_copy_shared_to_global(out_tiles, [row, head, i0, 0], room)
+    barrier()
+    store_tile(out_tiles, [row, head, i0, 0], room)
 
 
 @gluon.jit
@@ -334,6 +336,7 @@ def forward_queries(
     ``turn``: zeros; the first counts tiles of 128 queries in the order of ``forward.py``, the others note which of them have
     to be taken again, with a running maximum.
     """
+    gdc_launch_dependents()  # forward.py waits by itself
     reach = right
     if BOTTOM_RIGHT:
         reach += tk - tq

@@ -16,8 +16,10 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_init,
     warpgroup_mma_wait,
 )
+from triton.language.extra.cuda import gdc_launch_dependents
 
 from softpick.ops.triton.hopper.forward import ROWS, finish, row_parts, start_scores, weights_of
+from softpick.ops.triton.hopper.versions import barrier, load_tile
 from softpick.ops.triton.tile import assignment
 
 __all__ = ["forward_narrow"]
@@ -32,8 +34,8 @@ def _fetch(
     wanted = it < count
     bar = ready.index(stage)
     mbarrier.expect(bar, key_tiles.block_type.nbytes + value_tiles.block_type.nbytes, pred=wanted)
-    tma.async_copy_global_to_shared(key_tiles, [row, head, it * BLOCK_N, 0], bar, keys.index(stage), pred=wanted)
-    tma.async_copy_global_to_shared(value_tiles, [row, head, it * BLOCK_N, 0], bar, values.index(stage), pred=wanted)
+    load_tile(key_tiles, [row, head, it * BLOCK_N, 0], bar, keys.index(stage), pred=wanted)
+    load_tile(value_tiles, [row, head, it * BLOCK_N, 0], bar, values.index(stage), pred=wanted)
 
 
 @gluon.jit
@@ -57,7 +59,7 @@ def _tile_of_keys(
     acc = warpgroup_mma(p, v, acc, is_async=True)
     s = warpgroup_mma_wait(num_outstanding=1, deps=[following])
     # every product of the tile before has ended, for every warp once they have met: its place can be filled again
-    gl.thread_barrier()
+    barrier()
     _fetch(it + STAGES - 1, count, head, row, key_tiles, value_tiles, keys, values, ready, BLOCK_N, STAGES)
     mbarrier.wait(ready.index((it + 1) % STAGES), ((it + 1) // STAGES) & 1, pred=it + 1 < count)
     following = start_scores(it + 1, q, keys, BLOCK_N, BLOCK_D, STAGES, s_layout)
@@ -83,6 +85,7 @@ def forward_narrow(
     """
     s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [num_warps, 1], [16, BLOCK_N, 16])
     o_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [num_warps, 1], [16, BLOCK_D, 16])
+    gdc_launch_dependents()  # forward.py waits by itself
     tile, h, b = assignment(tiles, heads, pairs, together)
     i0 = (tiles - 1 - tile) * (2 * ROWS)
     reach = right
@@ -104,7 +107,7 @@ def forward_narrow(
     bar = ready.index(STAGES)
     mbarrier.expect(bar, 2 * query_tiles.block_type.nbytes)
     for half in gl.static_range(2):
-        tma.async_copy_global_to_shared(query_tiles, [row, head, i0 + half * ROWS, 0], bar, queries.index(half))
+        load_tile(query_tiles, [row, head, i0 + half * ROWS, 0], bar, queries.index(half))
     for it in gl.static_range(STAGES - 1):
         _fetch(it, count, kv, row, key_tiles, value_tiles, keys, values, ready, BLOCK_N, STAGES)
     i = i0 + gl.arange(0, ROWS, layout=gl.SliceLayout(1, s_layout))
@@ -135,7 +138,7 @@ def forward_narrow(
     shape = (tiles, heads, pairs, together, groups, tq, tk, reach)
     outputs = (out_tiles, lse, sink, l_b, l_h, l_t)
     at = gl.program_id(0)
-    gl.thread_barrier()  # nobody reads the queries any more
+    barrier()  # nobody reads the queries any more
     finish(
         acc, total, i0, head, row, at, turn, eps, shape, outputs, queries.index(0), BASE, RECTIFY, CONSTANT, o_layout
     )  # fmt: skip

@@ -21,6 +21,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
 
+from softpick.ops.triton.hopper.versions import load_entries, reinterpret
 from softpick.ops.triton.rows import _difference as _exact_difference
 from softpick.ops.triton.rows import _gradient, _level
 from softpick.ops.triton.tile import INF, LN2, LOG2E, Constant
@@ -63,14 +64,14 @@ def _fetch(ring, it, x, r, rows, stride, c, n):
     VEC: gl.constexpr = 128 // ring.dtype.primitive_bitwidth
     at = x + gl.cast(r, gl.int64) * stride * VEC + c
     # one copy a part: with one a chunk Triton puts a barrier before each
-    async_copy.async_copy_global_to_shared(ring.index(it % ring.shape[0]), at, mask=(c < n * VEC) & (r < rows))
+    load_entries(ring.index(it % ring.shape[0]), at, mask=(c < n * VEC) & (r < rows))
 
 
 @gluon.jit
 def _chunk(ring, stage, chunk, layout: gl.constexpr, num_warps: gl.constexpr):
     """A chunk of a part, ``(num_warps, WIDTH)``."""
     CHUNKS: gl.constexpr = ring.shape[1] // num_warps
-    chunks = ring._reinterpret(ring.dtype, [ring.shape[0] * CHUNKS, num_warps, ring.shape[2]], _PLAIN)
+    chunks = reinterpret(ring, ring.dtype, [ring.shape[0] * CHUNKS, num_warps, ring.shape[2]], _PLAIN)
     return chunks.index(stage * CHUNKS + chunk).load(layout)
 
 
@@ -94,7 +95,7 @@ def _high(ring, stage, num_warps: gl.constexpr):
     HALF: gl.constexpr = ring.dtype.primitive_bitwidth == 16
     WIDTH: gl.constexpr = ring.shape[2] * ring.dtype.primitive_bitwidth // 32
     layout: gl.constexpr = _layout(4, num_warps)
-    words = ring._reinterpret(gl.int32, [ring.shape[0] * CHUNKS, num_warps, WIDTH], _PLAIN)
+    words = reinterpret(ring, gl.int32, [ring.shape[0] * CHUNKS, num_warps, WIDTH], _PLAIN)
     high = gl.zeros([num_warps, WIDTH], gl.int32, layout)
     for chunk in range(CHUNKS):
         word = words.index(stage * CHUNKS + chunk).load(layout)

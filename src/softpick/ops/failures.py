@@ -1,0 +1,25 @@
+"""What happens where a kernel cannot be built: the next slower way of computing the same takes its place, with a warning."""
+
+from __future__ import annotations
+
+import warnings
+
+__all__ = ["KernelError", "fall_back"]
+
+
+class KernelError(RuntimeError):
+    """A kernel that the compiler did not build or the device did not load."""
+
+    def __init__(self, kernel: str, cause: str) -> None:
+        super().__init__(f"{kernel} could not be built or launched here ({cause})")
+
+
+_told: set[str] = set()
+
+
+def fall_back(failure: KernelError, instead: str) -> None:
+    """Warn, once for every failure, that ``instead`` computes what the kernel does not."""
+    message = f"{failure}; {instead}"
+    if message not in _told:
+        _told.add(message)
+        warnings.warn(message, UserWarning, stacklevel=3)

@@ -1,0 +1,142 @@
+"""A kernel that cannot be built: another takes its place with one warning; a named backend raises if none is left."""
+
+import warnings
+
+import pytest
+import torch
+
+import softpick
+from softpick import functional
+from softpick.ops import failures, library
+from softpick.ops.failures import KernelError
+
+pytest.importorskip("triton")
+if not library.interpreted():
+    pytest.skip("the kernels run on the GPU here", allow_module_level=True)
+
+from softpick.ops.triton import launch, run
+
+
+class Broken:
+    """A kernel whose compiler raises what no one expects."""
+
+    __name__ = "broken"
+    pre_run_hooks = ()
+
+    def __init__(self, error):
+        self.error = error
+
+    def __getitem__(self, grid):
+        def start(*args, **constants):
+            raise self.error
+
+        return start
+
+
+@pytest.fixture(autouse=True)
+def _forgetful(monkeypatch):
+    monkeypatch.setattr(failures, "_told", set())
+    monkeypatch.setattr(run, "_failed", {})
+
+
+@pytest.fixture
+def tensors():
+    return [torch.randn(1, 2, 9, 8, requires_grad=True) for _ in range(3)]
+
+
+def automatic(monkeypatch):
+    """``backend="auto"`` as on a GPU."""
+    monkeypatch.setattr(functional, "_choose", lambda backend, *_: "triton" if backend == "auto" else backend)
+
+
+ERRORS = [
+    RuntimeError("PassManager::run failed"),
+    AttributeError("no thread_barrier"),
+    SystemError("out of resource: shared"),
+]
+
+
+@pytest.mark.parametrize("error", ERRORS, ids=lambda e: type(e).__name__)
+@pytest.mark.parametrize(
+    "kernel", ["attention_forward", "row_statistics", "attention_backward_keys", "attention_backward_queries"]
+)
+def test_training_goes_on_with_tiles(kernel, error, tensors, monkeypatch):
+    automatic(monkeypatch)
+    monkeypatch.setattr(launch, kernel, Broken(error))
+    want = softpick.scaled_dot_product_attention(*tensors, is_causal=True, backend="tiled")
+    grad = torch.randn_like(want)
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        for _ in range(2):  # the second time nobody is told, and the compiler is not asked
+            got = softpick.scaled_dot_product_attention(*tensors, is_causal=True)
+            grads = torch.autograd.grad(got, tensors, grad)
+    (told,) = [str(w.message) for w in seen if "broken could not be built" in str(w.message)]
+    assert str(error) in told
+    torch.testing.assert_close(got, want)
+    for one, other in zip(grads, torch.autograd.grad(want, tensors, grad), strict=True):
+        torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)
+
+    def named():
+        out = softpick.scaled_dot_product_attention(*tensors, is_causal=True, backend="triton")
+        return torch.autograd.grad(out, tensors, grad)
+
+    with pytest.raises(KernelError, match="could not be built"):
+        named()
+
+
+@pytest.mark.parametrize("named", ["auto", "triton"])
+def test_a_kernel_for_hopper_leaves_its_place_to_the_portable_one(named, tensors, monkeypatch):
+    """Also for a backend that is named: it is Triton's kernel still."""
+    automatic(monkeypatch)
+    want = softpick.scaled_dot_product_attention(*tensors, is_causal=True, backend="triton")
+    grad = torch.randn_like(want)
+    want_grads = torch.autograd.grad(want, tensors, grad)
+
+    def by_hand(*args):
+        launch.run(Broken(RuntimeError("for Hopper")), (1,), *args[2:5])  # raises KernelError
+
+    monkeypatch.setattr(launch, "_FEWEST_FORWARD", 0)
+    monkeypatch.setattr(launch, "_optimistic", lambda *_: True)
+    monkeypatch.setattr(launch, "hopper_can", lambda *_: True)
+    for name in ("_forward_by_hand", "_backward_by_hand"):
+        monkeypatch.setattr(launch, name, by_hand)
+
+    def both():
+        out = softpick.scaled_dot_product_attention(*tensors, is_causal=True, backend=named)
+        return out, torch.autograd.grad(out, tensors, grad)
+
+    with pytest.warns(UserWarning, match="the Triton kernels for every GPU take its place"):
+        got, grads = both()
+    torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
+    for one, other in zip(grads, want_grads, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)
+
+
+def test_decoding_and_rows_go_on(tensors, monkeypatch):
+    automatic(monkeypatch)
+    q, k, v = (x.detach() for x in tensors)
+    want = softpick.decode_attention(q[:, :, :1], k, v, backend="reference")
+    monkeypatch.setattr(launch, "decode_split", Broken(RuntimeError("decode")))
+    with pytest.warns(UserWarning, match="broken could not be built"):
+        got = softpick.decode_attention(q[:, :, :1], k, v)
+    torch.testing.assert_close(got, want)
+    monkeypatch.setattr(functional, "_ROWS_INTERPRETED", True)
+    x = torch.randn(3, 7, requires_grad=True)
+    truth = x.detach().double().requires_grad_()
+    for name in ("rows_forward", "rows_backward"):
+        monkeypatch.setattr(launch, name, Broken(RuntimeError(name)))
+    with pytest.warns(UserWarning, match="torch computes softpick over rows instead"):
+        y = softpick.softpick(x)
+    with pytest.warns(UserWarning, match="torch computes the gradient of softpick over rows instead"):
+        (dx,) = torch.autograd.grad(y, x, torch.ones_like(y) * torch.arange(7))
+    expected = softpick.softpick(truth)
+    torch.testing.assert_close(y, expected.float())
+    weights = torch.ones_like(truth) * torch.arange(7)
+    torch.testing.assert_close(dx, torch.autograd.grad(expected, truth, weights)[0].float())
+
+
+def test_memory_that_has_run_out_is_no_failure_of_a_kernel(tensors, monkeypatch):
+    automatic(monkeypatch)
+    monkeypatch.setattr(launch, "attention_forward", Broken(torch.OutOfMemoryError("full")))
+    with pytest.raises(torch.OutOfMemoryError):
+        softpick.scaled_dot_product_attention(*tensors)

@@ -27,10 +27,10 @@ def measure(args: argparse.Namespace) -> None:
     import torch
     import transformers
 
-    from softpick import audit
+    from softpick.analysis import audit
     from softpick.analysis import measure as measure_model
+    from softpick.experiment.progress import Silent
     from softpick.integrations.transformers import register
-    from softpick.progress import Silent
 
     register()
     torch.manual_seed(0)

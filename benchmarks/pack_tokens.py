@@ -10,10 +10,11 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from softpick.progress import Silent
-from softpick.training.data import get_corpus, split_documents, train_tokenizer
+from softpick.experiment.corpus import get_corpus, split_documents
+from softpick.experiment.progress import Silent
+from softpick.training.data import train_tokenizer
 from softpick.training.packed import pack
-from softpick.training.tokens import TokenFile, write_tokens
+from softpick.training.token_files import TokenFile, write_tokens
 
 TOKENIZER_CHARACTERS = 20_000_000
 

@@ -114,8 +114,8 @@ def home(tmp_path_factory):
 
 
 def load(home, name):
-    from softpick.loading import load_subject
-    from softpick.progress import Silent
+    from softpick.experiment.models import load_subject
+    from softpick.experiment.progress import Silent
 
     return load_subject(str(home / name), reporter=Silent())
 

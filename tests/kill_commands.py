@@ -27,11 +27,11 @@ os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALL
 
 import torch
 
-import softpick.audit
-import softpick.evaluate
+import softpick.analysis.audit
+import softpick.evaluation.evaluate
 import softpick.evaluation.plots
 import softpick.quantization.plots
-import softpick.quantize
+import softpick.quantization.quantize
 import softpick.training.engine  # noqa: F401
 from softpick import cli
 from softpick.training.data import train_tokenizer

@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from softpick import NORMALIZERS
 from softpick.distributed import ring_attention, sequence_positions, shard_sequence, unshard_sequence
-from softpick.ops import tiled
+from softpick.ops import cpu
 
 SHAPES = {
     # chunks of one position, of an odd number, of more than a tile; fewer key heads, one key head, no batch dimension
@@ -137,7 +137,7 @@ def work(rank, world, output, device):
     if device == "cuda":
         torch.cuda.set_device(rank)
     else:  # so that parts cross tiles
-        tiled.BLOCK_Q, tiled.BLOCK_K, tiled.TILE_SCORES = 8, 6, 2 * 8 * 6
+        cpu.BLOCK_Q, cpu.BLOCK_K, cpu.TILE_SCORES = 8, 6, 2 * 8 * 6
     backend = "nccl" if device == "cuda" else "gloo"
     dist.init_process_group(backend, init_method=f"file://{output}.store", rank=rank, world_size=world)
     pairs = [dist.new_group([first, first + 1]) for first in range(0, world, 2)]

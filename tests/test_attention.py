@@ -11,7 +11,7 @@ from torch.nn.functional import scaled_dot_product_attention as torch_attention
 
 import softpick
 from softpick import NORMALIZERS, scaled_dot_product_attention, varlen_attention
-from softpick.ops import tiled
+from softpick.ops import cpu
 
 NAMES = list(NORMALIZERS)
 BACKENDS = ["reference", "tiled"]
@@ -21,9 +21,9 @@ BACKENDS = ["reference", "tiled"]
 def tiles(request, monkeypatch):
     """Run with the real tile sizes, and with ones so small that every test crosses many tiles and chunks."""
     if request.param == "small tiles":
-        monkeypatch.setattr(tiled, "BLOCK_Q", 4)
-        monkeypatch.setattr(tiled, "BLOCK_K", 6)
-        monkeypatch.setattr(tiled, "TILE_SCORES", 2 * 4 * 6)
+        monkeypatch.setattr(cpu, "BLOCK_Q", 4)
+        monkeypatch.setattr(cpu, "BLOCK_K", 6)
+        monkeypatch.setattr(cpu, "TILE_SCORES", 2 * 4 * 6)
 
 
 def make(b=2, h=4, hkv=2, tq=9, tk=13, d=8, dv=5, dtype=torch.float64, scale=1.0):
@@ -556,7 +556,7 @@ def test_memory_is_linear_in_the_length():
     with Largest() as mode:
         out = scaled_dot_product_attention(q, k, v, is_causal=True, backend="tiled")
         torch.autograd.grad(out.sum(), (q, k, v))
-    assert mode.numel <= max(tiled.TILE_SCORES, 8 * t)
+    assert mode.numel <= max(cpu.TILE_SCORES, 8 * t)
 
 
 def test_a_tiny_model_trains_alike_with_both_backends():

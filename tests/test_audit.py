@@ -28,12 +28,13 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from softpick import audit as audit_module
-from softpick.audit import SAMPLE_TEXTS, AuditSettings, audit
-from softpick.loading import ModelError
-from softpick.progress import Silent
+from softpick.analysis import audit as audit_module
+from softpick.analysis.audit import SAMPLE_TEXTS, AuditSettings, audit
+from softpick.experiment.models import ModelError
+from softpick.experiment.progress import Silent
+from softpick.experiment.reading import DataError
 from softpick.training import engine
-from softpick.training.data import DataError, train_tokenizer
+from softpick.training.data import train_tokenizer
 
 WORDS = ["the", "cat", "sat", "on", "a", "mat", "and", "dog", "saw", "it", "run", "over", "hill", "to", "red", "barn"]
 

@@ -15,8 +15,8 @@ pytest.importorskip("transformers")
 from typer.testing import CliRunner
 
 from softpick import NORMALIZERS, __version__, cli
-from softpick.compare import TASKS, Settings, SettingsError, _notes, _sink_notes, compare
 from softpick.training import engine
+from softpick.training.compare import TASKS, Settings, SettingsError, _notes, _sink_notes, compare
 
 TEXT = "".join(f"def function_{i}(a, b):\n    return a * {i} + b - {i * i}\n" for i in range(400))
 TINY = {"steps": 6, "layers": 1, "heads": 2, "width": 8, "sequence_length": 16, "batch_size": 4, "vocab_size": 260}

@@ -20,13 +20,13 @@ from evaluation_home import POSITIONS, Recorder, home, lines, load, no_hub, writ
 from typer.testing import CliRunner
 
 from softpick import cli
-from softpick.evaluate import EvaluateSettings, evaluate, forget, summary_rows
 from softpick.evaluation import tasks as tasks_module
-from softpick.evaluation.perplexity import perplexity
+from softpick.evaluation.evaluate import EvaluateSettings, evaluate, forget, summary_rows
 from softpick.evaluation.tasks import TASKS, EvaluationError, run_tasks
-from softpick.loading import ModelError
-from softpick.parts import titles
-from softpick.training.data import DataError
+from softpick.experiment.models import ModelError
+from softpick.experiment.parts import titles
+from softpick.experiment.perplexity import perplexity
+from softpick.experiment.reading import DataError
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Everything together

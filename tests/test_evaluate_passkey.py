@@ -19,8 +19,8 @@ from softpick.analysis import attention_maps
 from softpick.analysis.capture import watch_last_query
 from softpick.evaluation import passkey as passkey_module
 from softpick.evaluation.passkey import make_prompts, passkey, retrieving_heads, shortest_prompt
-from softpick.evaluation.perplexity import learned_positions, perplexity, perplexity_by_position, position_edges
 from softpick.evaluation.tasks import EvaluationError, starts_with_bos
+from softpick.experiment.perplexity import learned_positions, perplexity, perplexity_by_position, position_edges
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Passkey

@@ -13,9 +13,9 @@ import pytest
 pytest.importorskip("typer")
 
 from softpick import __version__
+from softpick.experiment.failures import _file_of, sentence, told
 from softpick.experiment.files import DamagedFileError, parse_json, read_json
-from softpick.failures import _file_of, sentence, told
-from softpick.settings import RANGES
+from softpick.experiment.settings import RANGES
 
 SOFTPICK = [sys.executable, "-m", "softpick"]
 
@@ -216,7 +216,7 @@ def test_sentences(tmp_path, make, words, code, capsys):
 
 
 def test_errors_of_softpick_are_their_own_words():
-    from softpick.training.data import DataError, read_corpus
+    from softpick.experiment.reading import DataError, read_corpus
 
     error = raised(lambda: read_corpus("/nowhere"))
     assert isinstance(error, DataError)
@@ -260,7 +260,7 @@ def test_files_of_a_run_that_are_damaged(tmp_path, content):
 
 def test_metrics_that_are_damaged(tmp_path):
     pytest.importorskip("transformers")
-    from softpick.train import _Metrics
+    from softpick.training.pretrain import _Metrics
 
     metrics = _Metrics(tmp_path / "metrics.jsonl", True, None)
     for step in (1, 2, 3):

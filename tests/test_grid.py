@@ -14,15 +14,15 @@ import pytest
 pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 
-import softpick.train
-from softpick.grid import Run, grid, make_runs, read_rows
-from softpick.grid_report import COLUMNS, value
-from softpick.train import train
+import softpick.training.pretrain
+from softpick.experiment.reading import DataError
 from softpick.training import engine
-from softpick.training.data import DataError
+from softpick.training.grid import Run, grid, make_runs, read_rows
+from softpick.training.grid_report import COLUMNS, value
 from softpick.training.packed import pack, unpack
+from softpick.training.pretrain import train
 from softpick.training.recipes import RecipeError, get_recipe
-from softpick.training.tokens import TokenFile
+from softpick.training.token_files import TokenFile
 
 VARIANTS = ("softmax", "softpick+scale+gate")
 WORDS = (
@@ -130,7 +130,7 @@ def test_a_finished_run_is_never_repeated(whole, recipe, tmp_path, monkeypatch):
     """On another machine only results.jsonl is there."""
     folder, rows = whole
     (tmp_path / "results.jsonl").write_bytes((folder / "results.jsonl").read_bytes())
-    monkeypatch.setattr(softpick.train, "train", no_training)
+    monkeypatch.setattr(softpick.training.pretrain, "train", no_training)
     assert grid(recipe, VARIANTS, (0, 1), tmp_path, device="cpu") == rows
     assert (tmp_path / "report.md").read_text() == (folder / "report.md").read_text()
 
@@ -141,7 +141,7 @@ def test_rows_of_another_recipe(whole, recipe):
 
 
 def test_rows_that_were_looked_at_more_often(whole, recipe, monkeypatch):
-    monkeypatch.setattr(softpick.train, "train", no_training)
+    monkeypatch.setattr(softpick.training.pretrain, "train", no_training)
     rarely = replace(recipe, log_every=4, save_every=12, evaluate_every=0, probe_every=0)
     assert grid(rarely, VARIANTS, (0,), whole[0], device="cpu") == whole[1][:2]
 
@@ -205,7 +205,7 @@ def test_training_that_diverges_is_a_row(recipe, tmp_path, monkeypatch):
         raise engine.NonFinite("3 steps in a row had no finite gradient")
 
     with monkeypatch.context() as patch:
-        patch.setattr(softpick.train, "train", diverges)
+        patch.setattr(softpick.training.pretrain, "train", diverges)
         (row,) = grid(recipe, ["rectified"], (0,), tmp_path, device="cpu")
     assert row["failed"] == "3 steps in a row had no finite gradient"
     rows = grid(recipe, ["rectified", "softmax"], (0,), tmp_path, device="cpu")

@@ -8,9 +8,9 @@ pytest.importorskip("hqq")
 
 from transformers import MixtralConfig, MixtralForCausalLM
 
-from softpick.evaluation.perplexity import perplexity
-from softpick.loading import Subject, load_subject
-from softpick.progress import Silent
+from softpick.experiment.models import Subject, load_subject
+from softpick.experiment.perplexity import perplexity
+from softpick.experiment.progress import Silent
 from softpick.quantization import methods
 from softpick.quantization.methods import Job, load_hqq
 from softpick.quantization.methods import quantize as quantize_weights

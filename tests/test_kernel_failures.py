@@ -7,14 +7,14 @@ import torch
 
 import softpick
 from softpick import functional
-from softpick.ops import failures, library
-from softpick.ops.failures import KernelError
+from softpick.ops import kernel_errors, operators, vector
+from softpick.ops.kernel_errors import KernelError
 
 pytest.importorskip("triton")
-if not library.interpreted():
+if not operators.interpreted():
     pytest.skip("the kernels run on the GPU here", allow_module_level=True)
 
-from softpick.ops.triton import launch, run
+from softpick.ops.triton import kernel_cache, launch
 
 
 class Broken:
@@ -35,8 +35,8 @@ class Broken:
 
 @pytest.fixture(autouse=True)
 def _forgetful(monkeypatch):
-    monkeypatch.setattr(failures, "_told", set())
-    monkeypatch.setattr(run, "_failed", {})
+    monkeypatch.setattr(kernel_errors, "_told", set())
+    monkeypatch.setattr(kernel_cache, "_failed", {})
 
 
 @pytest.fixture
@@ -46,7 +46,7 @@ def tensors():
 
 def automatic(monkeypatch):
     """``backend="auto"`` as on a GPU."""
-    monkeypatch.setattr(functional, "_choose", lambda backend, *_: "triton" if backend == "auto" else backend)
+    monkeypatch.setattr(functional, "choose_backend", lambda backend, *_: "triton" if backend == "auto" else backend)
 
 
 ERRORS = [
@@ -120,7 +120,7 @@ def test_decoding_and_rows_go_on(tensors, monkeypatch):
     with pytest.warns(UserWarning, match="broken could not be built"):
         got = softpick.decode_attention(q[:, :, :1], k, v)
     torch.testing.assert_close(got, want)
-    monkeypatch.setattr(functional, "_ROWS_INTERPRETED", True)
+    monkeypatch.setattr(vector, "ROWS_INTERPRETED", True)
     x = torch.randn(3, 7, requires_grad=True)
     truth = x.detach().double().requires_grad_()
     for name in ("rows_forward", "rows_backward"):

@@ -75,7 +75,7 @@ def test_the_matrix_of_a_layer_is_out_by_in(make):
 
 
 def model_of(model):
-    from softpick.loading import Subject
+    from softpick.experiment.models import Subject
 
     return Subject("m", model, None, True)
 

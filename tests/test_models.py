@@ -29,10 +29,10 @@ from transformers import (
     XLMRobertaConfig,
 )
 
-from softpick.audit import AuditSettings, audit
-from softpick.evaluate import EvaluateSettings, evaluate
+from softpick.analysis.audit import AuditSettings, audit
+from softpick.evaluation.evaluate import EvaluateSettings, evaluate
 from softpick.evaluation.passkey import _generate
-from softpick.loading import (
+from softpick.experiment.models import (
     ModelError,
     first_position,
     load_config,
@@ -41,10 +41,10 @@ from softpick.loading import (
     positions,
     sees_the_future,
 )
-from softpick.progress import Silent
-from softpick.quantize import QuantizeSettings, quantize
-from softpick.train import train
+from softpick.experiment.progress import Silent
+from softpick.quantization.quantize import QuantizeSettings, quantize
 from softpick.training.data import train_tokenizer
+from softpick.training.pretrain import train
 from softpick.training.recipes import RecipeError, get_recipe
 
 TEXT = "the lighthouse keeper wrote one line in his book every night and nobody could read it in the morning " * 60
@@ -159,7 +159,7 @@ def test_default_lengths_fit(home, tmp_path):
 
 
 def corpus(home):
-    from softpick.training.data import get_corpus
+    from softpick.experiment.corpus import get_corpus
 
     return get_corpus(home / "text.txt", "text", 2_000_000)
 

@@ -22,8 +22,8 @@ import safetensors.torch
 
 from softpick.experiment import files, resume
 from softpick.experiment.files import OutputError, digest, writing
+from softpick.experiment.parts import Parts
 from softpick.experiment.resume import Workspace
-from softpick.parts import Parts
 from softpick.training import checkpoints, engine
 
 KEYS = st.recursive(

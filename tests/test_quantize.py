@@ -27,14 +27,23 @@ from transformers import (
     MixtralForCausalLM,
 )
 
-from softpick import quantize as quantize_module
-from softpick.evaluation.perplexity import perplexity
 from softpick.evaluation.tasks import EvaluationError
+from softpick.experiment.models import ModelError
+from softpick.experiment.perplexity import perplexity
 from softpick.integrations.transformers import SoftpickLlamaConfig, SoftpickLlamaForCausalLM, normalizer_of
-from softpick.loading import ModelError
 from softpick.quantization import methods
+from softpick.quantization import quantize as quantize_module
+from softpick.quantization.quantize import (
+    QuantizeSettings,
+    cells,
+    columns,
+    forget,
+    markdown,
+    quantize,
+    summary_rows,
+    weight_rows,
+)
 from softpick.quantization.verify import QuantizationError
-from softpick.quantize import QuantizeSettings, cells, columns, forget, markdown, quantize, summary_rows, weight_rows
 from softpick.training.data import train_tokenizer
 
 TEXT = [f"def function_{i}(a, b):\n    return a * {i} + b - {i * i}\n" * 6 for i in range(60)]
@@ -215,7 +224,8 @@ def test_what_is_not_rounded_is_said(home, tmp_path):
 
 
 def corpus(home):
-    from softpick.training.data import Corpus, read_corpus, split_documents
+    from softpick.experiment.corpus import split_documents
+    from softpick.experiment.reading import Corpus, read_corpus
 
     train, held, _ = split_documents(read_corpus(str(home / "text")).documents)
     return Corpus(tuple(train), ""), Corpus(tuple(held), "")

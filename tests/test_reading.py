@@ -11,7 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from softpick.training.data import DataError, get_corpus, read_corpus
+from softpick.experiment.corpus import get_corpus
+from softpick.experiment.reading import DataError, read_corpus
 
 TEXTS = ["hello", "two\nlines", 'a "quoted", text', "äöü ☃ 🙂", "<eos> is a word"]
 
@@ -165,7 +166,7 @@ def test_a_file_that_may_not_be_read(tmp_path, monkeypatch):
     def refuse(*args):
         raise PermissionError(13, "Permission denied", str(tmp_path / "x.txt"))
 
-    monkeypatch.setattr("softpick.training.reading._open", refuse)
+    monkeypatch.setattr("softpick.experiment.reading._open", refuse)
     with pytest.raises(DataError, match=r"x\.txt cannot be read \(Permission denied\)"):
         read_corpus(tmp_path)
 
@@ -173,7 +174,7 @@ def test_a_file_that_may_not_be_read(tmp_path, monkeypatch):
 def test_hub_records(tmp_path, monkeypatch):
     datasets = pytest.importorskip("datasets")
     pytest.importorskip("transformers")
-    from softpick.training.tokens import hub_documents
+    from softpick.training.token_files import hub_documents
 
     def documents(*records):
         def stream():

@@ -11,9 +11,10 @@ from formula import attention as formula
 from fuzz_attention import RECORDS, fuzz
 
 import softpick
-from softpick import NORMALIZERS, Normalizer, functional, get_normalizer, normalizers, scaled_dot_product_attention
+from softpick import NORMALIZERS, Normalizer, get_normalizer, normalizers, scaled_dot_product_attention
 from softpick.distributed import ring_attention
-from softpick.ops.library import interpreted
+from softpick.ops import backends
+from softpick.ops.operators import interpreted
 
 TEXTS = {record.text: record for record in RECORDS}
 OWN = replace(NORMALIZERS["softpick"], rectify="none", constant=1)
@@ -77,12 +78,12 @@ def test_every_record_in_the_kernels(text):
 def test_auto_on_a_gpu_warns_where_there_is_no_kernel(monkeypatch):
     from torch._subclasses import FakeTensorMode
 
-    monkeypatch.setattr(functional, "_warned", set())
-    monkeypatch.setattr(functional, "HAS_TRITON", True)
+    monkeypatch.setattr(backends, "warned", set())
+    monkeypatch.setattr(backends, "HAS_TRITON", True)
     with FakeTensorMode():
         x = torch.empty(1, 1, 2, 64, device="cuda", dtype=torch.bfloat16)
         with pytest.warns(UserWarning, match="no kernels for softpick"):
-            assert functional._choose("auto", x, x, OWN, "tiled") == "tiled"
+            assert backends.choose_backend("auto", x, x, OWN, "tiled") == "tiled"
 
 
 @pytest.mark.parametrize("text", TEXTS)

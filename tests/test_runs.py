@@ -15,13 +15,13 @@ pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 pytest.importorskip("typer")
 
-from softpick import audit as audit_module
-from softpick.compare import Settings, SettingsError, compare
+from softpick.analysis import audit as audit_module
 from softpick.experiment import files
 from softpick.experiment.files import OutputError
-from softpick.progress import Silent
-from softpick.train import train
+from softpick.experiment.progress import Silent
 from softpick.training import engine
+from softpick.training.compare import Settings, SettingsError, compare
+from softpick.training.pretrain import train
 from softpick.training.recipes import RecipeError, get_recipe
 
 WORDS = ["attention", "head", "key", "query", "value", "sum", "row", "weight", "token", "zero", "mass", "is"]

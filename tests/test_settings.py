@@ -8,12 +8,12 @@ import pytest
 
 pytest.importorskip("transformers")
 
-from softpick.audit import AuditSettings
-from softpick.compare import Settings
-from softpick.environment import chosen_device, missing_device
-from softpick.evaluate import EvaluateSettings
-from softpick.quantize import QuantizeSettings
-from softpick.settings import RANGES, _kinds, check_memory
+from softpick.analysis.audit import AuditSettings
+from softpick.evaluation.evaluate import EvaluateSettings
+from softpick.experiment.environment import chosen_device, missing_device
+from softpick.experiment.settings import RANGES, _kinds, check_memory
+from softpick.quantization.quantize import QuantizeSettings
+from softpick.training.compare import Settings
 from softpick.training.recipes import get_recipe
 
 MADE = {

@@ -9,9 +9,10 @@ pytest.importorskip("transformers")
 
 from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
-from softpick.progress import Silent
-from softpick.training.data import make_sequences, split_documents, token_ids, train_tokenizer
-from softpick.training.tokens import StreamedSequences, TokenFile, collator, write_tokens
+from softpick.experiment.corpus import split_documents, token_ids
+from softpick.experiment.progress import Silent
+from softpick.training.data import make_sequences, train_tokenizer
+from softpick.training.token_files import StreamedSequences, TokenFile, collator, write_tokens
 
 WORDS = "a text about <eos> and <bos>, </s> and <pad>; "
 

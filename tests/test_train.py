@@ -20,12 +20,13 @@ pytest.importorskip("accelerate")
 
 
 from softpick import NORMALIZERS
-from softpick.progress import Silent
-from softpick.train import train
+from softpick.experiment.progress import Silent
+from softpick.experiment.reading import DataError
 from softpick.training import engine
-from softpick.training.data import DataError, train_tokenizer
+from softpick.training.data import train_tokenizer
+from softpick.training.pretrain import train
 from softpick.training.recipes import RECIPES, RecipeError, get_recipe
-from softpick.training.tokens import StreamedSequences, TokenFile, collator, hub_documents, write_tokens
+from softpick.training.token_files import StreamedSequences, TokenFile, collator, hub_documents, write_tokens
 
 HERE = Path(__file__).parent
 WORDS = [
@@ -315,7 +316,7 @@ def test_the_exported_model_is_the_trained_one(tmp_path, recipe):
 import softpick.integrations.transformers, torch
 from pathlib import Path
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from softpick.training.tokens import TokenFile
+from softpick.training.token_files import TokenFile
 model = AutoModelForCausalLM.from_pretrained({str(tmp_path / "model")!r})
 tokenizer = AutoTokenizer.from_pretrained({str(tmp_path / "model")!r})
 path = Path({str(tmp_path / "validation.tokens")!r})

@@ -13,19 +13,10 @@ import torch
 pytest.importorskip("transformers")
 
 from softpick import NORMALIZERS
+from softpick.experiment.corpus import split_documents, standard_library
+from softpick.experiment.reading import DataError, read_corpus
 from softpick.training import engine
-from softpick.training.data import (
-    DataError,
-    SequenceDataset,
-    collate,
-    fingerprint,
-    make_backcopy,
-    make_sequences,
-    read_corpus,
-    split_documents,
-    standard_library,
-    train_tokenizer,
-)
+from softpick.training.data import SequenceDataset, collate, fingerprint, make_backcopy, make_sequences, train_tokenizer
 
 TEXT = "the quick brown fox jumps over the lazy dog; " * 40
 

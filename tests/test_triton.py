@@ -11,7 +11,8 @@ from test_attention import PATTERNS, arguments, oracle_options, sink_for
 
 import softpick
 from softpick import NORMALIZERS, decode_attention, functional, scaled_dot_product_attention, varlen_attention
-from softpick.ops.library import attention, interpreted
+from softpick.ops import backends, vector
+from softpick.ops.operators import attention, interpreted
 
 pytest.importorskip("triton")
 if not interpreted():
@@ -500,7 +501,7 @@ def test_decoding_over_several_splits_of_the_keys(name, monkeypatch, poisoned):
 
 def test_arguments_that_mean_the_same_to_a_kernel():
     """What Triton takes, as it distinguishes it (its own rules are in C++)."""
-    from softpick.ops.triton.run import _meaning
+    from softpick.ops.triton.kernel_cache import _meaning
 
     x = torch.zeros(64, dtype=torch.bfloat16)
     assert _meaning(x) == _meaning(x[8:]) == _meaning(torch.nn.Parameter(x))
@@ -555,9 +556,9 @@ def test_decoding_with_skipping_changes_no_bit(name):
 def rows(monkeypatch):
     """Send ``softpick`` on the CPU through the kernel over rows, and count the calls."""
     calls = []
-    original = functional.rows_forward
-    monkeypatch.setattr(functional, "_ROWS_INTERPRETED", True)
-    monkeypatch.setattr(functional, "rows_forward", lambda *args: calls.append(args) or original(*args))
+    original = vector.rows_forward
+    monkeypatch.setattr(vector, "ROWS_INTERPRETED", True)
+    monkeypatch.setattr(vector, "rows_forward", lambda *args: calls.append(args) or original(*args))
     return calls
 
 
@@ -745,13 +746,13 @@ def test_auto_stays_with_the_tiles_on_the_cpu(monkeypatch):
 def test_auto_on_a_gpu(monkeypatch):
     from torch._subclasses import FakeTensorMode
 
-    monkeypatch.setattr(functional, "_warned", set())
+    monkeypatch.setattr(backends, "warned", set())
     with FakeTensorMode(allow_non_fake_inputs=True), warnings.catch_warnings():
         warnings.simplefilter("error")
 
         def choose(dtype=torch.bfloat16, d=64, backend="auto", rows=0):
             x = torch.empty(1, 1, 2, d, device="cuda", dtype=dtype)
-            return functional._choose(backend, x, x, NORMALIZERS["softpick"], "tiled", rows)
+            return backends.choose_backend(backend, x, x, NORMALIZERS["softpick"], "tiled", rows)
 
         assert choose() == "triton"
         assert choose(d=256) == "triton"
@@ -764,7 +765,7 @@ def test_auto_on_a_gpu(monkeypatch):
         assert choose(d=257) == "tiled"  # said once
         with pytest.raises(UserWarning, match=r"at most 128 rows .* got 129"):
             choose(rows=129)
-        monkeypatch.setattr(functional, "HAS_TRITON", False)
+        monkeypatch.setattr(backends, "HAS_TRITON", False)
         with pytest.raises(UserWarning, match="needs the package triton, which is not installed"):
             choose()
         assert choose() == "tiled"

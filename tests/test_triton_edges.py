@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from softpick import scaled_dot_product_attention
-from softpick.ops.library import interpreted
+from softpick.ops.operators import interpreted
 
 pytestmark = pytest.mark.skipif(not interpreted(), reason="runs the GPU kernels in Triton's interpreter")
 

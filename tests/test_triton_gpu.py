@@ -19,7 +19,7 @@ from torch.nn.functional import scaled_dot_product_attention as torch_attention
 
 import softpick
 from softpick import NORMALIZERS, decode_attention, functional, scaled_dot_product_attention, varlen_attention
-from softpick.ops import library
+from softpick.ops import backends, operators, vector
 
 pytestmark = pytest.mark.gpu
 
@@ -535,7 +535,7 @@ def test_opcheck():
 
 
 def test_what_triton_cannot_take_is_said_once(monkeypatch):
-    monkeypatch.setattr(functional, "_warned", set())
+    monkeypatch.setattr(backends, "warned", set())
     q, k, v = (t.detach() for t in inputs((1, 2, 2, 20, 20, 320, 320), BF16))
     with pytest.warns(UserWarning, match=r"head dimension from 1 to 256 .* got 320"):
         out = attend(q, k, v)
@@ -646,8 +646,8 @@ def test_generation_gives_the_tokens_of_the_reference(cache, monkeypatch):
 )
 def test_rows(rows, n, dtype, poisoned, monkeypatch):
     calls = []
-    original = functional.rows_forward
-    monkeypatch.setattr(functional, "rows_forward", lambda *args: calls.append(args) or original(*args))
+    original = vector.rows_forward
+    monkeypatch.setattr(vector, "rows_forward", lambda *args: calls.append(args) or original(*args))
     x = (torch.randn(rows, n, device=DEVICE) * 3).to(dtype)
     x[0] = -x[0].abs()
     if n > 1:
@@ -695,12 +695,12 @@ def test_long_rows(n, eps, dtype, poisoned):
     shared = torch.cuda.get_device_capability()[0] == 9 and n > 16384 and n % 8 == 0
     if n > 16384:
         assert (launch._ring("forward", x) is not None) == (launch._ring("backward", x, grad) is not None) == shared
-    y, lse = library._rows_forward(x, eps)
-    dx = library._rows_backward(grad, x, lse, eps)
-    again, again_lse = library._rows_forward(x, eps)
+    y, lse = operators._rows_forward(x, eps)
+    dx = operators._rows_backward(grad, x, lse, eps)
+    again, again_lse = operators._rows_forward(x, eps)
     assert torch.equal(y, again)
     assert torch.equal(lse, again_lse)
-    assert torch.equal(dx, library._rows_backward(grad, x, lse, eps))
+    assert torch.equal(dx, operators._rows_backward(grad, x, lse, eps))
 
     (true,) = exact(x.detach().requires_grad_())
     want = softpick.softpick(true, eps=eps)
@@ -724,7 +724,7 @@ def test_long_rows(n, eps, dtype, poisoned):
     assert (difference <= limit * torch.maximum(want_dx[finite].norm(dim=-1), terms) + step * n**0.5).all()
 
     x[7, 9] = math.nan
-    broken, broken_lse = library._rows_forward(x, eps)
+    broken, broken_lse = operators._rows_forward(x, eps)
     others = torch.arange(rows, device=DEVICE) != 7
     assert broken[7].isnan().all()
     assert broken_lse[7].isnan()
@@ -734,7 +734,7 @@ def test_long_rows(n, eps, dtype, poisoned):
 
 def test_kernels_are_launched_again_for_arguments_that_mean_the_same():
     """Aligned or not, another stride, another length: the right variant each time, also where all were launched before."""
-    from softpick.ops.triton.run import _known
+    from softpick.ops.triton.kernel_cache import _known
 
     store = torch.randn(64 * 1024, device=DEVICE).bfloat16()
     views = [
@@ -760,8 +760,8 @@ def test_rows_that_programs_share_in_a_graph(dtype):
     x, grad = torch.randn(2, 300, 40000, device=DEVICE, dtype=dtype)
 
     def both():
-        y, lse = library._rows_forward(x, 1e-6)
-        return y, library._rows_backward(grad, x, lse, 1e-6)
+        y, lse = operators._rows_forward(x, 1e-6)
+        return y, operators._rows_backward(grad, x, lse, 1e-6)
 
     both()
     graph = torch.cuda.CUDAGraph()

@@ -14,7 +14,8 @@ def make(folder: Path) -> None:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     import softpick.integrations.transformers  # noqa: F401
-    from softpick.training.data import get_corpus, train_tokenizer
+    from softpick.experiment.corpus import get_corpus
+    from softpick.training.data import train_tokenizer
 
     tokenizer = train_tokenizer(get_corpus(None, characters=200_000).documents, 300)
     for name in ("softpick", "softmax"):

@@ -8,12 +8,14 @@ Importing this package takes no time: torch is imported with the first of the na
 """
 
 import importlib
+import sys
 from typing import TYPE_CHECKING
+
+from softpick import _moved
 
 if TYPE_CHECKING:
     from softpick import nn
     from softpick.functional import (
-        BACKENDS,
         AttentionOutput,
         decode_attention,
         linear_softpick,
@@ -22,8 +24,12 @@ if TYPE_CHECKING:
         varlen_attention,
     )
     from softpick.normalizers import NORMALIZERS, Normalizer, get_normalizer
+    from softpick.ops.backends import BACKENDS
 
 __version__ = "0.1.0"
+
+if _moved.Finder not in sys.meta_path:
+    sys.meta_path.append(_moved.Finder)
 
 __all__ = [
     "BACKENDS",
@@ -39,7 +45,12 @@ __all__ = [
     "varlen_attention",
 ]
 
-_HOME = {"NORMALIZERS": "normalizers", "Normalizer": "normalizers", "get_normalizer": "normalizers"}
+_HOME = {
+    "BACKENDS": "ops.backends",
+    "NORMALIZERS": "normalizers",
+    "Normalizer": "normalizers",
+    "get_normalizer": "normalizers",
+}
 _MODULES = ("functional", "nn", "normalizers", "ops")
 
 

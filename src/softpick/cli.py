@@ -16,8 +16,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from softpick.failures import fail as _fail
-from softpick.failures import process, told
+from softpick.experiment.failures import fail as _fail
+from softpick.experiment.failures import process, told
 
 if TYPE_CHECKING:
     import typer
@@ -60,7 +60,7 @@ def build_app() -> typer.Typer:
     """The typer application."""
     import typer
 
-    from softpick.settings import TASKS
+    from softpick.experiment.settings import TASKS
 
     app = typer.Typer(
         name="softpick",
@@ -471,8 +471,8 @@ def _run_compare(given: dict[str, Any], output: str, fresh: bool) -> None:
 
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-    from softpick.compare import Settings
-    from softpick.compare import compare as run
+    from softpick.training.compare import Settings
+    from softpick.training.compare import compare as run
     from softpick.training.engine import StopRequest
 
     console = _console()
@@ -486,7 +486,7 @@ def _run_compare(given: dict[str, Any], output: str, fresh: bool) -> None:
 
 def _run_audit(given: dict[str, Any], output: str) -> None:
     from softpick.analysis import write_report
-    from softpick.audit import AuditSettings, audit, forget
+    from softpick.analysis.audit import AuditSettings, audit, forget
     from softpick.experiment.files import write_json, writing
     from softpick.experiment.resume import Workspace
 
@@ -505,7 +505,7 @@ def _run_audit(given: dict[str, Any], output: str) -> None:
 
 def _run_evaluate(given: dict[str, Any], output: str) -> None:
     _offline_unless_asked(given)
-    from softpick.evaluate import EvaluateSettings, evaluate, forget
+    from softpick.evaluation.evaluate import EvaluateSettings, evaluate, forget
     from softpick.evaluation.plots import write_plots
     from softpick.experiment.files import write_json, writing
     from softpick.experiment.resume import Workspace
@@ -535,7 +535,8 @@ def _offline_unless_asked(given: dict[str, Any]) -> None:
 @contextmanager
 def _going_on(console: Console, output: str) -> Iterator[None]:
     """After Ctrl-C, how to go on. And nothing of transformers' log but errors."""
-    from softpick.training.engine import Interrupted, quiet_transformers
+    from softpick.experiment.quiet import quiet_transformers
+    from softpick.training.engine import Interrupted
 
     try:
         with quiet_transformers():
@@ -549,7 +550,7 @@ def _going_on(console: Console, output: str) -> Iterator[None]:
 def _print_evaluation(report: dict[str, Any], files: Sequence[Any], console: Console) -> None:
     from rich.table import Table
 
-    from softpick.evaluate import summary_rows
+    from softpick.evaluation.evaluate import summary_rows
 
     table = Table(box=None, pad_edge=False, header_style="bold")
     table.add_column("")
@@ -570,7 +571,7 @@ def _run_quantize(given: dict[str, Any], output: str) -> None:
     from softpick.experiment.files import write_json, write_text, writing
     from softpick.experiment.resume import Workspace
     from softpick.quantization.plots import write_plots
-    from softpick.quantize import QuantizeSettings, forget, markdown, quantize
+    from softpick.quantization.quantize import QuantizeSettings, forget, markdown, quantize
 
     console = _console(wide=True)
     names = ("results.json", "table.md", "weights.png", "activations.png")
@@ -588,7 +589,7 @@ def _run_quantize(given: dict[str, Any], output: str) -> None:
 def _print_quantization(report: dict[str, Any], files: Sequence[Any], console: Console) -> None:
     from rich.table import Table
 
-    from softpick.quantize import columns, summary_rows, weight_rows
+    from softpick.quantization.quantize import columns, summary_rows, weight_rows
 
     titles = columns(report)
     table = Table(box=None, pad_edge=False, header_style="bold")
@@ -624,8 +625,8 @@ def _run_train(
     if recipe.tokenizer is None and not (recipe.data or "").startswith("hub:"):
         os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-    from softpick.train import train as run
     from softpick.training.engine import StopRequest
+    from softpick.training.pretrain import train as run
 
     console = _console()
     folder = output or f"softpick-{recipe.name}-{recipe.normalizer}"
@@ -656,9 +657,9 @@ def _run_grid(
     import os
 
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-    from softpick.grid import grid
-    from softpick.training.data import DataError
+    from softpick.experiment.reading import DataError
     from softpick.training.engine import Interrupted, StopRequest
+    from softpick.training.grid import grid
     from softpick.training.recipes import RecipeError, get_recipe
 
     console = _console()

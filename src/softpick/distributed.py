@@ -21,22 +21,20 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from softpick import checks
-from softpick.functional import (
-    _autocast,
-    _canonical,
-    _check_backend,
-    _check_qkv,
-    _check_sink,
-    _choose,
-    _eps,
-    _operator,
-    _restore,
-    _scale,
-    _softcap,
-)
 from softpick.normalizers import Normalizer, get_normalizer
-from softpick.ops.library import accumulation_dtype, block_backward, block_forward
+from softpick.ops import numbers
+from softpick.ops.arguments import (
+    canonical_shapes,
+    check_qkv,
+    check_sink,
+    check_softcap,
+    default_eps,
+    default_scale,
+    restore_shape,
+    to_autocast_dtype,
+)
+from softpick.ops.backends import check_backend, choose_backend, operator_name
+from softpick.ops.operators import accumulation_dtype, block_backward, block_forward
 from softpick.ops.transforms import has_tangent
 
 __all__ = ["ring_attention", "sequence_positions", "shard_sequence", "unshard_sequence"]
@@ -59,7 +57,7 @@ def _group(group: dist.ProcessGroup | None) -> dist.ProcessGroup:
 
 
 def _positions(length: int, rank: int, size: int, device: torch.device | None = None) -> Tensor:
-    if checks.integer("length", length, 0) % (2 * size):
+    if numbers.integer("length", length, 0) % (2 * size):
         raise ValueError(f"length: expected a multiple of {2 * size}, twice the number of ranks; got {length}")
     chunk = length // (2 * size)
     offsets = torch.arange(chunk, device=device)
@@ -103,7 +101,7 @@ def shard_sequence(x: Tensor, dim: int, *, group: dist.ProcessGroup | None = Non
         TypeError: for a ``group`` that is no process group.
         IndexError: for a ``dim`` out of range.
     """
-    checks.integer("dim", dim)
+    numbers.integer("dim", dim)
     return x.index_select(dim, sequence_positions(x.shape[dim], group=group, device=x.device))
 
 
@@ -124,7 +122,7 @@ def unshard_sequence(x: Tensor, dim: int, *, group: dist.ProcessGroup | None = N
         IndexError: for a ``dim`` out of range.
     """
     group = _group(group)
-    checks.integer("dim", dim)
+    numbers.integer("dim", dim)
     size = dist.get_world_size(group)
     length = size * x.shape[dim]
     order = torch.cat([_positions(length, rank, size, x.device) for rank in range(size)])
@@ -185,23 +183,23 @@ def ring_attention(
     """
     group = _group(group)
     norm = get_normalizer(normalizer)
-    _check_backend(backend)
+    check_backend(backend)
     if backend not in ("auto", "tiled", "triton"):
         raise ValueError(f"backend: expected 'auto', 'tiled' or 'triton' for ring attention, got {backend!r}")
-    checks.flags(is_causal=is_causal, enable_gqa=enable_gqa)
+    numbers.flags(is_causal=is_causal, enable_gqa=enable_gqa)
     if norm.signed_denominator:
         raise ValueError(
             "normalizer: expected a denominator that is never negative, for ring attention merges parts by its logarithm; got "
             f"{norm.text}"
         )
-    query, key, value = _autocast(_check_qkv(query, key, value))
+    query, key, value = to_autocast_dtype(check_qkv(query, key, value))
     if torch._C._are_functorch_transforms_active() or has_tangent(query, key, value, sink):
         raise NotImplementedError(
             "ring attention has no transforms of torch.func and no forward-mode derivatives; use "
             "softpick.scaled_dot_product_attention"
         )
-    q, k, v, lead = _canonical(query, key, value, enable_gqa)
-    _check_sink(sink, norm, q.shape[1], q)
+    q, k, v, lead = canonical_shapes(query, key, value, enable_gqa)
+    check_sink(sink, norm, q.shape[1], q)
     if is_causal and (q.shape[2] != k.shape[2] or q.shape[2] % 2):
         raise ValueError(
             f"is_causal: expected as many keys as queries and an even number of them, the two chunks of shard_sequence; got "
@@ -214,13 +212,13 @@ def ring_attention(
         sink,
         group.group_name,
         norm.text,
-        _scale(scale, q.shape[-1]),
-        _eps(eps, norm),
+        default_scale(scale, q.shape[-1]),
+        default_eps(eps, norm),
         is_causal,
-        _softcap(softcap) or 0.0,
-        _operator(backend, _choose(backend, q, v, norm, "tiled")),
+        check_softcap(softcap) or 0.0,
+        operator_name(backend, choose_backend(backend, q, v, norm, "tiled")),
     )
-    return _restore(out, lead, max(query.dim(), key.dim(), value.dim()))
+    return restore_shape(out, lead, max(query.dim(), key.dim(), value.dim()))
 
 
 class _Exchange(NamedTuple):

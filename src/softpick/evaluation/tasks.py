@@ -22,10 +22,10 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
-from softpick.loading import first_line, positions
-from softpick.progress import Reporter, Silent
-from softpick.training.data import token_ids
-from softpick.training.reading import check_text, json_lines
+from softpick.experiment.corpus import token_ids
+from softpick.experiment.models import first_line, positions
+from softpick.experiment.progress import Reporter, Silent
+from softpick.experiment.reading import check_text, json_lines
 
 __all__ = [
     "HEADLINES",

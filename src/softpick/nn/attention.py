@@ -7,9 +7,10 @@ import math
 import torch
 from torch import Tensor, nn
 
-from softpick import checks
-from softpick.functional import _window, linear_softpick, scaled_dot_product_attention, softpick
+from softpick.functional import linear_softpick, scaled_dot_product_attention, softpick
 from softpick.normalizers import Normalizer, get_normalizer, visible
+from softpick.ops import numbers
+from softpick.ops.arguments import window_bounds
 
 __all__ = ["Attention", "LinearSoftpick", "Softpick", "initial_score_scale", "visible_keys"]
 
@@ -24,7 +25,7 @@ class Softpick(nn.Module):
 
     def __init__(self, dim: int = -1, eps: float = 1e-6) -> None:
         super().__init__()
-        self.dim, self.eps = checks.integer("dim", dim), checks.number("eps", eps, "a number >= 0", 0.0)
+        self.dim, self.eps = numbers.integer("dim", dim), numbers.number("eps", eps, "a number >= 0", 0.0)
 
     def forward(self, x: Tensor, where: Tensor | None = None) -> Tensor:
         """Any shape to the same shape; ``where`` excludes entries."""
@@ -44,7 +45,7 @@ class LinearSoftpick(nn.Module):
 
     def __init__(self, dim: int = -1) -> None:
         super().__init__()
-        self.dim = checks.integer("dim", dim)
+        self.dim = numbers.integer("dim", dim)
 
     def forward(self, x: Tensor, where: Tensor | None = None) -> Tensor:
         """Any shape to the same shape; ``where`` excludes entries."""
@@ -93,7 +94,7 @@ def visible_keys(
         ``(Tq,)``, or ``(..., H or 1, Tq)`` with a mask; integers.
     """
     device = attn_mask.device if attn_mask is not None else device
-    left, right = _window(window, is_causal)
+    left, right = window_bounds(window, is_causal)
     position = torch.arange(tq, device=device) + (tk - tq if bottom_right else 0)
     first = torch.zeros_like(position) if left < 0 else position - left
     last = torch.full_like(position, tk - 1) if right < 0 else position + right
@@ -150,13 +151,13 @@ class Attention(nn.Module):
     ) -> None:
         super().__init__()
         for name, number in (("embed_dim", embed_dim), ("num_heads", num_heads)):
-            checks.integer(name, number, 1)
+            numbers.integer(name, number, 1)
         for name, optional in (("num_kv_heads", num_kv_heads), ("head_dim", head_dim)):
             if optional is not None:
-                checks.integer(name, optional, 1)
-        checks.flags(is_causal=is_causal, bias=bias, output_gate=output_gate, score_scale=score_scale)
-        checks.probability("dropout", dropout)
-        _window(window, False)
+                numbers.integer(name, optional, 1)
+        numbers.flags(is_causal=is_causal, bias=bias, output_gate=output_gate, score_scale=score_scale)
+        numbers.probability("dropout", dropout)
+        window_bounds(window, False)
         if head_dim is None and embed_dim % num_heads:
             raise ValueError(f"num_heads: expected a divisor of embed_dim={embed_dim}, got {num_heads}")
         self.num_heads = num_heads

@@ -7,8 +7,8 @@ import math
 import torch
 from torch import Tensor, nn
 
-from softpick import checks
 from softpick.nn.attention import Attention
+from softpick.ops import numbers
 
 __all__ = ["SequenceEncoder"]
 
@@ -46,9 +46,9 @@ class SequenceEncoder(nn.Module):
         super().__init__()
         sizes = {"embed_dim": embed_dim, "hidden_size": hidden_size, "num_heads": num_heads, "window_size": window_size}
         for name, size in sizes.items():
-            checks.integer(name, size, 1)
-        checks.integer("num_layers", num_layers, 0)
-        checks.probability("dropout", dropout)
+            numbers.integer(name, size, 1)
+        numbers.integer("num_layers", num_layers, 0)
+        numbers.probability("dropout", dropout)
         self.embed_dim, self.hidden_size = embed_dim, hidden_size
         self.project = nn.Linear(embed_dim, hidden_size)
         self.blocks = nn.ModuleList(_Block(hidden_size, num_heads, dropout, normalizer) for _ in range(num_layers))

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from softpick.ops import library
+from softpick.ops import operators
 
 __all__ = ["Backward", "Forward", "has_tangent", "wants_reference"]
 
@@ -50,17 +50,17 @@ class Forward(torch.autograd.Function):
     @staticmethod
     def forward(*inputs: Any) -> tuple[Tensor, ...]:
         """The operator."""
-        return library.attention_forward(*inputs)
+        return operators.attention_forward(*inputs)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         """As the operator's."""
-        library.save_for_backward(ctx, inputs, output)
+        operators.save_for_backward(ctx, inputs, output)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         """As the operator's, by :class:`Backward`."""
-        return library.gradients(ctx, grads[0], Backward.apply)
+        return operators.gradients(ctx, grads[0], Backward.apply)
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Any:
@@ -87,7 +87,7 @@ class Backward(torch.autograd.Function):
     @staticmethod
     def forward(*inputs: Any) -> tuple[Tensor, ...]:
         """The operator."""
-        return library.attention_backward(*inputs)
+        return operators.attention_backward(*inputs)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -97,7 +97,7 @@ class Backward(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
         """Refused."""
-        library.no_double_backward(ctx)
+        operators.no_double_backward(ctx)
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Any:

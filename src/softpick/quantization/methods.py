@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from softpick.loading import DTYPES, ModelError, Subject, first_line, load_subject
-from softpick.progress import Reporter
+from softpick.experiment.models import DTYPES, ModelError, Subject, first_line, load_subject
+from softpick.experiment.progress import Reporter
 from softpick.quantization.verify import QuantizationError, Verification, inner_layers, tensors, untouched, verify
 
 __all__ = ["METHODS", "Job", "Method", "Quantized", "check", "load_hqq", "quantize"]

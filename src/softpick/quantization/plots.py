@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from softpick.evaluation.plots import COLORS, new_figure, save_figures
+from softpick.experiment.figures import COLORS, new_figure, save_figures
 
 __all__ = ["figure_of", "write_plots"]
 
@@ -19,7 +19,7 @@ def write_plots(folder: str | Path, report: dict[str, Any]) -> list[Path]:
 
     Args:
         folder: is there.
-        report: of ``softpick.quantize.quantize``.
+        report: of ``softpick.quantization.quantize.quantize``.
 
     Returns:
         The files that were written.

@@ -6,16 +6,16 @@ Everything is deterministic: the same files give the same tokens in the same ord
 from __future__ import annotations
 
 import hashlib
-import sysconfig
+import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from softpick.training.reading import Corpus, DataError, read_corpus
+from softpick.experiment.corpus import token_ids
+from softpick.experiment.reading import DataError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -24,103 +24,27 @@ __all__ = [
     "BOS",
     "EOS",
     "Backcopy",
-    "Corpus",
-    "DataError",
     "SequenceDataset",
     "collate",
     "fingerprint",
     "make_backcopy",
     "make_sequences",
-    "read_corpus",
-    "split_documents",
-    "standard_library",
-    "token_ids",
     "train_tokenizer",
 ]
 
 BOS, EOS = "<bos>", "<eos>"
-DEFAULT_CHARACTERS = 8_000_000
-VALIDATION_SHARE = 0.05
-_NOT_LIBRARY = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__", "__phello__"}
 
 
-def standard_library(characters: int = DEFAULT_CHARACTERS) -> Corpus:
-    """The sources of the running Python's standard library, without tests and site-packages.
+def __getattr__(name: str) -> object:
+    """What was here in version 0.1, for one release."""
+    from softpick.experiment import corpus, reading
 
-    Files are taken in the order of a hash of their name, so that a cap leaves a mixture and not the letters a to k.
-
-    Args:
-        characters: stop before the file that would go beyond this.
-    """
-    import platform
-
-    root = Path(sysconfig.get_path("stdlib"))
-    names = [
-        p.relative_to(root).as_posix()
-        for p in root.rglob("*.py")
-        if not _NOT_LIBRARY & set(p.relative_to(root).parts[:-1])
-    ]
-    names.sort(key=lambda name: (_digest(name), name))
-    documents: list[str] = []
-    total = 0
-    for name in names:
-        text = (root / name).read_text(encoding="utf-8", errors="replace")
-        if not text or total + len(text) > characters:
-            continue
-        documents.append(text)
-        total += len(text)
-    if not documents:
-        raise DataError(f"the Python standard library has no sources under {root}; pass --data PATH")
-    return Corpus(
-        tuple(documents),
-        f"sources of the Python {platform.python_version()} standard library without its tests: "
-        f"{len(documents)} files, {total / 1e6:.1f} million characters",
-    )
-
-
-def get_corpus(path: str | Path | None, text_field: str = "text", characters: int | None = None) -> Corpus:
-    """:func:`read_corpus`, or where there is no path the sources of :func:`standard_library`.
-
-    Args:
-        path: file, directory, or None.
-        text_field: as for :func:`read_corpus`.
-        characters: at most; None is all of a path, and the default of :func:`standard_library`.
-
-    Raises:
-        DataError: as :func:`read_corpus`.
-    """
-    if path is not None:
-        return read_corpus(path, text_field, characters)
-    return standard_library() if characters is None else standard_library(characters)
-
-
-def split_documents(documents: Sequence[str], share: float = VALIDATION_SHARE) -> tuple[list[str], list[str], str]:
-    """Training and validation documents, and a sentence about the split.
-
-    By document, in the order of a hash of the text: independent of file names, and copies of a document stay on one side.
-    One single document is cut instead: its last ``share`` is the validation text.
-    """
-    if len(documents) == 1:
-        cut = int(len(documents[0]) * (1 - share))
-        sentence = f"one document: its last {share:.0%} is the validation text"
-        return [documents[0][:cut]], [documents[0][cut:]], sentence
-    budget = share * sum(map(len, documents))
-    digests = [_digest(text) for text in documents]
-    sizes: dict[str, int] = {}
-    for digest, text in zip(digests, documents, strict=True):
-        sizes[digest] = sizes.get(digest, 0) + len(text)
-    held: set[str] = set()
-    for digest in sorted(sizes):
-        if sizes[digest] <= budget:
-            held.add(digest)
-            budget -= sizes[digest]
-    if not held:  # few and large documents: hold out the shortest
-        held.add(min(sizes, key=lambda digest: (sizes[digest], digest)))
-    train = [text for digest, text in zip(digests, documents, strict=True) if digest not in held]
-    valid = [text for digest, text in zip(digests, documents, strict=True) if digest in held]
-    if not train:
-        raise DataError("data: all documents are the same text; nothing is left to train on")
-    return train, valid, f"by document: {len(train)} to train on, {len(valid)} held out"
+    homes = {"get_corpus": corpus, "split_documents": corpus, "standard_library": corpus}
+    home = homes.get(name) or {"Corpus": reading, "read_corpus": reading}.get(name)
+    if home is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    warnings.warn(f"{__name__}.{name} has moved to {home.__name__}.{name}", DeprecationWarning, stacklevel=2)
+    return getattr(home, name)
 
 
 def train_tokenizer(documents: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
@@ -146,20 +70,6 @@ def train_tokenizer(documents: Iterable[str], vocab_size: int) -> PreTrainedToke
     tokenizer.train_from_iterator(documents, trainer)
     tokenizer.post_processor = processors.TemplateProcessing(single=f"{BOS} $A", special_tokens=[(BOS, 0)])
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=BOS, eos_token=EOS)
-
-
-def token_ids(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
-    """Token ids of texts that somebody wrote, without special tokens.
-
-    The words ``<eos>`` in a text are text like any other and not the token that ends a document, which only software may set.
-
-    Args:
-        tokenizer: of transformers.
-        texts: any number of them.
-    """
-    if not texts:
-        return []
-    return tokenizer(list(texts), add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
 
 
 def make_sequences(
@@ -290,7 +200,3 @@ def fingerprint(*tensors: Tensor) -> str:
         digest.update(str(tuple(tensor.shape)).encode())
         digest.update(tensor.contiguous().numpy().tobytes())
     return digest.hexdigest()[:16]
-
-
-def _digest(text: str) -> str:
-    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()

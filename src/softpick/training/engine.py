@@ -38,12 +38,12 @@ from transformers import (
     set_seed,
 )
 from transformers.trainer_utils import SaveStrategy
-from transformers.utils import logging as transformers_logging
 
 from softpick.experiment.files import read_json, write_json, write_text, writing
+from softpick.experiment.progress import ProgressBar
+from softpick.experiment.quiet import quiet_transformers
 from softpick.integrations.transformers import SoftpickLlamaConfig, SoftpickLlamaForCausalLM
 from softpick.normalizers import get_normalizer
-from softpick.progress import ProgressBar
 from softpick.training import checkpoints
 from softpick.training.checkpoints import last_checkpoint
 from softpick.training.data import collate
@@ -58,7 +58,6 @@ __all__ = [
     "build_model",
     "last_checkpoint",
     "parameter_count",
-    "quiet_transformers",
     "shard_tensors",
     "train",
     "training_arguments",
@@ -613,17 +612,3 @@ def _curves(history: list[dict[str, float]]) -> dict[str, list[float]]:
         "eval_step": [entry["step"] for entry in evaluations],
         "eval_loss": [entry["eval_loss"] for entry in evaluations],
     }
-
-
-@contextmanager
-def quiet_transformers() -> Iterator[None]:
-    """Only errors of transformers' own log, and no bars: progress is ours."""
-    level, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        transformers_logging.set_verbosity(level)
-        if bars:
-            transformers_logging.enable_progress_bar()

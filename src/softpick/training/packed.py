@@ -4,7 +4,7 @@ A packed folder holds::
 
     packed.json             what the text is; for each token file its size, its hash and its parts
     tokenizer/
-    train.tokens.00.xz ...  the token files of a run (softpick.training.tokens), cut and compressed
+    train.tokens.00.xz ...  the token files of a run (softpick.training.token_files), cut and compressed
     validation.tokens.00.xz ...
 
 :func:`unpack` makes of it what ``softpick train`` writes into the folder of a run when it tokenises text itself.
@@ -21,7 +21,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from softpick.training.data import DataError
+from softpick.experiment.reading import DataError
 
 __all__ = ["TOKEN_FILES", "copy_folder", "describe", "pack", "unpack"]
 

@@ -17,20 +17,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from softpick.experiment.corpus import get_corpus, split_documents
 from softpick.experiment.files import digest, writing
+from softpick.experiment.models import load_tokenizer
+from softpick.experiment.progress import Reporter, Silent
+from softpick.experiment.reading import DataError
 from softpick.experiment.resume import Workspace, scratch
-from softpick.loading import load_tokenizer
-from softpick.progress import Reporter, Silent
-from softpick.training.data import (
-    DataError,
-    SequenceDataset,
-    fingerprint,
-    get_corpus,
-    split_documents,
-    train_tokenizer,
-)
+from softpick.training.data import SequenceDataset, fingerprint, train_tokenizer
 from softpick.training.recipes import Recipe, RecipeError
-from softpick.training.tokens import StreamedSequences, TokenFile, hub_documents, write_tokens
+from softpick.training.token_files import StreamedSequences, TokenFile, hub_documents, write_tokens
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -16,8 +16,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from softpick.experiment.settings import check_settings
 from softpick.normalizers import get_normalizer
-from softpick.settings import check_settings
 
 __all__ = [
     "RECIPES",

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_wait
 
-from softpick.ops.triton.tile import (
+from softpick.ops.triton.device import (
     EXP,
     FEW,
     FEW_KEYS,

@@ -11,7 +11,7 @@ import triton
 from torch import Tensor
 
 from softpick.normalizers import Normalizer
-from softpick.ops.failures import KernelError, fall_back
+from softpick.ops.kernel_errors import KernelError, fall_back
 from softpick.ops.triton import tuning
 from softpick.ops.triton.backward import (
     attention_backward_keys,
@@ -19,16 +19,16 @@ from softpick.ops.triton.backward import (
     live_segments,
 )
 from softpick.ops.triton.decode import decode_merge, decode_split
+from softpick.ops.triton.device import FEW, FEW_ROWS, LOG2E, switches
 from softpick.ops.triton.forward import attention_forward
+from softpick.ops.triton.kernel_cache import run
 from softpick.ops.triton.rows import (
     rows_backward,
     rows_backward_long,
     rows_forward,
     rows_forward_long,
 )
-from softpick.ops.triton.run import run
 from softpick.ops.triton.statistics import row_statistics
-from softpick.ops.triton.tile import FEW, FEW_ROWS, LOG2E, switches
 from softpick.ops.triton.tuning import (
     FEWEST_KEYS,
     HOPPER,
@@ -83,7 +83,7 @@ _LARGEST_OPTIMISTIC_EPS = 1e-5  # eps is relative to e^m; without m it is off by
 
 
 class Options(NamedTuple):
-    """What a call computes, as :class:`softpick.ops.tiled.TileSpec`; ``softcap`` 0 is none."""
+    """What a call computes, as :class:`softpick.ops.cpu.TileSpec`; ``softcap`` 0 is none."""
 
     norm: Normalizer
     scale: float
@@ -217,7 +217,7 @@ def _row_bytes(*tensors: Tensor) -> int:
 
 
 def _together(pairs: int, sharing: int, read: int, tiles: int) -> int:
-    """How many pairs of head and sequence run at a time (:func:`softpick.ops.triton.tile.assignment`).
+    """How many pairs of head and sequence run at a time (:func:`softpick.ops.triton.device.assignment`).
 
     ``sharing`` of them read the same ``read`` bytes over and over, which should come from the L2 cache; each has ``tiles``.
     """

@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from softpick.ops.triton.tile import (
+from softpick.ops.triton.device import (
     EXP,
     FEW,
     FEW_KEYS,

@@ -6,10 +6,10 @@ takes the kernels of :mod:`softpick.ops.triton`. No interpreter runs Gluon.
 
 from softpick.ops.triton.hopper.backward import backward_keys, backward_queries
 from softpick.ops.triton.hopper.decode import decode_keys
+from softpick.ops.triton.hopper.descriptors import row_tiles, tiles
 from softpick.ops.triton.hopper.forward import forward_queries
 from softpick.ops.triton.hopper.forward_narrow import forward_narrow
 from softpick.ops.triton.hopper.rows import rows_backward_ring, rows_forward_ring
-from softpick.ops.triton.hopper.tiles import row_tiles, tiles
 
 __all__ = [
     "backward_keys",

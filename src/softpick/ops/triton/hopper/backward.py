@@ -20,9 +20,9 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from softpick.ops.triton.backward import _score_gradient, _slopes
-from softpick.ops.triton.hopper.tiles import store
+from softpick.ops.triton.device import EXPM1, assignment, kept_scores, narrow
+from softpick.ops.triton.hopper.descriptors import store
 from softpick.ops.triton.hopper.versions import barrier, load_tile
-from softpick.ops.triton.tile import EXPM1, assignment, kept_scores, narrow
 
 __all__ = ["backward_keys", "backward_queries"]
 

@@ -18,8 +18,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.language.extra.cuda import gdc_launch_dependents
 
 from softpick.ops.triton.decode import count_tiles, keys_of_sequence, sequence_at, share_of
-from softpick.ops.triton.hopper.versions import barrier, load_tile
-from softpick.ops.triton.tile import (
+from softpick.ops.triton.device import (
     EXP,
     INF,
     LINEAR,
@@ -35,6 +34,7 @@ from softpick.ops.triton.tile import (
     kept_scores,
     numerators,
 )
+from softpick.ops.triton.hopper.versions import barrier, load_tile
 
 __all__ = ["decode_keys"]
 

@@ -24,8 +24,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.language.extra.cuda import gdc_launch_dependents
 
-from softpick.ops.triton.hopper.versions import barrier, load_tile, store_tile
-from softpick.ops.triton.tile import (
+from softpick.ops.triton.device import (
     EXP,
     INF,
     LN2,
@@ -40,6 +39,7 @@ from softpick.ops.triton.tile import (
     numerators,
     tile_at,
 )
+from softpick.ops.triton.hopper.versions import barrier, load_tile, store_tile
 
 __all__ = ["forward_queries"]
 
@@ -51,7 +51,7 @@ _FINITE = Constant(3.0e38)
 
 @gluon.jit
 def _place(at, shape):
-    """(first query, head, sequence) of the ``at``-th tile, in the order of :func:`softpick.ops.triton.tile.assignment`."""
+    """(first query, head, sequence) of the ``at``-th tile, in the order of :func:`softpick.ops.triton.device.assignment`."""
     tile, head, row = tile_at(at, shape[0], shape[1], shape[2], shape[3])
     return (shape[0] - 1 - tile) * (2 * ROWS), head, row
 

@@ -18,9 +18,9 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.language.extra.cuda import gdc_launch_dependents
 
+from softpick.ops.triton.device import assignment
 from softpick.ops.triton.hopper.forward import ROWS, finish, row_parts, start_scores, weights_of
 from softpick.ops.triton.hopper.versions import barrier, load_tile
-from softpick.ops.triton.tile import assignment
 
 __all__ = ["forward_narrow"]
 

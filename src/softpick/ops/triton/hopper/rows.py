@@ -21,10 +21,10 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
 
+from softpick.ops.triton.device import INF, LN2, LOG2E, Constant
 from softpick.ops.triton.hopper.versions import load_entries, reinterpret
 from softpick.ops.triton.rows import _difference as _exact_difference
 from softpick.ops.triton.rows import _gradient, _level
-from softpick.ops.triton.tile import INF, LN2, LOG2E, Constant
 
 __all__ = ["rows_backward_ring", "rows_forward_ring"]
 

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from softpick.analysis.report import DASH, METRICS
-from softpick.evaluation.plots import COLORS, new_figure, save_figures
-from softpick.progress import Reporter
+from softpick.experiment.figures import COLORS, new_figure, save_figures
+from softpick.experiment.progress import Reporter
 
 __all__ = ["COLUMNS", "value", "write_grid_report"]
 
@@ -78,7 +78,7 @@ def write_grid_report(folder: str | Path, rows: Sequence[Mapping[str, Any]], exp
 
     Args:
         folder: of the grid.
-        rows: at least one, as ``softpick.grid.read_rows`` gives them.
+        rows: at least one, as ``softpick.training.grid.read_rows`` gives them.
         expected: runs of the whole grid.
         reporter: told where matplotlib is missing.
 
@@ -105,7 +105,7 @@ def write_grid_report(folder: str | Path, rows: Sequence[Mapping[str, Any]], exp
     elif trained:
         save_figures(folder, {"training": _training(trained)})
         lines += ["", "![Over training](training.png)"]
-    from softpick.training.engine import write_text
+    from softpick.experiment.files import write_text
 
     write_text(folder / "report.md", "\n".join(lines) + "\n")
     return folder / "report.md"

@@ -28,23 +28,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from softpick.environment import chosen_device, command_line, hardware, missing_device, versions
+from softpick.experiment.corpus import get_corpus, split_documents
+from softpick.experiment.environment import chosen_device, command_line, hardware, missing_device, versions
 from softpick.experiment.files import digest, json_text, read_json, text_digest, write_json, writing
+from softpick.experiment.progress import Reporter, Silent
+from softpick.experiment.reading import DataError
 from softpick.experiment.resume import Workspace
+from softpick.experiment.settings import TASKS, check_memory, check_settings
 from softpick.normalizers import get_normalizer
-from softpick.progress import Reporter, Silent
-from softpick.settings import TASKS, check_memory, check_settings
 from softpick.training.checkpoints import remove_all
-from softpick.training.data import (
-    DataError,
-    SequenceDataset,
-    fingerprint,
-    get_corpus,
-    make_backcopy,
-    make_sequences,
-    split_documents,
-    train_tokenizer,
-)
+from softpick.training.data import SequenceDataset, fingerprint, make_backcopy, make_sequences, train_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast

@@ -20,15 +20,24 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from softpick.environment import chosen_device, command_line, versions
+from softpick.experiment.corpus import get_corpus
+from softpick.experiment.environment import chosen_device, command_line, versions
 from softpick.experiment.files import OutputError, writing
+from softpick.experiment.models import (
+    DTYPES,
+    FUSED,
+    ModelError,
+    Subject,
+    first_line,
+    first_position,
+    identity,
+    load_subject,
+)
+from softpick.experiment.parts import Parts
+from softpick.experiment.progress import Reporter, Silent
+from softpick.experiment.reading import Corpus, check_text
 from softpick.experiment.resume import Workspace, scratch
-from softpick.loading import DTYPES, FUSED, ModelError, Subject, first_line, first_position, identity, load_subject
-from softpick.parts import Parts
-from softpick.progress import Reporter, Silent
-from softpick.settings import Range, check_settings
-from softpick.training.data import Corpus, get_corpus
-from softpick.training.reading import check_text
+from softpick.experiment.settings import Range, check_settings
 
 if TYPE_CHECKING:
     from softpick.analysis import Measurements

@@ -23,22 +23,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from softpick.environment import chosen_device, command_line, hardware, versions
-from softpick.evaluation.perplexity import perplexity
 from softpick.evaluation.tasks import HEADLINES, EvaluationError, check_tasks, expected_files, run_tasks
+from softpick.experiment.corpus import get_corpus, split_documents
+from softpick.experiment.environment import chosen_device, command_line, hardware, versions
 from softpick.experiment.files import writing
+from softpick.experiment.models import DTYPES, Subject, identity, load_subject, saved_positions
+from softpick.experiment.parts import Parts, stamps, titles
+from softpick.experiment.perplexity import perplexity
+from softpick.experiment.progress import Reporter, Silent, Titled
+from softpick.experiment.reading import Corpus
 from softpick.experiment.resume import Ledger, Workspace, scratch
-from softpick.loading import DTYPES, Subject, identity, load_subject, saved_positions
-from softpick.parts import Parts, stamps, titles
-from softpick.progress import Reporter, Silent, Titled
+from softpick.experiment.settings import check_settings
 from softpick.quantization.methods import METHODS, Job
 from softpick.quantization.methods import check as check_weights
 from softpick.quantization.methods import quantize as quantize_weights
 from softpick.quantization.plots import figure_of
 from softpick.quantization.simulate import FORMATS, GRANULARITIES, quantized_activations, quantized_cache
 from softpick.quantization.verify import QuantizationError, linear_layers, quiet_libraries
-from softpick.settings import check_settings
-from softpick.training.data import Corpus, get_corpus, split_documents
 
 __all__ = ["QuantizeSettings", "cells", "columns", "forget", "markdown", "quantize", "summary_rows", "weight_rows"]
 

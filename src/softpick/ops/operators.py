@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 
 from softpick.normalizers import get_normalizer
-from softpick.ops import tiled
-from softpick.ops.failures import KernelError, fall_back
+from softpick.ops import cpu
+from softpick.ops.kernel_errors import KernelError, fall_back
 from softpick.ops.reference import normalize
 
 if TYPE_CHECKING:
@@ -149,7 +149,7 @@ def _attention_forward(
             live.fill_(-1)  # every tile may keep a score
     for index, (rows, keys) in enumerate(_sequences(query, key, cu_seqlens_q, cu_seqlens_k)):
         spec = _spec(normalizer, scale, eps, left, right, bottom_right, softcap, dropout_p, seed, index)
-        tiled.forward(
+        cpu.forward(
             spec,
             query[:, :, rows],
             key[:, :, keys],
@@ -220,9 +220,9 @@ def _spec(
     dropout_p: float,
     seed: Tensor | None,
     index: int,
-) -> tiled.TileSpec:
+) -> cpu.TileSpec:
     start = 0 if seed is None else int(seed.item()) + 1_000_003 * index
-    return tiled.TileSpec(get_normalizer(normalizer), scale, eps, left, right, bottom_right, softcap, dropout_p, start)
+    return cpu.TileSpec(get_normalizer(normalizer), scale, eps, left, right, bottom_right, softcap, dropout_p, start)
 
 
 def _options(
@@ -330,7 +330,7 @@ def _attention_backward(
         dsink = torch.zeros_like(sink, dtype=lse.dtype) if sink is not None else None
         for index, (rows, keys) in enumerate(_sequences(query, key, cu_seqlens_q, cu_seqlens_k)):
             spec = _spec(normalizer, scale, eps, left, right, bottom_right, softcap, dropout_p, seed, index)
-            tiled.backward(
+            cpu.backward(
                 spec,
                 query[:, :, rows],
                 key[:, :, keys],
@@ -351,9 +351,9 @@ def _attention_backward(
     mask_out = torch.empty_like(mask) if dmask is not None and mask is not None else query.new_empty(0)
     sink_out = torch.empty_like(sink) if sink is not None else query.new_empty(0)
     if dmask is not None:
-        tiled.narrow(dmask, mask_out)
+        cpu.narrow(dmask, mask_out)
     if dsink is not None:
-        tiled.narrow(dsink, sink_out)
+        cpu.narrow(dsink, sink_out)
     return dquery, dkey, dvalue, mask_out, sink_out
 
 
@@ -490,7 +490,7 @@ def attention(
     dropout_p: float = 0.0,
     stats: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Call the operator; see :func:`softpick.ops.tiled.forward` for shapes. Draws the dropout seed from torch's generator."""
+    """Call the operator; see :func:`softpick.ops.cpu.forward` for shapes. Draws the dropout seed from torch's generator."""
     seed = torch.randint(2**62, (), device=query.device) if dropout_p else None
     trained = torch.is_grad_enabled() and any(
         x is not None and x.requires_grad for x in (query, key, value, mask, sink)
@@ -579,7 +579,7 @@ def block_forward(
                 raise
             fall_back(failure, _TILES)
     spec = _spec(normalizer, scale, eps, -1, right, False, softcap, 0.0, None, 0)
-    tiled.forward(spec, query, key, value, None, sink, out, lse, mass, largest)
+    cpu.forward(spec, query, key, value, None, sink, out, lse, mass, largest)
     return out, lse, largest
 
 
@@ -621,7 +621,7 @@ def block_backward(
                 raise
             fall_back(failure, _TILES)
     spec = replace(_spec(normalizer, scale, 0.0, -1, right, False, softcap, 0.0, None, 0), part=True)
-    tiled.backward(spec, query, key, value, None, None, out, lse, grad_out, dquery, dkey, dvalue)
+    cpu.backward(spec, query, key, value, None, None, out, lse, grad_out, dquery, dkey, dvalue)
     return dquery, dkey, dvalue
 
 

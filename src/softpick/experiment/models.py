@@ -17,10 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from softpick.environment import chosen_device, missing_device
-from softpick.parts import stamps
-from softpick.progress import Reporter
-from softpick.training.data import Corpus, DataError, token_ids
+from softpick.experiment.corpus import token_ids
+from softpick.experiment.environment import chosen_device, missing_device
+from softpick.experiment.parts import stamps
+from softpick.experiment.progress import Reporter
+from softpick.experiment.reading import Corpus, DataError
 
 __all__ = [
     "DTYPES",

@@ -15,7 +15,7 @@ from torch import Tensor
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from softpick.ops.failures import KernelError
+from softpick.ops.kernel_errors import KernelError
 
 __all__ = ["run"]
 

@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from softpick.experiment.corpus import token_ids
 from softpick.experiment.files import writing
-from softpick.progress import Reporter
-from softpick.training.data import token_ids
-from softpick.training.reading import DataError, check_text
+from softpick.experiment.progress import Reporter
+from softpick.experiment.reading import DataError, check_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

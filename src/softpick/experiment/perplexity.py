@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from softpick.loading import learned_positions
+from softpick.experiment.models import learned_positions
 
 __all__ = ["learned_positions", "perplexity", "perplexity_by_position", "position_edges"]
 

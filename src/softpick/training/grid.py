@@ -5,7 +5,7 @@ The folder of a grid::
     results.jsonl           one line a finished run: figures, probes and curves; all that a report needs
     report.md, *.png        tables and figures of results.jsonl
     tokens/                 tokenizer and token files, shared by the runs
-    runs/VARIANT-sSEED/     the folder of each run (softpick.train): its model, or its last checkpoint
+    runs/VARIANT-sSEED/     the folder of each run (softpick.training.pretrain): its model, or its last checkpoint
 
 A run that has its line in ``results.jsonl`` is never repeated, even where its folder is gone: that file is all that has to
 be brought from one machine to the next. A run without a line goes on from its checkpoint, if ``runs`` still has one.
@@ -25,8 +25,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from softpick.experiment.progress import Reporter, Silent, Titled
 from softpick.normalizers import get_normalizer
-from softpick.progress import Reporter, Silent, Titled
 from softpick.training.packed import TOKEN_FILES, copy_folder, describe, unpack
 from softpick.training.recipes import Recipe, RecipeError
 
@@ -118,7 +118,7 @@ def grid(
         variants: as for :func:`make_runs`.
         seeds: as for :func:`make_runs`.
         output: folder of the grid.
-        device: as for :func:`softpick.train.train`.
+        device: as for :func:`softpick.training.pretrain.train`.
         share: ``(i, n)`` trains only runs ``i``, ``i + n``, ... (from 1), for ``n`` processes with a GPU each.
         minutes: after them the run in progress stops at a checkpoint.
         command: as typed, for the rows.
@@ -133,8 +133,8 @@ def grid(
         softpick.training.data.DataError: the data cannot be used.
         softpick.training.engine.Interrupted: stopped at a checkpoint, by ``stop`` or after ``minutes``.
     """
-    from softpick.grid_report import write_grid_report
     from softpick.training.engine import Interrupted, StopRequest
+    from softpick.training.grid_report import write_grid_report
 
     runs = make_runs(recipe, variants, seeds)
     number, shares = share
@@ -162,8 +162,8 @@ def grid(
 
 def _train(run: Run, output: Path, device: str, command: str, reporter: Reporter, stop: StopRequest) -> dict[str, Any]:
     """Train one run, or go on with it; its row. Training that diverged is a result too."""
-    from softpick.train import train
     from softpick.training.engine import NonFinite
+    from softpick.training.pretrain import train
 
     folder, shared = output / "runs" / run.name, output / "tokens"
     packed = describe(run.recipe.data)

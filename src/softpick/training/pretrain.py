@@ -30,7 +30,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from softpick.environment import chosen_device, command_line, hardware, missing_device, versions
+from softpick.experiment.environment import chosen_device, command_line, hardware, missing_device, versions
 from softpick.experiment.files import (
     DamagedFileError,
     OutputError,
@@ -41,14 +41,14 @@ from softpick.experiment.files import (
     write_text,
     writing,
 )
+from softpick.experiment.progress import Reporter, Silent
 from softpick.experiment.resume import Ledger, Workspace, scratch
+from softpick.experiment.settings import check_memory
 from softpick.normalizers import get_normalizer
-from softpick.progress import Reporter, Silent
-from softpick.settings import check_memory
 from softpick.training import checkpoints
 from softpick.training.prepare import FILES, prepare
 from softpick.training.recipes import Recipe, RecipeError
-from softpick.training.tokens import collator
+from softpick.training.token_files import collator
 
 if TYPE_CHECKING:
     from softpick.training.engine import StopRequest

@@ -19,9 +19,7 @@ from typing import Any
 
 import torch
 
-from softpick.environment import chosen_device, command_line, hardware, versions
 from softpick.evaluation.passkey import LENGTHS, passkey, retrieving_heads, shortest_prompt
-from softpick.evaluation.perplexity import learned_positions, perplexity_by_position, position_edges
 from softpick.evaluation.tasks import (
     HEADLINES,
     TASKS,
@@ -32,12 +30,15 @@ from softpick.evaluation.tasks import (
     run_tasks,
     starts_with_bos,
 )
+from softpick.experiment.corpus import get_corpus
+from softpick.experiment.environment import chosen_device, command_line, hardware, versions
+from softpick.experiment.models import DTYPES, ModelError, Subject, identity, load_subject
+from softpick.experiment.parts import Parts, stamps, titles
+from softpick.experiment.perplexity import learned_positions, perplexity_by_position, position_edges
+from softpick.experiment.progress import Reporter, Silent, Titled
+from softpick.experiment.reading import Corpus
 from softpick.experiment.resume import Workspace
-from softpick.loading import DTYPES, ModelError, Subject, identity, load_subject
-from softpick.parts import Parts, stamps, titles
-from softpick.progress import Reporter, Silent, Titled
-from softpick.settings import check_settings
-from softpick.training.data import Corpus, get_corpus
+from softpick.experiment.settings import check_settings
 
 __all__ = ["EvaluateSettings", "evaluate", "forget", "summary_rows"]
 

@@ -140,6 +140,19 @@ def test_rows_of_another_recipe(whole, recipe):
         grid(replace(recipe, steps=14), VARIANTS, (0,), whole[0], device="cpu")
 
 
+def test_the_report_is_of_the_folder(whole, recipe, tmp_path, monkeypatch):
+    """A later command for other variants adds to the report, and is refused where its recipe is another one."""
+    folder, rows = whole
+    (tmp_path / "results.jsonl").write_bytes((folder / "results.jsonl").read_bytes())
+    monkeypatch.setattr(softpick.train, "train", no_training)
+    assert grid(recipe, VARIANTS[1:], (0,), tmp_path, device="cpu") == rows[1:2]
+    text = (tmp_path / "report.md").read_text()
+    assert text.startswith("# tiny_cpu: 4 of 4 runs\n")
+    assert "| | softpick+gate+scale | softmax |" in text
+    with pytest.raises(RecipeError, match="another recipe"):
+        grid(replace(recipe, width=64), ["relu_softpick"], (0,), tmp_path, device="cpu")
+
+
 def test_rows_that_were_looked_at_more_often(whole, recipe, monkeypatch):
     monkeypatch.setattr(softpick.train, "train", no_training)
     rarely = replace(recipe, log_every=4, save_every=12, evaluate_every=0, probe_every=0)

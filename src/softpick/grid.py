@@ -126,7 +126,7 @@ def grid(
         stop: asked during training whether to stop at a checkpoint.
 
     Returns:
-        The rows of all finished runs of this grid, in its order.
+        The rows of the finished runs among those asked for, in their order.
 
     Raises:
         RecipeError: a variant, the share or the folder does not fit.
@@ -144,7 +144,7 @@ def grid(
         raise RecipeError(f"minutes: expected a number > 0, got {minutes}")
     output, reporter, stop = Path(output), reporter or Silent(), stop or StopRequest()
     output.mkdir(parents=True, exist_ok=True)
-    _check_rows(runs, read_rows(output, reporter))
+    _check_rows(recipe, read_rows(output, reporter))
     try:
         with _deadline(stop, minutes):
             for index, run in enumerate(runs[number - 1 :: shares], 1):
@@ -154,10 +154,12 @@ def grid(
                     said = Titled(reporter, f"{index}/{len(runs[number - 1 :: shares])} {run.name}")
                     _append(output / "results.jsonl", _train(run, output, device, command, said, stop))
     finally:
-        rows = [row for row in (_row_of(run, read_rows(output)) for run in runs) if row is not None]
+        rows = read_rows(output)
+        wanted = [row for row in (_row_of(run, rows) for run in runs) if row is not None]
+        others = [row for row in rows if row not in wanted]  # of earlier commands; the report is of the folder
         if rows:
-            write_grid_report(output, rows, len(runs), reporter)
-    return rows
+            write_grid_report(output, wanted + others, len(runs) + len(others), reporter)
+    return wanted
 
 
 def _train(run: Run, output: Path, device: str, command: str, reporter: Reporter, stop: StopRequest) -> dict[str, Any]:
@@ -276,17 +278,14 @@ def _row_of(run: Run, rows: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
     return next((row for row in rows if (row["variant"], row["seed"]) == (run.variant, run.recipe.seed)), None)
 
 
-def _check_rows(runs: Sequence[Run], rows: Sequence[dict[str, Any]]) -> None:
-    """Rows of another recipe are of another grid."""
-    for run in runs:
-        row = _row_of(run, rows)
-        now, then = run.recipe.to_json(), None if row is None else row["recipe"]
-        if then is None:
-            continue
+def _check_rows(recipe: Recipe, rows: Sequence[Mapping[str, Any]]) -> None:
+    """A folder is of one recipe."""
+    for row in rows:
+        (run,) = make_runs(recipe, [row["variant"]], [row["seed"]])
+        now, then = run.recipe.to_json(), row["recipe"]
         keys = [key for key in now if key not in _WATCHING and now[key] != then.get(key)]
-        differences = [f"{key}: {then.get(key)!r} there, {now[key]!r} now" for key in keys]
-        if differences:
+        if keys:
+            differences = "; ".join(f"{key}: {then.get(key)!r} there, {now[key]!r} now" for key in keys)
             raise RecipeError(
-                f"output: results.jsonl holds {run.name} of another recipe ({'; '.join(differences)}); choose another "
-                "--output"
+                f"output: results.jsonl holds {run.name} of another recipe ({differences}); choose another --output"
             )

@@ -234,9 +234,9 @@ def test_report(whole):
     mean = sum(losses) / 2
     assert f" {mean:.4f} ({min(losses):.4f} to {max(losses):.4f}) " in table["validation loss"]
     assert "| seeds | 0, 1 | 0, 1 |" in text
-    assert {title for title, _ in COLUMNS.values()} - set(table) <= {
-        "Empty tiles 64×64, %"
-    }  # 32 tokens are less than a tile
+    missing = {title for title, _ in COLUMNS.values()} - set(table)
+    # 32 tokens are less than a tile; no log line falls into a tenth of 12 steps
+    assert missing == {"Empty tiles 64×64, %", "largest gradient norm, first tenth of the steps"}
     assert (folder / "training.png").stat().st_size > 1000
 
 

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -167,6 +168,51 @@ def test_a_row_that_was_cut_short(whole, recipe, tmp_path):
     assert read_rows(tmp_path) == rows[:3]
     found = grid(recipe, VARIANTS, (0, 1), tmp_path, device="cpu")
     assert figures(found) == figures(rows)
+
+
+def test_measured_rows_go_on(tmp_path, monkeypatch):
+    """The rows of docs/results.md are of the recipe as it is: a later session only adds to them."""
+    folder = Path(__file__).parent.parent / "benchmarks/results/sinks_h200"
+    (tmp_path / "results.jsonl").write_bytes((folder / "results.jsonl").read_bytes())
+    monkeypatch.setattr(softpick.train, "train", no_training)
+    recipe = replace(get_recipe("sinks_h200"), data="sinks_text")
+    rows = read_rows(folder)
+    assert grid(recipe, [row["variant"] for row in rows if row["seed"] == 0], (0,), tmp_path) == rows
+    documented = (folder.parent.parent.parent / "docs/results.md").read_text(encoding="utf-8")
+    table = [line for line in (tmp_path / "report.md").read_text().splitlines() if line.startswith("|")]
+    assert "\n".join(table) in documented
+
+
+def test_a_run_counts_once(whole, tmp_path):
+    folder, rows = whole
+    (tmp_path / "results.jsonl").write_bytes(2 * (folder / "results.jsonl").read_bytes())
+    assert read_rows(tmp_path) == rows
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--share", "1"], "share: expected I/N, got '1'"),
+        (["--share", "0/2"], "share: expected I/N with I from 1 to N, got 0/2"),
+        (["--minutes", "0"], "minutes: expected a number > 0, got 0"),
+        (["--normalizers", "softmax+gates"], "got 'softmax+gates'"),
+        (["--seeds", "a"], "seeds: expected integers"),
+    ],
+)
+def test_command_line_errors(tmp_path, capsys, options, message):
+    from softpick.cli import main
+
+    with pytest.raises(SystemExit) as stopped:
+        main(["grid", "tiny_cpu", "--output", str(tmp_path / "grid"), *options])
+    assert stopped.value.code == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "grid").exists()
+
+
+def test_ranks_of_torchrun(recipe, tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(RecipeError, match="expected one process a run"):
+        grid(recipe, VARIANTS, (0,), tmp_path, device="cpu")
 
 
 def test_shares(whole, recipe, tmp_path):

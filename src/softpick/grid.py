@@ -129,7 +129,7 @@ def grid(
         The rows of the finished runs among those asked for, in their order.
 
     Raises:
-        RecipeError: a variant, the share or the folder does not fit.
+        RecipeError: a variant, the share or the folder does not fit, or torchrun started several ranks.
         softpick.training.data.DataError: the data cannot be used.
         softpick.training.engine.Interrupted: stopped at a checkpoint, by ``stop`` or after ``minutes``.
     """
@@ -137,6 +137,8 @@ def grid(
     from softpick.training.engine import Interrupted, StopRequest
 
     runs = make_runs(recipe, variants, seeds)
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise RecipeError("grid: expected one process a run, got several ranks; --share deals runs out to processes")
     number, shares = share
     if not 1 <= number <= shares:
         raise RecipeError(f"share: expected I/N with I from 1 to N, got {number}/{shares}")
@@ -250,18 +252,20 @@ def _deadline(stop: StopRequest, minutes: float | None) -> Iterator[None]:
 
 
 def read_rows(output: str | Path, reporter: Reporter | None = None) -> list[dict[str, Any]]:
-    """The rows of a grid's ``results.jsonl``. A line that a kill cut short is none, and ``reporter`` is told of it."""
+    """The rows of a grid's ``results.jsonl``, one a run. A line that a kill cut short is none; ``reporter`` is told of it."""
     path = Path(output) / "results.jsonl"
     if not path.exists():
         return []
-    rows = []
+    rows: dict[tuple[str, int], dict[str, Any]] = {}
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
         try:
-            rows.append(json.loads(line))
+            row = json.loads(line)
         except ValueError:
             if line.strip() and reporter is not None:
                 reporter.say(f"{path}, line {number}: was cut short and does not count")
-    return rows
+            continue
+        rows.setdefault((row["variant"], row["seed"]), row)
+    return list(rows.values())
 
 
 def _append(path: Path, row: Mapping[str, Any]) -> None:
@@ -269,7 +273,8 @@ def _append(path: Path, row: Mapping[str, Any]) -> None:
     descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
     with os.fdopen(descriptor, "r+b", buffering=0) as file:
         size = file.seek(0, os.SEEK_END)
-        cut = size > 0 and os.pread(descriptor, 1, size - 1) != b"\n"
+        file.seek(max(size - 1, 0))
+        cut = size > 0 and file.read(1) != b"\n"
         file.write((b"\n" if cut else b"") + json.dumps(row, ensure_ascii=False).encode() + b"\n")
         os.fsync(descriptor)
 

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -140,6 +141,19 @@ def test_rows_of_another_recipe(whole, recipe):
         grid(replace(recipe, steps=14), VARIANTS, (0,), whole[0], device="cpu")
 
 
+def test_the_report_is_of_the_folder(whole, recipe, tmp_path, monkeypatch):
+    """A later command for other variants adds to the report, and is refused where its recipe is another one."""
+    folder, rows = whole
+    (tmp_path / "results.jsonl").write_bytes((folder / "results.jsonl").read_bytes())
+    monkeypatch.setattr(softpick.train, "train", no_training)
+    assert grid(recipe, VARIANTS[1:], (0,), tmp_path, device="cpu") == rows[1:2]
+    text = (tmp_path / "report.md").read_text()
+    assert text.startswith("# tiny_cpu: 4 of 4 runs\n")
+    assert "| | softpick+gate+scale | softmax |" in text
+    with pytest.raises(RecipeError, match="another recipe"):
+        grid(replace(recipe, width=64), ["relu_softpick"], (0,), tmp_path, device="cpu")
+
+
 def test_rows_that_were_looked_at_more_often(whole, recipe, monkeypatch):
     monkeypatch.setattr(softpick.training.pretrain, "train", no_training)
     rarely = replace(recipe, log_every=4, save_every=12, evaluate_every=0, probe_every=0)
@@ -154,6 +168,51 @@ def test_a_row_that_was_cut_short(whole, recipe, tmp_path):
     assert read_rows(tmp_path) == rows[:3]
     found = grid(recipe, VARIANTS, (0, 1), tmp_path, device="cpu")
     assert figures(found) == figures(rows)
+
+
+def test_measured_rows_go_on(tmp_path, monkeypatch):
+    """The rows of docs/results.md are of the recipe as it is: a later session only adds to them."""
+    folder = Path(__file__).parent.parent / "benchmarks/results/sinks_h200"
+    (tmp_path / "results.jsonl").write_bytes((folder / "results.jsonl").read_bytes())
+    monkeypatch.setattr(softpick.train, "train", no_training)
+    recipe = replace(get_recipe("sinks_h200"), data="sinks_text")
+    rows = read_rows(folder)
+    assert grid(recipe, [row["variant"] for row in rows if row["seed"] == 0], (0,), tmp_path) == rows
+    documented = (folder.parent.parent.parent / "docs/results.md").read_text(encoding="utf-8")
+    table = [line for line in (tmp_path / "report.md").read_text().splitlines() if line.startswith("|")]
+    assert "\n".join(table) in documented
+
+
+def test_a_run_counts_once(whole, tmp_path):
+    folder, rows = whole
+    (tmp_path / "results.jsonl").write_bytes(2 * (folder / "results.jsonl").read_bytes())
+    assert read_rows(tmp_path) == rows
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--share", "1"], "share: expected I/N, got '1'"),
+        (["--share", "0/2"], "share: expected I/N with I from 1 to N, got 0/2"),
+        (["--minutes", "0"], "minutes: expected a number > 0, got 0"),
+        (["--normalizers", "softmax+gates"], "got 'softmax+gates'"),
+        (["--seeds", "a"], "seeds: expected integers"),
+    ],
+)
+def test_command_line_errors(tmp_path, capsys, options, message):
+    from softpick.cli import main
+
+    with pytest.raises(SystemExit) as stopped:
+        main(["grid", "tiny_cpu", "--output", str(tmp_path / "grid"), *options])
+    assert stopped.value.code == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "grid").exists()
+
+
+def test_ranks_of_torchrun(recipe, tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(RecipeError, match="expected one process a run"):
+        grid(recipe, VARIANTS, (0,), tmp_path, device="cpu")
 
 
 def test_shares(whole, recipe, tmp_path):
@@ -221,9 +280,9 @@ def test_report(whole):
     mean = sum(losses) / 2
     assert f" {mean:.4f} ({min(losses):.4f} to {max(losses):.4f}) " in table["validation loss"]
     assert "| seeds | 0, 1 | 0, 1 |" in text
-    assert {title for title, _ in COLUMNS.values()} - set(table) <= {
-        "Empty tiles 64×64, %"
-    }  # 32 tokens are less than a tile
+    missing = {title for title, _ in COLUMNS.values()} - set(table)
+    # 32 tokens are less than a tile; no log line falls into a tenth of 12 steps
+    assert missing == {"Empty tiles 64×64, %", "largest gradient norm, first tenth of the steps"}
     assert (folder / "training.png").stat().st_size > 1000
 
 

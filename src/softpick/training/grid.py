@@ -126,10 +126,10 @@ def grid(
         stop: asked during training whether to stop at a checkpoint.
 
     Returns:
-        The rows of all finished runs of this grid, in its order.
+        The rows of the finished runs among those asked for, in their order.
 
     Raises:
-        RecipeError: a variant, the share or the folder does not fit.
+        RecipeError: a variant, the share or the folder does not fit, or torchrun started several ranks.
         softpick.training.data.DataError: the data cannot be used.
         softpick.training.engine.Interrupted: stopped at a checkpoint, by ``stop`` or after ``minutes``.
     """
@@ -137,6 +137,8 @@ def grid(
     from softpick.training.grid_report import write_grid_report
 
     runs = make_runs(recipe, variants, seeds)
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise RecipeError("grid: expected one process a run, got several ranks; --share deals runs out to processes")
     number, shares = share
     if not 1 <= number <= shares:
         raise RecipeError(f"share: expected I/N with I from 1 to N, got {number}/{shares}")
@@ -144,7 +146,7 @@ def grid(
         raise RecipeError(f"minutes: expected a number > 0, got {minutes}")
     output, reporter, stop = Path(output), reporter or Silent(), stop or StopRequest()
     output.mkdir(parents=True, exist_ok=True)
-    _check_rows(runs, read_rows(output, reporter))
+    _check_rows(recipe, read_rows(output, reporter))
     try:
         with _deadline(stop, minutes):
             for index, run in enumerate(runs[number - 1 :: shares], 1):
@@ -154,10 +156,12 @@ def grid(
                     said = Titled(reporter, f"{index}/{len(runs[number - 1 :: shares])} {run.name}")
                     _append(output / "results.jsonl", _train(run, output, device, command, said, stop))
     finally:
-        rows = [row for row in (_row_of(run, read_rows(output)) for run in runs) if row is not None]
+        rows = read_rows(output)
+        wanted = [row for row in (_row_of(run, rows) for run in runs) if row is not None]
+        others = [row for row in rows if row not in wanted]  # of earlier commands; the report is of the folder
         if rows:
-            write_grid_report(output, rows, len(runs), reporter)
-    return rows
+            write_grid_report(output, wanted + others, len(runs) + len(others), reporter)
+    return wanted
 
 
 def _train(run: Run, output: Path, device: str, command: str, reporter: Reporter, stop: StopRequest) -> dict[str, Any]:
@@ -248,18 +252,20 @@ def _deadline(stop: StopRequest, minutes: float | None) -> Iterator[None]:
 
 
 def read_rows(output: str | Path, reporter: Reporter | None = None) -> list[dict[str, Any]]:
-    """The rows of a grid's ``results.jsonl``. A line that a kill cut short is none, and ``reporter`` is told of it."""
+    """The rows of a grid's ``results.jsonl``, one a run. A line that a kill cut short is none; ``reporter`` is told of it."""
     path = Path(output) / "results.jsonl"
     if not path.exists():
         return []
-    rows = []
+    rows: dict[tuple[str, int], dict[str, Any]] = {}
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
         try:
-            rows.append(json.loads(line))
+            row = json.loads(line)
         except ValueError:
             if line.strip() and reporter is not None:
                 reporter.say(f"{path}, line {number}: was cut short and does not count")
-    return rows
+            continue
+        rows.setdefault((row["variant"], row["seed"]), row)
+    return list(rows.values())
 
 
 def _append(path: Path, row: Mapping[str, Any]) -> None:
@@ -267,7 +273,8 @@ def _append(path: Path, row: Mapping[str, Any]) -> None:
     descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
     with os.fdopen(descriptor, "r+b", buffering=0) as file:
         size = file.seek(0, os.SEEK_END)
-        cut = size > 0 and os.pread(descriptor, 1, size - 1) != b"\n"
+        file.seek(max(size - 1, 0))
+        cut = size > 0 and file.read(1) != b"\n"
         file.write((b"\n" if cut else b"") + json.dumps(row, ensure_ascii=False).encode() + b"\n")
         os.fsync(descriptor)
 
@@ -276,17 +283,14 @@ def _row_of(run: Run, rows: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
     return next((row for row in rows if (row["variant"], row["seed"]) == (run.variant, run.recipe.seed)), None)
 
 
-def _check_rows(runs: Sequence[Run], rows: Sequence[dict[str, Any]]) -> None:
-    """Rows of another recipe are of another grid."""
-    for run in runs:
-        row = _row_of(run, rows)
-        now, then = run.recipe.to_json(), None if row is None else row["recipe"]
-        if then is None:
-            continue
+def _check_rows(recipe: Recipe, rows: Sequence[Mapping[str, Any]]) -> None:
+    """A folder is of one recipe."""
+    for row in rows:
+        (run,) = make_runs(recipe, [row["variant"]], [row["seed"]])
+        now, then = run.recipe.to_json(), row["recipe"]
         keys = [key for key in now if key not in _WATCHING and now[key] != then.get(key)]
-        differences = [f"{key}: {then.get(key)!r} there, {now[key]!r} now" for key in keys]
-        if differences:
+        if keys:
+            differences = "; ".join(f"{key}: {then.get(key)!r} there, {now[key]!r} now" for key in keys)
             raise RecipeError(
-                f"output: results.jsonl holds {run.name} of another recipe ({'; '.join(differences)}); choose another "
-                "--output"
+                f"output: results.jsonl holds {run.name} of another recipe ({differences}); choose another --output"
             )

@@ -145,7 +145,7 @@ def test_the_report_is_of_the_folder(whole, recipe, tmp_path, monkeypatch):
     """A later command for other variants adds to the report, and is refused where its recipe is another one."""
     folder, rows = whole
     (tmp_path / "results.jsonl").write_bytes((folder / "results.jsonl").read_bytes())
-    monkeypatch.setattr(softpick.train, "train", no_training)
+    monkeypatch.setattr(softpick.training.pretrain, "train", no_training)
     assert grid(recipe, VARIANTS[1:], (0,), tmp_path, device="cpu") == rows[1:2]
     text = (tmp_path / "report.md").read_text()
     assert text.startswith("# tiny_cpu: 4 of 4 runs\n")
@@ -174,7 +174,7 @@ def test_measured_rows_go_on(tmp_path, monkeypatch):
     """The rows of docs/results.md are of the recipe as it is: a later session only adds to them."""
     folder = Path(__file__).parent.parent / "benchmarks/results/sinks_h200"
     (tmp_path / "results.jsonl").write_bytes((folder / "results.jsonl").read_bytes())
-    monkeypatch.setattr(softpick.train, "train", no_training)
+    monkeypatch.setattr(softpick.training.pretrain, "train", no_training)
     recipe = replace(get_recipe("sinks_h200"), data="sinks_text")
     rows = read_rows(folder)
     assert grid(recipe, [row["variant"] for row in rows if row["seed"] == 0], (0,), tmp_path) == rows
@@ -219,7 +219,7 @@ def test_shares(whole, recipe, tmp_path):
     for number in (1, 2):
         grid(recipe, VARIANTS, (0,), tmp_path, device="cpu", share=(number, 2))
     assert figures(read_rows(tmp_path)) == figures(whole[1][:2])
-    assert os.path.samefile(tmp_path / "tokens/train.tokens", tmp_path / "runs/softmax-s0/train.tokens")
+    assert os.path.samefile(tokens_of(tmp_path) / "train.tokens", tmp_path / "runs/softmax-s0/train.tokens")
     with pytest.raises(RecipeError, match="share: expected I/N"):
         grid(recipe, VARIANTS, (0,), tmp_path, device="cpu", share=(3, 2))
 
@@ -293,13 +293,19 @@ def test_value_is_the_last_probe():
     assert value(row, "row_mass") is None
 
 
+def tokens_of(grid):
+    """The token files that the runs of a grid share: one folder for all that have the same data."""
+    (folder,) = (grid / "tokens").iterdir()
+    return folder
+
+
 def test_packed(whole, recipe, tmp_path):
     """Packed tokens give the losses of the text they were made of."""
     folder, rows = whole
-    pack(folder / "tokens", tmp_path / "packed", "words")
+    pack(tokens_of(folder), tmp_path / "packed", "words")
     unpack(tmp_path / "packed", tmp_path / "there")
     for name in ("train.tokens", "validation.tokens"):
-        assert (tmp_path / "there" / name).read_bytes() == (folder / "tokens" / name).read_bytes()
+        assert (tmp_path / "there" / name).read_bytes() == (tokens_of(folder) / name).read_bytes()
     packed = replace(recipe, data=str(tmp_path / "packed"))
     (row,) = grid(packed, ["softmax"], (0,), tmp_path / "grid", device="cpu")
     assert row["data"] == "words"
@@ -310,7 +316,7 @@ def test_packed(whole, recipe, tmp_path):
 @pytest.mark.parametrize("harm", ["missing", "cut", "exchanged", "format"])
 def test_packed_and_damaged(whole, tmp_path, harm):
     packed = tmp_path / "packed"
-    pack(whole[0] / "tokens", packed, "words")
+    pack(tokens_of(whole[0]), packed, "words")
     part = packed / "train.tokens.00.xz"
     if harm == "missing":
         part.unlink()
@@ -327,7 +333,7 @@ def test_packed_and_damaged(whole, tmp_path, harm):
 
 @pytest.mark.parametrize("indices", [[0], [3, 1, 3], []])
 def test_batch_of_a_token_file(whole, indices):
-    file = TokenFile(whole[0] / "tokens/train.tokens", 32, 300, 0)
+    file = TokenFile(tokens_of(whole[0]) / "train.tokens", 32, 300, 0)
     rows = file.__getitems__(indices)
     assert rows.shape == (len(indices), 32)
     assert all(row.equal(file[i]) for row, i in zip(rows, indices, strict=True))
@@ -336,4 +342,4 @@ def test_batch_of_a_token_file(whole, indices):
 @pytest.mark.parametrize("index", [-1, 10**6])
 def test_batch_beyond_a_token_file(whole, index):
     with pytest.raises(IndexError):
-        TokenFile(whole[0] / "tokens/train.tokens", 32, 300, 0).__getitems__([0, index])
+        TokenFile(tokens_of(whole[0]) / "train.tokens", 32, 300, 0).__getitems__([0, index])

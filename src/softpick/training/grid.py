@@ -18,7 +18,7 @@ import json
 import os
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,7 +27,8 @@ import torch
 
 from softpick.experiment.progress import Reporter, Silent, Titled
 from softpick.normalizers import get_normalizer
-from softpick.training.packed import TOKEN_FILES, copy_folder, describe, unpack
+from softpick.training.packed import describe
+from softpick.training.prepare import data_digest, share_tokens
 from softpick.training.recipes import Recipe, RecipeError
 
 if TYPE_CHECKING:
@@ -169,15 +170,12 @@ def _train(run: Run, output: Path, device: str, command: str, reporter: Reporter
     from softpick.training.engine import NonFinite
     from softpick.training.pretrain import train
 
-    folder, shared = output / "runs" / run.name, output / "tokens"
-    packed = describe(run.recipe.data)
-    if packed is not None and run.recipe.data is not None:
-        unpack(run.recipe.data, shared)
-    _share_tokens(shared, folder)
+    folder = output / "runs" / run.name
+    shared = output / "tokens" / data_digest(run.recipe, output)
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
     try:
-        result = train(run.recipe, folder, device=device, command=command, reporter=reporter, stop=stop)
+        result = train(run.recipe, folder, device=device, command=command, reporter=reporter, stop=stop, tokens=shared)
     except NonFinite as error:
         reporter.say(f"failed: {error}")
         failed = {"variant": run.variant, "seed": run.recipe.seed, "recipe": run.recipe.to_json()}
@@ -188,22 +186,11 @@ def _train(run: Run, output: Path, device: str, command: str, reporter: Reporter
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-    _share_tokens(folder, shared)
+    share_tokens(folder, shared)
     log = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     # train describes text in full only where it tokenised that text itself, in the first run
-    return _row(run, result | {"data": packed or run.recipe.data or "the Python standard library"}, log)
-
-
-def _share_tokens(source: Path, target: Path) -> None:
-    """Give ``target`` the tokenizer and the token files of ``source`` (the same files, not copies, where that can be)."""
-    if not all((source / name).exists() for name in ("tokenizer", *TOKEN_FILES)):
-        return
-    target.mkdir(parents=True, exist_ok=True)
-    for name in TOKEN_FILES:
-        if not (target / name).exists():
-            with suppress(FileExistsError):  # another process was first
-                os.link(source / name, target / name)
-    copy_folder(source / "tokenizer", target / "tokenizer")
+    text = describe(run.recipe.data) or run.recipe.data or "the Python standard library"
+    return _row(run, result | {"data": text}, log)
 
 
 def _row(run: Run, result: Mapping[str, Any], log: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

@@ -10,6 +10,7 @@ import functools
 import os
 import shutil
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,19 +19,20 @@ import torch
 from torch import Tensor
 
 from softpick.experiment.corpus import get_corpus, split_documents
-from softpick.experiment.files import digest, writing
+from softpick.experiment.files import digest, json_text, text_digest, writing
 from softpick.experiment.models import load_tokenizer
 from softpick.experiment.progress import Reporter, Silent
 from softpick.experiment.reading import DataError
 from softpick.experiment.resume import Workspace, scratch
 from softpick.training.data import SequenceDataset, fingerprint, train_tokenizer
+from softpick.training.packed import TOKEN_FILES, copy_folder, describe, unpack
 from softpick.training.recipes import Recipe, RecipeError
 from softpick.training.token_files import StreamedSequences, TokenFile, hub_documents, write_tokens
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["FILES", "Data", "prepare"]
+__all__ = ["FILES", "Data", "data_digest", "prepare", "share_tokens"]
 
 FILES = ("tokenizer", "train.tokens", "validation.tokens")
 """What a run's data are kept in."""
@@ -57,6 +59,7 @@ def prepare(
     about: dict[str, Any],
     reporter: Reporter,
     trust_remote_code: bool = False,
+    tokens: Path | None = None,
 ) -> Data:
     """The data of a run; ``config.json`` is written when they are complete.
 
@@ -68,6 +71,7 @@ def prepare(
         about: what ``config.json`` says of the run besides its data.
         reporter: told what happens.
         trust_remote_code: Python code that comes with the recipe's tokenizer may run.
+        tokens: folder with a tokenizer and token files of the same data, which need not be tokenised again.
 
     Raises:
         RecipeError: the data are not those of the run in ``output``.
@@ -96,6 +100,8 @@ def prepare(
         with writing(staged):
             shutil.rmtree(staged, ignore_errors=True)
             staged.mkdir()
+            if tokens is not None and not streamed:
+                share_tokens(tokens, staged)
             data = make(recipe, staged, None, reporter)
             made = {name: digest(staged / name) for name in names}
         _adopt(output, config, data, made)
@@ -104,6 +110,35 @@ def prepare(
     finally:
         shutil.rmtree(staged, ignore_errors=True)
     return data if streamed else make(recipe, output, data.description, Silent())
+
+
+def share_tokens(source: Path, target: Path) -> None:
+    """Give ``target`` the tokenizer and the token files of ``source``, if it has them (the same files, where links can be)."""
+    if not all((source / name).exists() for name in FILES):
+        return
+    target.mkdir(parents=True, exist_ok=True)
+    for name in TOKEN_FILES:
+        if (target / name).exists():
+            continue
+        with suppress(FileExistsError):  # another process was first
+            try:
+                os.link(source / name, target / name)
+            except PermissionError:  # a disk without links
+                shutil.copyfile(source / name, target / name)
+    copy_folder(source / "tokenizer", target / "tokenizer")
+
+
+def data_digest(recipe: Recipe, output: Path) -> str:
+    """Of all that a run's tokens depend on: the same for runs that may share them."""
+    parts = [
+        recipe.data,
+        recipe.data_config,
+        recipe.text_field,
+        recipe.tokenizer,
+        recipe.vocab_size,
+        _sources(recipe, output),
+    ]
+    return text_digest(json_text(parts))[:16]
 
 
 def _check(output: Path, config: dict[str, Any], data: Data) -> None:
@@ -163,9 +198,12 @@ def _tokens(
 ) -> Data:
     """From the token files in a folder, or tokenised into it where it has none."""
     files = {name: folder / f"{name}.tokens" for name in ("train", "validation")}
+    packed = describe(recipe.data)
+    if packed is not None and recipe.data is not None:
+        unpack(recipe.data, folder)
     if all((folder / name).exists() for name in FILES):
         tokenizer = _tokenizer(recipe, folder, lambda: iter(()), trust_remote_code)
-        description = description or recipe.data or "the built-in corpus"
+        description = packed or description or recipe.data or "the Python standard library"
     else:
         corpus = get_corpus(recipe.data, recipe.text_field)
         description = corpus.description

@@ -65,6 +65,7 @@ def train(
     device: str = "auto",
     tensorboard: bool = False,
     trust_remote_code: bool = False,
+    tokens: str | Path | None = None,
     command: str = "",
     reporter: Reporter | None = None,
     stop: StopRequest | None = None,
@@ -77,6 +78,8 @@ def train(
         device: ``cpu``, ``cuda``, ``mps``, or ``auto``: ``cuda`` where torch finds such a GPU, else ``cpu``.
         tensorboard: also write TensorBoard events (needs tensorboard).
         trust_remote_code: Python code that comes with the recipe's tokenizer may run.
+        tokens: folder with ``tokenizer/``, ``train.tokens`` and ``validation.tokens`` of the same data, made by another run:
+            they are used instead of tokenising the text again.
         command: as typed, for the model card.
         reporter: told what happens; under torchrun only rank 0's is.
         stop: asked during training whether to stop at a checkpoint.
@@ -100,8 +103,9 @@ def train(
     if rank or reporter is None:
         reporter = Silent()
     with ExitStack() as stack:
+        shared = None if tokens is None else Path(tokens)
         return _train(
-            stack, recipe, output, device, tensorboard, command, reporter, stop, ranks, rank, trust_remote_code
+            stack, recipe, output, device, tensorboard, command, reporter, stop, ranks, rank, trust_remote_code, shared
         )
 
 
@@ -117,6 +121,7 @@ def _train(
     ranks: int,
     rank: int,
     trust_remote_code: bool,
+    tokens: Path | None,
 ) -> dict[str, Any]:
     from softpick.training import engine
 
@@ -129,7 +134,16 @@ def _train(
             work = stack.enter_context(Workspace(output, error=RecipeError, ledger="config.json"))
             _enter(output, recipe, work)
         about = {"format": _FORMAT, "recipe": recipe.to_json()}
-        data = prepare(recipe, output, work, _read_config(output), about, reporter, trust_remote_code)
+        data = prepare(
+            recipe,
+            output,
+            work,
+            _read_config(output),
+            about,
+            reporter,
+            trust_remote_code,
+            None if tokens is None else Path(tokens),
+        )
     finished = _finished(output)
     if finished is not None:
         reporter.say(f"{output}: already trained")

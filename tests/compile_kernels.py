@@ -52,7 +52,7 @@ def build(case):
     bias_grad = torch.empty(1, 4, 256, 256) if extra == "bias" else None
     live = torch.empty(launch.live_shape(q, v, 1, 256, 256), dtype=torch.int32) if extra == "map" else None
     left, softcap = (64, 30.0) if extra == "bias" else (-1, 0.0)
-    options = launch.Options(norm, d**-0.5, norm.eps, left, 0, True, softcap, 0.0, norm.sparse)
+    options = launch.Options(norm, d**-0.5, norm.eps, left, 0, True, softcap, 0.0, skip=norm.sparse)
     launch.forward(options, q, k, v, mask, sink, None, None, None, 0, out, lse, None, None, live)
     launch.backward(
         options, q, k, v, mask, sink, None, None, None, 0, 0, out, lse, out, *grads, bias_grad, live

@@ -46,7 +46,7 @@ def tensors():
 
 def automatic(monkeypatch):
     """``backend="auto"`` as on a GPU."""
-    monkeypatch.setattr(functional, "choose_backend", lambda backend, *_: "triton" if backend == "auto" else backend)
+    monkeypatch.setattr(functional, "choose_backend", lambda backend, *_, **__: "triton" if backend == "auto" else backend)
 
 
 ERRORS = [

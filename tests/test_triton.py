@@ -541,7 +541,7 @@ def test_decoding_with_skipping_changes_no_bit(name):
     results = []
     for skip in (False, True):
         out, lse = torch.full((2, 2, 1, 5), math.nan), torch.full((2, 2, 1), math.nan)
-        options = launch.Options(norm, 0.3, norm.eps, -1, -1, True, 0.0, 0.0, skip)
+        options = launch.Options(norm, 0.3, norm.eps, -1, -1, True, 0.0, 0.0, skip=skip)
         launch.decode(options, q, k, v, None, sink, None, None, out, lse)
         results.append((out, lse))
     assert not results[0][0].isnan().any()

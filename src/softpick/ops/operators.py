@@ -234,11 +234,12 @@ def _options(
     bottom_right: bool,
     softcap: float,
     dropout_p: float,
+    part: bool = False,
 ) -> Options:
     from softpick.ops.triton.launch import Options
 
     left, right = min(left, 2**30), min(right, 2**30)  # the kernels add positions to them in 32 bits
-    return Options(get_normalizer(normalizer), scale, eps, left, right, bottom_right, softcap, dropout_p)
+    return Options(get_normalizer(normalizer), scale, eps, left, right, bottom_right, softcap, dropout_p, part)
 
 
 def _dense(x: Tensor | None) -> Tensor | None:
@@ -608,7 +609,7 @@ def block_backward(
     if backend in TRITON:
         from softpick.ops.triton import launch
 
-        options = _options(normalizer, scale, 0.0, -1, right, False, softcap, 0.0)
+        options = _options(normalizer, scale, 0.0, -1, right, False, softcap, 0.0, part=True)
         try:
             with _on(query):
                 launch.backward(

@@ -93,6 +93,8 @@ class Options(NamedTuple):
     bottom_right: bool
     softcap: float
     dropout_p: float
+    part: bool = False
+    """Backward: the keys are some of those that the output and lse are of (ring attention)."""
     skip: bool | None = None
     """Decoding: whether values of key tiles without a kept score are left unread; None: where it pays (``tuning.py``)."""
 
@@ -463,21 +465,25 @@ def _row_statistics(
 ) -> None:
     """Into ``statistics`` ``(B, H, Tq or more, 4)``."""
     (rows, heads, total_q, _), padded = query.shape, statistics.shape[2]
-    few = _few_tiles(options, query, longest, key.shape[2] if cu_k is None else longest_k, mask, cu_q is not None)
+    few = 0
+    if not options.part:
+        few = _few_tiles(options, query, longest, key.shape[2] if cu_k is None else longest_k, mask, cu_q is not None)
     lines = 64 if max(common["BLOCK_D"], common["BLOCK_DV"]) <= 128 else 32
     pointer, mask_strides = _mask_arguments(mask)
     apart = mask is not None or cu_q is not None
     first = 0 if apart else few
+    logits = lse if options.part and sink is None else sink  # not read: only rows that see few keys need it
 
     def launch(tiles: int, programs: int, sequences: int) -> None:
         run(
             row_statistics, (programs, heads, sequences),
-            query, key, value, out, grad_out, lse, statistics, pointer, sink, cu_q, cu_k, seed,
+            query, key, value, out, grad_out, lse, statistics, pointer, logits, cu_q, cu_k, seed,
             *query.stride(), *key.stride(), *value.stride(), *out.stride(), *grad_out.stride(), *lse.stride(), *mask_strides,
             *statistics.stride()[1:],
             tiles, heads, heads // key.shape[1], total_q, key.shape[2], padded, query.shape[-1], value.shape[-1],
             options.left, options.right, _unit(options), options.eps, options.softcap, _dropped(options),
-            **common, BLOCK_M=lines, DROPOUT=options.dropout_p > 0, VARLEN=cu_q is not None, num_warps=4,
+            **common, BLOCK_M=lines, DROPOUT=options.dropout_p > 0, VARLEN=cu_q is not None, PART=options.part,
+            num_warps=4,
         )  # fmt: skip
 
     launch(first, first + _cdiv(padded, lines), rows)

@@ -130,7 +130,7 @@ def row_statistics(
     NEGATIVE_GRADIENT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr, PAD_D: tl.constexpr, PAD_DV: tl.constexpr, MASK: tl.constexpr, MASK_ROWS: tl.constexpr,
     LEFT: tl.constexpr, RIGHT: tl.constexpr, BOTTOM_RIGHT: tl.constexpr, SOFTCAP: tl.constexpr, DROPOUT: tl.constexpr,
-    VARLEN: tl.constexpr, EXACT: tl.constexpr, PRECISION: tl.constexpr,
+    VARLEN: tl.constexpr, EXACT: tl.constexpr, PRECISION: tl.constexpr, PART: tl.constexpr,
 ):  # fmt: skip
     """What the backward kernels need of a row: ``statistics`` is ``(B, H, Tq, 4)`` in memory (they are loaded together), or
     ``(B, H, 4, padded)`` for :mod:`softpick.ops.triton.hopper`, where rows of no query come after the last one.
@@ -138,7 +138,8 @@ def row_statistics(
     The lse in the tiles' units (plus infinity for an empty row), ``1 / l``, ``delta = do . out``, and a power of two that keeps
     ``ds`` of the row, which may reach ``dp / l``, in the range of fp16. Grid: (programs, heads, batch). The first ``few_tiles``
     programs write ``delta`` of the rows that see few keys, the others take BLOCK_M rows each. With a mask and with packed
-    sequences, where those do not know which rows the first write, the first come in a launch of their own.
+    sequences, where those do not know which rows the first write, the first come in a launch of their own. With ``PART`` the keys
+    are some of those that ``out`` is of, so ``delta`` is ``do . out`` for every row, and there are no first programs.
     """
     h, b = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
     tile = tl.program_id(0) - few_tiles
@@ -156,7 +157,7 @@ def row_statistics(
         # at most 2^10: query times its inverse should fit as well; e of the plain exponential is at most 1
         excess = tl.zeros_like(level) if BASE == EXP else tl.minimum(tl.maximum(tl.ceil(-level), 0.0), 10.0)
         tl.store(at + 3 * s_c, tl.exp2(-excess), mask=wanted)
-        if MASK == 0 and not VARLEN:
+        if MASK == 0 and not VARLEN and not PART:
             offset = 0
             if BOTTOM_RIGHT:
                 offset = tk - tq

@@ -57,7 +57,8 @@ def test_one_graph(call, dynamic):
     compiled = torch.compile(CALLS[call], backend="aot_eager", fullgraph=True, dynamic=dynamic)
     for length in (5, 7):
         q = torch.randn(2, 2, length, 8)
-        torch.testing.assert_close(compiled(q), CALLS[call](q), equal_nan=True)
+        # compiled transforms take the reference where eager ones take the tiles: two orders of fp32 sums
+        torch.testing.assert_close(compiled(q), CALLS[call](q), rtol=1e-5, atol=2e-5, equal_nan=True)
 
 
 @pytest.mark.parametrize("transform", ["jvp", "grad", "vmap"])

@@ -163,15 +163,8 @@ def test_gradient_where_a_score_is_exactly_zero(name, backend, scores):
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-@pytest.mark.parametrize(
-    ("backend", "sink"),
-    [
-        *(("tiled", sink) for sink in (-1000.0, -100.0, 0.0, 60.0, 100.0, 1000.0)),
-        *(("reference", sink) for sink in (0.0, 60.0, 100.0, 1000.0)),
-        # its exponentials are relative to at least 0: with nothing in a row above -87 they underflow
-        *(pytest.param("reference", s, marks=pytest.mark.xfail(strict=False)) for s in (-1000.0, -100.0)),
-    ],
-)
+@pytest.mark.parametrize("backend", ["tiled", "reference"])
+@pytest.mark.parametrize("sink", [-1000.0, -100.0, 0.0, 60.0, 100.0, 1000.0])
 @pytest.mark.parametrize("scores", [0.0, -200.0, 90.0])
 def test_a_sink_of_any_size(backend, dtype, sink, scores):
     """Output, lse and all gradients are those of softmax over one more score; a row without keys has the sink alone."""

@@ -244,3 +244,28 @@ def test_fp16_gradients_saturate(name, backend):
     grads = torch.autograd.grad(out, (q, k, v, bias), torch.full_like(out, 100.0))
     assert all(g.isfinite().all() for g in grads)
     assert max(float(g.abs().max()) for g in grads) == torch.finfo(torch.float16).max
+
+
+@pytest.mark.parametrize("backend", ["tiled", "reference"])
+@pytest.mark.parametrize("level", [-60.0, -87.5, -95.0, -103.0, -120.0, -1000.0])
+def test_the_sink_of_rows_that_see_no_key(level, backend):
+    """More queries than keys, from the bottom right: the first rows have nothing but the sink in their denominator."""
+    inputs = [torch.randn(1, 2, t, 4, requires_grad=True) for t in (40, 6, 6)]
+    sink = torch.tensor([level, 0.5 * level], requires_grad=True)
+    out = scaled_dot_product_attention(
+        *inputs, normalizer="learned_sink", sink=sink, window=2, causal_alignment="bottom_right", backend=backend
+    )
+    assert (out[:, :, :30] == 0).all()
+    exact = [x.detach().double().requires_grad_() for x in (*inputs, sink)]
+    truth = scaled_dot_product_attention(
+        *exact[:3],
+        normalizer="learned_sink",
+        sink=exact[3],
+        window=2,
+        causal_alignment="bottom_right",
+        backend="reference",
+    )
+    torch.testing.assert_close(out.double(), truth, rtol=1e-5, atol=1e-5)
+    got = torch.autograd.grad(out.sum(), (*inputs, sink))
+    for one, other in zip(got, torch.autograd.grad(truth.sum(), exact), strict=True):
+        torch.testing.assert_close(one.double(), other, rtol=1e-4, atol=1e-5)

@@ -213,6 +213,16 @@ class Normalizer:
             m = torch.maximum(m, sink)
         return torch.where(m == -math.inf, 0.0, m)
 
+    def exponent_shift(self, rowmax: Tensor, sink: Tensor | None = None) -> Tensor:
+        """What exponents of a row are taken relative to: ``m``, but for a row of small scores and a small sink their largest.
+
+        The function is the same with any constant. Relative to 0 all exponentials of such a row would underflow.
+        """
+        if sink is None or self.base != "exp" or self.rectify != "none":
+            return self.row_constant(rowmax, sink)
+        m = torch.maximum(rowmax, sink)
+        return torch.where(m == -math.inf, 0.0, m)
+
     # f, g and their derivatives, all multiplied by e^-m (m = 0 without an exponential); those of exponentials are finite
     # for every finite s.
 

@@ -441,6 +441,8 @@ def forward(
             top = torch.full_like(total, -math.inf) if largest is not None else None
             sink_rows = None if sink is None else _sink_rows(chunk, sink.to(dtype), i1 - i0)
             shift = _Shift(norm, total, sink_rows)
+            if sink_rows is not None:  # of a row that sees no key the sink is all there is: it must not underflow
+                shift.update(torch.full_like(total, -math.inf))
             spans = list(_ranges(*pattern.keys(i0, i1), bk))
             few, held = pattern.few(i0, i1), None
             for j0, j1 in spans:

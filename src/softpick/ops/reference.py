@@ -57,10 +57,10 @@ class _Normalize(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         norm = get_normalizer(name)
         s, rowmax = _masked(scores, keep, norm)
-        m = norm.row_constant(rowmax, sink)
+        m = norm.exponent_shift(rowmax, sink)
         f = _excluded(norm.f(s, m), keep)
         g = _excluded(norm.g(s, m), keep)
-        total = g.sum(-1, keepdim=True) + norm.c(m, sink) + eps
+        total = g.sum(-1, keepdim=True) + norm.c(m, sink) + _eps(eps, norm, m, rowmax, sink)
         weights = f * _reciprocal(total)
         lse = (m + torch.log(total.abs() if norm.signed_denominator else total)).squeeze(-1)
         return weights, lse, weights.sum(-1), rowmax.squeeze(-1)
@@ -78,10 +78,10 @@ class _Normalize(torch.autograd.Function):
         scores, keep, sink = ctx.saved_tensors
         norm = get_normalizer(ctx.name)
         s, rowmax = _masked(scores, keep, norm)
-        m = norm.row_constant(rowmax, sink).detach()
+        m = norm.exponent_shift(rowmax, sink).detach()
         f = _excluded(norm.f(s, m), keep)
         g = _excluded(norm.g(s, m), keep)
-        inverse = _reciprocal(g.sum(-1, keepdim=True) + norm.c(m, sink) + ctx.eps)
+        inverse = _reciprocal(g.sum(-1, keepdim=True) + norm.c(m, sink) + _eps(ctx.eps, norm, m, rowmax, sink))
         inner = (grad * f).sum(-1, keepdim=True) * inverse  # D of the design notes: sum_i grad_i a_i
         ds = _excluded((norm.df(s, m) * grad - norm.dg(s, m) * inner) * inverse, keep)
         dsink = None
@@ -107,7 +107,7 @@ def _normalize_in_operations(
     """
     norm = get_normalizer(name)
     s, rowmax = _masked(scores, keep, norm)
-    m = norm.row_constant(rowmax, sink).detach()
+    m = norm.exponent_shift(rowmax, sink).detach()
     base = torch.exp(s - m) if norm.base in ("exp", "expm1") else norm._base(s, m)
     moved, slope = base - base.detach(), norm._dbase(s, m).detach()
 
@@ -116,7 +116,7 @@ def _normalize_in_operations(
         return _excluded(value.detach() + sign * moved, keep)
 
     f, g = part(norm.f(s, m), norm.df(s, m)), part(norm.g(s, m), norm.dg(s, m))
-    total = g.sum(-1, keepdim=True) + norm.c(m, sink) + eps
+    total = g.sum(-1, keepdim=True) + norm.c(m, sink) + _eps(eps, norm, m, rowmax, sink)
     weights = f * _reciprocal(total)
     lse = (m + torch.log(total.abs() if norm.signed_denominator else total)).squeeze(-1)
     return weights, lse.detach(), weights.sum(-1).detach(), rowmax.squeeze(-1)
@@ -130,6 +130,11 @@ def _masked(scores: Tensor, keep: Tensor | None, norm: Normalizer) -> tuple[Tens
     else:
         rowmax = visible.detach().amax(-1, keepdim=True)
     return (scores if keep is None else torch.where(keep, scores, 0.0)), rowmax
+
+
+def _eps(eps: float, norm: Normalizer, m: Tensor, rowmax: Tensor, sink: Tensor | None) -> Tensor | float:
+    """``eps``, which is relative to the row constant of the mathematics, relative to the ``m`` in use."""
+    return eps * torch.exp(norm.row_constant(rowmax, sink).detach() - m) if eps and norm.exponential else eps
 
 
 def _excluded(x: Tensor, keep: Tensor | None) -> Tensor:

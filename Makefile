@@ -1,22 +1,26 @@
-# make demo: train, measure and report (about five minutes on two cores).  make test: lint, types, tests.
+# make demo: train, measure and report (about five minutes on two cores).  make test: lint, types, site, tests.
 # Both set up .venv with the versions of constraints.txt; nothing is installed outside it.
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint bench matrix mutants clean
+.PHONY: demo test lint docs bench matrix mutants clean
 
 demo: $(VENV)/.compare
 	$(BIN)/softpick compare --output runs/demo
 
-test: $(VENV)/.ready lint
+test: $(VENV)/.ready lint docs
 	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 lint: $(VENV)/.ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# the site, into build/site; a dead link or an unknown name is an error
+docs: $(VENV)/.ready
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
 
 bench: $(VENV)/.ready
 	$(BIN)/python benchmarks/attention_cpu.py
@@ -38,7 +42,7 @@ $(VENV)/.compare: pyproject.toml constraints.txt
 
 # the tests also need what trains on torchtitan, evaluates and quantizes: two gigabytes more
 $(VENV)/.ready: $(VENV)/.compare
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[train,evaluate,quantize,torchtitan,dev]"
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[train,evaluate,quantize,torchtitan,dev,docs]"
 	touch $@
 
 clean:

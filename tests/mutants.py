@@ -44,11 +44,18 @@ EQUIVALENT = TESTS / "mutants_equivalent.toml"
 
 # Compiling a graph takes longer than everything else together: those tests come last.
 _QUICK = ["-m", "not slow and not gpu and not browser", "-k", "not compile and not opcheck"]
-_EDGES = ["test_edges.py", "test_errors.py", "test_arguments.py", "test_packed.py", "test_decode.py"]
+_EDGES = [
+    "test_edges.py",
+    "test_numerics.py",
+    "test_errors.py",
+    "test_arguments.py",
+    "test_packed.py",
+    "test_decode.py",
+]
 _ATTENTION = [*_EDGES, "test_function.py", "test_attention.py", *_QUICK]
 _COMPILED = ["test_function.py", "test_attention.py", "-k", "compile or opcheck"]
 # The kernels' interpreter is slow: a part of its tests, for what leads to the kernels.
-_TO_TRITON = "triton|Triton|rows|Rows|decode|_few_queries|_options|_dense|_on:|interpreted|_empty_outputs|block_"
+_TO_TRITON = "triton|Triton|rows|Rows|decode|few_queries|_options|_dense|_on:|interpreted|_empty_outputs|block_"
 _TRITON = [
     "test_triton.py",
     "-k",
@@ -59,14 +66,16 @@ PLANS = {
     "normalizers.py": [(_ATTENTION, "")],
     "ops/reference.py": [(_ATTENTION, "")],
     "functional.py": [(_ATTENTION, ""), (_TRITON, _TO_TRITON)],
-    "ops/tiled.py": [(_ATTENTION, "")],
-    "ops/library.py": [(_ATTENTION, ""), (_COMPILED, ""), (["test_ring_edges.py"], "block_"), (_TRITON, _TO_TRITON)],
+    "ops/arguments.py": [(_ATTENTION, "")],
+    "ops/backends.py": [(_ATTENTION, ""), (_TRITON, "")],
+    "ops/cpu.py": [(_ATTENTION, "")],
+    "ops/operators.py": [(_ATTENTION, ""), (_COMPILED, ""), (["test_ring_edges.py"], "block_"), (_TRITON, _TO_TRITON)],
     "distributed.py": [
         (["test_ring_edges.py", "test_distributed.py", "-k", "not rings"], ""),
         (["test_distributed.py"], ""),
     ],
     "integrations/transformers.py": [
-        (["test_adapter_edges.py", "test_transformers.py", *_QUICK], ""),
+        (["test_adapter_edges.py", "test_transformers_packed.py", "test_transformers.py", *_QUICK], ""),
         (["test_transformers.py"], ""),
     ],
     "analysis/metrics.py": [

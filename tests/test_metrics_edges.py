@@ -180,6 +180,7 @@ WEIGHTS, OUTPUTS = torch.rand(2, 3, 4, 4), torch.rand(2, 4, 3, 5)
         (lambda m: m.attention(0, WEIGHTS, OUTPUTS[:, :, :2]), ValueError, "outputs: expected"),
         (lambda m: m.attention(0, WEIGHTS, OUTPUTS, torch.ones(1, 1, 4, 4)), TypeError, "visible: expected a boolean"),
         (lambda m: m.attention(0, WEIGHTS, OUTPUTS, torch.ones(4, 4).bool()), TypeError, "visible: expected a boolean"),
+        (lambda m: m.attention(0, WEIGHTS, OUTPUTS, torch.ones(1, 1, 4).bool()), TypeError, "visible: expected a boolean"),
         (lambda m: m.attention(0, WEIGHTS, OUTPUTS, torch.ones(2, 3, 4, 4).bool()), TypeError, "visible: expected a boolean"),
         (lambda m: m.attention(0, WEIGHTS / 0.0, OUTPUTS), ValueError, "layer 0: attention weights or outputs"),
         (lambda m: m.attention(1, WEIGHTS, OUTPUTS / 0.0), ValueError, "layer 1: attention weights or outputs"),

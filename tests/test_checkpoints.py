@@ -164,7 +164,8 @@ def test_entries_that_somebody_else_has_read(how, normalizer, tmp_path):
     else:
         config, rest = transformers.LlamaConfig.from_dict(entries, return_unused_kwargs=True, nothing=1)
         assert rest == {"nothing": 1}
-    assert config.model_type == "llama" and normalizer_of(config) == normalizer
+    assert config.model_type == "llama"
+    assert normalizer_of(config) == normalizer
     assert entries == before
     with pytest.raises(ValueError, match="Unrecognized model identifier: nothing"):
         transformers.AutoConfig.for_model("nothing")

@@ -360,7 +360,7 @@ def test_layers_that_carry_one_sequence_into_the_next(family, ids):
             {"position_ids": POSITIONS, "attention_mask": torch.ones_like(ids)},
             OFFSETS,
         ):
-            with pytest.raises(ValueError, match="packed sequences need a model of attention layers only; .*layers"):
+            with pytest.raises(ValueError, match=r"packed sequences need a model of attention layers only; .*layers\."):
                 model(ids, use_cache=False, **given)
         model.set_attn_implementation("eager")
         model(ids, position_ids=POSITIONS, use_cache=False)  # transformers' own attention is not ours to refuse

@@ -132,7 +132,7 @@ def watch_offsets(kind: type[nn.Module]) -> None:
             _running.given = before
 
     watched._softpick = True  # type: ignore[attr-defined]
-    kind.forward = watched  # type: ignore[method-assign]
+    kind.forward = watched
 
 
 _MIXING = re.compile(r"Mamba\w*Mixer|SSM|ShortConv|Linear\w*Attention|Lightning\w*Attention|Recurrent|DeltaNet|RWKV")
@@ -150,10 +150,10 @@ def _check_mixing(model: nn.Module, given: dict[str, Any]) -> None:
     for name, layer in _own_modules(model):
         kind = type(layer)
         convolves = isinstance(layer, nn.Conv1d) and layer.kernel_size[0] > 1
-        if convolves or (_MIXING.search(kind.__name__) and "forward" in vars(kind)):
+        if convolves or isinstance(layer, nn.RNNBase) or _MIXING.search(kind.__name__):
             raise ValueError(
-                f"cu_seq_lens_q, position_ids: packed sequences need a model of attention layers only; {name} ({kind.__name__}) "
-                f"of {type(model).__name__} carries one sequence into the next; pass one sequence a row"
+                f"cu_seq_lens_q, position_ids: packed sequences need a model of attention layers only; {name} "
+                f"({kind.__name__}) of {type(model).__name__} carries one sequence into the next; pass one sequence a row"
             )
 
 

@@ -147,3 +147,25 @@ def test_the_patched_functions_are_those_that_read_and_write():
     assert "to_json_file" in inspect.getsource(PreTrainedConfig.save_pretrained)
     assert "_dict_from_json_file" in inspect.getsource(PreTrainedConfig._get_config_dict)
     assert "_dict_from_json_file" in inspect.getsource(PreTrainedConfig.from_json_file)
+    assert "from_dict" in inspect.getsource(PreTrainedConfig.from_pretrained)
+
+
+@pytest.mark.parametrize("normalizer", ["softpick", "relu_softpick"])
+@pytest.mark.parametrize("how", ["from_dict", "from_dict with more", "for_model"])
+def test_entries_that_somebody_else_has_read(how, normalizer, tmp_path):
+    model, _ = build("llama", normalizer)
+    model.save_pretrained(tmp_path)
+    entries = saved(tmp_path)
+    before = json.loads(json.dumps(entries))
+    if how == "for_model":
+        config = transformers.AutoConfig.for_model(**entries)
+    elif how == "from_dict":
+        config = transformers.LlamaConfig.from_dict(entries)
+    else:
+        config, rest = transformers.LlamaConfig.from_dict(entries, return_unused_kwargs=True, nothing=1)
+        assert rest == {"nothing": 1}
+    assert config.model_type == "llama"
+    assert normalizer_of(config) == normalizer
+    assert entries == before
+    with pytest.raises(ValueError, match="Unrecognized model identifier: nothing"):
+        transformers.AutoConfig.for_model("nothing")

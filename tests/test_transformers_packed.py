@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+
 import pytest
 import torch
 
@@ -206,3 +208,159 @@ def test_compiled(padded, ids):
         close(run(ids, position_ids=plain, use_cache=True).logits, model(ids, use_cache=True).logits)
         with pytest.raises(RuntimeError, match="position_ids: packed sequences in a compiled model"):
             run(ids, position_ids=POSITIONS, use_cache=True)
+
+
+PADDED = ["llama", "mistral", "gemma2", "gemma3", "llama4", "gpt2", "olmo3"]
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("family", PADDED)
+def test_left_padding_with_positions(family, compiled, ids):
+    """Positions as ``generate`` passes them, 0 on and behind the padding, are no packed sequences."""
+    model = model_of(family)
+    padded = torch.cat([ids, ids.flip(1)])
+    mask = torch.ones_like(padded)
+    mask[0, :5] = 0  # no whole number of chunks
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    torch._dynamo.reset()
+    run = torch.compile(model, backend="aot_eager", fullgraph=True) if compiled else model
+    with torch.no_grad():
+        for use_cache in (False, True):
+            logits = run(padded, attention_mask=mask, position_ids=positions, use_cache=use_cache).logits
+            close(logits[0, 5:], model(padded[:1, 5:]).logits[0])
+            close(logits[1], model(padded[1:]).logits[0])
+
+
+@pytest.mark.parametrize("use_cache", [False, True])
+@pytest.mark.parametrize("family", PADDED)
+def test_left_padding_in_generate(family, use_cache, ids):
+    """The tokens of transformers' own attention, padded, and of the row alone."""
+    padded = torch.cat([ids, ids.flip(1)])
+    mask = torch.ones_like(padded)
+    mask[0, :5] = 0
+    run = {
+        "max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False, "pad_token_id": 0, "use_cache": use_cache,
+        "return_dict_in_generate": True, "output_logits": True,
+    }  # fmt: skip
+    logits = {}
+    for name in ("eager", "softmax", "softpick"):
+        model = model_of(family, name)
+        result = model.generate(padded, attention_mask=mask, **run)
+        logits[name] = torch.stack(result.logits)
+        alone = model.generate(padded[:1, 5:], **run)
+        assert torch.equal(result.sequences[0, -5:], alone.sequences[0, -5:])
+        close(logits[name][:, :1], torch.stack(alone.logits))
+    close(logits["softmax"], logits["eager"])
+
+
+@pytest.mark.parametrize("family", PADDED)
+def test_packed_sequences_behind_left_padding(family, ids):
+    """As alone, or refused where transformers would count chunks from the wrong token."""
+    model = model_of(family)
+    padded, positions = torch.cat([ids[:, :3], ids], 1), torch.cat([torch.zeros(1, 3, dtype=torch.long), POSITIONS], 1)
+    mask = torch.ones_like(padded)
+    mask[:, :3] = 0
+    with torch.no_grad():
+        if family == "llama4":
+            with pytest.raises(ValueError, match="position_ids: packed sequences of a llama4_text model"):
+                model(padded, attention_mask=mask, position_ids=positions, use_cache=False)
+        else:
+            logits = model(padded, attention_mask=mask, position_ids=positions, use_cache=False).logits
+            close(logits[0, 3:], alone(model, ids))
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError, SystemExit])
+@pytest.mark.parametrize("family", ["llama", "gemma2", "softpick_llama"])
+def test_an_interrupted_forward_pass_leaves_nothing(family, error, ids):
+    model = model_of(family)
+
+    def interrupt(*_):
+        raise error
+
+    hook = model.model.layers[0].mlp.register_forward_hook(interrupt)
+    try:
+        with pytest.raises(error):
+            model(ids, use_cache=False, **OFFSETS)
+    finally:
+        hook.remove()
+    assert model(ids).logits.isfinite().all()
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "softpick_llama"])
+def test_threads_do_not_see_the_offsets_of_one_another(family, ids):
+    """One thread waits within a forward pass with offsets while another runs the same model without."""
+    model = model_of(family)
+    inside, done, logits = threading.Event(), threading.Event(), []
+
+    def wait(*_):
+        if threading.current_thread() is packed:
+            inside.set()
+            done.wait(60)
+
+    def run():
+        with torch.no_grad():
+            logits.append(model(ids, position_ids=POSITIONS, use_cache=False, **OFFSETS).logits[0])
+
+    packed = threading.Thread(target=run)
+    hook = model.model.layers[0].mlp.register_forward_hook(wait)
+    try:
+        packed.start()
+        assert inside.wait(60)
+        assert model(ids, use_cache=False).logits.isfinite().all()
+    finally:
+        done.set()
+        packed.join()
+        hook.remove()
+    close(logits[0], alone(model, ids))
+
+
+@pytest.mark.parametrize("how", ["positions", "offsets"])
+@pytest.mark.parametrize("kind", ["BigBirdPegasus", "Doge"])
+def test_layers_that_do_not_say_that_they_are_causal(kind, how, ids):
+    """The first sequence never reaches the second, whatever ``is_causal`` of the layers is."""
+    of_bigbird = {
+        "vocab_size": 60, "d_model": 32, "decoder_layers": 2, "encoder_layers": 1, "decoder_attention_heads": 2,
+        "encoder_attention_heads": 2, "decoder_ffn_dim": 32, "encoder_ffn_dim": 32, "init_std": 0.3,
+        "max_position_embeddings": 64,
+    }  # fmt: skip
+    sizes = {name: value for name, value in SIZES.items() if name != "sliding_window"}
+    config = getattr(transformers, f"{kind}Config")(**(of_bigbird if kind == "BigBirdPegasus" else sizes))
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="softpick").eval()
+    other = ids.clone()
+    other[0, :3] = 50
+    given = {"position_ids": POSITIONS} if how == "positions" else OFFSETS
+    with torch.no_grad():
+        for more in ({}, {"attention_mask": torch.ones_like(ids)}):
+            first, second = (model(x, use_cache=False, **given, **more).logits[0, 3:] for x in (ids, other))
+            close(first, second)
+        assert (model(ids, use_cache=False).logits - model(other, use_cache=False).logits)[0, 3:].abs().max() > 1e-3
+
+
+MIXED = {
+    "Lfm2": {"layer_types": ["conv", "full_attention"]},
+    "FalconH1": {"mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8, "mamba_d_state": 8},
+    "Jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "num_experts": 2, "use_mamba_kernels": False},
+    "MiniMax": {"layer_types": ["linear_attention", "full_attention"], "num_local_experts": 2},
+}
+
+
+@pytest.mark.parametrize("family", list(MIXED))
+def test_layers_that_carry_one_sequence_into_the_next(family, ids):
+    """Packed sequences are refused by models with convolutions, state spaces or linear attention; padding is not."""
+    sizes = {name: value for name, value in SIZES.items() if name not in ("sliding_window",)}
+    config = getattr(transformers, f"{family}Config")(**sizes, **MIXED[family])
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="softpick").eval()
+    mask = torch.ones_like(ids)
+    mask[:, :5] = 0
+    with torch.no_grad():
+        assert model(ids).logits.isfinite().all()
+        model(ids, attention_mask=mask, position_ids=(mask.cumsum(-1) - 1).clamp(min=0))
+        for given in (
+            {"position_ids": POSITIONS},
+            {"position_ids": POSITIONS, "attention_mask": torch.ones_like(ids)},
+            OFFSETS,
+        ):
+            with pytest.raises(ValueError, match=r"packed sequences need a model of attention layers only; .*layers\."):
+                model(ids, use_cache=False, **given)
+        model.set_attn_implementation("eager")
+        model(ids, position_ids=POSITIONS, use_cache=False)  # transformers' own attention is not ours to refuse

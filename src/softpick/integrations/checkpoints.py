@@ -20,7 +20,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedConfig
+from transformers import AutoConfig, PreTrainedConfig
 
 from softpick.normalizers import NORMALIZERS
 
@@ -67,12 +67,15 @@ def install() -> None:
     """Mark names in every file that a configuration writes, and understand them in every file that one reads.
 
     Written for transformers 5.17 to 5.24: ``PreTrainedConfig.to_json_file`` is the one place that writes, and
-    ``PreTrainedConfig._dict_from_json_file`` the one place that reads. Configurations without our names are unchanged.
+    ``PreTrainedConfig._dict_from_json_file`` the one place that reads. ``PreTrainedConfig.from_dict`` and
+    ``AutoConfig.for_model`` take what somebody else has read. Configurations without our names are unchanged.
     """
     if hasattr(PreTrainedConfig.to_json_file, "_softpick"):
         return
     PreTrainedConfig.to_json_file = _marking(PreTrainedConfig.to_json_file)
     PreTrainedConfig._dict_from_json_file = classmethod(_unmarking(PreTrainedConfig._dict_from_json_file.__func__))
+    PreTrainedConfig.from_dict = classmethod(_unmarking_entries(PreTrainedConfig.from_dict.__func__))
+    AutoConfig.for_model = staticmethod(_unmarking_type(AutoConfig.for_model))
 
 
 def _marking(write: Callable[..., None]) -> Callable[..., None]:
@@ -100,3 +103,19 @@ def _unmarking(read: Callable[..., dict[str, Any]]) -> Callable[..., dict[str, A
         return unmarked(read(cls, json_file))
 
     return _dict_from_json_file
+
+
+def _unmarking_entries(build: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(build)
+    def from_dict(cls: Any, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        return build(cls, unmarked(config_dict), **kwargs)
+
+    return from_dict
+
+
+def _unmarking_type(build: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(build)
+    def for_model(model_type: str, *args: Any, **kwargs: Any) -> Any:
+        return build(unmarked({"model_type": model_type})["model_type"], *args, **kwargs)
+
+    return for_model

@@ -147,8 +147,8 @@ def attention_forward(
             packed sequences and for models whose masks were left out because their layers give the window; elsewhere the
             mask has the window in it.
         position_bias: broadcastable to ``(B, H, Tq, Tk)``, added to the scores; receives a gradient.
-        position_ids: ``(B or 1, Tq)``; a 0 after the first token starts a new packed sequence of a causal layer, for as many
-            keys as queries. Not read while compiling: there the model's mask holds it.
+        position_ids: ``(B or 1, Tq)``; a 0 after the first token starts a new packed sequence of a causal layer, or of one
+            whose mask is causal, for as many keys as queries. Not read while compiling: there the model's mask holds it.
         cu_seq_lens_q: ``(N + 1,)`` starts of packed sequences and their end among the ``B Tq`` tokens of the batch, row
             after row; none crosses a row. Without a mask or a bias they never become a mask (softpick.varlen_attention).
         cu_seq_lens_k: the same; must equal ``cu_seq_lens_q``.
@@ -180,15 +180,15 @@ def attention_forward(
         position_bias = None if position_bias is None else position_bias[..., :tq]
     tk = key.shape[2]
     packed = cu_seq_lens_q is not None or cu_seq_lens_k is not None
-    if is_causal and tq > 1 and not packed:
-        check_offsets(module)
+    if tq > 1 and not packed:
+        check_offsets(module, is_causal, attention_mask)
     window = None
     # elsewhere no mask means that the window reaches all keys
     if sliding_window and attention_mask is None and tq > 1 and (packed or WITH_WINDOWS.get(type(config), False)):
         window = (sliding_window - 1, 0 if is_causal else sliding_window - 1)
 
     packing = find_packing(
-        batch, tq, tk, position_ids if is_causal else None, cu_seq_lens_q, cu_seq_lens_k, max_length_q
+        batch, tq, tk, position_ids, cu_seq_lens_q, cu_seq_lens_k, max_length_q, is_causal, attention_mask
     )
     if packing is not None and attention_mask is None and position_bias is None and not output_attentions:
         out = attend_packed(

@@ -334,7 +334,7 @@ def prepare(model: PreTrainedModel, name: str) -> None:
     classes: set[Any] = {type(module) for module in model.modules()}
     layers = [source for each in classes if (source := source_of(each)).asks]
     if layers:
-        watch_offsets(model)
+        watch_offsets(of)
         known = (
             kind != "eager" and model._supports_flash_attn and all("sliding_window" in layer.passes for layer in layers)
         )

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import functools
+import re
+import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 from transformers.utils.import_utils import is_tracing
 
 from softpick.functional import varlen_attention
-from softpick.normalizers import Normalizer, visible
+from softpick.normalizers import NORMALIZERS, Normalizer, visible
 
 __all__ = [
     "Packing",
@@ -22,6 +25,7 @@ __all__ = [
     "chunk_of",
     "excluded",
     "find_packing",
+    "looks_back",
     "masked",
     "packed_in_masks",
     "watch_offsets",
@@ -49,6 +53,8 @@ def find_packing(
     cu_seq_lens_q: Tensor | None,
     cu_seq_lens_k: Tensor | None,
     longest: int | None,
+    is_causal: bool = True,
+    mask: Tensor | None = None,
 ) -> Packing | None:
     """The packed sequences of a batch, or None if there are none.
 
@@ -61,6 +67,8 @@ def find_packing(
         cu_seq_lens_q: ``(N + 1,)`` offsets among the ``B Tq`` tokens; win over positions.
         cu_seq_lens_k: the same.
         longest: the longest sequence, if it is known.
+        is_causal: whether the layer is causal; if False, positions count only beside a causal mask.
+        mask: ``(B, 1 or H, Tq, Tk)``, or None.
 
     Raises:
         ValueError: for offsets of other shapes, or of which one is missing.
@@ -72,6 +80,8 @@ def find_packing(
         position = tokens - cu[(sequence - 1).clamp(min=0)]
         return Packing(sequence.view(batch, tq), position.view(batch, tq), cu, longest or tq)
     if torch.compiler.is_compiling() or tq != tk or not _packed(position_ids, batch, tq):
+        return None
+    if not is_causal and not looks_back(mask):
         return None
     assert position_ids is not None
     starts = position_ids == 0
@@ -94,33 +104,93 @@ def _packed(position_ids: Tensor | None, batch: int, tq: int) -> bool:
     )
 
 
-_given: list[bool] = []  # of the models that are running, the innermost last: whether offsets were passed to it
+class _Running(threading.local):
+    """Of the models that run in this thread: whether one of them was given offsets."""
+
+    given = False
 
 
-def watch_offsets(model: nn.Module) -> None:
-    """Note while a model runs whether it was given ``cu_seq_lens``: some keep them from their layers."""
-    if _enter not in model._forward_pre_hooks.values():
-        model.register_forward_pre_hook(_enter, with_kwargs=True)
-        model.register_forward_hook(_leave, always_call=True)
+_running = _Running()
 
 
-def _enter(model: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-    if not torch.compiler.is_compiling():
-        _given.append(kwargs.get("cu_seq_lens_q") is not None or (bool(_given) and _given[-1]))
+def watch_offsets(kind: type[nn.Module]) -> None:
+    """Note while a model of a class runs whether it was given ``cu_seq_lens``: some keep them from their layers."""
+    forward: Any = kind.forward
+    if hasattr(forward, "_softpick"):
+        return
+
+    @functools.wraps(forward)
+    def watched(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return forward(self, *args, **kwargs)
+        before = _running.given
+        try:
+            _running.given = before or kwargs.get("cu_seq_lens_q") is not None
+            _check_mixing(self, kwargs)
+            return forward(self, *args, **kwargs)
+        finally:
+            _running.given = before
+
+    watched._softpick = True  # type: ignore[attr-defined]
+    kind.forward = watched
 
 
-def _leave(model: nn.Module, args: Any, output: Any) -> None:
-    if not torch.compiler.is_compiling() and _given:
-        _given.pop()
+_MIXING = re.compile(r"Mamba\w*Mixer|SSM|ShortConv|Linear\w*Attention|Lightning\w*Attention|Recurrent|DeltaNet|RWKV")
+"""Names of classes of layers that carry something from token to token and are no attention."""
 
 
-def check_offsets(module: nn.Module) -> None:
-    """Refuse a causal layer that was handed no offsets in a model that was given some.
+def _check_mixing(model: nn.Module, given: dict[str, Any]) -> None:
+    """Refuse packed sequences for a model of ours that has layers which carry one sequence into the next.
 
     Raises:
         ValueError: naming the layer.
     """
-    if not torch.compiler.is_compiling() and _given and _given[-1]:
+    if getattr(model.config, "_attn_implementation", None) not in NORMALIZERS or not _gives_packed(given):
+        return
+    for name, layer in _own_modules(model):
+        kind = type(layer)
+        convolves = isinstance(layer, nn.Conv1d) and layer.kernel_size[0] > 1
+        if convolves or isinstance(layer, nn.RNNBase) or _MIXING.search(kind.__name__):
+            raise ValueError(
+                f"cu_seq_lens_q, position_ids: packed sequences need a model of attention layers only; {name} "
+                f"({kind.__name__}) of {type(model).__name__} carries one sequence into the next; pass one sequence a row"
+            )
+
+
+def _gives_packed(given: dict[str, Any]) -> bool:
+    """Whether the arguments of a model say that there are packed sequences."""
+    positions, padding = given.get("position_ids"), given.get("attention_mask")
+    if given.get("cu_seq_lens_q") is not None:
+        return True
+    if not isinstance(positions, Tensor) or positions.dim() != 2 or is_tracing(positions):
+        return False
+    rows, tokens = positions.shape
+    if not isinstance(padding, Tensor) or padding.dim() != 2 or padding.shape[-1] < tokens:
+        padding = None
+    offset = 0 if padding is None else padding.shape[-1] - tokens
+    return _packed(positions, rows, tokens) and bool(_starts_behind_tokens(positions, padding, offset).any())
+
+
+def _own_modules(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
+    """Modules of a model with their names, without those of models inside it, which check themselves."""
+    for name, child in model.named_children():
+        if not isinstance(child, PreTrainedModel):
+            yield prefix + name, child
+            yield from _own_modules(child, f"{prefix}{name}.")
+
+
+def check_offsets(module: nn.Module, is_causal: bool, mask: Tensor | None) -> None:
+    """Refuse a causal layer that was handed no offsets in a model that was given some.
+
+    Args:
+        module: the layer.
+        is_causal: what it says of itself; if False, the mask counts.
+        mask: ``(B, 1 or H, Tq, Tk)``, or None.
+
+    Raises:
+        ValueError: naming the layer.
+    """
+    if not torch.compiler.is_compiling() and _running.given and (is_causal or looks_back(mask)):
         raise ValueError(
             f"cu_seq_lens_q: the model does not hand it on to {type(module).__name__}, whose packed sequences would see one "
             "another; pass position_ids that start again at 0"
@@ -223,6 +293,13 @@ def excluded(mask: Tensor) -> Tensor:
     return ~visible(mask)
 
 
+def looks_back(mask: Tensor | None) -> bool:
+    """Whether a mask ``(..., T, T)`` lets no query see a later key: some causal layers (BigBirdPegasus) do not say so."""
+    if mask is None or mask.dim() < 2 or not 1 < mask.shape[-1] == mask.shape[-2]:
+        return False
+    return not bool(visible(mask).triu(1).any())
+
+
 def apart(
     mask: Tensor | None, packing: Packing, is_causal: bool, window: tuple[int, int] | None, chunk: int | None
 ) -> Tensor:
@@ -287,22 +364,32 @@ def packed_in_masks(
         if early or packed is not None or position_ids is None or not ours(config) or q_length == 1:
             return found
         batch = inputs_embeds.shape[0]
+        chunks = "chunked_attention" in (getattr(config, "layer_types", None) or ())
         if torch.compiler.is_compiling() or is_tracing(position_ids):
             if tuple(position_ids.shape) not in ((1, q_length), (batch, q_length)):
                 return found
-            if padding is None or q_length != kv_length:
-                message = "position_ids: packed sequences in a compiled model that keeps a cache; pass use_cache=False"
+            if padding is None or q_length != kv_length or chunks:
+                message = (
+                    "position_ids: packed sequences in a compiled model that keeps a cache, or that has chunked attention and "
+                    "an attention_mask; pass use_cache=False and no attention_mask"
+                )
                 torch._assert_async(~_starts_behind_tokens(position_ids, padding, q_offset).any(), message)
                 return found
         elif not _packed(position_ids, batch, q_length):
             return found
-        if q_length != kv_length:
-            if bool(_starts_behind_tokens(position_ids, padding, q_offset).any()):
-                raise ValueError(
-                    f"position_ids: packed sequences need as many keys as queries, got {q_length} queries and a cache of "
-                    f"{kv_length} keys; pass use_cache=False"
-                )
-            return found
+        elif not bool(_starts_behind_tokens(position_ids, padding, q_offset).any()):
+            return found  # the positions start at 0 behind the padding on the left
+        elif q_length != kv_length:
+            raise ValueError(
+                f"position_ids: packed sequences need as many keys as queries, got {q_length} queries and a cache of "
+                f"{kv_length} keys; pass use_cache=False"
+            )
+        elif chunks and padding is not None and not bool(padding[:, 0].all()):
+            # transformers would count the tokens of a chunk from positions less the padding
+            raise ValueError(
+                f"position_ids: packed sequences of a {config.model_type} model, which has chunked attention, need padding on "
+                "the right; got an attention_mask with padding on the left"
+            )
         return (*found[:2], (position_ids == 0).cumsum(-1).expand(batch, -1), *found[3:])
 
     return wrapper

@@ -46,7 +46,9 @@ def tensors():
 
 def automatic(monkeypatch):
     """``backend="auto"`` as on a GPU."""
-    monkeypatch.setattr(functional, "choose_backend", lambda backend, *_, **__: "triton" if backend == "auto" else backend)
+    monkeypatch.setattr(
+        functional, "choose_backend", lambda backend, *_, **__: "triton" if backend == "auto" else backend
+    )
 
 
 ERRORS = [

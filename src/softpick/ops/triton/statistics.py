@@ -138,8 +138,8 @@ def row_statistics(
     The lse in the tiles' units (plus infinity for an empty row), ``1 / l``, ``delta = do . out``, and a power of two that keeps
     ``ds`` of the row, which may reach ``dp / l``, in the range of fp16. Grid: (programs, heads, batch). The first ``few_tiles``
     programs write ``delta`` of the rows that see few keys, the others take BLOCK_M rows each. With a mask and with packed
-    sequences, where those do not know which rows the first write, the first come in a launch of their own. With ``PART`` the keys
-    are some of those that ``out`` is of, so ``delta`` is ``do . out`` for every row, and there are no first programs.
+    sequences, where those do not know which rows the first write, the first come in a launch of their own. With ``PART`` the
+    keys are some of those that ``out`` is of, so ``delta`` is ``do . out`` for every row, and there are no first programs.
     """
     h, b = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
     tile = tl.program_id(0) - few_tiles

@@ -107,6 +107,40 @@ def test_an_output_that_is_full(arguments):
     assert len(done.stderr.splitlines()) == 1
 
 
+@pytest.mark.parametrize("closed", [">&-", "2>&-", "<&-", ">&- 2>&-", "<&- >&- 2>&-"])
+@pytest.mark.parametrize(
+    ("arguments", "code"),
+    [("--version", 0), ("--help", 0), ("normalizers", 0), ("recipes nothing", 2), ("analyze nowhere/at/all", 2)],
+)
+def test_streams_that_are_closed(tmp_path, arguments, code, closed):
+    done = subprocess.run(
+        ["sh", "-c", f'exec "$0" -m softpick {arguments} {closed}', sys.executable],
+        capture_output=True, text=True, timeout=300, cwd=tmp_path,
+    )  # fmt: skip
+    assert done.returncode == code, done.stderr
+    assert "Traceback" not in done.stderr
+    assert "unexpected" not in done.stderr
+    if code and "2>" not in closed:
+        assert done.stderr.startswith("softpick: error: ")
+
+
+@pytest.mark.parametrize("closed", [">&-", "2>&-", ">&- 2>&-"])
+def test_files_do_not_take_the_place_of_a_closed_stream(tmp_path, closed):
+    code = (
+        "import os, sys\n"
+        "from softpick.experiment.failures import process\n"
+        "with process(), open('file', 'w') as file:\n"
+        "    print('one')\n"
+        "    print('two', file=sys.stderr)\n"
+        "    os.system('echo three; echo four >&2')\n"
+        "    file.write(str(file.fileno() > 2))\n"
+    )
+    (tmp_path / "code.py").write_text(code)
+    done = subprocess.run(["sh", "-c", f'exec "$0" code.py {closed}', sys.executable], cwd=tmp_path, timeout=100)
+    assert done.returncode == 0
+    assert (tmp_path / "file").read_text() == "True"
+
+
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1", "cp1252"])
 def test_a_terminal_that_knows_few_characters(encoding):
     done = run("normalizers", env=os.environ | {"PYTHONIOENCODING": encoding})
@@ -222,6 +256,60 @@ def test_errors_of_softpick_are_their_own_words():
     assert isinstance(error, DataError)
     assert sentence(error) == ("data: /nowhere does not exist", 2)
     assert sentence(raised(lambda: RANGES["steps"].nothing))[1] == 1  # an error of Python's
+
+
+def test_errors_and_warnings_of_every_part_of_softpick_are_its_words(capsys):
+    import warnings
+
+    import torch
+
+    from softpick.experiment.failures import process
+    from softpick.functional import scaled_dot_product_attention
+
+    x = torch.zeros(1, 1, 4, 8)
+    error = raised(lambda: scaled_dot_product_attention(x, x, x, normalizer="nothing"))
+    message, code = sentence(error)
+    assert code == 2
+    assert "unexpected" not in message
+    import softpick.functional as module
+
+    with process():
+        warnings.warn_explicit("words", UserWarning, module.__file__, 1)
+    assert capsys.readouterr().err == "softpick: warning: words\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "name"),
+    [
+        (["compare", "--data", ""], "data"),
+        (["compare", "--output", ""], "output"),
+        (["analyze", "x", "--data", ""], "data"),
+        (["analyze", "x", "--output", ""], "output"),
+        (["evaluate", "x", "--data", ""], "data"),
+        (["evaluate", "x", "--data-dir", ""], "data_dir"),
+        (["quantize", "x", "--output", ""], "output"),
+        (["train", "tiny_cpu", "--output", ""], "output"),
+        (["grid", "tiny_cpu", "--output", ""], "output"),
+    ],
+)
+def test_an_empty_path_is_refused(arguments, name, tmp_path, monkeypatch):
+    from typer.testing import CliRunner
+
+    from softpick.cli import build_app
+
+    monkeypatch.chdir(tmp_path)
+    done = CliRunner().invoke(build_app(), arguments)
+    assert done.exit_code == 2
+    assert f"{name}: expected a path, got ''" in done.output
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("data", ["hub:", "hub: ", " "])
+def test_data_without_a_name(data):
+    from softpick.training.recipes import RecipeError, get_recipe
+
+    with pytest.raises(RecipeError, match="data: expected a path or hub:NAME"):
+        get_recipe("tiny_cpu").override([f"data={data}"])
 
 
 def test_every_command_is_told():

@@ -251,6 +251,73 @@ def test_attention_of_the_hub_is_code_too(home):
         load_subject(str(home / "llama"), reporter=Silent(), attn_implementation="kernels-community/x")
 
 
+KERNEL = "kernels-community/flash-attn2"
+NAMED = {
+    "public": {"attn_implementation": KERNEL},
+    "private": {"_attn_implementation": KERNEL},
+    "both": {"attn_implementation": KERNEL, "_attn_implementation": KERNEL},
+    "public is harmless": {"attn_implementation": "eager", "_attn_implementation": KERNEL},
+    "internal": {"_attn_implementation_internal": KERNEL},
+    "dictionary": {"attn_implementation": {"": "eager", "text_config": KERNEL}},
+    "private dictionary": {"_attn_implementation": {"": KERNEL}},
+    "deep": {"_attn_implementation": {"": "eager", "text_config": {"": KERNEL}}},
+    "part": {"text_config": {"attn_implementation": KERNEL}},
+    "private in a part": {"text_config": {"_attn_implementation": KERNEL}},
+    "part of a part": {"thinker_config": {"parts": [{"text_config": {"_attn_implementation": KERNEL}}]}},
+    "experts": {"experts_implementation": KERNEL},
+    "another organization": {"_attn_implementation": "someone/kernel@v1:f"},
+    "paged": {"_attn_implementation": f"paged|{KERNEL}"},
+    "renamed": {"attribute_map": {"harmless": "_attn_implementation"}, "harmless": KERNEL},
+}
+
+
+@pytest.fixture
+def no_kernels(monkeypatch):
+    """Nothing is fetched from the hub; that it was tried is noted."""
+    import transformers.modeling_utils
+
+    tried = []
+
+    def note(name, *args, **kwargs):
+        tried.append(name)
+        raise RuntimeError("nothing is fetched here")
+
+    for name in ("load_and_register_attn_kernel", "lazy_import_flash_attention"):
+        monkeypatch.setattr(transformers.modeling_utils, name, note, raising=False)
+    monkeypatch.setattr(transformers.integrations.hub_kernels, "load_and_register_attn_kernel", note, raising=False)
+    return tried
+
+
+@pytest.mark.parametrize("chosen", [None, "eager", "softpick"])
+@pytest.mark.parametrize("named", NAMED)
+def test_a_configuration_that_names_a_kernel_of_the_hub_is_refused(home, tmp_path, no_kernels, named, chosen):
+    shutil.copytree(home / "llama", tmp_path / "m")
+    config = json.loads((tmp_path / "m/config.json").read_text())
+    (tmp_path / "m/config.json").write_text(json.dumps(config | NAMED[named]))
+    options = given(tmp_path, "m", data=str(home / "text.txt"), attn_implementation=chosen)
+    calls = {
+        "analyze": lambda: audit(AuditSettings(**options)),
+        "evaluate": lambda: evaluate(EvaluateSettings(**options | {"tasks": ()})),
+        "quantize": lambda: quantize(QuantizeSettings(**options), tmp_path / "out"),
+        "subject": lambda: load_subject(
+            str(tmp_path / "m"), reporter=Silent(), visible=True, attn_implementation=chosen
+        ),
+    }
+    for name, call in calls.items():
+        with pytest.raises(ModelError, match="is code of the hub, which does not run unless --trust-remote-code"):
+            call()
+        assert not no_kernels, name
+
+
+def test_a_kernel_of_the_hub_may_be_asked_for(home, tmp_path, no_kernels):
+    shutil.copytree(home / "llama", tmp_path / "m")
+    config = json.loads((tmp_path / "m/config.json").read_text())
+    (tmp_path / "m/config.json").write_text(json.dumps(config | NAMED["private"]))
+    with pytest.raises(ModelError):
+        load_subject(str(tmp_path / "m"), reporter=Silent(), trust_remote_code=True)
+    assert no_kernels
+
+
 @pytest.mark.slow
 def test_yes_on_stdin_runs_nothing(foreign, tmp_path):
     folder, mark = foreign

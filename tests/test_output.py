@@ -178,6 +178,69 @@ def test_a_folder_of_the_same_name_is_the_users(tmp_path):
     assert names(tmp_path) == [".softpick/mine"]
 
 
+@pytest.mark.parametrize("lock", ["mine", "", "12 monkeys\n", "12 on a boat\nand more\nlines\n", None])
+def test_a_folder_with_a_lock_of_the_users_is_the_users(tmp_path, lock):
+    (tmp_path / ".softpick").mkdir()
+    (tmp_path / ".softpick/mine").write_text("mine")
+    if lock is None:
+        (tmp_path / ".softpick/lock").mkdir()
+    else:
+        (tmp_path / ".softpick/lock").write_text(lock)
+    before = names(tmp_path)
+    with pytest.raises(OutputError, match=r"\.softpick is not softpick's"), Workspace(tmp_path):
+        pass
+    assert names(tmp_path) == before
+    assert lock is None or (tmp_path / ".softpick/lock").read_text() == lock
+
+
+def test_a_folder_that_is_linked_to_is_the_users(tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/.softpick").symlink_to(tmp_path / "mine", target_is_directory=True)
+    with pytest.raises(OutputError, match=r"\.softpick is not softpick's"), Workspace(tmp_path / "out"):
+        pass
+    assert (tmp_path / "out/.softpick").is_symlink()
+
+
+@pytest.mark.parametrize("lock", ["", "12 on host\n", f"{'9' * 30} on {'host' * 20}\n", "12 on host\n-longer\n"])
+def test_a_lock_that_a_killed_process_left_is_taken(tmp_path, lock):
+    (tmp_path / ".softpick").mkdir()
+    (tmp_path / ".softpick/lock").write_text(lock)
+    if lock:
+        (tmp_path / ".softpick/unfinished").write_text("x")
+    with Workspace(tmp_path) as work:
+        assert (work.scratch / "lock").read_text().startswith(f"{os.getpid()} on ")
+        assert (work.scratch / "lock").read_text().count("\n") == 1
+    assert names(tmp_path) == []
+
+
+def test_no_file_is_removed_for_its_name(tmp_path):
+    mine = [".softpick-0123456789abcdef.tmp", ".softpick-mine"]
+    for name in mine:
+        (tmp_path / name).write_text("mine")
+    with Workspace(tmp_path) as work:
+        assert work.entries() == set(mine)
+    assert names(tmp_path) == mine
+
+
+def test_what_a_kill_leaves_of_a_file_is_in_the_folder_of_unfinished_work(tmp_path, monkeypatch):
+    """No other place need be tidied, where a user may have files of any name."""
+    seen = []
+    with Workspace(tmp_path):
+        monkeypatch.setattr(os, "replace", lambda source, target: seen.append(Path(source)))
+        files.write_json(tmp_path / "x.json", 1)
+        monkeypatch.undo()
+        assert seen[0].is_file()
+        assert seen[0].parent == tmp_path / ".softpick"
+    assert names(tmp_path) == []
+
+
+def test_an_empty_path_is_refused(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(OutputError, match="output: expected a path, got ''"):
+        Workspace("")
+
+
 def outputs(work, text):
     for name in ("a.txt", "results.json"):
         (work.scratch / name).write_text(text)

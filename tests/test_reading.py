@@ -6,6 +6,10 @@ import gzip
 import io
 import json
 import lzma
+import os
+import threading
+import time
+import warnings
 
 import pytest
 from hypothesis import given, settings
@@ -90,6 +94,107 @@ def test_what_a_directory_leaves_out_is_said(tmp_path):
     (tmp_path / "a.txt").unlink()
     with pytest.raises(DataError, match="no files below"):
         read_corpus(tmp_path)
+
+
+def test_links_and_pipes_of_a_directory_are_said(tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere/b.txt").write_text("elsewhere")
+    data = tmp_path / "data"
+    data.mkdir()
+    (data / "a.txt").write_text("here")
+    (data / "c.txt").symlink_to(tmp_path / "elsewhere/b.txt")
+    for name in ("one", "two"):
+        (data / name).symlink_to(tmp_path / "elsewhere", target_is_directory=True)
+    (data / "d.txt").symlink_to(tmp_path / "nothing")
+    os.mkfifo(data / "e.txt")
+    (data / "zero.txt").symlink_to("/dev/zero")
+    with pytest.warns(UserWarning, match="left out") as said:
+        corpus = read_corpus(data)
+    assert corpus.documents == ("here", "elsewhere")
+    message = str(said[0].message)
+    assert "3 entries that are not files left out (" in message
+    assert all(word in message for word in ("1 broken link", "1 pipe", "1 device"))
+    assert "2 linked folders left out" in message
+    assert "other kinds" not in message
+    assert "2 linked folders left out" in corpus.description
+    (data / "a.txt").unlink()
+    (data / "c.txt").unlink()
+    with pytest.raises(DataError, match=r"no files below .*; 3 entries that are not files left out .*2 linked folders"):
+        read_corpus(data)
+
+
+def test_what_softpick_writes_below_the_data_is_no_data(tmp_path, recwarn):
+    (tmp_path / "a.txt").write_text("text")
+    for name in (".softpick/lock", "run/.softpick/lock", "run/config.json", "run/log.txt", ".softpick-0.tmp"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("ours")
+    assert read_corpus(tmp_path).documents == ("text",)
+    assert not recwarn.list
+
+
+@pytest.mark.parametrize("name", ["/dev/zero", "/dev/null", "/dev/full"])
+def test_a_device_is_no_data(name):
+    with pytest.raises(DataError, match=f"data: {name} is a device; expected a file"):
+        read_corpus(name)
+
+
+@pytest.mark.parametrize("kind", ["txt", "json", "jsonl", "csv", "txt.gz"])
+def test_a_pipe_is_said_first_and_read(tmp_path, kind):
+    path = tmp_path / f"pipe.{kind}"
+    os.mkfifo(path)
+    lines = kind == "json"
+    content = jsonl(TEXTS) if lines else {"txt": b"a", "txt.gz": gzip.compress(b"a")}.get(kind) or WRITERS[kind](TEXTS)
+    said = []
+
+    def write():
+        while not said:  # nobody waits for a writer without a word
+            time.sleep(0.01)
+        path.write_bytes(content)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        warnings.showwarning = lambda message, *_: said.append(str(message))
+        writer = threading.Thread(target=write, daemon=True)
+        writer.start()
+        corpus = read_corpus(path)
+        writer.join()
+    assert corpus.documents == (("a",) if kind.startswith("txt") else tuple(TEXTS))
+    assert said == [f"data: {path}: reading from a pipe, until the program that writes to it closes it"]
+
+
+@pytest.mark.parametrize("kind", ["json", "jsonl"])
+@pytest.mark.parametrize("letter", ["\u2028", "\u2029", "\x85", "\u001c", "\x0b", "\x0c"])
+def test_only_a_newline_ends_a_line_of_json(tmp_path, kind, letter):
+    texts = [f"a{letter}b", f"c{letter}", "d"]
+    lines = [json.dumps({"text": text}, ensure_ascii=letter < " ") for text in texts]
+    (tmp_path / f"x.{kind}").write_bytes("\n".join(lines).encode())
+    assert read_corpus(tmp_path).documents == tuple(texts)
+    (tmp_path / f"x.{kind}").write_text("\n".join([*lines, "{"]), encoding="utf-8")
+    with pytest.raises(DataError, match="line 4: not JSON"):
+        read_corpus(tmp_path)
+
+
+@pytest.mark.parametrize("end", ["\r", "\r\n", "\n"])
+@pytest.mark.parametrize("kind", ["csv", "tsv"])
+def test_every_end_of_a_line_of_a_table(tmp_path, kind, end):
+    texts = ["a", "two\nlines", "two\rlines", "d"]
+    stream = io.StringIO(newline="")
+    writer = csv.writer(stream, delimiter="," if kind == "csv" else "\t", lineterminator=end, quoting=csv.QUOTE_ALL)
+    writer.writerows([["text", "id"], *([text, "1"] for text in texts)])
+    (tmp_path / f"x.{kind}").write_bytes(stream.getvalue().encode())
+    assert read_corpus(tmp_path).documents == tuple(texts)
+
+
+@pytest.mark.parametrize("content", [b"", b" \n", b"\0" * 100, b"\0 \n\0"])
+def test_nothing_is_no_text(tmp_path, content):
+    (tmp_path / "x.txt").write_bytes(content)
+    with pytest.raises(DataError, match="has no text in it"):
+        read_corpus(tmp_path / "x.txt")
+
+
+def test_an_empty_path_is_refused():
+    with pytest.raises(DataError, match="data: expected a path, got ''"):
+        read_corpus("")
 
 
 def test_rows_without_text_are_counted(tmp_path):

@@ -284,7 +284,7 @@ def test_a_full_disk_is_a_sentence_and_the_run_goes_on(run, whole, recipe, monke
             train(recipe, run, device="cpu")
         fields = [f"{key}={value}" for key, value in recipe.to_json().items() if key != "name" and value is not None]
         with pytest.raises(SystemExit, match="2"):
-            cli._run_train("tiny_cpu", fields, str(run), "cpu", False, False)
+            cli.told(cli._run_train)("tiny_cpu", fields, str(run), "cpu", False, False)
     train(recipe, run, device="cpu")
     assert weights(run) == weights(whole)
 

@@ -422,8 +422,21 @@ def build_app() -> typer.Typer:
 
     for command in app.registered_commands:
         if command.callback is not None:
-            command.callback = told(command.callback)
+            command.callback = told(_with_paths(command.callback))
     return app
+
+
+def _with_paths(command: Any) -> Any:
+    """The same command, which refuses an empty path: it would mean the current folder, or nothing."""
+
+    @functools.wraps(command)
+    def wrapper(*args: Any, **given: Any) -> Any:
+        for name in ("data", "data_dir", "output"):
+            if given.get(name) == "":
+                _fail(f"{name}: expected a path, got ''")
+        return command(*args, **given)
+
+    return wrapper
 
 
 def _split(text: str) -> list[str]:

@@ -30,6 +30,9 @@ _DAMAGED = {
 _DISK = re.compile(r"No space left|PytorchStreamWriter|PytorchStreamReader|I/O error|os error \d+|Disk quota")
 _MEMORY = re.compile(r"allocate memory|not enough memory|out of memory|Unable to allocate|bad_alloc", re.IGNORECASE)
 
+_HOME = os.path.dirname(os.path.dirname(__file__)) + os.sep
+"""The folder of the package."""
+
 _interrupted = False
 
 
@@ -95,10 +98,9 @@ def sentence(error: BaseException) -> tuple[str, int]:
     if isinstance(error, ImportError):
         return words, 2
     frames = traceback.extract_tb(error.__traceback__)
-    home = os.path.dirname(__file__) + os.sep
-    if kind == "ValueError" and frames and frames[-1].filename.startswith(home):  # a sentence of our own
+    if kind == "ValueError" and frames and frames[-1].filename.startswith(_HOME):  # a sentence of our own
         return words, 2
-    ours = [f for f in frames if f.filename.startswith(home) and f.filename != __file__] or list(frames)
+    ours = [f for f in frames if f.filename.startswith(_HOME) and f.filename != __file__] or list(frames)
     at = f" at {os.path.basename(ours[-1].filename)}:{ours[-1].lineno}" if ours else ""
     about = f" (it was reading {file})" if file is not None else ""
     return f"unexpected {kind}{at}: {words}{about}; SOFTPICK_TRACEBACK=1 shows where it came from", 1
@@ -129,6 +131,7 @@ def _file_of(error: BaseException) -> str | None:
 @contextmanager
 def process() -> Iterator[None]:
     """Around the program: text that the terminal's encoding lacks is escaped, Ctrl-C ends with 130, a full disk is said."""
+    _replace_closed_streams()
     _escape()
     with _signals(), _plain_warnings():
         try:
@@ -146,6 +149,17 @@ def process() -> Iterator[None]:
             end(error)
 
 
+def _replace_closed_streams() -> None:
+    """Where a stream was closed before the start, nothing is read or written; its number is taken, lest a file get it."""
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        if getattr(sys, name) is None:
+            handle = os.open(os.devnull, os.O_RDWR)  # the lowest number that is free
+            if handle == number:
+                os.set_inheritable(handle, True)  # as a stream's is
+            stream = os.fdopen(handle, "r" if number == 0 else "w", encoding="utf-8", closefd=False)
+            setattr(sys, name, stream)
+
+
 def _escape() -> None:
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
@@ -157,10 +171,10 @@ def _plain_warnings() -> Iterator[None]:
     """Softpick's own warnings in one line, without the place in its code."""
     import warnings
 
-    before, home = warnings.showwarning, os.path.dirname(__file__) + os.sep
+    before = warnings.showwarning
 
     def show(message: Warning | str, category: type[Warning], filename: str, *args: Any, **kwargs: Any) -> None:
-        if filename.startswith(home):
+        if filename.startswith(_HOME):
             sys.stderr.write(f"softpick: warning: {message}\n")
         else:
             before(message, category, filename, *args, **kwargs)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 __all__ = [
-    "TEMPORARY",
+    "SCRATCH",
     "DamagedFileError",
     "OutputError",
     "digest",
@@ -26,8 +26,8 @@ __all__ = [
     "writing",
 ]
 
-TEMPORARY = re.compile(r"\.softpick-[0-9a-f]{16}\.tmp")
-"""Names of the files that :func:`write_text` replaces a file by; one that is left is of a process that was killed."""
+SCRATCH = ".softpick"
+"""Name of the folder of unfinished work in an output folder."""
 
 _WHOLE = 1 << 24  # bytes up to which a digest covers a file in whole
 _END = 1 << 16  # bytes at both ends of a longer one
@@ -83,10 +83,13 @@ def write_json(path: Path, value: Any) -> None:
 def write_text(path: Path, text: str) -> None:
     """Write a text file that appears complete or not at all.
 
+    Until it is complete it lies in ``.softpick/`` where a command has that folder, so that nothing else need ever be tidied.
+
     Raises:
         OutputError: the disk refused.
     """
-    temporary = path.with_name(f".softpick-{secrets.token_hex(8)}.tmp")
+    owned = path.parent / SCRATCH
+    temporary = (owned if owned.is_dir() else path.parent) / f".softpick-{secrets.token_hex(8)}.tmp"
     with writing(path):
         try:
             with temporary.open(

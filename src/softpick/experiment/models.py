@@ -201,9 +201,8 @@ def load_subject(
     if visible and wanted is None and isinstance(own, str) and own.startswith(FUSED):
         reporter.say(f"{name}: {own} shows no weights, so sdpa computes the same attention")
         wanted = "sdpa"
-    fetched = wanted or own
-    if isinstance(fetched, str) and "/" in fetched and not trust_remote_code:
-        raise ModelError(f"attn_implementation: {fetched} is code of the hub, {_NOT_RUN}")
+    if wanted is not None and "/" in wanted and not trust_remote_code:
+        raise ModelError(f"attn_implementation: {wanted} is code of the hub, {_NOT_RUN}")
     with _loading(f"model: cannot load {name}", name):
         model, info = loader.from_pretrained(
             source,
@@ -308,9 +307,9 @@ def load_config(name: str, *, trust_remote_code: bool = False) -> tuple[Any, str
         trust_remote_code: Python code that comes with it may run.
 
     Raises:
-        ModelError: there is none, or it is an encoder-decoder.
+        ModelError: there is none, it is an encoder-decoder, or it names attention that is code of the hub.
     """
-    from transformers import AutoConfig
+    from transformers import AutoConfig, PretrainedConfig
 
     path = Path(name)
     where: dict[str, Any] = {}
@@ -329,9 +328,29 @@ def load_config(name: str, *, trust_remote_code: bool = False) -> tuple[Any, str
         )
     with _loading(f"model: cannot load {name}", name):
         config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code, **where)
+        # both: a class may drop what the file says, and a file may rename what the class has
+        raw = {} if where else PretrainedConfig.get_config_dict(source)[0]
+    for key, kernel in () if trust_remote_code else (*_kernels(raw), *_kernels(config)):
+        raise ModelError(
+            f"attn_implementation: {kernel}, which the configuration of {name} names ({key}), is code of the hub, {_NOT_RUN}"
+        )
     if getattr(config, "is_encoder_decoder", False):
         raise ModelError(f"model: {name} is an encoder-decoder ({config.model_type}); expected a decoder or an encoder")
     return config, source, where
+
+
+def _kernels(value: Any, key: str = "", inside: bool = False) -> Iterator[tuple[str, str]]:
+    """Where a configuration names kernels of the hub: every ``*implementation*`` of it and of what is nested in it."""
+    if isinstance(value, str):
+        if inside and "/" in value:
+            yield key, value
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from _kernels(item, key, inside)
+    elif isinstance(value, Mapping) or hasattr(value, "to_dict"):
+        for name, item in (value if isinstance(value, Mapping) else vars(value)).items():
+            named = inside or "implementation" in str(name)
+            yield from _kernels(item, f"{key}.{name}".strip("."), named)
 
 
 def learned_positions(model: Any) -> int | None:

@@ -12,6 +12,8 @@ import lzma
 import math
 import os
 import re
+import stat
+import string
 import sys
 import warnings
 import zlib
@@ -19,8 +21,11 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any, BinaryIO
+
+from softpick.experiment.files import SCRATCH
 
 __all__ = ["Corpus", "DataError", "check_text", "json_lines", "read_corpus"]
 
@@ -29,6 +34,7 @@ _LINES = (".jsonl", ".ndjson")
 _TABLES = {".csv": ",", ".tsv": "\t"}
 _SUFFIXES = (*_TEXT, *_LINES, ".json", *_TABLES, ".parquet")
 _COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
+_LINE = re.compile(r"[^\r\n]*(?:\r\n|\r|\n)|[^\r\n]+")  # of a table
 _NAMED = 5  # kinds of files that were left out and are named
 _DIGITS = 4000  # of an integer that Python reads; a longer one is no text, and nothing here asks how large it is
 
@@ -56,6 +62,8 @@ class _Found:
 
     nulls: int = 0
     left_out: Counter[str] = field(default_factory=Counter)
+    no_files: Counter[str] = field(default_factory=Counter)
+    folders: int = 0
 
 
 def read_corpus(path: str | Path, text_field: str = "text", characters: int | None = None) -> Corpus:
@@ -63,7 +71,9 @@ def read_corpus(path: str | Path, text_field: str = "text", characters: int | No
 
     A text file is one document; a line of JSONL, an object of a JSON array, a row of CSV, TSV or parquet is one document,
     taken from ``text_field``; a row whose text is null has none. Each file may be compressed (``.gz``, ``.bz2``, ``.xz``,
-    ``.zst``). Files of a directory that end otherwise are left out, with a warning; the description counts them.
+    ``.zst``). Files of a directory that end otherwise, folders that are linked to, and what is no file are left out, with a
+    warning; the description counts them. Not counted is what softpick itself writes below it: ``.softpick*``, and a folder
+    with ``.softpick`` in it. A pipe is read to its end, after a warning.
 
     Args:
         path: file or directory.
@@ -71,23 +81,27 @@ def read_corpus(path: str | Path, text_field: str = "text", characters: int | No
         characters: no more than so many; the document that would go beyond is cut. None reads everything.
 
     Raises:
-        DataError: path missing, not readable, of an unknown kind or without text; a line or file without the field.
+        DataError: path empty, missing, a device, not readable, of an unknown kind or without text; a line or file without
+            the field.
     """
+    if not os.fspath(path):
+        raise DataError("data: expected a path, got ''")
     path = Path(path)
     found = _Found()
     with _told(path):
         if not path.exists():
             raise DataError(f"data: {path} does not exist")
+        _check_kind(path)
         files = _files_below(path, found) if path.is_dir() else [path]
     documents: list[str] = []
     total, cut = 0, False
     for text in (text for file in files for text in _read_file(file, text_field, found, characters)):
-        if not text.strip():
+        if _empty(text):
             continue
         if characters is not None and total + len(text) > characters:
             cut = True
             text = text[: characters - total]
-        if text.strip():
+        if not _empty(text):
             documents.append(text)
             total += len(text)
         if cut:
@@ -101,33 +115,70 @@ def read_corpus(path: str | Path, text_field: str = "text", characters: int | No
         description += " (its beginning: more are not used)"
     if found.nulls:
         description += f"; {found.nulls} without text (null) left out"
-    if found.left_out:
-        description += f"; {_left_out(found.left_out)}"
-        warnings.warn(f"data: {name}: {_left_out(found.left_out)}", stacklevel=2)
+    left_out = _left_out(found)
+    if left_out:
+        description += f"; {left_out}"
+        warnings.warn(f"data: {name}: {left_out}", stacklevel=2)
     return Corpus(tuple(documents), description)
 
 
-def _left_out(kinds: Counter[str]) -> str:
-    named = ", ".join(f"{count} {kind}" for kind, count in kinds.most_common(_NAMED))
-    count = sum(kinds.values())
-    more = ", ..." if len(kinds) > _NAMED else ""
-    return f"{count} {'file' if count == 1 else 'files'} of other kinds left out ({named}{more})"
+def _check_kind(path: Path) -> None:
+    mode = path.stat().st_mode
+    if stat.S_ISCHR(mode) or stat.S_ISBLK(mode) or stat.S_ISSOCK(mode):
+        kind = "socket" if stat.S_ISSOCK(mode) else "device"
+        raise DataError(f"data: {path} is a {kind}; expected a file, a directory or a pipe")
+    if stat.S_ISFIFO(mode):
+        warnings.warn(f"data: {path}: reading from a pipe, until the program that writes to it closes it", stacklevel=3)
+
+
+def _empty(text: str) -> bool:
+    return not text.strip().strip("\0" + string.whitespace)
+
+
+def _left_out(found: _Found) -> str:
+    """What of a directory is not read, or nothing."""
+    parts = []
+    for kinds, one, many in (
+        (found.left_out, "file of other kinds", "files of other kinds"),
+        (found.no_files, "entry that is not a file", "entries that are not files"),
+    ):
+        count = sum(kinds.values())
+        if count:
+            named = ", ".join(f"{count} {kind}" for kind, count in kinds.most_common(_NAMED))
+            more = ", ..." if len(kinds) > _NAMED else ""
+            parts.append(f"{count} {one if count == 1 else many} left out ({named}{more})")
+    if found.folders:
+        parts.append(f"{found.folders} linked {'folder' if found.folders == 1 else 'folders'} left out")
+    return "; ".join(parts)
 
 
 def _files_below(path: Path, found: _Found) -> list[Path]:
     def fail(error: OSError) -> None:
         raise error
 
-    every = [Path(root) / name for root, _, names in os.walk(path, onerror=fail) for name in names]
-    files = sorted(file for file in every if file.is_file() and _kind(file)[0] in _SUFFIXES)
-    found.left_out.update(
-        "".join(file.suffixes[-2:]) or "without an ending" for file in set(every) - set(files) if file.name[0] != "."
-    )
+    files = []
+    for root, folders, names in os.walk(path, onerror=fail):
+        if SCRATCH in folders and Path(root) != path:  # an output folder in which softpick works
+            folders.clear()
+            continue
+        folders[:] = [name for name in folders if not name.startswith(SCRATCH)]
+        found.folders += sum(os.path.islink(os.path.join(root, name)) for name in folders)
+        for file in (Path(root) / name for name in names if not name.startswith(SCRATCH)):
+            if file.is_file() and _kind(file)[0] in _SUFFIXES:
+                files.append(file)
+            elif not file.is_file():
+                found.no_files[
+                    "pipe" if file.is_fifo() else "device or socket" if file.exists() else "broken link"
+                ] += 1
+            elif not file.name.startswith("."):
+                found.left_out["".join(file.suffixes[-2:]) or "without an ending"] += 1
     if not files:
+        left_out = _left_out(found)
         raise DataError(
             f"data: no files below {path} end in {', '.join(_SUFFIXES)} (or one of them and {', '.join(_COMPRESSED)})"
+            + (f"; {left_out}" if left_out else "")
         )
-    return files
+    return sorted(files)
 
 
 def _kind(file: Path) -> tuple[str, str]:
@@ -265,26 +316,31 @@ def json_lines(
         DataError: a file that cannot be read, a line that is not UTF-8 or not JSON.
     """
     with _told(file, error_class, what), _open(file) as stream:
-        for number, line in enumerate(stream, 1):
-            if line.strip():
-                text = _decoded(line, str(file), number, error_class, what)
-                yield f"line {number}", _parsed(text, f"{file}, line {number}", wanted, error_class, what)
+        lines = (_decoded(line, str(file), number, error_class, what) for number, line in enumerate(stream, 1))
+        yield from _records(lines, file, wanted, error_class, what)
+
+
+def _records(
+    lines: Iterable[str], file: Path, wanted: str, error_class: type[ValueError], what: str
+) -> Iterator[tuple[str, Any]]:
+    for number, line in enumerate(lines, 1):
+        if line.strip():
+            yield f"line {number}", _parsed(line, f"{file}, line {number}", wanted, error_class, what)
 
 
 def _json(file: Path) -> Iterator[tuple[str, Any]]:
     """The records of a .json file: an array of objects, one object, or an object a line."""
     with _open(file) as stream:
         text = _decoded(stream.read(), str(file), 1)
-    lines = text.strip().splitlines() or [""]
-    if not lines[0].lstrip().startswith("["):
+    first, _, more = text.lstrip().partition("\n")  # no other character ends a line: strings may have them
+    if more.strip() and not first.startswith("["):
         try:
-            json.loads(lines[0], parse_int=_integer)
+            json.loads(first, parse_int=_integer)
         except (ValueError, RecursionError):
             pass
         else:
-            if len(lines) > 1:
-                yield from json_lines(file)
-                return
+            yield from _records(text.split("\n"), file, "one object a line", DataError, "data")
+            return
     try:
         whole = json.loads(text, parse_int=_integer)
     except json.JSONDecodeError as error:
@@ -303,7 +359,10 @@ def _json(file: Path) -> Iterator[tuple[str, Any]]:
 
 def _read_table(file: Path, name: str, found: _Found) -> Iterator[str]:
     with _open(file) as stream:
-        lines = (_decoded(line, str(file), number) for number, line in enumerate(stream, 1))
+        decoded = (_decoded(line, str(file), number) for number, line in enumerate(stream, 1))
+        first = next(decoded, "")
+        old = "\r" in first.rstrip("\r\n")  # lines end with a carriage return alone
+        lines = (line for text in chain([first], decoded) for line in (_LINE.findall(text) if old else [text]))
         csv.field_size_limit(sys.maxsize)
         rows = csv.reader(lines, delimiter=_TABLES[_kind(file)[0]], strict=True)
         try:

@@ -7,6 +7,7 @@ written there, their digests are recorded, and then they are moved to their plac
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import socket
 import threading
@@ -16,7 +17,7 @@ from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 
-from softpick.experiment.files import TEMPORARY, OutputError, digest, read_json, write_json, writing
+from softpick.experiment.files import SCRATCH, OutputError, digest, read_json, write_json, writing
 
 try:
     import fcntl
@@ -25,13 +26,11 @@ except ImportError:  # Windows
 
 __all__ = ["LAST", "SCRATCH", "Ledger", "Workspace", "scratch"]
 
-SCRATCH = ".softpick"
-"""Name of the folder of unfinished work in an output folder."""
-
 LAST = "results.json"
 """The output that marks the end of a command: it is put in place after all others."""
 
 _LOCK, _LEDGER, _DATA = "lock", "files.json", "data"
+_OWNERS = re.compile(rb"(\d+ on \S*\n\S*\n?)?")  # a lock's text; killed while it is written, an older one's end follows
 _PROBE = 1 << 16  # bytes that must fit on the disk before work begins
 _held: dict[tuple[str, int], Workspace] = {}
 
@@ -103,6 +102,8 @@ class Workspace:
         ledger: str | None = None,
     ) -> None:
         self.folder, self.error, self.outputs, self.forget = Path(output), error, tuple(outputs), forget
+        if not os.fspath(output):
+            self._fail("expected a path, got ''")
         self._ledger = ledger
         self._made: list[Path] = []
         self._handle: int | None = None
@@ -125,7 +126,7 @@ class Workspace:
         try:
             self._open()
             _held[self._key] = self
-            self._tidy()
+            self._clear()  # what a killed process left; the folder is locked, so nobody is writing it
             self._refuse_others()
         except BaseException:
             self._close()
@@ -140,7 +141,7 @@ class Workspace:
 
     def entries(self) -> set[str]:
         """Names in the folder, without those of unfinished work."""
-        return {p.name for p in self.folder.iterdir() if p.name != SCRATCH and not TEMPORARY.fullmatch(p.name)}
+        return {p.name for p in self.folder.iterdir() if p.name != SCRATCH}
 
     def finish(self, names: Iterable[str], say: Callable[[str], None] | None = None) -> None:
         """Move finished outputs from :attr:`scratch` to their places, in this order.
@@ -205,8 +206,8 @@ class Workspace:
         path = self.scratch / _LOCK
         while self._handle is None:
             self.scratch.mkdir(exist_ok=True)
-            if not path.exists() and any(self.scratch.iterdir()):
-                self._fail(f"{self.scratch} is not softpick's; move it away, or choose another --output")
+            if self.scratch.is_symlink() or (any(self.scratch.iterdir()) and not path.is_file()):
+                self._fail(self._others())
             try:
                 handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
             except FileNotFoundError:  # another process finished and removed the folder just now
@@ -229,16 +230,18 @@ class Workspace:
             if not current:  # the lock of a file that its owner has removed
                 os.close(handle)
                 continue
+            before = os.read(handle, 1000)
+            if not _OWNERS.fullmatch(before) or (not before and len(os.listdir(self.scratch)) > 1):
+                os.close(handle)
+                self._fail(self._others())
             self._handle = handle
-            os.ftruncate(handle, 0)
-            os.write(handle, f"{os.getpid()} on {socket.gethostname()}\n".encode())
+            owner = f"{os.getpid()} on {socket.gethostname()}\n".encode()
+            os.lseek(handle, 0, os.SEEK_SET)
+            os.write(handle, owner)  # over what was there: a lock that is empty has nothing beside it
+            os.ftruncate(handle, len(owner))
 
-    def _tidy(self) -> None:
-        """Remove what a killed process left; the folder is locked, so nobody is writing it."""
-        self._clear()
-        for path in self.folder.iterdir():
-            if TEMPORARY.fullmatch(path.name) and path.is_file():
-                path.unlink()
+    def _others(self) -> str:
+        return f"{self.scratch} is not softpick's; move it away, or choose another --output"
 
     def _clear(self) -> None:
         for path in self.scratch.iterdir():

@@ -157,6 +157,8 @@ class Recipe:
                     "liger: expected no beside tensor_parallel, whose ranks hold parts of the head that Liger's fused "
                     "cross-entropy needs whole; got yes"
                 )
+        if self.data is not None and self.data.removeprefix("hub:").strip() == "":
+            raise RecipeError(f"data: expected a path or hub:NAME, got {self.data!r}")
         if self.data_config is not None and not (self.data or "").startswith("hub:"):
             raise RecipeError("data_config: is for hub data sets (data=hub:NAME)")
 

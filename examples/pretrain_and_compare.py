@@ -8,8 +8,7 @@ import argparse
 from dataclasses import replace
 from pathlib import Path
 
-from softpick.train import train
-
+from softpick.training.pretrain import train
 from softpick.training.recipes import get_recipe
 
 arguments = argparse.ArgumentParser(description=__doc__)

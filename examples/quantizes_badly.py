@@ -10,9 +10,9 @@ import argparse
 import tempfile
 from pathlib import Path
 
-from softpick.audit import AuditSettings, audit
-from softpick.compare import Settings, compare
-from softpick.quantize import QuantizeSettings, quantize
+from softpick.analysis.audit import AuditSettings, audit
+from softpick.quantization.quantize import QuantizeSettings, quantize
+from softpick.training.compare import Settings, compare
 
 arguments = argparse.ArgumentParser(description=__doc__)
 arguments.add_argument("model", nargs="*", help="one or two models")

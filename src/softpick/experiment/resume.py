@@ -235,10 +235,10 @@ class Workspace:
                 os.close(handle)
                 self._fail(self._others())
             self._handle = handle
-            owner = f"{os.getpid()} on {socket.gethostname()}\n".encode()
+            text = f"{os.getpid()} on {socket.gethostname()}\n".encode()
             os.lseek(handle, 0, os.SEEK_SET)
-            os.write(handle, owner)  # over what was there: a lock that is empty has nothing beside it
-            os.ftruncate(handle, len(owner))
+            os.write(handle, text)  # over what was there: a lock that is empty has nothing beside it
+            os.ftruncate(handle, len(text))
 
     def _others(self) -> str:
         return f"{self.scratch} is not softpick's; move it away, or choose another --output"

@@ -18,6 +18,7 @@ from softpick.ops.triton.device import (
     INF,
     LINEAR,
     LOG2E,
+    NONE,
     ONE,
     SINK,
     count_seen,
@@ -111,8 +112,13 @@ def _few_tile(
         # with what the constant and eps have of the denominator the shares add up to 1, but for the rounding of the level
         if BASE == LINEAR:
             share += (eps + (1.0 if CONSTANT == ONE else 0.0)) * inverse
+        elif BASE == EXP and RECTIFY == NONE and CONSTANT == 0:
+            share = tl.where(
+                eps > 0.0, 1.0, share
+            )  # eps is relative to the largest score, which is not known to be above 0
         else:
-            share += eps * tl.exp2(top - level)
+            # without eps the level may be so far below 0 that the power overflows, and 0 times infinity is NaN
+            share += tl.where(eps > 0.0, eps * tl.exp2(top - level), 0.0)
             if CONSTANT == ONE:
                 share += inverse
             elif CONSTANT == SINK:

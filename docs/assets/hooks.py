@@ -1,4 +1,4 @@
-"""mkdocs hooks: pages that are made from the program and from files outside docs/."""
+"""mkdocs hooks: text of pages that is made from the program."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 COMMANDS = re.compile(r"<!-- help: (.*?) -->")
-REPOSITORY_FILES = re.compile(r"\]\(\.\./([^)]+)\)")
 
 
 def on_page_markdown(markdown: str, page, config, files) -> str:

@@ -278,9 +278,24 @@ def scaled_dot_product_attention(
     named = backend
     wanted = wants_reference(q, k, v, mask, sink)
     backend = "reference" if return_weights else choose_backend(backend, q, v, norm, "tiled", wanted=wanted)
+    bottom_right = causal_alignment == "bottom_right"
+    options: Any = {
+        "backend": operator_name(named, backend),
+        "normalizer": norm.text,
+        "scale": scale,
+        "eps": eps,
+        "mask": mask,
+        "sink": sink,
+        "left": left,
+        "right": right,
+        "bottom_right": bottom_right,
+        "softcap": softcap,
+        "dropout_p": dropout_p,
+        "stats": return_stats,
+    }
 
     if backend == "reference":
-        keep, bias = keep_and_bias(mask, q, k, left, right, causal_alignment == "bottom_right")
+        keep, bias = keep_and_bias(mask, q, k, left, right, bottom_right)
         with no_autocast(q):
             out, lse, mass, largest, weights = attention_reference(
                 q,
@@ -296,47 +311,16 @@ def scaled_dot_product_attention(
                 dropout_p=dropout_p,
             )
     elif backend == "triton" and dropout_p == 0.0 and not return_stats and few_queries(q, k, v, mask, sink):
-        bottom_right = causal_alignment == "bottom_right"
         cap = softcap or 0.0
         try:
             out, _ = decode(q, k, v, mask, sink, None, None, norm.text, scale, eps, left, right, bottom_right, cap)
         except KernelError as failure:
             fall_back(failure, "the kernels for long queries compute it instead")
-            out, *_ = attention(
-                q,
-                k,
-                v,
-                backend=operator_name(named, backend),
-                normalizer=norm.text,
-                scale=scale,
-                eps=eps,
-                mask=mask,
-                sink=sink,
-                left=left,
-                right=right,
-                bottom_right=bottom_right,
-                softcap=softcap,
-            )
+            out, *_ = attention(q, k, v, **options)
         return restore_shape(out, lead, dims)
     else:
         weights = None
-        out, lse, mass, largest = attention(
-            q,
-            k,
-            v,
-            backend=operator_name(named, backend),
-            normalizer=norm.text,
-            scale=scale,
-            eps=eps,
-            mask=mask,
-            sink=sink,
-            left=left,
-            right=right,
-            bottom_right=causal_alignment == "bottom_right",
-            softcap=softcap,
-            dropout_p=dropout_p,
-            stats=return_stats,
-        )
+        out, lse, mass, largest = attention(q, k, v, **options)
     out = restore_shape(out, lead, dims)
     if not (return_stats or return_weights):
         return out

@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -77,15 +78,18 @@ def import_checkpoint(source: str | Path, output: str | Path) -> dict[str, Any]:
         found["lm_head.weight"] = found["model.embed_tokens.weight"]
     model.load_state_dict(found, assign=True)
     model.config.dtype = dtypes.pop() if len(dtypes) == 1 else torch.float32
-    temporary = output.with_name(f".{output.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    model.save_pretrained(temporary)
-    for file in source.iterdir():
-        if file.name.startswith(("tokenizer", "special_tokens", "vocab", "merges", "added_tokens", "chat_template")):
-            shutil.copy2(file, temporary / file.name)
-    if output.exists():
-        output.rmdir()
-    temporary.replace(output)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}.") as folder:
+        temporary = Path(folder) / "model"  # in a folder whose name nobody else has
+        model.save_pretrained(temporary)
+        for file in source.iterdir():
+            if file.name.startswith(
+                ("tokenizer", "special_tokens", "vocab", "merges", "added_tokens", "chat_template")
+            ):
+                shutil.copy2(file, temporary / file.name)
+        if output.exists():
+            output.rmdir()
+        temporary.replace(output)
     return {
         "normalizer": config.normalizer,
         "parameters": sum(tensor.numel() for tensor in wanted.values()),

@@ -15,6 +15,7 @@ pytest.importorskip("transformers")
 from typer.testing import CliRunner
 
 from softpick import NORMALIZERS, __version__, cli
+from softpick.cli import console
 from softpick.training import engine
 from softpick.training.compare import TASKS, Settings, SettingsError, _notes, _sink_notes, compare
 
@@ -222,8 +223,8 @@ def test_notes_say_what_a_reader_must_know(corpus):
 
 def test_log_lines_tell_the_time_left(monkeypatch, capsys):
     clock = iter([0.0, 0.0, 10.0, 20.0, 90.0])
-    monkeypatch.setattr(cli.time, "perf_counter", lambda: next(clock))
-    lines = cli._Lines(cli._console(), "[1/1] softpick", 100)
+    monkeypatch.setattr(console.time, "perf_counter", lambda: next(clock))
+    lines = console._Lines(console.make_console(), "[1/1] softpick", 100)
     for step in (10, 20, 30, 100):
         lines.update(step, 1.5)
     out = capsys.readouterr().out.splitlines()

@@ -11,7 +11,7 @@ pytest.importorskip("transformers")
 from softpick.analysis.audit import AuditSettings
 from softpick.evaluation.evaluate import EvaluateSettings
 from softpick.experiment.environment import chosen_device, missing_device
-from softpick.experiment.settings import RANGES, _kinds, check_memory
+from softpick.experiment.settings import RANGES, check_memory, kinds_of
 from softpick.quantization.quantize import QuantizeSettings
 from softpick.training.compare import Settings
 from softpick.training.recipes import get_recipe
@@ -27,7 +27,7 @@ MADE = {
 
 def fields(settings):
     hints = typing.get_type_hints(type(settings))
-    return {field.name: _kinds(hints[field.name]) for field in dataclasses.fields(settings)}
+    return {field.name: kinds_of(hints[field.name]) for field in dataclasses.fields(settings)}
 
 
 NUMBERS = [

@@ -13,20 +13,18 @@ import os
 import time
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from softpick.analysis.settings import KNOCKOUTS, SAMPLE_TEXTS, AuditError, AuditSettings
 from softpick.experiment.corpus import get_corpus
 from softpick.experiment.environment import chosen_device, command_line, versions
 from softpick.experiment.files import OutputError, writing
 from softpick.experiment.models import (
-    DTYPES,
-    FUSED,
-    ModelError,
     Subject,
     first_line,
     first_position,
@@ -35,96 +33,18 @@ from softpick.experiment.models import (
 )
 from softpick.experiment.parts import Parts
 from softpick.experiment.progress import Reporter, Silent
-from softpick.experiment.reading import Corpus, check_text
+from softpick.experiment.reading import Corpus
 from softpick.experiment.resume import Workspace, scratch
-from softpick.experiment.settings import Range, check_settings
 
 if TYPE_CHECKING:
     from softpick.analysis import Measurements
 
 __all__ = ["KNOCKOUTS", "SAMPLE_TEXTS", "AuditError", "AuditSettings", "audit", "forget"]
 
-SAMPLE_TEXTS = (
-    "The lighthouse keeper wrote one line in his book every night. On the last night of the year he wrote two, and in the "
-    "morning nobody could say which of them had been meant for the sea.",
-    "def mean(values):\n    total = 0.0\n    for value in values:\n        total += value\n    return total / len(values)\n\n"
-    "print(mean([1.0, 2.0, 4.0]))\n",
-    "Question: A train leaves at 9:40 and arrives at 11:05. How long does the journey take?\nAnswer: One hour and "
-    "twenty-five minutes.\nQuestion: And if it is ten minutes late?\nAnswer:",
-)
-"""What the attention maps of the report show unless other texts are given: prose, code, a dialogue."""
-
-KNOCKOUTS = ("first", "strongest")
 _PREFIX = "audit"
 _SAVE_SECONDS = 30.0  # between two saved states of a long measurement
 _LOGIT_ENTRIES = 1 << 27  # vocabulary logits, or eager attention weights, of a forward pass: half a gigabyte in fp32
 _CORPUS_CHARACTERS = 2_000_000  # of a corpus that is tokenized for measuring: far more than the samples need
-
-
-class AuditError(ModelError):
-    """The settings cannot work, or the model cannot be audited; the message says why."""
-
-
-@dataclass(frozen=True)
-class AuditSettings:
-    """What is audited, and on what.
-
-    Attributes:
-        model: a hub name, a local directory, or a GGUF file.
-        against: a second one, put beside it.
-        data: a file or a directory as for ``read_corpus``; None is the Python standard library of this machine.
-        text_field: of JSONL and parquet files.
-        texts: what the attention maps show.
-        samples: sequences that are measured.
-        sequence_length: tokens a sequence, BOS (or [CLS] and [SEP]) included.
-        batch_size: sequences a forward pass.
-        map_tokens: at most this many tokens of a text, special ones included, in an attention map; fewer where the model
-            has room for fewer.
-        knockout: tokens whose key is masked, one after the other, to see what the perplexity loses (causal models):
-            ``"first"``, ``"strongest"`` (of each sample, the key with the largest alpha averaged over layers and heads),
-            or a position from 0.
-        device: where the model runs.
-        dtype: ``auto`` (as saved), ``float32``, ``bfloat16`` or ``float16``.
-        attn_implementation: of transformers or softpick; None is the model's own, or ``sdpa`` where that shows no weights.
-        trust_remote_code: Python code that comes with a model may run.
-    """
-
-    model: str
-    against: str | None = None
-    data: str | None = None
-    text_field: str = "text"
-    texts: tuple[str, ...] = SAMPLE_TEXTS
-    samples: int = 64
-    sequence_length: int = 256
-    batch_size: int = 8
-    map_tokens: int = 64
-    knockout: tuple[str | int, ...] = ("first",)
-    device: str = "cpu"
-    dtype: str = "auto"
-    attn_implementation: str | None = None
-    trust_remote_code: bool = False
-
-    def check(self) -> None:
-        """Raise :class:`AuditError` for values that cannot work."""
-        check_settings(self, AuditError, {"sequence_length": Range(4)})
-        if self.dtype not in DTYPES:
-            raise AuditError(f"dtype: expected one of {', '.join(DTYPES)}; got {self.dtype!r}")
-        for key in self.knockout:
-            if key not in KNOCKOUTS and not (isinstance(key, int) and not isinstance(key, bool)):
-                raise AuditError(f"knockout: expected {', '.join(KNOCKOUTS)}, or a position; got {key!r}")
-            if isinstance(key, int) and not 0 <= key <= self.sequence_length - 3:
-                raise AuditError(
-                    f"knockout: expected a position from 0 to {self.sequence_length - 3} (two tokens must follow it in a "
-                    f"sequence of {self.sequence_length}), got {key}"
-                )
-        if (self.attn_implementation or "").startswith(FUSED):
-            raise AuditError(
-                f"attn_implementation: {self.attn_implementation!r} shows no weights; expected eager, sdpa or a normalizer"
-            )
-        if not self.texts or not all(text.strip() for text in self.texts):
-            raise AuditError("texts: expected at least one text, none of them empty")
-        for text in self.texts:
-            check_text(text, "texts: a text", AuditError)
 
 
 def audit(

@@ -13,32 +13,30 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from softpick.evaluation.passkey import LENGTHS, passkey, retrieving_heads, shortest_prompt
+from softpick.evaluation.settings import EvaluateSettings
 from softpick.evaluation.tasks import (
     HEADLINES,
-    TASKS,
     EvaluationError,
     check_hub,
-    check_tasks,
     expected_files,
     run_tasks,
     starts_with_bos,
 )
 from softpick.experiment.corpus import get_corpus
 from softpick.experiment.environment import chosen_device, command_line, hardware, versions
-from softpick.experiment.models import DTYPES, ModelError, Subject, identity, load_subject
+from softpick.experiment.models import ModelError, Subject, identity, load_subject
 from softpick.experiment.parts import Parts, stamps, titles
 from softpick.experiment.perplexity import learned_positions, perplexity_by_position, position_edges
 from softpick.experiment.progress import Reporter, Silent, Titled
 from softpick.experiment.reading import Corpus
 from softpick.experiment.resume import Workspace
-from softpick.experiment.settings import check_settings
 
 __all__ = ["EvaluateSettings", "evaluate", "forget", "summary_rows"]
 
@@ -46,75 +44,6 @@ _CORPUS_CHARACTERS = 4_000_000  # of a corpus that is tokenized
 _LONGEST = 8192  # tokens of a sequence for the perplexities, unless the user says otherwise
 _PREFIX = "evaluate"
 _HEADS = 5  # retrieving heads that are listed
-
-
-@dataclass(frozen=True)
-class EvaluateSettings:
-    """What is evaluated, and on what.
-
-    Attributes:
-        model: a hub name, a local directory, or a GGUF file.
-        against: further ones, put beside it.
-        tasks: of ``softpick.evaluation.tasks.TASKS``; empty for none.
-        data_dir: local files of the tasks; None asks the hub.
-        limit: examples of each task; None is all.
-        num_fewshot: examples in front of each question; None is the task's own number.
-        passkey: tokens of the prompts; empty for none; None is the paper's, as far as a model with learned positions goes.
-        passkey_prompts: of each length.
-        perplexity: whether perplexities by position are measured.
-        data: for them: a file or a directory as for ``read_corpus``; None is the Python standard library's sources.
-        text_field: of JSONL and parquet files.
-        samples: sequences for them.
-        sequence_length: tokens of one, BOS included; None is twice the positions of the first model, at most 8192, or all
-            of them where they are learned.
-        bins: ranges of positions.
-        batch_size: sequences a forward pass.
-        seed: of keys and depths of the passkeys, few-shot examples and resampling.
-        device: where the models run.
-        dtype: ``auto`` (as saved), ``float32``, ``bfloat16`` or ``float16``.
-        attn_implementation: of transformers or softpick; None is the model's own.
-        trust_remote_code: Python code that comes with a model may run.
-    """
-
-    model: str
-    against: tuple[str, ...] = ()
-    tasks: tuple[str, ...] = TASKS
-    data_dir: str | None = None
-    limit: int | None = None
-    num_fewshot: int | None = None
-    passkey: tuple[int, ...] | None = None
-    passkey_prompts: int = 50
-    perplexity: bool = True
-    data: str | None = None
-    text_field: str = "text"
-    samples: int = 32
-    sequence_length: int | None = None
-    bins: int = 16
-    batch_size: int = 8
-    seed: int = 0
-    device: str = "cpu"
-    dtype: str = "auto"
-    attn_implementation: str | None = None
-    trust_remote_code: bool = False
-
-    @property
-    def models(self) -> tuple[str, ...]:
-        """All of them."""
-        return (self.model, *self.against)
-
-    def check(self) -> None:
-        """Raise :class:`EvaluationError` for values that cannot work."""
-        check_settings(self, EvaluationError)
-        if self.dtype not in DTYPES:
-            raise EvaluationError(f"dtype: expected one of {', '.join(DTYPES)}; got {self.dtype!r}")
-        lengths = self.passkey or ()
-        if any(length < 1 for length in lengths) or len(set(lengths)) < len(lengths):
-            raise EvaluationError(f"passkey: expected different lengths of at least 1 token, got {list(lengths)}")
-        if len(set(self.models)) < len(self.models):
-            raise EvaluationError(f"against: expected different models, got {', '.join(self.models)}")
-        if not self.tasks and self.passkey == () and not self.perplexity:
-            raise EvaluationError("tasks: expected tasks, passkey lengths or perplexities, got none of them")
-        check_tasks(self.tasks, self.data_dir, self.num_fewshot)
 
 
 def evaluate(

@@ -16,12 +16,12 @@ import math
 import os
 import tempfile
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from functools import partialmethod
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+from softpick.evaluation.benchmarks import HEADLINES, RECORDS, TASKS, EvaluationError, Task
 from softpick.experiment.corpus import token_ids
 from softpick.experiment.models import first_line, positions
 from softpick.experiment.progress import Reporter, Silent
@@ -38,69 +38,6 @@ __all__ = [
     "starts_with_bos",
 ]
 
-
-class EvaluationError(ValueError):
-    """The evaluation cannot run so; the message names the argument, what was expected and what came."""
-
-
-@dataclass(frozen=True)
-class _Task:
-    stock: str  # the harness's file
-    hub: str  # its data set
-    split: str  # that the harness scores
-    fields: str  # of a line of a local file
-    needs: tuple[str, ...]
-    shots: bool = True  # few-shot examples come from a training split
-    headlines: tuple[str, ...] = ("acc_norm", "acc")
-
-
-_TASKS = {
-    "arc_easy": _Task(
-        "arc/arc_easy.yaml",
-        "allenai/ai2_arc",
-        "test",
-        "question, choices {text [...], label [...]}, answerKey",
-        ("question", "choices", "answerKey"),
-    ),
-    "lambada_openai": _Task(
-        "lambada/lambada_openai.yaml",
-        "EleutherAI/lambada_openai",
-        "test",
-        "text",
-        ("text",),
-        shots=False,
-        headlines=("acc", "perplexity"),
-    ),
-    "piqa": _Task(
-        "piqa/piqa.yaml",
-        "baber/piqa",
-        "validation",
-        "goal, sol1, sol2, label (0 or 1)",
-        ("goal", "sol1", "sol2", "label"),
-    ),
-    "sciq": _Task(
-        "sciq/sciq.yaml",
-        "allenai/sciq",
-        "test",
-        "question, support, distractor1, distractor2, distractor3, correct_answer",
-        ("question", "support", "distractor1", "distractor2", "distractor3", "correct_answer"),
-    ),
-    "wikitext": _Task(
-        "wikitext/wikitext.yaml",
-        "EleutherAI/wikitext_document_level",
-        "test",
-        "page (one document)",
-        ("page",),
-        shots=False,
-        headlines=("word_perplexity",),
-    ),
-}
-
-TASKS: tuple[str, ...] = tuple(_TASKS)
-"""The paper's five (table 1)."""
-
-HEADLINES: dict[str, tuple[str, ...]] = {name: task.headlines for name, task in _TASKS.items()}
-"""Which of a task's numbers the paper's tables show."""
 
 _INSTALL = "pip install 'softpick[evaluate]'"
 _BOOTSTRAP = 1000  # resamples for the standard error of lambada's perplexity; the harness's 100,000 take minutes
@@ -136,9 +73,9 @@ def expected_files(tasks: Sequence[str], data_dir: str | Path, num_fewshot: int 
         num_fewshot: with examples, multiple-choice tasks take them from a second file, ``TASK.train.jsonl``.
     """
     folder = Path(data_dir)
-    files = {folder / f"{name}.jsonl": _TASKS[name].fields for name in tasks}
+    files = {folder / f"{name}.jsonl": RECORDS[name].fields for name in tasks}
     if num_fewshot:
-        files |= {folder / f"{name}.train.jsonl": _TASKS[name].fields for name in tasks if _TASKS[name].shots}
+        files |= {folder / f"{name}.train.jsonl": RECORDS[name].fields for name in tasks if RECORDS[name].shots}
     return files
 
 
@@ -149,7 +86,7 @@ def check_tasks(tasks: Sequence[str], data_dir: str | Path | None = None, num_fe
         EvaluationError: an unknown task, a task named twice, files that are missing, or a line without the fields.
         ImportError: lm-eval is not installed.
     """
-    unknown = [name for name in tasks if name not in _TASKS]
+    unknown = [name for name in tasks if name not in RECORDS]
     if unknown:
         raise EvaluationError(f"tasks: expected some of {', '.join(TASKS)}; got {', '.join(map(repr, unknown))}")
     if len(set(tasks)) < len(tasks):
@@ -168,7 +105,7 @@ def check_tasks(tasks: Sequence[str], data_dir: str | Path | None = None, num_fe
     if missing:
         raise EvaluationError(f"data_dir: {data_dir} lacks {'; '.join(missing)}; one JSON object a line")
     for file in files:
-        _check_file(file, _TASKS[file.name.split(".")[0]], file.name.split(".")[0])
+        _check_file(file, RECORDS[file.name.split(".")[0]], file.name.split(".")[0])
 
 
 def check_hub(tasks: Sequence[str], num_fewshot: int | None = None) -> None:
@@ -286,13 +223,13 @@ def _list(tasks: Sequence[str], num_fewshot: int | None) -> str:
 
 def _no_data(task: str, why: Any, tasks: Sequence[str], num_fewshot: int | None) -> EvaluationError:
     return EvaluationError(
-        f"tasks: the data of {task} ({_TASKS[task].hub}) are not on this machine, and the hub did not give them "
+        f"tasks: the data of {task} ({RECORDS[task].hub}) are not on this machine, and the hub did not give them "
         f"({first_line(why)}). "
         f"Without a network give a folder (data_dir, --data-dir) with {_list(tasks, num_fewshot)}; one JSON object a line"
     )
 
 
-def _check_file(file: Path, task: _Task, name: str) -> None:
+def _check_file(file: Path, task: Task, name: str) -> None:
     """Every line is an object with the task's fields."""
     lines = 0
     wanted = f"expected an object with {task.fields}"
@@ -325,7 +262,7 @@ def _write_task(folder: Path, name: str, data_dir: str | Path | None, num_fewsho
     """A folder with one YAML file (JSON is YAML): the harness's own task, and where its data are."""
     import lm_eval.tasks
 
-    task = _TASKS[name]
+    task = RECORDS[name]
     stock = Path(lm_eval.tasks.__file__).parent / task.stock
     if not stock.is_file():
         raise EvaluationError(f"tasks: this lm-eval has no {task.stock}; expected version 0.4.13: {_INSTALL}")
@@ -467,7 +404,7 @@ def _reachable_or_cached(tasks: Sequence[str], num_fewshot: int | None) -> Itera
         failure = ConnectionError("HF_HUB_OFFLINE is set")
     else:
         try:
-            huggingface_hub.HfApi().dataset_info(_TASKS[tasks[0]].hub, timeout=_PROBE_SECONDS)
+            huggingface_hub.HfApi().dataset_info(RECORDS[tasks[0]].hub, timeout=_PROBE_SECONDS)
         except Exception as error:  # no name server, no route, a proxy's refusal: whatever it is, nothing will come
             failure = error
     if failure is None:
@@ -492,7 +429,7 @@ def _cached(name: str, failure: Exception, tasks: Sequence[str], num_fewshot: in
         pass
 
     Loader.add_constructor("!function", lambda loader, node: loader.construct_scalar(node))
-    text = (Path(stock.__file__).parent / _TASKS[name].stock).read_text(encoding="utf-8")
+    text = (Path(stock.__file__).parent / RECORDS[name].stock).read_text(encoding="utf-8")
     config = yaml.load(text, Loader)
     try:
         datasets.load_dataset(path=config["dataset_path"], name=config.get("dataset_name"))

@@ -19,7 +19,7 @@ from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import Any, NoReturn
 
-__all__ = ["fail", "process", "sentence", "told"]
+__all__ = ["ModelError", "fail", "process", "sentence", "told"]
 
 _DAMAGED = {
     "BadZipFile", "EOFError", "JSONDecodeError", "SafetensorError", "UnicodeDecodeError", "UnpicklingError", "PanicException",
@@ -34,6 +34,10 @@ _HOME = os.path.dirname(os.path.dirname(__file__)) + os.sep
 """The folder of the package."""
 
 _interrupted = False
+
+
+class ModelError(ValueError):
+    """A model that cannot be loaded, or not be used so; the message says why."""
 
 
 def fail(message: str, code: int = 2) -> NoReturn:

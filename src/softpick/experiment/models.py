@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from softpick.experiment.corpus import token_ids
 from softpick.experiment.environment import chosen_device, missing_device
+from softpick.experiment.failures import ModelError
 from softpick.experiment.parts import stamps
 from softpick.experiment.progress import Reporter
 from softpick.experiment.reading import Corpus, DataError
@@ -45,10 +46,6 @@ DTYPES = {"auto": "auto", "float32": torch.float32, "bfloat16": torch.bfloat16, 
 
 FUSED = ("flash", "flex", "paged", "kernels")
 """How attention functions that show no weights begin."""
-
-
-class ModelError(ValueError):
-    """A model that cannot be loaded, or not be used so; the message says why."""
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,13 @@
-"""What every number of every command's settings may be, in one table, and the check of it. Needs no torch."""
+"""Settings of the commands: how a field is described once, and what every number may be. Needs no torch.
+
+A command's settings are a dataclass. :func:`setting` gives a field its default and its help text; the command line makes an
+option of it (:mod:`softpick.cli.options`), and :func:`documented` a line of the class's documentation.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import math
 import os
 import reprlib
@@ -10,12 +15,86 @@ import types
 import typing
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
-__all__ = ["RANGES", "TASKS", "Range", "check_memory", "check_settings"]
+__all__ = [
+    "ATTENTION",
+    "DEVICES",
+    "DTYPE",
+    "FILES",
+    "OWN_TEXT",
+    "RANGES",
+    "TEXT_FIELD",
+    "TRUST",
+    "Range",
+    "Setting",
+    "check_memory",
+    "check_settings",
+    "documented",
+    "kinds_of",
+    "setting",
+    "setting_of",
+]
 
+_T = TypeVar("_T")
 _COUNT = 2**31 - 1  # what libraries keep in 32 bits
 _SEED = 2**32 - 1  # numpy's largest
+
+# Help texts of settings that several commands have.
+ATTENTION = "eager, sdpa or a normalizer."
+DEVICES = "cpu, cuda, mps, or auto: cuda where there is such a GPU, else cpu."
+DTYPE = "auto (as saved), float32, bfloat16 or float16."
+FILES = "Text, JSONL, JSON, CSV, TSV or parquet file, also compressed, or a directory of them."
+OWN_TEXT = "sources of the Python standard library"
+TEXT_FIELD = "Field or column with the text; a text file has none."
+TRUST = "Run Python code that comes with a model or a tokenizer; never asked for, never run otherwise."
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What a field of a settings class says about itself besides its type and its default.
+
+    Attributes:
+        help: one or two sentences; the command line's help text, and the field's documentation.
+        note: what only the documentation of the class adds.
+        option: name of the option where it is not the field's; None makes no option.
+        metavar: what stands for the value in the help text.
+        shown: the default in words, where the default itself (None) says nothing.
+        words: values that have a name, for example ``none`` for an empty tuple.
+        positional: an argument without a name.
+        repeated: the option may be given again, once for each element of a tuple; else a tuple's elements are separated by
+            commas.
+    """
+
+    help: str = ""
+    note: str = ""
+    option: str | None = ""
+    metavar: str | None = None
+    shown: str | None = None
+    words: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    positional: bool = False
+    repeated: bool = False
+
+
+def setting(default: Any = dataclasses.MISSING, help: str = "", **more: Any) -> Any:
+    """A field of a settings class: its default (left out where there is none), its help text, and more of :class:`Setting`."""
+    return dataclasses.field(default=default, metadata={"setting": Setting(help, **more)})
+
+
+def setting_of(field: dataclasses.Field[Any]) -> Setting:
+    """What :func:`setting` was given."""
+    return field.metadata.get("setting", Setting(option=None))
+
+
+def documented(cls: type[_T]) -> type[_T]:
+    """The class, with the texts of its fields in its documentation. A decorator above ``@dataclass``."""
+    lines = []
+    for field in dataclasses.fields(cls):  # type: ignore[arg-type]
+        said = setting_of(field)
+        default = f"None: {said.shown}." if said.shown and field.default is None else ""
+        lines.append(f"    {field.name}: {' '.join(filter(None, (said.help, said.note, default)))}")
+    cls.__doc__ = inspect.cleandoc(cls.__doc__ or "") + "\n\nAttributes:\n" + "\n".join(lines)
+    return cls
 
 
 @dataclass(frozen=True)
@@ -115,7 +194,7 @@ def check_settings(
     hints = typing.get_type_hints(type(settings))
     for field in dataclasses.fields(settings):
         value, name = getattr(settings, field.name), field.name
-        kinds, many = _kinds(hints[name])
+        kinds, many = kinds_of(hints[name])
         values = value if many and isinstance(value, tuple | list) else (value,)
         for one in values:
             expected = _wrong(one, kinds, ranges.get(name), many and value is not None)
@@ -123,13 +202,13 @@ def check_settings(
                 raise error_class(f"{spelled(name)}: {expected}, got {reprlib.repr(one)}")
 
 
-def _kinds(hint: Any) -> tuple[set[type], bool]:
+def kinds_of(hint: Any) -> tuple[set[type], bool]:
     """The types of a value, and whether the field is a tuple of such."""
     if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union:
-        parts = [_kinds(option) for option in typing.get_args(hint)]
+        parts = [kinds_of(option) for option in typing.get_args(hint)]
         return set().union(*(kinds for kinds, _ in parts)), any(many for _, many in parts)
     if typing.get_origin(hint) is tuple:
-        return _kinds(typing.get_args(hint)[0])[0], True
+        return kinds_of(typing.get_args(hint)[0])[0], True
     return {hint}, False
 
 
@@ -166,35 +245,3 @@ def check_memory(parameters: int, device: str, error_class: type[ValueError]) ->
             f"width, layers, vocab_size: {parameters:,} parameters need {needed / 2**30:,.0f} GiB of memory to train, and "
             f"this machine has {there / 2**30:,.0f}; expected fewer"
         )
-
-
-TASKS: Mapping[str, Mapping[str, Any]] = {
-    # Sinks need weight decay, a large learning rate, short sequences and enough steps; softpick needs the warm-up to reach
-    # softmax's loss. docs/log.md has what was tried.
-    "text": {
-        "steps": 3000,
-        "layers": 3,
-        "heads": 8,
-        "width": 64,
-        "sequence_length": 64,
-        "batch_size": 16,
-        "learning_rate": 5e-3,
-        "warmup_steps": 100,
-        "weight_decay": 1.0,
-        "vocab_size": 512,
-    },
-    # one layer and one head, as in Guo et al. 2024
-    "backcopy": {
-        "steps": 1500,
-        "layers": 1,
-        "heads": 1,
-        "width": 64,
-        "sequence_length": 64,
-        "batch_size": 32,
-        "learning_rate": 1e-2,
-        "warmup_steps": 100,
-        "weight_decay": 0.1,
-        "vocab_size": 512,
-    },
-}
-"""The tasks of `softpick compare` and the defaults that show the phenomenon."""

@@ -23,130 +23,28 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from softpick.evaluation.tasks import HEADLINES, EvaluationError, check_tasks, expected_files, run_tasks
+from softpick.evaluation.tasks import HEADLINES, EvaluationError, expected_files, run_tasks
 from softpick.experiment.corpus import get_corpus, split_documents
 from softpick.experiment.environment import chosen_device, command_line, hardware, versions
 from softpick.experiment.files import writing
-from softpick.experiment.models import DTYPES, Subject, identity, load_subject, saved_positions
+from softpick.experiment.models import Subject, identity, load_subject, saved_positions
 from softpick.experiment.parts import Parts, stamps, titles
 from softpick.experiment.perplexity import perplexity
 from softpick.experiment.progress import Reporter, Silent, Titled
 from softpick.experiment.reading import Corpus
 from softpick.experiment.resume import Ledger, Workspace, scratch
-from softpick.experiment.settings import check_settings
 from softpick.quantization.methods import METHODS, Job
 from softpick.quantization.methods import check as check_weights
 from softpick.quantization.methods import quantize as quantize_weights
 from softpick.quantization.plots import figure_of
-from softpick.quantization.simulate import FORMATS, GRANULARITIES, quantized_activations, quantized_cache
+from softpick.quantization.settings import QuantizeSettings
+from softpick.quantization.simulate import quantized_activations, quantized_cache
 from softpick.quantization.verify import QuantizationError, linear_layers, quiet_libraries
 
 __all__ = ["QuantizeSettings", "cells", "columns", "forget", "markdown", "quantize", "summary_rows", "weight_rows"]
 
 _CORPUS_CHARACTERS = 4_000_000
 _PREFIX = "quantize"
-
-
-@dataclass(frozen=True)
-class QuantizeSettings:
-    """What is quantized how, and on what it is evaluated.
-
-    Attributes:
-        model: a hub name or a directory; a GGUF file for hqq and simulated rounding.
-        against: further ones, put beside it.
-        methods: keys of ``softpick.quantization.methods.METHODS``; empty for none.
-        bits: of weights; None is those of 2, 3, 4 and 8 (the paper's) that a method has.
-        activations: such as ``int8-tensor``: a format (int8, int6, int4, fp8) and whose scale (tensor, token); weights in the
-            same format with a scale an output. Empty for none.
-        kv_cache: bits of keys and values; empty for none.
-        group_size: neighbouring inputs of an output that share a scale (HQQ, GPTQ); None is 64.
-        tasks: of ``softpick.evaluation.tasks.TASKS``; empty for none.
-        data_dir: local files of the tasks; None asks the hub.
-        limit: examples of each task; None is all.
-        data: for perplexity and calibration: a file or a directory as for ``read_corpus``; None is the Python standard
-            library's sources. Calibration uses one part of the documents, perplexity the rest.
-        text_field: of JSONL and parquet files.
-        samples: sequences for the perplexity.
-        calibration_samples: sequences for GPTQ and for the scales of ``tensor``.
-        sequence_length: tokens of one, BOS included; None is the positions of the model that has fewest, at most 2048.
-        batch_size: sequences a forward pass.
-        seed: of few-shot examples and resampling.
-        device: where the models run.
-        dtype: ``auto`` (as saved), ``float32``, ``bfloat16`` or ``float16``.
-        attn_implementation: of transformers or softpick; None is the model's own.
-        keep: leave the quantized models in the output folder.
-        trust_remote_code: Python code that comes with a model may run.
-    """
-
-    model: str
-    against: tuple[str, ...] = ()
-    methods: tuple[str, ...] = ("hqq",)
-    bits: tuple[int, ...] | None = None
-    activations: tuple[str, ...] = ("int8-tensor", "int8-token", "fp8-tensor", "fp8-token")
-    kv_cache: tuple[int, ...] = (8, 4)
-    group_size: int | None = None
-    tasks: tuple[str, ...] = ()
-    data_dir: str | None = None
-    limit: int | None = None
-    data: str | None = None
-    text_field: str = "text"
-    samples: int = 64
-    calibration_samples: int = 64
-    sequence_length: int | None = None
-    batch_size: int = 8
-    seed: int = 0
-    device: str = "cpu"
-    dtype: str = "auto"
-    attn_implementation: str | None = None
-    keep: bool = False
-    trust_remote_code: bool = False
-
-    @property
-    def models(self) -> tuple[str, ...]:
-        """All of them."""
-        return (self.model, *self.against)
-
-    def bits_of(self, method: str) -> list[int]:
-        """With which a method is run, ascending."""
-        return sorted(set(METHODS[method].bits) & set((2, 3, 4, 8) if self.bits is None else self.bits))
-
-    def check(self) -> None:
-        """Raise :class:`EvaluationError` for values that cannot work."""
-        check_settings(self, EvaluationError)
-        for name, known in (("methods", METHODS), ("dtype", DTYPES)):
-            values = getattr(self, name)
-            for value in (values,) if isinstance(values, str) else values:
-                if value not in known:
-                    raise EvaluationError(f"{name}: expected one of {', '.join(known)}; got {value!r}")
-        for name in self.methods:
-            if not self.bits_of(name):
-                has = ", ".join(map(str, METHODS[name].bits))
-                raise EvaluationError(f"bits: {name} has {has}; got {', '.join(map(str, self.bits or ())) or 'none'}")
-        unused = [bits for bits in self.bits or () if all(bits not in METHODS[name].bits for name in self.methods)]
-        if unused and self.methods:
-            raise EvaluationError(f"bits: none of {', '.join(self.methods)} has {', '.join(map(str, unused))} bits")
-        if self.bits is not None and not self.methods:
-            raise EvaluationError(f"bits: expected none without methods, got {', '.join(map(str, self.bits))}")
-        if self.group_size is not None and not {"hqq", "gptq"} & set(self.methods):
-            raise EvaluationError(f"group_size: expected none without hqq or gptq, got {self.group_size}")
-        for choice in self.activations:
-            name, _, granularity = choice.partition("-")
-            if name not in FORMATS or granularity not in GRANULARITIES:
-                raise EvaluationError(
-                    f"activations: expected one of {', '.join(FORMATS)} and then -{' or -'.join(GRANULARITIES)}, such as "
-                    f"int8-tensor; got {choice!r}"
-                )
-        for bits in self.kv_cache:
-            if not 2 <= bits <= 8:
-                raise EvaluationError(f"kv_cache: expected 2 to 8 bits, got {bits}")
-        for name in ("methods", "bits", "activations", "kv_cache", "models"):
-            values = getattr(self, name) or ()
-            if len(set(values)) < len(values):
-                raise EvaluationError(f"{name}: expected different ones, got {', '.join(map(str, values))}")
-        if not (self.methods or self.activations or self.kv_cache):
-            raise EvaluationError("methods: expected methods, activations or kv_cache, got none of them")
-        if self.tasks:
-            check_tasks(self.tasks, self.data_dir, None)
 
 
 @dataclass(frozen=True)

@@ -15,13 +15,12 @@ settings again continues where it stopped. Nothing that a user had is deleted.
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,15 +28,15 @@ import torch
 from torch import Tensor
 
 from softpick.experiment.corpus import get_corpus, split_documents
-from softpick.experiment.environment import chosen_device, command_line, hardware, missing_device, versions
+from softpick.experiment.environment import command_line, hardware, versions
 from softpick.experiment.files import digest, json_text, read_json, text_digest, write_json, writing
 from softpick.experiment.progress import Reporter, Silent
 from softpick.experiment.reading import DataError
 from softpick.experiment.resume import Workspace
-from softpick.experiment.settings import TASKS, check_memory, check_settings
 from softpick.normalizers import get_normalizer
 from softpick.training.checkpoints import remove_all
 from softpick.training.data import SequenceDataset, fingerprint, make_backcopy, make_sequences, train_tokenizer
+from softpick.training.settings import TASKS, Settings, SettingsError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -53,108 +52,6 @@ _MAPS = 3  # samples with attention maps in the report
 _BACKCOPY_SEQUENCES = 50_000
 _LARGEST_GAP = 0.03
 _FEWEST_SINKS = 5.0
-
-
-class SettingsError(ValueError):
-    """Settings that cannot work, or that do not fit the folder they are to run in."""
-
-
-@dataclass(frozen=True)
-class Settings:
-    """All that determines the result. :meth:`for_task` fills in a task's defaults.
-
-    Attributes:
-        task: a key of :data:`TASKS`.
-        normalizers: names of ``softpick.NORMALIZERS``; each is trained once a seed.
-        seeds: of initial weights and data order.
-        data: file or folder; None is the Python standard library.
-        text_field: of JSONL and parquet files.
-        steps: optimizer steps.
-        layers: of the model.
-        heads: attention heads a layer.
-        width: of the residual stream.
-        sequence_length: tokens a sequence, BOS included.
-        batch_size: sequences a step.
-        learning_rate: the largest; cosine to 10 % of it.
-        warmup_steps: of linear warm-up (at most ``steps``).
-        weight_decay: of AdamW.
-        vocab_size: of the byte-level BPE.
-        device: ``cpu``, ``cuda`` or ``mps``; ``auto`` becomes ``cuda`` where torch finds a GPU of that kind, else ``cpu``.
-    """
-
-    task: str
-    normalizers: tuple[str, ...]
-    seeds: tuple[int, ...]
-    data: str | None
-    text_field: str
-    steps: int
-    layers: int
-    heads: int
-    width: int
-    sequence_length: int
-    batch_size: int
-    learning_rate: float
-    warmup_steps: int
-    weight_decay: float
-    vocab_size: int
-    device: str
-
-    @classmethod
-    def for_task(cls, task: str = "text", **given: Any) -> Settings:
-        """Settings of a task; what is given and not None replaces the default.
-
-        Raises:
-            SettingsError: for anything that cannot work.
-        """
-        if task not in TASKS:
-            raise SettingsError(f"task: expected one of {', '.join(TASKS)}; got {task!r}")
-        values: dict[str, Any] = {
-            "task": task,
-            "normalizers": ("softmax", "softpick"),
-            "seeds": (0,),
-            "data": None,
-            "text_field": "text",
-            "device": "cpu",
-            **TASKS[task],
-        }
-        values |= {name: value for name, value in given.items() if value is not None}
-        values["device"] = chosen_device(values["device"])
-        settings = cls(**values)
-        settings.check()
-        return settings
-
-    def check(self) -> None:
-        """Raise :class:`SettingsError` for settings that cannot work, before any work is done."""
-        check_settings(self, SettingsError, spelled=lambda name: name.replace("_", "-"))
-        for name in self.normalizers:
-            try:
-                get_normalizer(name)
-            except ValueError as error:
-                raise SettingsError(str(error)) from None
-        for what, items in (("normalizers", self.normalizers), ("seeds", self.seeds)):
-            if not items:
-                raise SettingsError(f"{what}: expected at least one")
-            if len(set(items)) < len(items):
-                raise SettingsError(f"{what}: {', '.join(map(str, items))} names one twice")
-        if self.width % self.heads:
-            raise SettingsError(f"heads: expected a divisor of the width {self.width}, got {self.heads}")
-        if self.width // self.heads % 2:
-            raise SettingsError(
-                f"heads: rotary positions need an even head dimension; width {self.width} / heads {self.heads} "
-                f"is {self.width // self.heads}"
-            )
-        if self.device not in ("cpu", "cuda", "mps"):
-            raise SettingsError(f"device: expected cpu, cuda, mps or auto; got {self.device!r}")
-        absent = missing_device(self.device)
-        if absent:
-            raise SettingsError(f"device: {absent}")
-        parameters = self.layers * 12 * self.width**2 + 2 * self.vocab_size * self.width
-        check_memory(parameters, self.device, SettingsError)
-
-    def to_json(self) -> dict[str, Any]:
-        """As read back from JSON: tuples are lists, the path of the data absolute."""
-        data = None if self.data is None else str(Path(self.data).resolve())
-        return json.loads(json.dumps(asdict(replace(self, data=data))))
 
 
 @dataclass(frozen=True)

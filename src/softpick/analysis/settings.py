@@ -1,0 +1,109 @@
+"""The settings of `softpick analyze`. Needs no torch until they are checked."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from softpick.experiment.failures import ModelError
+from softpick.experiment.settings import (
+    ATTENTION,
+    DEVICES,
+    DTYPE,
+    FILES,
+    OWN_TEXT,
+    TEXT_FIELD,
+    TRUST,
+    Range,
+    check_settings,
+    documented,
+    setting,
+)
+
+__all__ = ["KNOCKOUTS", "SAMPLE_TEXTS", "AuditError", "AuditSettings"]
+
+SAMPLE_TEXTS = (
+    "The lighthouse keeper wrote one line in his book every night. On the last night of the year he wrote two, and in the "
+    "morning nobody could say which of them had been meant for the sea.",
+    "def mean(values):\n    total = 0.0\n    for value in values:\n        total += value\n    return total / len(values)\n\n"
+    "print(mean([1.0, 2.0, 4.0]))\n",
+    "Question: A train leaves at 9:40 and arrives at 11:05. How long does the journey take?\nAnswer: One hour and "
+    "twenty-five minutes.\nQuestion: And if it is ten minutes late?\nAnswer:",
+)
+"""What the attention maps of the report show unless other texts are given: prose, code, a dialogue."""
+
+KNOCKOUTS = ("first", "strongest")
+
+
+class AuditError(ModelError):
+    """The settings cannot work, or the model cannot be audited; the message says why."""
+
+
+@documented
+@dataclass(frozen=True)
+class AuditSettings:
+    """What is audited, and on what."""
+
+    model: str = setting(help="Hub name, directory, or GGUF file.", positional=True)
+    against: str | None = setting(None, "A second model, put beside it.", metavar="MODEL")
+    data: str | None = setting(None, FILES, metavar="PATH", shown=OWN_TEXT)
+    text_field: str = setting("text", TEXT_FIELD)
+    texts: tuple[str, ...] = setting(
+        SAMPLE_TEXTS,
+        "Text of an attention map; may be given again.",
+        option="text",
+        repeated=True,
+        shown="three samples",
+    )
+    samples: int = setting(64, "Sequences that are measured.")
+    sequence_length: int = setting(256, "Tokens a sequence, special tokens included.")
+    batch_size: int = setting(8, "Sequences a forward pass.")
+    map_tokens: int = setting(
+        64,
+        note="At most this many tokens of a text, special ones included, in an attention map; fewer where the model has room "
+        "for fewer.",
+        option=None,
+    )
+    knockout: tuple[str | int, ...] = setting(
+        ("first",),
+        "Comma-separated: first, strongest, or a position from 0. Also the perplexity without that token's key "
+        "(decoders); none leaves it out.",
+        note="The keys are masked one after the other. ``strongest`` is, of each sample, the key with the largest alpha "
+        "averaged over layers and heads.",
+        metavar="KEYS",
+        words={"none": ()},
+    )
+    attn_implementation: str | None = setting(
+        None,
+        ATTENTION,
+        note="Where the model's own shows no weights, ``sdpa``.",
+        metavar="NAME",
+        shown="the model's own",
+    )
+    device: str = setting("cpu", DEVICES)
+    dtype: str = setting("auto", DTYPE)
+    trust_remote_code: bool = setting(False, TRUST)
+
+    def check(self) -> None:
+        """Raise :class:`AuditError` for values that cannot work."""
+        from softpick.experiment.models import DTYPES, FUSED
+        from softpick.experiment.reading import check_text
+
+        check_settings(self, AuditError, {"sequence_length": Range(4)})
+        if self.dtype not in DTYPES:
+            raise AuditError(f"dtype: expected one of {', '.join(DTYPES)}; got {self.dtype!r}")
+        for key in self.knockout:
+            if key not in KNOCKOUTS and not (isinstance(key, int) and not isinstance(key, bool)):
+                raise AuditError(f"knockout: expected {', '.join(KNOCKOUTS)}, or a position; got {key!r}")
+            if isinstance(key, int) and not 0 <= key <= self.sequence_length - 3:
+                raise AuditError(
+                    f"knockout: expected a position from 0 to {self.sequence_length - 3} (two tokens must follow it in a "
+                    f"sequence of {self.sequence_length}), got {key}"
+                )
+        if (self.attn_implementation or "").startswith(FUSED):
+            raise AuditError(
+                f"attn_implementation: {self.attn_implementation!r} shows no weights; expected eager, sdpa or a normalizer"
+            )
+        if not self.texts or not all(text.strip() for text in self.texts):
+            raise AuditError("texts: expected at least one text, none of them empty")
+        for text in self.texts:
+            check_text(text, "texts: a text", AuditError)

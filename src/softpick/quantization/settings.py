@@ -1,0 +1,141 @@
+"""The settings of `softpick quantize`. Needs no torch until they are checked."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from softpick.evaluation.benchmarks import EvaluationError
+from softpick.evaluation.settings import AGAINST, DATA_DIR, LIMIT
+from softpick.experiment.settings import (
+    ATTENTION,
+    DEVICES,
+    DTYPE,
+    FILES,
+    OWN_TEXT,
+    TEXT_FIELD,
+    TRUST,
+    check_settings,
+    documented,
+    setting,
+)
+
+__all__ = ["QuantizeSettings"]
+
+
+@documented
+@dataclass(frozen=True)
+class QuantizeSettings:
+    """What is quantized how, and on what it is evaluated."""
+
+    model: str = setting(
+        help="Hub name or directory.", note="A GGUF file for hqq and simulated rounding.", positional=True
+    )
+    against: tuple[str, ...] = setting((), AGAINST, metavar="MODEL", repeated=True)
+    methods: tuple[str, ...] = setting(
+        ("hqq",),
+        "Comma-separated: hqq, bnb, gptq; none leaves weights alone.",
+        option="method",
+        metavar="NAMES",
+        words={"none": ()},
+    )
+    bits: tuple[int, ...] | None = setting(
+        None,
+        "Of a weight, comma-separated; hqq has 1,2,3,4,8; bnb 4,8; gptq 2,3,4,8.",
+        shown="those of 2,3,4,8",
+    )
+    activations: tuple[str, ...] = setting(
+        ("int8-tensor", "int8-token", "fp8-tensor", "fp8-token"),
+        "Simulated weights and activations, comma-separated: int8, int6, int4 or fp8, and -tensor (a scale an "
+        "activation, from calibration) or -token; none leaves them out.",
+        note="Weights are rounded to the same format, with a scale an output.",
+        metavar="NAMES",
+        words={"none": ()},
+    )
+    kv_cache: tuple[int, ...] = setting(
+        (8, 4), "Simulated keys and values, comma-separated; or none.", metavar="BITS", words={"none": ()}
+    )
+    group_size: int | None = setting(
+        None,
+        "Weights that share a scale (hqq, gptq).",
+        note="They are neighbouring inputs of an output.",
+        shown="64",
+    )
+    tasks: tuple[str, ...] = setting(
+        (), "Comma-separated, as for `softpick evaluate`.", metavar="NAMES", words={"none": ()}
+    )
+    data_dir: str | None = setting(None, DATA_DIR, metavar="DIR", shown="the hub")
+    limit: int | None = setting(None, LIMIT, shown="all")
+    data: str | None = setting(
+        None,
+        f"For perplexity and calibration. {FILES}",
+        note="Calibration uses one part of the documents, perplexity the rest.",
+        metavar="PATH",
+        shown=OWN_TEXT,
+    )
+    text_field: str = setting("text", TEXT_FIELD)
+    samples: int = setting(64, "Sequences for the perplexity.")
+    calibration_samples: int = setting(64, "Sequences that gptq and the scales of -tensor look at.")
+    sequence_length: int | None = setting(
+        None, "Tokens of one, BOS included.", shown="the fewest positions of a model, at most 2048"
+    )
+    batch_size: int = setting(8, "Sequences a forward pass.")
+    seed: int = setting(0, "Of few-shot examples and standard errors.")
+    attn_implementation: str | None = setting(None, ATTENTION, metavar="NAME", shown="the model's own")
+    device: str = setting("cpu", DEVICES)
+    dtype: str = setting("auto", DTYPE)
+    trust_remote_code: bool = setting(False, TRUST)
+    keep: bool = setting(False, "Leave the quantized models in the folder.")
+
+    @property
+    def models(self) -> tuple[str, ...]:
+        """All of them."""
+        return (self.model, *self.against)
+
+    def bits_of(self, method: str) -> list[int]:
+        """With which a method is run, ascending."""
+        from softpick.quantization.methods import METHODS
+
+        return sorted(set(METHODS[method].bits) & set((2, 3, 4, 8) if self.bits is None else self.bits))
+
+    def check(self) -> None:
+        """Raise :class:`EvaluationError` for values that cannot work."""
+        from softpick.evaluation.tasks import check_tasks
+        from softpick.experiment.models import DTYPES
+        from softpick.quantization.methods import METHODS
+        from softpick.quantization.simulate import FORMATS, GRANULARITIES
+
+        check_settings(self, EvaluationError)
+        for name, known in (("methods", METHODS), ("dtype", DTYPES)):
+            values = getattr(self, name)
+            for value in (values,) if isinstance(values, str) else values:
+                if value not in known:
+                    raise EvaluationError(f"{name}: expected one of {', '.join(known)}; got {value!r}")
+        for name in self.methods:
+            if not self.bits_of(name):
+                has = ", ".join(map(str, METHODS[name].bits))
+                raise EvaluationError(f"bits: {name} has {has}; got {', '.join(map(str, self.bits or ())) or 'none'}")
+        unused = [bits for bits in self.bits or () if all(bits not in METHODS[name].bits for name in self.methods)]
+        if unused and self.methods:
+            raise EvaluationError(f"bits: none of {', '.join(self.methods)} has {', '.join(map(str, unused))} bits")
+        if self.bits is not None and not self.methods:
+            raise EvaluationError(f"bits: expected none without methods, got {', '.join(map(str, self.bits))}")
+        if self.group_size is not None and not {"hqq", "gptq"} & set(self.methods):
+            raise EvaluationError(f"group_size: expected none without hqq or gptq, got {self.group_size}")
+        for choice in self.activations:
+            name, _, granularity = choice.partition("-")
+            if name not in FORMATS or granularity not in GRANULARITIES:
+                raise EvaluationError(
+                    f"activations: expected one of {', '.join(FORMATS)} and then -{' or -'.join(GRANULARITIES)}, such as "
+                    f"int8-tensor; got {choice!r}"
+                )
+        for bits in self.kv_cache:
+            if not 2 <= bits <= 8:
+                raise EvaluationError(f"kv_cache: expected 2 to 8 bits, got {bits}")
+        for name in ("methods", "bits", "activations", "kv_cache", "models"):
+            values = getattr(self, name) or ()
+            if len(set(values)) < len(values):
+                raise EvaluationError(f"{name}: expected different ones, got {', '.join(map(str, values))}")
+        if not (self.methods or self.activations or self.kv_cache):
+            raise EvaluationError("methods: expected methods, activations or kv_cache, got none of them")
+        if self.tasks:
+            check_tasks(self.tasks, self.data_dir, None)

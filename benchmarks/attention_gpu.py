@@ -1,6 +1,6 @@
-"""GPU attention, side by side with torch's softmax kernels in one run: prefill, empty tiles, decode, rows, a training step.
+"""GPU attention, side by side with torch's softmax kernels in one run: prefill, decode, rows, a training step.
 
-    python benchmarks/attention_gpu.py [--sections prefill,sparse,decode,rows,step] [--output benchmarks/results]
+    python benchmarks/attention_gpu.py [--sections prefill,decode,rows,step] [--output benchmarks/results]
 
 Before anything is timed it must pass its gate in the same process: the relative error against fp64 (a slice of the heads) at
 most 1.5 times that of torch's FlashAttention-2 softmax on the same inputs. Times of attention are medians of CUDA
@@ -20,10 +20,9 @@ from pathlib import Path
 
 import torch
 from peers_gpu import PEERS, SHAPES, fa2, replay_times, times
-from tune_gpu import structured
 
 import softpick
-from softpick.ops.triton import launch, tuning
+from softpick.ops.triton import launch
 
 ROWS: list[dict] = []
 
@@ -116,36 +115,6 @@ def _our_softmax(q, k, v):
     return softpick.scaled_dot_product_attention(
         q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1], normalizer="softmax", backend="triton"
     )
-
-
-def sparse() -> None:
-    """Empty 64x64 tiles, where negative scores have no gradient: with the map of live tiles and without."""
-    name = "softpick_stop_gradient"
-    for d in (64, 128):
-        for empty in (0.0, 0.25, 0.5, 0.75, 0.9, 0.95):
-            q, k, v = structured(4, 16, 4096, d, empty)
-            grad = torch.randn_like(q)
-            grad[:, :, :16] = 0  # as in the gate
-            leaves = [x.clone().requires_grad_() for x in (q, k, v)]
-            results, line = [], []
-            for what in ("all tiles", "all tiles, backward.py", "skipping"):
-                tuning.TRACKED.clear()
-                if what == "skipping":
-                    tuning.TRACKED.add(name)
-                with contextlib.nullcontext() if what == "all tiles" else thresholds(2**62):
-                    out = ours(name)(*leaves)
-                    results.append((out, *torch.autograd.grad(out, leaves, grad)))
-                    forward, backward = replay_times(ours(name), leaves, grad)
-                record("sparse", f"4,4096,16,{d}", f"{name}, {what}", f"forward at {empty:.2f} empty", forward)
-                record("sparse", f"4,4096,16,{d}", f"{name}, {what}", f"backward at {empty:.2f} empty", backward)
-                line.append(f"{what} {forward:.3f} / {backward:.3f}")
-            tuning.TRACKED.clear()
-            if not all(torch.equal(a, b) for a, b in zip(*results[1:], strict=True)):
-                raise SystemExit(f"skipping changed a bit at D {d}, {empty} empty")
-            errors = [float((a - b).norm() / b.norm()) for a, b in zip(*results[:2], strict=True)]
-            if not max(errors) < 1e-2:
-                raise SystemExit(f"the kernels for Hopper differ from the others at D {d}, {empty} empty: {errors}")
-            print(f"sparse D{d} {empty:.2f} empty: " + "; ".join(line), flush=True)
 
 
 def decode() -> None:
@@ -287,7 +256,7 @@ def plot(rows: list[dict], path: Path) -> None:
     figure.savefig(path, dpi=110)
 
 
-SECTIONS = {"prefill": prefill, "sparse": sparse, "decode": decode, "rows": rows, "step": step}
+SECTIONS = {"prefill": prefill, "decode": decode, "rows": rows, "step": step}
 
 
 def main() -> None:

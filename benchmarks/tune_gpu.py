@@ -85,8 +85,7 @@ def run(kind: str, dim: int, skip: bool, blocks, tensors) -> None:
     from softpick.ops.triton import launch, tuning
 
     norm = NORMALIZERS[NORMALIZER]
-    q, k, v, out, lse, grad, dq, dk, dv, live = tensors
-    live = live if skip else None
+    q, k, v, out, lse, grad, dq, dk, dv = tensors
     options = launch.Options(norm, dim**-0.5, norm.eps, -1, 0, False, 0.0, 0.0, skip)
     tuning.OVERRIDE.clear()
     launch.hopper_can = lambda *_: kind.startswith("hopper")
@@ -96,7 +95,7 @@ def run(kind: str, dim: int, skip: bool, blocks, tensors) -> None:
     else:
         tuning.OVERRIDE[kind] = tuning.Blocks(*blocks)
     if kind == "forward":
-        launch.forward(options, q, k, v, None, None, None, None, None, 0, out, lse, None, None, live)
+        launch.forward(options, q, k, v, None, None, None, None, None, 0, out, lse, None, None)
     elif kind == "decode":
         one = options._replace(bottom_right=True)
         launch.decode(one, q[:, :, -1:], k, v, None, None, None, None, out[:, :, -1:], lse[:, :, -1:])
@@ -107,17 +106,10 @@ def run(kind: str, dim: int, skip: bool, blocks, tensors) -> None:
         for where, name, _ in saved:
             setattr(where, name, Nothing())
         try:
-            launch.backward(
-                options, q, k, v, None, None, None, None, None, 0, 0, out, lse, grad, dq, dk, dv, None, live
-            )  # fmt: skip
+            launch.backward(options, q, k, v, None, None, None, None, None, 0, 0, out, lse, grad, dq, dk, dv, None)
         finally:
             for where, name, kernel in saved:
                 setattr(where, name, kernel)
-
-
-def empty_map(q) -> torch.Tensor:
-    b, h, t, _ = q.shape
-    return torch.zeros(b, h, t // 64 + 1, t // 2048 + 1, dtype=torch.int32, device=q.device)
 
 
 class Nothing:
@@ -142,7 +134,7 @@ def compile_one(job) -> str | None:
     q, out = (torch.empty(1, heads, 4096, dim, dtype=torch.bfloat16) for _ in range(2))
     k, v = (torch.empty(1, kv_heads, 4096, dim, dtype=torch.bfloat16) for _ in range(2))
     try:
-        run(kind, dim, skip, blocks, (q, k, v, out, torch.empty(out.shape[:3]), out, q, k, v, empty_map(q)))
+        run(kind, dim, skip, blocks, (q, k, v, out, torch.empty(out.shape[:3]), out, q, k, v))
     except Exception as error:
         return f"{type(error).__name__}: {str(error)[:80]}"
     return None
@@ -179,14 +171,13 @@ def check(kind: str, dim: int, skip: bool, blocks) -> float:
     nan = [torch.full_like(x, math.nan) for x in (q, k, v)]
     if kind in ("forward", "decode"):
         out, lse = torch.full_like(q, math.nan), torch.full((1, heads, t), math.nan, device="cuda")
-        run(kind, dim, skip, blocks, (q, k, v, out, lse, grad, *nan, empty_map(q)))
+        run(kind, dim, skip, blocks, (q, k, v, out, lse, grad, *nan))
         if kind == "decode":
             out, want = out[:, :, -1:], want[:, :, -1:]
         pairs = [(out, want)]
     else:
-        live, out, lse = empty_map(q), want.bfloat16(), want_lse.float()
-        run("forward", dim, True, (128, 64, 8, 3), (q, k, v, out.clone(), lse.clone(), grad, *nan, live))
-        run(kind, dim, skip, blocks, (q, k, v, out, lse, grad, *nan, live))
+        out, lse = want.bfloat16(), want_lse.float()
+        run(kind, dim, skip, blocks, (q, k, v, out, lse, grad, *nan))
         pairs = [(nan[0], grads[0])] if kind.endswith("queries") else [(nan[1], grads[1]), (nan[2], grads[2])]
     return max(float((a.double() - b).norm() / b.norm()) for a, b in pairs)
 
@@ -409,7 +400,9 @@ def main() -> None:
     parser.add_argument("--output", default="tune.csv")
     parser.add_argument("--kinds", default="forward,keys,queries,decode")
     parser.add_argument("--dims", default="64,128")
-    parser.add_argument("--skip", choices=("both", "no"), default="both", help="whether to time skipping as well")
+    parser.add_argument(
+        "--skip", choices=("both", "no"), default="both", help="whether to time decoding that skips values as well"
+    )
     parser.add_argument("--budget", type=float, default=400.0, help="seconds after which nothing new is timed")
     options = parser.parse_args()
     began = time.time()
@@ -419,7 +412,7 @@ def main() -> None:
         for kind in options.kinds.split(",")
         for dim in dims
         for blocks in candidates(kind, dim)
-        for skip in ((False, True) if options.skip == "both" and not kind.startswith("hopper") else (False,))
+        for skip in ((False, True) if options.skip == "both" and kind == "decode" else (False,))
         if kind != "decode" or dim == 128
     ]
     with multiprocessing.get_context("spawn").Pool(min(16, os.cpu_count() or 1)) as pool:
@@ -441,9 +434,8 @@ def main() -> None:
             q, k, v = structured(4, 16, 4096, dim, empty)
             out, grad, lse = torch.empty_like(q), torch.randn_like(q), torch.empty(4, 16, 4096, device="cuda")
             grads = [torch.empty_like(q) for _ in range(3)]
-            live = empty_map(q)
-            run("forward", dim, True, (128, 64, 8, 3), (q, k, v, out, lse, grad, *grads, live))
-            data[dim, empty] = (q, k, v, out, lse, grad, *grads, live)
+            run("forward", dim, True, (128, 64, 8, 3), (q, k, v, out, lse, grad, *grads))
+            data[dim, empty] = (q, k, v, out, lse, grad, *grads)
     for empty in (0.0, 0.75):
         q, k, v = structured(8, 8, 32768, 128, 0.0)
         if empty:  # the last query sees positive scores in a quarter of the 64-key blocks
@@ -469,7 +461,7 @@ def main() -> None:
                 if kind == "decode":
                     q, k, v = data["decode", empty]
                     out = torch.empty_like(q)
-                    tensors = (q, k, v, out, torch.empty(8, 32, 1, device="cuda"), None, None, None, None, None)
+                    tensors = (q, k, v, out, torch.empty(8, 32, 1, device="cuda"), None, None, None, None)
                 else:
                     tensors = data[dim, empty]
                 times.append(

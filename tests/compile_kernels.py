@@ -50,12 +50,11 @@ def build(case):
     sink = torch.empty(4) if norm.needs_sink else None
     mask = torch.empty(1, 1, 256, 256, dtype=dtype) if extra == "bias" else None
     bias_grad = torch.empty(1, 4, 256, 256) if extra == "bias" else None
-    live = torch.empty(launch.live_shape(q, v, 1, 256, 256), dtype=torch.int32) if extra == "map" else None
     left, softcap = (64, 30.0) if extra == "bias" else (-1, 0.0)
     options = launch.Options(norm, d**-0.5, norm.eps, left, 0, True, softcap, 0.0, skip=norm.sparse)
-    launch.forward(options, q, k, v, mask, sink, None, None, None, 0, out, lse, None, None, live)
+    launch.forward(options, q, k, v, mask, sink, None, None, None, 0, out, lse, None, None)
     launch.backward(
-        options, q, k, v, mask, sink, None, None, None, 0, 0, out, lse, out, *grads, bias_grad, live
+        options, q, k, v, mask, sink, None, None, None, 0, 0, out, lse, out, *grads, bias_grad
     )  # fmt: skip
     for places in (56, 3, 1):  # keys of a head divided, shared by programs of all heads, and not divided at all
         launch._places = lambda *_, places=places: places

@@ -218,49 +218,10 @@ def test_without_a_running_maximum(name, scale, monkeypatch, poisoned):
     ids=["wide", "tall"],
 )
 def test_tiles_of_other_shapes(name, sizes, monkeypatch, poisoned):
-    monkeypatch.setattr(tuning, "TRACKED", {"relu_softpick"})
     for kind, (m, n) in sizes.items():
         monkeypatch.setitem(tuning.OVERRIDE, kind, tuning.Blocks(m, n, 4, 1))
     check(name, *make(b=1, tq=50, tk=65), is_causal=True)
     check(name, *make(b=1, tq=1, tk=1), is_causal=True)
-
-
-@pytest.mark.parametrize("name", [n for n in NAMES if launch.skippable(NORMALIZERS[n])])
-@pytest.mark.parametrize("packed", [False, True], ids=["one sequence", "packed"])
-def test_skipping_dead_tiles_changes_no_bit(name, packed):
-    """The map of live tiles only saves work; and it is used, for a map of zeros changes the gradient."""
-    q, k, v = (t.detach() for t in make(b=1, h=2, tq=90, tk=90, d=16, dv=16))
-    direction = torch.randn(16)
-    q = q * 0.1 + direction
-    k = k * 0.1 + direction * torch.where(torch.arange(90) % 40 < 18, 1.0, -1.0)[:, None]
-    cu = torch.tensor([0, 50, 50, 90], dtype=torch.int32) if packed else None
-    longest = 50 if packed else 0
-    norm = NORMALIZERS[name]
-    options = launch.Options(norm, 0.25, norm.eps, -1, 0, True, 0.0, 0.0)
-    out, lse = torch.empty_like(q), torch.empty(q.shape[:3])
-    sizes = (3, 50, 50) if packed else (1, 90, 90)
-    live = torch.empty(launch.live_shape(q, v, *sizes), dtype=torch.int32)
-    launch.forward(options, q, k, v, None, None, cu, cu, None, longest, out, lse, None, None, live)
-    grad = torch.randn_like(out)
-    results = []
-    for tracked in (None, live, torch.zeros_like(live)):
-        grads = [torch.full_like(t, math.nan) for t in (q, k, v)]
-        launch.backward(
-            options, q, k, v, None, None, cu, cu, None, longest, longest, out, lse, grad, *grads, None, tracked
-        )
-        results.append(grads)
-    for one, other in zip(results[0], results[1], strict=True):
-        assert torch.equal(one, other)
-    assert any(not torch.equal(one, other) for one, other in zip(results[0], results[2], strict=True))
-    again = torch.empty_like(out)
-    launch.forward(options, q, k, v, None, None, cu, cu, None, longest, again, lse, None, None)
-    assert torch.equal(out, again)
-
-
-@pytest.mark.parametrize("length", [1, 16])
-def test_a_map_of_one_tile(length, monkeypatch, poisoned):
-    monkeypatch.setattr(tuning, "TRACKED", {"softpick_stop_gradient"})
-    check("softpick_stop_gradient", *make(tq=length, tk=length), is_causal=True)
 
 
 @pytest.mark.parametrize("name", ["softpick", "relu_softpick"])

@@ -108,17 +108,13 @@ def _attention_forward(
     backend: str,
     max_seqlen_q: int,
     max_seqlen_k: int,
-    track: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Output, lse, row mass, largest score (these two empty unless ``stats``), and what else the backward pass wants.
 
     Shapes as in ``tiled.forward``. ``backend`` is ``"tiled"`` or ``"triton"``; the longest sequences count for packed
-    ones only. The last one is ``saved`` of ``tiled.forward``, or Triton's int32 map of live tiles (empty unless ``track``),
-    which saves the backward pass looking for tiles that keep no score.
+    ones only. The last one is ``saved`` of ``tiled.forward``, ``(B, 2, H, Tq)``; empty for Triton.
     """
-    out, lse, mass, largest, live = _empty_outputs(
-        query, key, value, cu_seqlens_q, stats, backend, max_seqlen_q, max_seqlen_k, track
-    )
+    out, lse, mass, largest, kept = _empty_outputs(query, value, stats, backend)
     if backend in TRITON:
         from softpick.ops.triton import launch
 
@@ -139,14 +135,12 @@ def _attention_forward(
                     lse,
                     mass if stats else None,
                     largest if stats else None,
-                    live if live.numel() else None,
                 )
-            return out, lse, mass, largest, live
+            return out, lse, mass, largest, kept
         except KernelError as failure:
             if backend == "triton":
                 raise
             fall_back(failure, _TILES)
-            live.fill_(-1)  # every tile may keep a score
     for index, (rows, keys) in enumerate(_sequences(query, key, cu_seqlens_q, cu_seqlens_k)):
         spec = _spec(normalizer, scale, eps, left, right, bottom_right, softcap, dropout_p, seed, index)
         cpu.forward(
@@ -160,47 +154,30 @@ def _attention_forward(
             lse[:, :, rows],
             mass[:, :, rows] if stats else None,
             largest[:, :, rows] if stats else None,
-            _saved(live, rows),
+            _saved(kept, rows),
         )
-    return out, lse, mass, largest, live
+    return out, lse, mass, largest, kept
 
 
 attention_forward = torch.library.custom_op("softpick::attention_forward", _attention_forward, mutates_args=())
 
 
 def _empty_outputs(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    cu_seqlens_q: Tensor | None,
-    stats: bool,
-    backend: str,
-    max_seqlen_q: int,
-    max_seqlen_k: int,
-    track: bool,
+    query: Tensor, value: Tensor, stats: bool, backend: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     b, h, t, _ = query.shape
     out = _empty_heads_last(query, value)
     dtype = accumulation_dtype(query.dtype)
     lse = query.new_empty(b, h, t, dtype=dtype)
     shape = (b, h, t) if stats else (0,)
-    tiles: tuple[int, ...] = (0,)
-    if backend in TRITON and track:
-        from softpick.ops.triton import launch
-
-        sizes = (b, t, key.shape[2])
-        if cu_seqlens_q is not None:
-            sizes = (cu_seqlens_q.shape[0] - 1, max_seqlen_q, max_seqlen_k)
-        tiles = launch.live_shape(query, value, *sizes)
-    kept = query.new_empty(tiles, dtype=torch.int32)
-    if backend == "tiled":
-        kept = query.new_empty(b, 2, h, t, dtype=dtype)
-    return out, lse, query.new_empty(shape, dtype=dtype), query.new_empty(shape, dtype=dtype), kept
+    kept = (b, 2, h, t) if backend == "tiled" else (0,)
+    mass, largest, saved = (query.new_empty(size, dtype=dtype) for size in (shape, shape, kept))
+    return out, lse, mass, largest, saved
 
 
 def _saved(kept: Tensor, rows: slice) -> tuple[Tensor, ...] | None:
-    """The two row statistics of ``tiled.forward`` in what the operator keeps; None in Triton's map of live tiles."""
-    return kept[:, :, :, rows].unbind(1) if kept.is_floating_point() else None
+    """The two row statistics of ``tiled.forward`` in what the operator keeps; None where it keeps none."""
+    return kept[:, :, :, rows].unbind(1) if kept.dim() == 4 else None
 
 
 def _empty_heads_last(query: Tensor, value: Tensor) -> Tensor:
@@ -248,10 +225,9 @@ def _dense(x: Tensor | None) -> Tensor | None:
 
 
 @attention_forward.register_fake
-def _(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, sink: Tensor | None, cu_q: Tensor | None, *args: Any
-) -> tuple[Tensor, ...]:
-    return _empty_outputs(query, key, value, cu_q, *args[-5:])
+def _(query: Tensor, key: Tensor, value: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    stats, backend = args[-4:-2]
+    return _empty_outputs(query, value, stats, backend)
 
 
 def _attention_backward(
@@ -266,7 +242,7 @@ def _attention_backward(
     seed: Tensor | None,
     out: Tensor,
     lse: Tensor,
-    live: Tensor,
+    kept: Tensor,
     normalizer: str,
     scale: float,
     eps: float,
@@ -315,7 +291,6 @@ def _attention_backward(
                     dkey,
                     dvalue,
                     dmask,
-                    live if live.numel() else None,
                 )
             done = True
         except KernelError as failure:
@@ -346,7 +321,7 @@ def _attention_backward(
                 dvalue[:, :, keys],
                 dmask,
                 dsink,
-                _saved(live, rows),
+                _saved(kept, rows),
             )
     # the gradients get the layout of their inputs, as the fake kernel says
     mask_out = torch.empty_like(mask) if dmask is not None and mask is not None else query.new_empty(0)
@@ -400,10 +375,10 @@ _ORDINARY = (Tensor, torch.nn.Parameter, type(None))
 def save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     """What :func:`gradients` needs of a call of ``attention_forward``."""
     tensors, options = inputs[:_TENSORS], inputs[_TENSORS:]
-    *numbers, _stats, backend, max_seqlen_q, max_seqlen_k, _track = options
-    out, lse, mass, largest, live = output
-    ctx.save_for_backward(*tensors, out, lse, live)
-    ctx.mark_non_differentiable(lse, mass, largest, live)
+    *numbers, _stats, backend, max_seqlen_q, max_seqlen_k = options
+    out, lse, mass, largest, kept = output
+    ctx.save_for_backward(*tensors, out, lse, kept)
+    ctx.mark_non_differentiable(lse, mass, largest, kept)
     ctx.options = (*numbers, backend, max_seqlen_q, max_seqlen_k)
     ctx.inputs = len(inputs)
     ctx.set_materialize_grads(False)
@@ -496,10 +471,7 @@ def attention(
     trained = torch.is_grad_enabled() and any(
         x is not None and x.requires_grad for x in (query, key, value, mask, sink)
     )
-    # the gradient of an additive mask needs every tile, live or not
-    whole = mask is not None and mask.requires_grad
     call: Any = attention_forward
-    transformed = False
     if _plain(query, key, value, mask, sink, cu_seqlens_q, cu_seqlens_k):
         call = _Attention.apply if trained else _attention_forward
     elif torch.compiler.is_compiling():
@@ -511,12 +483,7 @@ def attention(
     elif _transformed():
         from softpick.ops.transforms import Forward
 
-        call, transformed = Forward.apply, True
-    track = False
-    if backend in TRITON and trained and not whole and not transformed:
-        from softpick.ops.triton.tuning import TRACKED
-
-        track = normalizer in TRACKED
+        call = Forward.apply
     return call(
         query,
         key,
@@ -538,7 +505,6 @@ def attention(
         backend,
         max_seqlen_q,
         max_seqlen_k,
-        track,
     )[:4]
 
 

@@ -71,7 +71,7 @@ class Forward(torch.autograd.Function):
     def vmap(info: Any, in_dims: tuple[int | None, ...], *inputs: Any) -> tuple[Any, Any]:
         """Samples in the batch; one by one where they differ in more than query, key, value and mask."""
         n, tensors, dims = info.batch_size, inputs[:_FORWARD], in_dims[:_FORWARD]
-        options = (*inputs[_FORWARD:-1], False)  # no map of live tiles: it would be one of all samples
+        options = inputs[_FORWARD:]
         query, _, _, mask, _, cu_seqlens, _, seed = tensors
         if seed is not None or cu_seqlens is not None or dims[4] is not None:
             return _one_by_one(Forward, n, dims, tensors, options)
@@ -109,8 +109,6 @@ class Backward(torch.autograd.Function):
         """Samples in the batch; one by one where a gradient is a sum over the batch or where they differ in more."""
         n, mask_grad = info.batch_size, inputs[-1]
         tensors, dims, options = inputs[:_BACKWARD], in_dims[:_BACKWARD], inputs[_BACKWARD:]
-        if not tensors[-1].is_floating_point():  # a map of live tiles, which is not one of these samples
-            tensors, dims = (*tensors[:-1], tensors[0].new_empty(0, dtype=torch.int32)), (*dims[:-1], None)
         query, mask, sink, cu_seqlens, seed = (tensors[i] for i in (1, 4, 5, 6, 8))
         if sink is not None or cu_seqlens is not None or seed is not None or (mask_grad and mask is not None):
             return _one_by_one(Backward, n, dims, tensors, options)
@@ -146,9 +144,10 @@ def _batch(query: Tensor, dim: int | None) -> int:
 
 def _fold(x: Tensor | None, dim: int | None, n: int, batch: int, whole: bool) -> Tensor | None:
     """``(B or 1, ...)`` and samples at ``dim`` to ``(n * B, ...)``; without samples 1 stays 1 unless ``whole``."""
-    empty = x is not None and dim is None and x.dim() == 1  # what was not asked for
-    if x is None or empty or (dim is None and x.shape[0] == 1 and not whole):
+    if x is None or (dim is None and x.shape[0] == 1 and not whole):
         return x
+    if x.dim() == (1 if dim is None else 2):  # what was not asked for: empty, also of every sample
+        return x if dim is None else x.select(dim, 0)
     x = x.expand(n, *x.shape) if dim is None else x.movedim(dim, 0)
     return x.expand(n, batch, *x.shape[2:]).flatten(0, 1)
 

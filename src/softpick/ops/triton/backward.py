@@ -6,10 +6,7 @@ With ``E = e^{s - lse}`` (the derivative of ``e^s / l``) and ``D = do . o``
 
 (paper eq. 7, but a score of exactly 0 counts as a negative one).
 
-Scores are computed again from the row's ``lse``. SKIP is for normalizers whose negative scores have no gradient: it leaves
-out the tiles in which the numerator keeps nothing. Which those are the forward pass has recorded; ``live_segments`` turns
-its map into runs, so that a loop over a run is as plain as the loop without skipping, and tiles are still added up in their
-order: the result is the same to the last bit.
+Scores are computed again from the row's ``lse``.
 """
 
 from __future__ import annotations
@@ -37,7 +34,7 @@ from softpick.ops.triton.device import (
     zeros,
 )
 
-__all__ = ["attention_backward_keys", "attention_backward_queries", "live_segments"]
+__all__ = ["attention_backward_keys", "attention_backward_queries"]
 
 
 @triton.jit
@@ -75,66 +72,6 @@ def _score_gradient(
         return e * (dp - tl.where(s > 0, delta, -delta))
     else:
         return e * kept_scores(dp - delta, s, RECTIFY)
-
-
-@triton.jit(do_not_specialize=["live_b", "live_h", "live_r", "s_b", "s_h", "s_t", "tq", "tk"])
-def live_segments(
-    live, segments, cu_q, cu_k, live_b, live_h, live_r, s_b, s_h, s_t, tq, tk,
-    KEYS: tl.constexpr, GRAIN: tl.constexpr, TOGETHER: tl.constexpr, N: tl.constexpr, VARLEN: tl.constexpr,
-):  # fmt: skip
-    """The map of live tiles as runs along the queries of a key tile (KEYS) or along the keys of a query tile.
-
-    A line (of TOGETHER rows or columns of the map) is written as ``count, 0, end of live, end of dead, end of live, ...``
-    with an even count of ends, in units of GRAIN positions. A dead tile between live ones counts as live: starting
-    a loop costs more than it saves. Grid: (lines, heads, batch).
-    """
-    t, h, b = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
-    if VARLEN:
-        tq = (tl.load(cu_q + b + 1) - tl.load(cu_q + b)).to(tl.int32)
-        tk = (tl.load(cu_k + b + 1) - tl.load(cu_k + b)).to(tl.int32)
-    rows, columns = tl.cdiv(tq, GRAIN), tl.cdiv(tk, GRAIN)
-    live += b * live_b + h * live_h
-    n = tl.arange(0, N)
-    count = rows if KEYS else columns
-    now, before, after = _lines(live, t, n, count, rows, columns, live_r, KEYS, TOGETHER)
-    alive = now | (before & after)
-    # the same of the tile before, from the map again: Triton has no shift along an axis
-    now, before, after = _lines(live, t, n - 1, count, rows, columns, live_r, KEYS, TOGETHER)
-    earlier = tl.where(n == 0, 1, now | (before & after))
-    change = tl.where((n < count) & (alive != earlier), 1, 0)
-    place = tl.cumsum(change, 0)
-    total = tl.sum(change, 0)
-    segments += b * s_b + h * s_h + t * s_t
-    ends = total + 1 + (total + 1) % 2
-    tl.store(segments, ends.to(tl.int16))
-    tl.store(segments + 1, tl.zeros([], tl.int16))
-    tl.store(segments + 1 + place, n.to(tl.int16), mask=change == 1)
-    tl.store(segments + 2 + total, count.to(tl.int16))
-    if (total + 1) % 2 == 1:
-        tl.store(segments + 3 + total, count.to(tl.int16))
-
-
-@triton.jit
-def _lines(live, t, n, count, rows, columns, live_r, KEYS: tl.constexpr, TOGETHER: tl.constexpr):
-    """Bits ``n``, ``n - 1`` and ``n + 1`` of a line of the map."""
-    return (
-        _line(live, t, n, count, rows, columns, live_r, KEYS, TOGETHER),
-        _line(live, t, n - 1, count, rows, columns, live_r, KEYS, TOGETHER),
-        _line(live, t, n + 1, count, rows, columns, live_r, KEYS, TOGETHER),
-    )
-
-
-@triton.jit
-def _line(live, t, n, count, rows, columns, live_r, KEYS: tl.constexpr, TOGETHER: tl.constexpr):
-    bit = n * 0
-    for i in tl.static_range(TOGETHER):
-        other = t * TOGETHER + i
-        inside = (n >= 0) & (n < count) & (other < (columns if KEYS else rows))
-        row = n if KEYS else other + n * 0
-        column = other + n * 0 if KEYS else n
-        word = tl.load(live + row * live_r + column // 32, mask=inside, other=0)
-        bit |= (word >> (column % 32)) & 1
-    return bit
 
 
 @triton.jit
@@ -186,23 +123,22 @@ def _sweep_keys(
     return dq
 
 
-@triton.jit(do_not_specialize=["heads", "tiles", "pairs", "together", "tq", "tk", "left", "right", "s_b", "s_h", "s_t"])
+@triton.jit(do_not_specialize=["heads", "tiles", "pairs", "together", "tq", "tk", "left", "right"])
 def attention_backward_queries(
-    query, key, value, grad_out, statistics, dquery, dbias, segments, mask, cu_q, cu_k, seed_at,
+    query, key, value, grad_out, statistics, dquery, dbias, mask, cu_q, cu_k, seed_at,
     q_b, q_h, q_t, q_d, k_b, k_h, k_t, k_d, v_b, v_h, v_t, v_d, g_b, g_h, g_t, g_d, dq_b, dq_h, dq_t, dq_d,
-    m_b, m_h, m_q, m_k, s_b, s_h, s_t,
+    m_b, m_h, m_q, m_k,
     tiles, heads, pairs, together, groups, tq, tk, width, v_width, left, right, unit, scale, softcap, dropout_p,
     BASE: tl.constexpr, RECTIFY: tl.constexpr, ABSOLUTE: tl.constexpr, CONSTANT: tl.constexpr,
     NEGATIVE_GRADIENT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr, PAD_D: tl.constexpr, PAD_DV: tl.constexpr, MASK: tl.constexpr, MASK_ROWS: tl.constexpr,
     LEFT: tl.constexpr, RIGHT: tl.constexpr, BOTTOM_RIGHT: tl.constexpr, SOFTCAP: tl.constexpr, DROPOUT: tl.constexpr,
-    BIAS_GRADIENT: tl.constexpr, VARLEN: tl.constexpr, EXACT: tl.constexpr, SKIP: tl.constexpr, GRAIN: tl.constexpr,
+    BIAS_GRADIENT: tl.constexpr, VARLEN: tl.constexpr, EXACT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """``dQ`` of one query tile. Grid: query tiles of all ``pairs`` of head and sequence (:func:`assignment`)."""
     tile, h, b = assignment(tiles, heads, pairs, together)
     start = (b * heads + h) * 1_000_003
-    sequence = b
     total_q = tq
     q0 = tl.cast(0, tl.int64)
     if VARLEN:
@@ -232,8 +168,6 @@ def attention_backward_queries(
         mask += b * m_b + h * m_h
     if BIAS_GRADIENT:
         dbias += (b * heads + h) * tq * tk
-    if SKIP:
-        segments += sequence * s_b + h * s_h + (i0 // BLOCK_M) * s_t
     seed = 0
     if DROPOUT:
         seed = tl.load(seed_at)
@@ -256,25 +190,12 @@ def attention_backward_queries(
             BASE, RECTIFY, ABSOLUTE, NEGATIVE_GRADIENT, BLOCK_N, BLOCK_D, BLOCK_DV, PAD_D, PAD_DV, MASK, MASK_ROWS, LEFT,
             RIGHT, SOFTCAP, DROPOUT, BIAS_GRADIENT, True, EXACT, PRECISION,
         )  # fmt: skip
-    if SKIP:
-        for place in range(1, tl.load(segments), 2):
-            # both from memory: Triton 3.6 takes a bound that is carried from one round to the next for a constant
-            begin = tl.load(segments + place).to(tl.int32) * GRAIN
-            end = tl.load(segments + place + 1).to(tl.int32) * GRAIN
-            dq = _sweep_keys(
-                dq, q, do, level, inverse, delta, shrink, key, value, mask, dbias, i2, tl.maximum(begin, full_lo),
-                tl.minimum(end, full_hi), tq, tk, width, v_width,
-                offset, left, right, unit, softcap, dropout_p, seed, start, k_t, k_d, v_t, v_d, m_q, m_k,
-                BASE, RECTIFY, ABSOLUTE, NEGATIVE_GRADIENT, BLOCK_N, BLOCK_D, BLOCK_DV, PAD_D, PAD_DV, MASK, MASK_ROWS, LEFT,
-                RIGHT, SOFTCAP, DROPOUT, BIAS_GRADIENT, False, EXACT, PRECISION,
-            )  # fmt: skip
-    else:
-        dq = _sweep_keys(
-            dq, q, do, level, inverse, delta, shrink, key, value, mask, dbias, i2, full_lo, full_hi, tq, tk, width, v_width,
-            offset, left, right, unit, softcap, dropout_p, seed, start, k_t, k_d, v_t, v_d, m_q, m_k,
-            BASE, RECTIFY, ABSOLUTE, NEGATIVE_GRADIENT, BLOCK_N, BLOCK_D, BLOCK_DV, PAD_D, PAD_DV, MASK, MASK_ROWS, LEFT,
-            RIGHT, SOFTCAP, DROPOUT, BIAS_GRADIENT, False, EXACT, PRECISION,
-        )  # fmt: skip
+    dq = _sweep_keys(
+        dq, q, do, level, inverse, delta, shrink, key, value, mask, dbias, i2, full_lo, full_hi, tq, tk, width, v_width,
+        offset, left, right, unit, softcap, dropout_p, seed, start, k_t, k_d, v_t, v_d, m_q, m_k,
+        BASE, RECTIFY, ABSOLUTE, NEGATIVE_GRADIENT, BLOCK_N, BLOCK_D, BLOCK_DV, PAD_D, PAD_DV, MASK, MASK_ROWS, LEFT,
+        RIGHT, SOFTCAP, DROPOUT, BIAS_GRADIENT, False, EXACT, PRECISION,
+    )  # fmt: skip
     dq = _sweep_keys(
         dq, q, do, level, inverse, delta, shrink, key, value, mask, dbias, i2, full_hi, hi, tq, tk, width, v_width,
         offset, left, right, unit, softcap, dropout_p, seed, start, k_t, k_d, v_t, v_d, m_q, m_k,
@@ -361,17 +282,17 @@ def _sweep_queries(
     return dk, dv_acc
 
 
-@triton.jit(do_not_specialize=["heads", "tiles", "pairs", "together", "tq", "tk", "left", "right", "s_b", "s_h", "s_t"])
+@triton.jit(do_not_specialize=["heads", "tiles", "pairs", "together", "tq", "tk", "left", "right"])
 def attention_backward_keys(
-    query, key, value, grad_out, statistics, dkey, dvalue, segments, mask, cu_q, cu_k, seed_at,
+    query, key, value, grad_out, statistics, dkey, dvalue, mask, cu_q, cu_k, seed_at,
     q_b, q_h, q_t, q_d, k_b, k_h, k_t, k_d, v_b, v_h, v_t, v_d, g_b, g_h, g_t, g_d,
-    dk_b, dk_h, dk_t, dk_d, dv_b, dv_h, dv_t, dv_d, m_b, m_h, m_q, m_k, s_b, s_h, s_t,
+    dk_b, dk_h, dk_t, dk_d, dv_b, dv_h, dv_t, dv_d, m_b, m_h, m_q, m_k,
     tiles, heads, pairs, together, groups, tq, tk, width, v_width, left, right, unit, scale, softcap, dropout_p,
     BASE: tl.constexpr, RECTIFY: tl.constexpr, ABSOLUTE: tl.constexpr, CONSTANT: tl.constexpr,
     NEGATIVE_GRADIENT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr, PAD_D: tl.constexpr, PAD_DV: tl.constexpr, MASK: tl.constexpr, MASK_ROWS: tl.constexpr,
     LEFT: tl.constexpr, RIGHT: tl.constexpr, BOTTOM_RIGHT: tl.constexpr, SOFTCAP: tl.constexpr, DROPOUT: tl.constexpr,
-    VARLEN: tl.constexpr, EXACT: tl.constexpr, SKIP: tl.constexpr, GRAIN: tl.constexpr, RELU_ASM: tl.constexpr,
+    VARLEN: tl.constexpr, EXACT: tl.constexpr, RELU_ASM: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """``dK`` and ``dV`` of one key tile, summed over the query heads of its group.
@@ -417,8 +338,6 @@ def attention_backward_keys(
     dv_acc = zeros(BLOCK_N, BLOCK_DV, RELU_ASM)
     for group in range(groups):
         h = kv * groups + group
-        if SKIP:
-            runs = segments + sequence * s_b + h * s_h + tile * s_t
         start = (sequence * heads + h) * 1_000_003
         q_of_head = query + b * q_b + h * q_h
         g_of_head = grad_out + b * g_b + h * g_h
@@ -434,27 +353,13 @@ def attention_backward_keys(
                 BASE, RECTIFY, ABSOLUTE, NEGATIVE_GRADIENT, BLOCK_M, BLOCK_D, BLOCK_DV, PAD_D, PAD_DV, MASK, MASK_ROWS,
                 LEFT, RIGHT, SOFTCAP, DROPOUT, True, EXACT, RELU_ASM, PRECISION,
             )  # fmt: skip
-        if SKIP:
-            for place in range(1, tl.load(runs), 2):
-                # both from memory: Triton 3.6 takes a bound that is carried from one round to the next for a constant
-                begin = tl.load(runs + place).to(tl.int32) * GRAIN
-                end = tl.load(runs + place + 1).to(tl.int32) * GRAIN
-                dk, dv_acc = _sweep_queries(
-                    dk, dv_acc, k, v, q_of_head, g_of_head, statistics + at, mask_of_head, j2, tl.maximum(begin, full_lo),
-                    tl.minimum(end, full_hi),
-                    tq, tk, width, v_width, offset, left, right, unit, softcap, dropout_p, seed, start,
-                    q_t, q_d, g_t, g_d, m_q, m_k,
-                    BASE, RECTIFY, ABSOLUTE, NEGATIVE_GRADIENT, BLOCK_M, BLOCK_D, BLOCK_DV, PAD_D, PAD_DV, MASK, MASK_ROWS,
-                    LEFT, RIGHT, SOFTCAP, DROPOUT, False, EXACT, RELU_ASM, PRECISION,
-                )  # fmt: skip
-        else:
-            dk, dv_acc = _sweep_queries(
-                dk, dv_acc, k, v, q_of_head, g_of_head, statistics + at, mask_of_head, j2, full_lo, full_hi,
-                tq, tk, width, v_width, offset, left, right, unit, softcap, dropout_p, seed, start,
-                q_t, q_d, g_t, g_d, m_q, m_k,
-                BASE, RECTIFY, ABSOLUTE, NEGATIVE_GRADIENT, BLOCK_M, BLOCK_D, BLOCK_DV, PAD_D, PAD_DV, MASK, MASK_ROWS,
-                LEFT, RIGHT, SOFTCAP, DROPOUT, False, EXACT, RELU_ASM, PRECISION,
-            )  # fmt: skip
+        dk, dv_acc = _sweep_queries(
+            dk, dv_acc, k, v, q_of_head, g_of_head, statistics + at, mask_of_head, j2, full_lo, full_hi,
+            tq, tk, width, v_width, offset, left, right, unit, softcap, dropout_p, seed, start,
+            q_t, q_d, g_t, g_d, m_q, m_k,
+            BASE, RECTIFY, ABSOLUTE, NEGATIVE_GRADIENT, BLOCK_M, BLOCK_D, BLOCK_DV, PAD_D, PAD_DV, MASK, MASK_ROWS,
+            LEFT, RIGHT, SOFTCAP, DROPOUT, False, EXACT, RELU_ASM, PRECISION,
+        )  # fmt: skip
         dk, dv_acc = _sweep_queries(
             dk, dv_acc, k, v, q_of_head, g_of_head, statistics + at, mask_of_head, j2, full_hi, hi,
             tq, tk, width, v_width, offset, left, right, unit, softcap, dropout_p, seed, start,

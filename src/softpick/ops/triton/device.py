@@ -228,11 +228,6 @@ def finish_scores(
 
 
 @triton.jit
-def either(a, b):
-    return a | b
-
-
-@triton.jit
 def dropout_factor(seed, start, i2, j2, tk, dropout_p):
     """0 where a weight is dropped, else ``1 / (1 - p)``: a function of seed, head and position only."""
     kept = tl.rand(seed + start, i2 * tk + j2) >= dropout_p

@@ -30,7 +30,6 @@ from softpick.ops.triton.device import (
     add_product,
     count_seen,
     dropout_factor,
-    either,
     finish_scores,
     kept_scores,
     keys_of_queries,
@@ -49,13 +48,13 @@ __all__ = ["attention_forward"]
 
 @triton.jit
 def _sweep(
-    acc, total, kept, m, top, bits, q, key, value, mask, i2, lo, hi, tq, tk, width, v_width, offset, left, right,
+    acc, total, kept, m, top, q, key, value, mask, i2, lo, hi, tq, tk, width, v_width, offset, left, right,
     unit, softcap, dropout_p, seed, start, k_t, k_d, v_t, v_d, m_q, m_k,
     BASE: tl.constexpr, RECTIFY: tl.constexpr, ABSOLUTE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr, PAD_D: tl.constexpr, PAD_DV: tl.constexpr, MASK: tl.constexpr, MASK_ROWS: tl.constexpr,
     LEFT: tl.constexpr, RIGHT: tl.constexpr, SOFTCAP: tl.constexpr, DROPOUT: tl.constexpr, STATS: tl.constexpr,
-    EDGE: tl.constexpr, SHIFT: tl.constexpr, EXACT: tl.constexpr, TRACK: tl.constexpr, RELU_ASM: tl.constexpr,
-    PRECISION: tl.constexpr, SIGNED: tl.constexpr, SPLIT: tl.constexpr,
+    EDGE: tl.constexpr, SHIFT: tl.constexpr, EXACT: tl.constexpr, RELU_ASM: tl.constexpr,
+    PRECISION: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
     """Take the key tiles from ``lo`` to ``hi`` into the accumulators."""
     d, dv, n = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV), tl.arange(0, BLOCK_N)
@@ -71,10 +70,6 @@ def _sweep(
         )  # fmt: skip
         if EDGE or MASK != 0:
             s = tl.where(keep, s, -INF if BASE == EXP else 0.0)
-        if TRACK:
-            # the product has the sign of the scores unless something SIGNED comes between
-            best = tl.max(s if SIGNED or EDGE or MASK != 0 else product, 1)
-            bits |= ((best > 0) if RECTIFY == POSITIVE else (best >= 0)).to(tl.int32) << ((j // BLOCK_N) % 32)
         if STATS:
             seen = s
             if (EDGE or MASK != 0) and BASE != EXP:
@@ -117,61 +112,53 @@ def _sweep(
         acc = add_product(acc, p, v, RELU, RELU_ASM, SPLIT, PRECISION)
         key += BLOCK_N * k_t
         value += BLOCK_N * v_t
-    return acc, total, kept, m, top, bits
+    return acc, total, kept, m, top
 
 
 @triton.jit
 def _phases(
-    acc, total, kept, m, top, bits, q, key, value, mask, i2, lo, full_lo, full_hi, hi, tq, tk, width, v_width, offset, left,
+    acc, total, kept, m, top, q, key, value, mask, i2, lo, full_lo, full_hi, hi, tq, tk, width, v_width, offset, left,
     right, unit, softcap, dropout_p, seed, start, k_t, k_d, v_t, v_d, m_q, m_k,
     BASE: tl.constexpr, RECTIFY: tl.constexpr, ABSOLUTE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr, PAD_D: tl.constexpr, PAD_DV: tl.constexpr, MASK: tl.constexpr, MASK_ROWS: tl.constexpr,
     LEFT: tl.constexpr, RIGHT: tl.constexpr, SOFTCAP: tl.constexpr, DROPOUT: tl.constexpr, STATS: tl.constexpr,
-    SHIFT: tl.constexpr, EXACT: tl.constexpr, TRACK: tl.constexpr, RELU_ASM: tl.constexpr, PRECISION: tl.constexpr,
-    SIGNED: tl.constexpr, SPLIT: tl.constexpr,
+    SHIFT: tl.constexpr, EXACT: tl.constexpr, RELU_ASM: tl.constexpr, PRECISION: tl.constexpr,
+    SPLIT: tl.constexpr,
 ):  # fmt: skip
     """The edge before (window), the full tiles, the edge behind (diagonal, end)."""
     if LEFT:
-        acc, total, kept, m, top, bits = _sweep(
-            acc, total, kept, m, top, bits, q, key, value, mask, i2, lo, full_lo, tq, tk, width, v_width, offset, left, right,
+        acc, total, kept, m, top = _sweep(
+            acc, total, kept, m, top, q, key, value, mask, i2, lo, full_lo, tq, tk, width, v_width, offset, left, right,
             unit, softcap, dropout_p, seed, start, k_t, k_d, v_t, v_d, m_q, m_k,
             BASE, RECTIFY, ABSOLUTE, BLOCK_N, BLOCK_D, BLOCK_DV, PAD_D, PAD_DV, MASK, MASK_ROWS, LEFT, RIGHT, SOFTCAP,
-            DROPOUT, STATS, True, SHIFT, EXACT, TRACK, RELU_ASM, PRECISION, SIGNED, SPLIT,
+            DROPOUT, STATS, True, SHIFT, EXACT, RELU_ASM, PRECISION, SPLIT,
         )  # fmt: skip
-    acc, total, kept, m, top, bits = _sweep(
-        acc, total, kept, m, top, bits, q, key, value, mask, i2, full_lo, full_hi, tq, tk, width, v_width, offset, left, right,
+    acc, total, kept, m, top = _sweep(
+        acc, total, kept, m, top, q, key, value, mask, i2, full_lo, full_hi, tq, tk, width, v_width, offset, left, right,
         unit, softcap, dropout_p, seed, start, k_t, k_d, v_t, v_d, m_q, m_k,
         BASE, RECTIFY, ABSOLUTE, BLOCK_N, BLOCK_D, BLOCK_DV, PAD_D, PAD_DV, MASK, MASK_ROWS, LEFT, RIGHT, SOFTCAP,
-        DROPOUT, STATS, False, SHIFT, EXACT, TRACK, RELU_ASM, PRECISION, SIGNED, SPLIT,
+        DROPOUT, STATS, False, SHIFT, EXACT, RELU_ASM, PRECISION, SPLIT,
     )  # fmt: skip
-    acc, total, kept, m, top, bits = _sweep(
-        acc, total, kept, m, top, bits, q, key, value, mask, i2, full_hi, hi, tq, tk, width, v_width, offset, left, right,
+    acc, total, kept, m, top = _sweep(
+        acc, total, kept, m, top, q, key, value, mask, i2, full_hi, hi, tq, tk, width, v_width, offset, left, right,
         unit, softcap, dropout_p, seed, start, k_t, k_d, v_t, v_d, m_q, m_k,
         BASE, RECTIFY, ABSOLUTE, BLOCK_N, BLOCK_D, BLOCK_DV, PAD_D, PAD_DV, MASK, MASK_ROWS, LEFT, RIGHT, SOFTCAP,
-        DROPOUT, STATS, True, SHIFT, EXACT, TRACK, RELU_ASM, PRECISION, SIGNED, SPLIT,
+        DROPOUT, STATS, True, SHIFT, EXACT, RELU_ASM, PRECISION, SPLIT,
     )  # fmt: skip
-    return acc, total, kept, m, top, bits
-
-
-@triton.jit
-def _within(x, a, b):
-    return tl.minimum(tl.maximum(x, a), b)
+    return acc, total, kept, m, top
 
 
 @triton.jit
 def _all_keys(
-    q, key, value, mask, live, i0, i2, lo, full_lo, full_hi, hi, anchor, tq, tk, width, v_width, offset, left, right,
-    unit, softcap, dropout_p, seed, start, k_t, k_d, v_t, v_d, m_q, m_k, live_r,
+    q, key, value, mask, i2, lo, full_lo, full_hi, hi, anchor, tq, tk, width, v_width, offset, left, right,
+    unit, softcap, dropout_p, seed, start, k_t, k_d, v_t, v_d, m_q, m_k,
     BASE: tl.constexpr, RECTIFY: tl.constexpr, ABSOLUTE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, PAD_D: tl.constexpr, PAD_DV: tl.constexpr, MASK: tl.constexpr,
     MASK_ROWS: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, SOFTCAP: tl.constexpr, DROPOUT: tl.constexpr,
-    STATS: tl.constexpr, SHIFT: tl.constexpr, EXACT: tl.constexpr, TRACK: tl.constexpr, RELU_ASM: tl.constexpr,
-    PRECISION: tl.constexpr, SIGNED: tl.constexpr, SPLIT: tl.constexpr,
+    STATS: tl.constexpr, SHIFT: tl.constexpr, EXACT: tl.constexpr, RELU_ASM: tl.constexpr,
+    PRECISION: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
-    """All visible keys of the query tile.
-
-    TRACK records which tiles keep a score, a bit each: 32 tiles at a time, so that rows meet once in 32 tiles.
-    """
+    """All visible keys of the query tile."""
     acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     kept = tl.zeros([BLOCK_M], tl.float32)
@@ -179,32 +166,12 @@ def _all_keys(
     if BASE == LINEAR:
         m += TINY
     top = tl.full([BLOCK_M], -INF, tl.float32)
-    bits = tl.zeros([BLOCK_M], tl.int32)
-    if TRACK:
-        ROWS: tl.constexpr = BLOCK_M // BLOCK_N
-        for word in range(lo // (32 * BLOCK_N), tl.cdiv(hi, 32 * BLOCK_N)):
-            a, b = word * 32 * BLOCK_N, (word + 1) * 32 * BLOCK_N
-            bits = tl.zeros([BLOCK_M], tl.int32)
-            acc, total, kept, m, top, bits = _phases(
-                acc, total, kept, m, top, bits, q, key, value, mask, i2, _within(lo, a, b), _within(full_lo, a, b),
-                _within(full_hi, a, b), _within(hi, a, b), tq, tk, width, v_width, offset, left, right,
-                unit, softcap, dropout_p, seed, start, k_t, k_d, v_t, v_d, m_q, m_k,
-                BASE, RECTIFY, ABSOLUTE, BLOCK_N, BLOCK_D, BLOCK_DV, PAD_D, PAD_DV, MASK, MASK_ROWS, LEFT, RIGHT, SOFTCAP,
-                DROPOUT, STATS, SHIFT, EXACT, TRACK, RELU_ASM, PRECISION, SIGNED, SPLIT,
-            )  # fmt: skip
-            r = tl.arange(0, ROWS)
-            tl.store(
-                live + (i0 // BLOCK_N + r) * live_r + word,
-                tl.reduce(tl.reshape(bits, [ROWS, BLOCK_N]), 1, either),
-                mask=i0 + r * BLOCK_N < tq,
-            )
-    else:
-        acc, total, kept, m, top, bits = _phases(
-            acc, total, kept, m, top, bits, q, key, value, mask, i2, lo, full_lo, full_hi, hi, tq, tk, width, v_width,
-            offset, left, right, unit, softcap, dropout_p, seed, start, k_t, k_d, v_t, v_d, m_q, m_k,
-            BASE, RECTIFY, ABSOLUTE, BLOCK_N, BLOCK_D, BLOCK_DV, PAD_D, PAD_DV, MASK, MASK_ROWS, LEFT, RIGHT, SOFTCAP,
-            DROPOUT, STATS, SHIFT, EXACT, TRACK, RELU_ASM, PRECISION, SIGNED, SPLIT,
-        )  # fmt: skip
+    acc, total, kept, m, top = _phases(
+        acc, total, kept, m, top, q, key, value, mask, i2, lo, full_lo, full_hi, hi, tq, tk, width, v_width,
+        offset, left, right, unit, softcap, dropout_p, seed, start, k_t, k_d, v_t, v_d, m_q, m_k,
+        BASE, RECTIFY, ABSOLUTE, BLOCK_N, BLOCK_D, BLOCK_DV, PAD_D, PAD_DV, MASK, MASK_ROWS, LEFT, RIGHT, SOFTCAP,
+        DROPOUT, STATS, SHIFT, EXACT, RELU_ASM, PRECISION, SPLIT,
+    )  # fmt: skip
     return acc, total, kept, m, top
 
 
@@ -252,7 +219,7 @@ def _few_tile(
     BASE: tl.constexpr, RECTIFY: tl.constexpr, ABSOLUTE: tl.constexpr, CONSTANT: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr, PAD_D: tl.constexpr, PAD_DV: tl.constexpr, MASK: tl.constexpr, MASK_ROWS: tl.constexpr,
     LEFT: tl.constexpr, RIGHT: tl.constexpr, SOFTCAP: tl.constexpr, DROPOUT: tl.constexpr, STATS: tl.constexpr,
-    RELU_ASM: tl.constexpr, PRECISION: tl.constexpr, SIGNED: tl.constexpr, EARLY: tl.constexpr,
+    RELU_ASM: tl.constexpr, PRECISION: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """Those of FEW_ROWS queries from ``i0`` on that see few keys, with care; pointers to the head."""
     i = tl.arange(0, FEW_ROWS)
@@ -269,12 +236,12 @@ def _few_tile(
         m = zero + anchor
         if BASE == LINEAR:
             m += TINY
-        acc, total, kept, m, top, _bits = _sweep(
-            tl.zeros([FEW_ROWS, BLOCK_DV], tl.float32), zero, zero, m, zero - INF, tl.zeros([FEW_ROWS], tl.int32), q, key,
+        acc, total, kept, m, top = _sweep(
+            tl.zeros([FEW_ROWS, BLOCK_DV], tl.float32), zero, zero, m, zero - INF, q, key,
             value, mask, i2, lo, hi, tq, tk, width, v_width, offset, left, right,
             unit, softcap, dropout_p, seed, start, k_t, k_d, v_t, v_d, m_q, m_k,
             BASE, RECTIFY, ABSOLUTE, FEW_KEYS, BLOCK_D, BLOCK_DV, PAD_D, PAD_DV, MASK, MASK_ROWS, LEFT, RIGHT, SOFTCAP,
-            DROPOUT, STATS, True, True, True, False, RELU_ASM, PRECISION, SIGNED, True,
+            DROPOUT, STATS, True, True, True, RELU_ASM, PRECISION, True,
         )  # fmt: skip
         if EARLY:
             gdc_wait()
@@ -295,31 +262,26 @@ def _few_tile(
         "tk",
         "left",
         "right",
-        "live_b",
-        "live_h",
-        "live_r",
         "few_tiles",
     ]
 )
 def attention_forward(
-    query, key, value, out, lse, mass, largest, live, mask, sink, cu_q, cu_k, seed_at, redo,
+    query, key, value, out, lse, mass, largest, mask, sink, cu_q, cu_k, seed_at, redo,
     q_b, q_h, q_t, q_d, k_b, k_h, k_t, k_d, v_b, v_h, v_t, v_d, o_b, o_h, o_t, o_d, l_b, l_h, l_t, m_b, m_h, m_q, m_k,
-    live_b, live_h, live_r, tiles, heads, pairs, together, few_tiles, groups, tq, tk, width, v_width, left, right, unit, eps,
+    tiles, heads, pairs, together, few_tiles, groups, tq, tk, width, v_width, left, right, unit, eps,
     softcap, dropout_p,
     BASE: tl.constexpr, RECTIFY: tl.constexpr, ABSOLUTE: tl.constexpr, CONSTANT: tl.constexpr,
     NEGATIVE_GRADIENT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr, PAD_D: tl.constexpr, PAD_DV: tl.constexpr, MASK: tl.constexpr, MASK_ROWS: tl.constexpr,
     LEFT: tl.constexpr, RIGHT: tl.constexpr, BOTTOM_RIGHT: tl.constexpr, SOFTCAP: tl.constexpr, DROPOUT: tl.constexpr,
-    STATS: tl.constexpr, VARLEN: tl.constexpr, OPTIMISTIC: tl.constexpr, EXACT: tl.constexpr, TRACK: tl.constexpr,
-    RELU_ASM: tl.constexpr, PRECISION: tl.constexpr, SIGNED: tl.constexpr, EARLY: tl.constexpr,
+    STATS: tl.constexpr, VARLEN: tl.constexpr, OPTIMISTIC: tl.constexpr, EXACT: tl.constexpr,
+    RELU_ASM: tl.constexpr, PRECISION: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """Grid: ``few_tiles`` programs for each of the ``pairs`` of head and sequence, which write the rows that see few keys,
     then the query tiles of all pairs (:func:`tile_at`), which write the others.
 
     Writes ``out``, ``lse`` (natural), with STATS mass and largest.
 
-    With TRACK also ``live``: bit ``c % 32`` of word ``c // 32`` of row ``r`` says whether the numerator keeps a score of
-    query tile ``r`` and key tile ``c``, both of BLOCK_N positions. Words that no query of the row sees are not written.
     With a mask nobody knows which rows those are: they are written again, in a launch of their own. With ``redo``, an int32 a
     query tile, those with zero have nothing to do. EARLY: may be launched while the kernel that writes ``redo`` runs.
     """
@@ -335,8 +297,6 @@ def attention_forward(
         tile, h, b = tl.program_id(0) % few_tiles, pair % heads, pair // heads
     h, b = h.to(tl.int64), b.to(tl.int64)
     start = (b * heads + h) * 1_000_003
-    if TRACK:
-        live += b * live_b + h * live_h
     if VARLEN:
         q0, k0 = tl.load(cu_q + b).to(tl.int64), tl.load(cu_k + b).to(tl.int64)
         tq, tk = (tl.load(cu_q + b + 1) - q0).to(tl.int32), (tl.load(cu_k + b + 1) - k0).to(tl.int32)
@@ -380,7 +340,7 @@ def attention_forward(
                 query, key, value, mask, i0, anchor, logit, eps, out, lse, mass, largest, tq, tk, width, v_width, offset, left,
                 right, unit, softcap, dropout_p, seed, start, q_t, q_d, k_t, k_d, v_t, v_d, o_t, o_d, l_t, m_q, m_k,
                 BASE, RECTIFY, ABSOLUTE, CONSTANT, BLOCK_D, BLOCK_DV, PAD_D, PAD_DV, MASK, MASK_ROWS, LEFT, RIGHT, SOFTCAP,
-                DROPOUT, STATS, RELU_ASM, PRECISION, SIGNED, EARLY,
+                DROPOUT, STATS, RELU_ASM, PRECISION, EARLY,
             )  # fmt: skip
         return
     i0 = (tiles - 1 - tile) * BLOCK_M  # under a causal mask the last queries see the most keys
@@ -395,10 +355,10 @@ def attention_forward(
         i0, tl.minimum(i0 + BLOCK_M, tq), tk, offset, left, right, BLOCK_N, LEFT, RIGHT
     )
     acc, total, kept, m, top = _all_keys(
-        q, key, value, mask, live, i0, i2, lo, full_lo, full_hi, hi, anchor, tq, tk, width, v_width, offset, left,
-        right, unit, softcap, dropout_p, seed, start, k_t, k_d, v_t, v_d, m_q, m_k, live_r,
+        q, key, value, mask, i2, lo, full_lo, full_hi, hi, anchor, tq, tk, width, v_width, offset, left,
+        right, unit, softcap, dropout_p, seed, start, k_t, k_d, v_t, v_d, m_q, m_k,
         BASE, RECTIFY, ABSOLUTE, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, PAD_D, PAD_DV, MASK, MASK_ROWS, LEFT, RIGHT,
-        SOFTCAP, DROPOUT, STATS, not OPTIMISTIC, EXACT, TRACK, RELU_ASM, PRECISION, SIGNED, False,
+        SOFTCAP, DROPOUT, STATS, not OPTIMISTIC, EXACT, RELU_ASM, PRECISION, False,
     )  # fmt: skip
     if OPTIMISTIC:
         m = tl.zeros([BLOCK_M], tl.float32)
@@ -410,10 +370,10 @@ def attention_forward(
         trouble = tl.max(tl.where(sound, 0, 1)) + tl.max(tl.where(tl.abs(acc) < 3.0e38, 0, 1))
         if trouble > 0:
             acc, total, kept, m, top = _all_keys(
-                q, key, value, mask, live, i0, i2, lo, full_lo, full_hi, hi, anchor, tq, tk, width, v_width, offset, left,
-                right, unit, softcap, dropout_p, seed, start, k_t, k_d, v_t, v_d, m_q, m_k, live_r,
+                q, key, value, mask, i2, lo, full_lo, full_hi, hi, anchor, tq, tk, width, v_width, offset, left,
+                right, unit, softcap, dropout_p, seed, start, k_t, k_d, v_t, v_d, m_q, m_k,
                 BASE, RECTIFY, ABSOLUTE, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, PAD_D, PAD_DV, MASK, MASK_ROWS, LEFT, RIGHT,
-                SOFTCAP, DROPOUT, STATS, True, EXACT, TRACK, RELU_ASM, PRECISION, SIGNED, False,
+                SOFTCAP, DROPOUT, STATS, True, EXACT, RELU_ASM, PRECISION, False,
             )  # fmt: skip
     rows = i0 + i < tq
     if MASK == 0 and q.dtype != tl.float32:

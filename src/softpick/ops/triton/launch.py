@@ -16,7 +16,6 @@ from softpick.ops.triton import tuning
 from softpick.ops.triton.backward import (
     attention_backward_keys,
     attention_backward_queries,
-    live_segments,
 )
 from softpick.ops.triton.decode import decode_merge, decode_split
 from softpick.ops.triton.device import FEW, FEW_ROWS, LOG2E, switches
@@ -58,14 +57,11 @@ __all__ = [
     "backward",
     "decode",
     "forward",
-    "live_shape",
-    "skippable",
     "softpick_backward",
     "softpick_forward",
 ]
 
 _LONGEST_ROW = 16384  # elements of a row that one program holds in registers
-_LONGEST_MAP = 65536  # keys; beyond, the runs of the map would take more memory than they are worth
 _L2_SHARE = 2**24  # bytes of keys and values (or queries and gradients) in use at a time
 _FEWEST_TOGETHER = 256  # tiles: with fewer the longest ones of some pair are left for the end
 _FEWEST_SCORES = 2**22  # fewer take hardly longer on the GPU than it takes to describe the tensors to it
@@ -203,11 +199,6 @@ def _mask_arguments(mask: Tensor | None) -> tuple[Tensor | None, tuple[int, int,
     return (mask.view(torch.uint8) if mask.dtype == torch.bool else mask), tuple(strides)  # type: ignore[return-value]
 
 
-def _line_strides(x: Tensor | None) -> tuple[int, ...]:
-    """Strides of sequence, head and line of a map of live tiles or of its runs."""
-    return (0, 0, 0) if x is None else x.stride()[:3]
-
-
 def _sequences(query: Tensor, cu_q: Tensor | None, longest: int) -> tuple[int, int]:
     """(sequences in the batch, queries of the longest)."""
     return (query.shape[0], query.shape[2]) if cu_q is None else (cu_q.numel() - 1, longest)
@@ -226,26 +217,6 @@ def _together(pairs: int, sharing: int, read: int, tiles: int) -> int:
     return max(1, min(pairs, max(_FEWEST_TOGETHER // max(1, tiles), _L2_SHARE // max(1, read) * sharing)))
 
 
-def skippable(norm: Normalizer) -> bool:
-    """Whether the backward pass has nothing to do for a tile in which the numerator keeps no score."""
-    return norm.sparse and not (norm.absolute_denominator and norm.negative_gradient)
-
-
-def _grain(query: Tensor, value: Tensor) -> int:
-    """Positions a side of a tile in the map of live tiles: the key tile of the forward kernel; 0 if its tiles have no map."""
-    widest = max(_padded(query.shape[-1]), _padded(value.shape[-1]))
-    tile = blocks("forward", widest, query.dtype, query.device)
-    return 0 if tile.m % tile.n else tile.n
-
-
-def live_shape(query: Tensor, value: Tensor, sequences: int, longest_q: int, longest_k: int) -> tuple[int, ...]:
-    """Shape of the int32 map of live tiles that :func:`forward` writes: a bit for each pair of tiles; ``(0,)``: no map."""
-    grain = _grain(query, value)
-    if longest_k > _LONGEST_MAP or grain == 0:
-        return (0,)
-    return sequences, query.shape[1], _cdiv(longest_q, grain), _cdiv(_cdiv(longest_k, grain), 32)
-
-
 def forward(
     options: Options,
     query: Tensor,
@@ -261,12 +232,8 @@ def forward(
     lse: Tensor,
     mass: Tensor | None,
     largest: Tensor | None,
-    live: Tensor | None = None,
 ) -> None:
-    """Attention into ``out`` and the row statistics. ``(B, H, T, D)``, any strides; packed: ``B = 1`` and ``cu``.
-
-    ``live`` (:func:`live_shape`, contiguous) receives the map of live tiles, for :func:`backward`.
-    """
+    """Attention into ``out`` and the row statistics. ``(B, H, T, D)``, any strides; packed: ``B = 1`` and ``cu``."""
     b, longest = _sequences(query, cu_q, longest_q)
     heads = query.shape[1]
     if not (b and heads and longest):
@@ -276,7 +243,7 @@ def forward(
     keys = key.shape[2] if cu_k is None else longest
     optimistic = _optimistic(query.dtype, options)
     tile = blocks("forward", max(common["BLOCK_D"], common["BLOCK_DV"]), query.dtype, query.device)
-    plain = cu_q is None and mass is None and live is None
+    plain = cu_q is None and mass is None
     many = b * heads * longest * keys >= _FEWEST_FORWARD
     redo = None
     if plain and optimistic and many and hopper_can(options, query, key, value, mask, out):
@@ -294,9 +261,8 @@ def forward(
     def launch(few: int, programs: int) -> None:
         run(
             attention_forward, (programs,),
-            query, key, value, out, lse, mass, largest, live, pointer, sink, cu_q, cu_k, seed, redo,
+            query, key, value, out, lse, mass, largest, pointer, sink, cu_q, cu_k, seed, redo,
             *query.stride(), *key.stride(), *value.stride(), *out.stride(), *lse.stride(), *mask_strides,
-            *_line_strides(live),
             tiles, heads, heads * b, together, few, groups, query.shape[2], key.shape[2], query.shape[-1], value.shape[-1],
             options.left, options.right, _unit(options), options.eps, options.softcap, _dropped(options),
             **common,
@@ -306,8 +272,6 @@ def forward(
             STATS=mass is not None,
             VARLEN=cu_q is not None,
             OPTIMISTIC=optimistic,
-            TRACK=live is not None,
-            SIGNED=options.scale <= 0 or (mask is not None and mask.dtype != torch.bool),
             RELU_ASM=_relu_asm(query),
             EARLY=early,
             num_warps=tile.warps,
@@ -356,23 +320,6 @@ def _forward_by_hand(
     return turn[1:]
 
 
-def _segments(
-    live: Tensor, keys: bool, block: int, grain: int, cu_q: Tensor | None, cu_k: Tensor | None, tq: int, tk: int
-) -> Tensor:
-    """Runs of live and dead tiles, for each key tile (``keys``) or query tile of ``block`` positions."""
-    sequences, heads = live.shape[:2]
-    across, along = (tk, tq) if keys else (tq, tk)
-    lines, length = _cdiv(across, block), _cdiv(along, grain)
-    out = torch.empty(sequences, heads, lines, length + 4, dtype=torch.int16, device=live.device)
-    run(
-        live_segments, (lines, heads, sequences),
-        live, out, cu_q, cu_k, *live.stride()[:3], *out.stride()[:3], tq, tk,
-        KEYS=keys, GRAIN=grain, TOGETHER=max(1, block // grain), N=max(32, _power_of_2(length)),
-        VARLEN=cu_q is not None, num_warps=1,
-    )  # fmt: skip
-    return out
-
-
 def backward(
     options: Options,
     query: Tensor,
@@ -392,7 +339,6 @@ def backward(
     dkey: Tensor,
     dvalue: Tensor,
     dmask: Tensor | None,
-    live: Tensor | None = None,
 ) -> Tensor | None:
     """Gradients into ``dquery``, ``dkey``, ``dvalue`` and ``dmask`` (contiguous ``(B, H, Tq, Tk)``, zeroed); returns dsink."""
     rows, heads, total_q = query.shape[0], query.shape[1], query.shape[2]
@@ -401,10 +347,8 @@ def backward(
         for grad in (dquery, dkey, dvalue):
             grad.zero_()
         return None if sink is None else torch.zeros_like(sink)
-    if not skippable(options.norm) or dmask is not None:
-        live = None  # the bias gradient of a tile that is left out would not be written
     common = _common(options, query, value, mask)
-    by_hand = live is None and dmask is None and cu_q is None and hopper_can(options, query, key, value, mask, grad_out)
+    by_hand = dmask is None and cu_q is None and hopper_can(options, query, key, value, mask, grad_out)
     padded = _cdiv(total_q, LONGEST_TILE) * LONGEST_TILE if by_hand else total_q
     shape = (rows, heads, 4, padded) if by_hand else (rows, heads, padded, 4)
     statistics = torch.empty(shape, dtype=torch.float32, device=query.device)
@@ -422,7 +366,7 @@ def backward(
     if not by_hand:
         _backward_kernels(
             options, common, query, key, value, mask, cu_q, cu_k, seed, longest, longest_k, grad_out, statistics, dquery, dkey,
-            dvalue, dmask, live,
+            dvalue, dmask,
         )  # fmt: skip
     if sink is None:
         return None
@@ -509,7 +453,6 @@ def _backward_kernels(
     dkey: Tensor,
     dvalue: Tensor,
     dmask: Tensor | None,
-    live: Tensor | None,
 ) -> None:
     """The kernels of ``backward.py``."""
     heads, total_q, kv_heads = query.shape[1], query.shape[2], key.shape[1]
@@ -523,30 +466,27 @@ def _backward_kernels(
         options.left, options.right, _unit(options), options.scale, options.softcap, _dropped(options),
     )  # fmt: skip
     strides = (*query.stride(), *key.stride(), *value.stride(), *grad_out.stride())
-    grain = 0 if live is None else _grain(query, value)
-    span = (cu_q, cu_k, longest, key.shape[2] if cu_k is None else longest_k)
-    shared["EXACT"] = shared["EXACT"] or span[3] <= FEW.value  # every row sees few keys
+    longest_k = key.shape[2] if cu_k is None else longest_k
+    shared["EXACT"] = shared["EXACT"] or longest_k <= FEW.value  # every row sees few keys
     tile = blocks("keys", widest, query.dtype, query.device)
-    runs = None if live is None else _segments(live, True, tile.n, grain, *span)
-    tiles = _cdiv(span[3], tile.n)
+    tiles = _cdiv(longest_k, tile.n)
     together = _together(kv_heads * b, 1, groups * longest * _row_bytes(query, grad_out), tiles)
     run(
         attention_backward_keys, (tiles * kv_heads * b,),
-        query, key, value, grad_out, statistics, dkey, dvalue, runs, pointer, cu_q, cu_k, seed,
-        *strides, *dkey.stride(), *dvalue.stride(), *mask_strides, *_line_strides(runs),
+        query, key, value, grad_out, statistics, dkey, dvalue, pointer, cu_q, cu_k, seed,
+        *strides, *dkey.stride(), *dvalue.stride(), *mask_strides,
         tiles, heads, kv_heads * b, together, *numbers,
-        **shared, BLOCK_M=tile.m, BLOCK_N=tile.n, SKIP=runs is not None, GRAIN=grain, RELU_ASM=_relu_asm(query),
+        **shared, BLOCK_M=tile.m, BLOCK_N=tile.n, RELU_ASM=_relu_asm(query),
         num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     tile = blocks("queries", widest, query.dtype, query.device)
-    runs = None if live is None else _segments(live, False, tile.m, grain, *span)
     tiles = _cdiv(longest, tile.m)
-    together = _together(heads * b, groups, span[3] * _row_bytes(key, value), tiles)
+    together = _together(heads * b, groups, longest_k * _row_bytes(key, value), tiles)
     run(
         attention_backward_queries, (tiles * heads * b,),
-        query, key, value, grad_out, statistics, dquery, dmask, runs, pointer, cu_q, cu_k, seed,
-        *strides, *dquery.stride(), *mask_strides, *_line_strides(runs), tiles, heads, heads * b, together, *numbers,
-        **shared, BLOCK_M=tile.m, BLOCK_N=tile.n, SKIP=runs is not None, GRAIN=grain, BIAS_GRADIENT=dmask is not None,
+        query, key, value, grad_out, statistics, dquery, dmask, pointer, cu_q, cu_k, seed,
+        *strides, *dquery.stride(), *mask_strides, tiles, heads, heads * b, together, *numbers,
+        **shared, BLOCK_M=tile.m, BLOCK_N=tile.n, BIAS_GRADIENT=dmask is not None,
         num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
 

@@ -23,7 +23,6 @@ __all__ = [
     "OVERRIDE",
     "PROGRAMS",
     "SKIP_FROM",
-    "TRACKED",
     "Blocks",
     "Parts",
     "Rings",
@@ -184,18 +183,11 @@ _SINGLE = {
     ("decode", 256): Blocks(16, 16, 4, 1),
 }
 
-# Skipping costs where nothing is empty. On an H200 (docs/kernels.md has the figures):
+# Skipping values costs where no tile of keys is empty. On an H200 (docs/kernels.md has the figures):
 #   decode.py (hopper/decode.py skips at no cost): nothing on dense caches of 2^20 keys (of all sequences and key heads) and
 #   more, where three quarters of empty 64-key blocks save a third of the time; 10 and 16 % at 2^18 and 2^16 keys, where they
 #   save 13 % and nothing. A trained model has 40 % of these blocks empty.
 SKIP_FROM = 2**19
-#   backward: 30 % on dense inputs, and 33 to 60 % in the forward pass, because the kernels of hopper/ do not skip. Where
-#   negative scores have no gradient (softpick_stop_gradient, relu_softpick, rectified) an empty tile is no work at all: both
-#   passes together pay from about 60 % (D 64) or 80 % (D 128) of empty 64x64 tiles, and at 90 % take 0.74 ms instead of 1.22
-#   and 1.53 instead of 2.05, but a trained model had 11 %. Add the name of the normalizer here if yours
-#   has more. For softpick itself, whose empty tiles still cost two products of five, skipping won 3 to 15 % at 90 %
-#   empty tiles and was removed; its name has no effect here.
-TRACKED: set[str] = set()
 
 # Decoding programs a multiprocessor: as many as run at a time, so that none is left for a second round.
 PROGRAMS = {"decode": 2, "decode_skip": 4}

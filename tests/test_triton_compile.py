@@ -24,6 +24,7 @@ TARGETS = {
             *(f"{name},64,bfloat16,none" for name in NORMALIZERS),
             *(f"{name},{d},bfloat16,hopper" for name in ("softpick", "softmax") for d in (64, 128)),
             "softpick,128,bfloat16,bias",
+            "softmax,64,bfloat16,pages",
             "softpick_stop_gradient,128,bfloat16,map",
             "softpick,256,float16,none",
             "softpick,80,float32,none",

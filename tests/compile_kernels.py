@@ -59,6 +59,10 @@ def build(case):
     for places in (56, 3, 1):  # keys of a head divided, shared by programs of all heads, and not divided at all
         launch._places = lambda *_, places=places: places
         launch.decode(options, q[:, :, :1], k, v, None, sink, None, None, out[:, :, :1], lse[:, :, :1])
+    if extra in ("hopper", "pages"):
+        lengths, table = torch.empty(1, dtype=torch.int32), torch.empty(1, 4, dtype=torch.int32)
+        k, v = (torch.empty(9, 4, 64, d, dtype=dtype) for _ in range(2))
+        launch.decode(options, q[:, :, :1], k, v, None, sink, lengths, table, out[:, :, :1], lse[:, :, :1])
     if name == "softpick":
         # the last but one is read twice, as its rows do not begin at multiples of 16 bytes; the last is shared by programs
         # that wait for each other

@@ -6,6 +6,7 @@ import torch
 import softpick
 from softpick import scaled_dot_product_attention as attend
 from softpick import varlen_attention
+from softpick.ops.arguments import checkable
 
 Q, K, V = torch.randn(2, 4, 5, 8), torch.randn(2, 4, 6, 8), torch.randn(2, 4, 6, 8)
 PACKED = (torch.randn(9, 4, 8), torch.randn(9, 2, 8), torch.randn(9, 2, 8))
@@ -280,3 +281,16 @@ def test_pages_that_cannot_be_looked_at_are_masked():
     keys = [PAGES[page].transpose(0, 1)[None] for page in (0, 3)]
     want = [attend(query[n : n + 1], k, k, enable_gqa=True, normalizer="softmax") for n, k in enumerate(keys)]
     torch.testing.assert_close(compiled(table), torch.cat(want))
+
+
+@pytest.mark.parametrize(("value", "looked_at"), [(None, False), ("0", False), ("", False), ("1", True)])
+def test_a_gpu_is_waited_for_in_the_debug_mode_only(value, looked_at, monkeypatch):
+    class OnGPU(torch.Tensor):
+        is_cuda = True
+
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)  # asks for a driver
+    monkeypatch.delenv("SOFTPICK_DEBUG", raising=False)
+    if value is not None:
+        monkeypatch.setenv("SOFTPICK_DEBUG", value)
+    assert checkable(torch.zeros(2).as_subclass(OnGPU)) is looked_at
+    assert checkable(torch.zeros(2))

@@ -1,9 +1,11 @@
 """Few queries on the GPU's kernels, in Triton's interpreter: no option is lost on the way to the decoding kernel."""
 
+import math
+
 import pytest
 import torch
 
-from softpick import scaled_dot_product_attention
+from softpick import NORMALIZERS, decode_attention, functional, scaled_dot_product_attention
 from softpick.ops.operators import interpreted
 
 pytestmark = pytest.mark.skipif(not interpreted(), reason="runs the GPU kernels in Triton's interpreter")
@@ -76,3 +78,35 @@ def test_rows_of_few_keys_at_any_level(name, level, eps):
     for one, other in zip(*results, strict=True):
         assert one.isfinite().all()
         assert (one.double() - other).norm() <= 2e-3 * (other.norm() + 0.1)
+
+
+@pytest.mark.parametrize("name", NORMALIZERS)
+def test_pages_that_do_not_exist_are_masked(name, monkeypatch):
+    """On a GPU nobody looks at page numbers beforehand: the kernel reads nothing for a wrong one, whatever lies there."""
+    page = 16 if name in ("softmax", "softpick") else 5
+    around = torch.full((5, page, 1, 16), math.nan)  # other people's memory before and behind the cache's three pages
+    pool_k, pool_v = around.clone()[1:4], around.clone()[1:4]
+    for pool in (pool_k, pool_v):
+        pool.copy_(torch.randn(3, page, 1, 16))
+    table = torch.tensor([[0, -1, 2], [2**31 - 1, 1, -(2**31)], [-1, 3, -1]], dtype=torch.int32)
+    lengths = torch.tensor([3 * page, 2 * page + 1, page + 1])
+    query = torch.randn(3, 2, 2, 16)
+    sink = torch.randn(2) if name == "learned_sink" else None
+    window = 2 * page if name in ("softmax", "softpick_abs") else None
+    monkeypatch.setattr(functional, "check_pages", lambda *_: None)
+    got = decode_attention(
+        query, pool_k, pool_v, cache_seqlens=lengths, block_table=table, normalizer=name, sink=sink, window=window,
+        backend="triton", return_lse=True,
+    )  # fmt: skip
+    for b, n in enumerate(lengths.tolist()):
+        j, i = torch.arange(n), torch.arange(n - 2, n)[:, None]
+        there = ((table[b] >= 0) & (table[b] < 3)).repeat_interleave(page)[:n]
+        seen = there & (j <= i) & (j > i - (window or n))
+        k, v = (pool[table[b].clamp(0, 2).long()].flatten(0, 1)[:n].transpose(0, 1) for pool in (pool_k, pool_v))
+        true = [x[None].double() for x in (query[b], k, v)]
+        want = scaled_dot_product_attention(
+            *true, seen, enable_gqa=True, normalizer=name, sink=None if sink is None else sink.double(),
+            backend="reference", return_stats=True,
+        )  # fmt: skip
+        torch.testing.assert_close(got[0][b].double(), want.output[0], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(got[1][b].double(), want.lse[0], rtol=1e-4, atol=1e-4)

@@ -319,6 +319,30 @@ def test_decoding(name, how, poisoned):
     assert relative(lse, want_lse) < 1e-3
 
 
+@pytest.mark.parametrize("page", [16, 64])
+@pytest.mark.parametrize("name", NAMES)
+def test_pages_that_do_not_exist_are_masked(name, page, monkeypatch, poisoned):
+    """By the portable kernel and (pages of 64) the one for Hopper GPUs; looked at beforehand with SOFTPICK_DEBUG=1 only."""
+    from softpick.ops.triton import launch
+
+    monkeypatch.setattr(launch, "_FEWEST_CACHED", 0)
+    q, k, v = (t.detach() for t in inputs((3, 8, 2, 2, 960, 128, 128), BF16))
+    (k, table), (v, _) = paged(k, page), paged(v, page)
+    table[0, 1], table[1, 0], table[1, 2], table[1, -1] = -1, k.shape[0], 2**31 - 1, -(2**31)
+    table[2] = -1
+    sink = sink_for(name, 8)
+    common = {"normalizer": name, "return_lse": True, "block_table": table}
+    with torch.no_grad():
+        true = exact(q, k, v, sink)
+        want, want_lse = decode_attention(*true[:3], sink=true[3], backend="reference", **common)
+        got, lse = decode_attention(q, k, v, sink=sink, backend="triton", **common)
+        assert relative(got, want) < 1e-2
+        assert relative(lse, want_lse) < 1e-3
+        monkeypatch.setenv("SOFTPICK_DEBUG", "1")
+        with pytest.raises(ValueError, match="got -1 for block 1 of sequence 0"):
+            decode_attention(q, k, v, sink=sink, backend="triton", **common)
+
+
 DECODED = {
     "contiguous": {},
     "one query": {"shape": (1, 4, 4, 1, 1, 128, 128)},

@@ -478,7 +478,8 @@ def decode_attention(
             for it, and inside ``torch.compile`` lengths beyond the room count as the room.
         block_table: ``(B, max_blocks)`` int32: the pages of each sequence in order. Entries without a filled position within
             reach of a query may be anything. The others are checked on the CPU, and on a GPU, where looking would wait for
-            it, if the environment variable ``SOFTPICK_DEBUG`` is ``1`` (then ``cache_seqlens`` as well).
+            it, if the environment variable ``SOFTPICK_DEBUG`` is ``1`` (then ``cache_seqlens`` as well). Where nobody looks,
+            nothing is read of a page that does not exist, and its keys count as masked.
         is_causal: each query sees keys up to its own position; False lets every query see all filled positions.
         scale: factor on the scores; ``1 / sqrt(D)`` if None.
         normalizer: a name of ``softpick.NORMALIZERS`` or a record of it.

@@ -1,8 +1,8 @@
 """Attention of few queries against a long cache: the keys are split over programs, the partial results merged.
 
 The queries of a group of heads that share a key head are rows of one tile, so each key is read once. The cache is
-contiguous or paged (``block_table``). With SKIP the values of a key for which no query of the tile keeps its score are not
-read.
+contiguous or paged (``block_table``). A page that the cache does not have is not read, and its keys count as masked. With
+SKIP the values of a key for which no query of the tile keeps its score are not read.
 """
 
 from __future__ import annotations
@@ -39,29 +39,36 @@ __all__ = ["count_tiles", "decode_merge", "decode_split", "keys_of_sequence", "s
 
 @triton.jit
 def _load_keys(
-    base, j, n, d, tk, stride_block, stride_t, stride_d, table, PAGE: tl.constexpr, width,
+    base, j, n, d, tk, stride_block, stride_t, stride_d, table, pages, PAGE: tl.constexpr, width,
     EDGE: tl.constexpr, PAD: tl.constexpr,
 ):  # fmt: skip
     if PAGE == 0:
         return load_rows(base + tl.cast(j, tl.int64) * stride_t, n, d, stride_t, stride_d, tk - j, width, EDGE, PAD)
     else:
-        return _load_wanted(base, j, n, d, j + n < tk, stride_block, stride_t, stride_d, table, PAGE, width)
+        return _load_wanted(base, j, n, d, j + n < tk, stride_block, stride_t, stride_d, table, pages, PAGE, width)
 
 
 @triton.jit
-def _load_wanted(base, j, n, d, wanted, stride_block, stride_t, stride_d, table, PAGE: tl.constexpr, width):
+def _pages_of(positions, wanted, table, pages, PAGE: tl.constexpr):
+    """The page of each position, and whether the position is ``wanted`` and its page exists (0 to ``pages - 1``)."""
+    page = tl.load(table + positions // PAGE, mask=wanted, other=-1)
+    return page.to(tl.int64), page.to(tl.uint32, bitcast=True) < pages.to(tl.uint32)
+
+
+@triton.jit
+def _load_wanted(base, j, n, d, wanted, stride_block, stride_t, stride_d, table, pages, PAGE: tl.constexpr, width):
     """The ``wanted`` rows of a key tile, zero in the place of the others."""
     if PAGE == 0:
         at = base + (tl.cast(j, tl.int64) * stride_t + n * stride_t)[:, None] + d[None, :] * stride_d
     else:
-        block = tl.load(table + (j + n) // PAGE, mask=wanted, other=0).to(tl.int64)
-        at = base + (block * stride_block + ((j + n) % PAGE) * stride_t)[:, None] + d[None, :] * stride_d
+        page, wanted = _pages_of(j + n, wanted, table, pages, PAGE)
+        at = base + (page * stride_block + ((j + n) % PAGE) * stride_t)[:, None] + d[None, :] * stride_d
     return tl.load(at, mask=wanted[:, None] & (d[None, :] < width), other=0.0)
 
 
 @triton.jit
 def _sweep(
-    acc, total, m, q, key, value, mask, table, i2, lo, hi, tq, tk, width, v_width, offset, left, right, unit, softcap,
+    acc, total, m, q, key, value, mask, table, pages, i2, lo, hi, tq, tk, width, v_width, offset, left, right, unit, softcap,
     k_b, k_t, k_d, v_b, v_t, v_d, m_q, m_k,
     BASE: tl.constexpr, RECTIFY: tl.constexpr, ABSOLUTE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr, PAD_D: tl.constexpr, PAD_DV: tl.constexpr, MASK: tl.constexpr, MASK_ROWS: tl.constexpr,
@@ -73,19 +80,22 @@ def _sweep(
         waiting = tl.zeros([q.shape[0], BLOCK_N], q.dtype)
         v = tl.zeros([BLOCK_N, BLOCK_DV], q.dtype)
     for j in tl.range(lo, hi, BLOCK_N):
-        k = _load_keys(key, j, n, d, tk, k_b, k_t, k_d, table, PAGE, width, EDGE, PAD_D)
+        k = _load_keys(key, j, n, d, tk, k_b, k_t, k_d, table, pages, PAGE, width, EDGE, PAD_D)
         if not SKIP:
-            v = _load_keys(value, j, n, dv, tk, v_b, v_t, v_d, table, PAGE, v_width, EDGE, PAD_DV)
+            v = _load_keys(value, j, n, dv, tk, v_b, v_t, v_d, table, pages, PAGE, v_width, EDGE, PAD_DV)
         s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
         s, keep, _ = finish_scores(
             s, i2, (j + n)[None, :], mask, m_q, m_k, tq, tk, offset, left, right, unit, softcap,
             BASE, MASK, MASK_ROWS, LEFT, RIGHT, SOFTCAP, EDGE,
         )  # fmt: skip
-        if EDGE or MASK != 0:
+        if PAGE != 0 and (BASE == EXP or MASK != 0):  # else a key of zeros has a score of 0, which adds nothing
+            _, there = _pages_of(j + n, j + n < tk, table, pages, PAGE)
+            keep = keep & there[None, :]
+        if EDGE or MASK != 0 or (PAGE != 0 and BASE == EXP):
             s = tl.where(keep, s, -INF if BASE == EXP else 0.0)
         if SKIP:
             acc = tl.dot(waiting, v, acc, input_precision=PRECISION)
-            v = _load_wanted(value, j, n, dv, any_kept(s, RECTIFY), v_b, v_t, v_d, table, PAGE, v_width)
+            v = _load_wanted(value, j, n, dv, any_kept(s, RECTIFY), v_b, v_t, v_d, table, pages, PAGE, v_width)
         if BASE != LINEAR:
             high = tl.maximum(m, tl.max(s, 1))
             fresh = tl.where(high == -INF, 0.0, high)
@@ -119,11 +129,11 @@ def _sweep(
     return acc, total, m
 
 
-@triton.jit(do_not_specialize=["kv_heads", "tq", "tk", "left", "right", "chunk", "t_b"])
+@triton.jit(do_not_specialize=["kv_heads", "tq", "tk", "left", "right", "chunk", "t_b", "pages"])
 def decode_split(
     query, key, value, part_out, part_total, part_m, mask, sink, lengths, table,
     q_b, q_h, q_t, q_d, k_b, k_h, k_t, k_d, v_b, v_h, v_t, v_d, m_b, m_h, m_q, m_k, t_b,
-    kv_heads, groups, tq, tk, width, v_width, left, right, unit, softcap, chunk,
+    kv_heads, groups, tq, tk, width, v_width, left, right, unit, softcap, chunk, pages,
     BASE: tl.constexpr, RECTIFY: tl.constexpr, ABSOLUTE: tl.constexpr, CONSTANT: tl.constexpr,
     NEGATIVE_GRADIENT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr, PAD_D: tl.constexpr, PAD_DV: tl.constexpr, MASK: tl.constexpr, MASK_ROWS: tl.constexpr,
@@ -180,7 +190,7 @@ def decode_split(
         few = few_seen(0, tq, tk, offset, left, right, LEFT, RIGHT)
     if few:
         acc, total, m = _sweep(
-            acc, total, m, q, key, value, mask, table_of, i[:, None], lo, hi, tq, tk, width, v_width, offset, left,
+            acc, total, m, q, key, value, mask, table_of, pages, i[:, None], lo, hi, tq, tk, width, v_width, offset, left,
             right, unit, softcap, k_b, k_t, k_d, v_b, v_t, v_d, m_q, m_k,
             BASE, RECTIFY, ABSOLUTE, BLOCK_N, BLOCK_D, BLOCK_DV, PAD_D, PAD_DV, MASK, MASK_ROWS, LEFT, RIGHT, SOFTCAP,
             PAGE, True, True, False, RELU_ASM, PRECISION, True,
@@ -188,20 +198,20 @@ def decode_split(
     else:
         if LEFT:
             acc, total, m = _sweep(
-                acc, total, m, q, key, value, mask, table_of, i[:, None], lo, full_lo, tq, tk, width, v_width, offset, left,
-                right, unit, softcap, k_b, k_t, k_d, v_b, v_t, v_d, m_q, m_k,
+                acc, total, m, q, key, value, mask, table_of, pages, i[:, None], lo, full_lo, tq, tk, width, v_width, offset,
+                left, right, unit, softcap, k_b, k_t, k_d, v_b, v_t, v_d, m_q, m_k,
                 BASE, RECTIFY, ABSOLUTE, BLOCK_N, BLOCK_D, BLOCK_DV, PAD_D, PAD_DV, MASK, MASK_ROWS, LEFT, RIGHT, SOFTCAP,
                 PAGE, True, EXACT, SKIP, RELU_ASM, PRECISION, False,
             )  # fmt: skip
         acc, total, m = _sweep(
-            acc, total, m, q, key, value, mask, table_of, i[:, None], full_lo, full_hi, tq, tk, width, v_width, offset, left,
-            right, unit, softcap, k_b, k_t, k_d, v_b, v_t, v_d, m_q, m_k,
+            acc, total, m, q, key, value, mask, table_of, pages, i[:, None], full_lo, full_hi, tq, tk, width, v_width, offset,
+            left, right, unit, softcap, k_b, k_t, k_d, v_b, v_t, v_d, m_q, m_k,
             BASE, RECTIFY, ABSOLUTE, BLOCK_N, BLOCK_D, BLOCK_DV, PAD_D, PAD_DV, MASK, MASK_ROWS, LEFT, RIGHT, SOFTCAP,
             PAGE, False, EXACT, SKIP, RELU_ASM, PRECISION, False,
         )  # fmt: skip
         acc, total, m = _sweep(
-            acc, total, m, q, key, value, mask, table_of, i[:, None], full_hi, hi, tq, tk, width, v_width, offset, left,
-            right, unit, softcap, k_b, k_t, k_d, v_b, v_t, v_d, m_q, m_k,
+            acc, total, m, q, key, value, mask, table_of, pages, i[:, None], full_hi, hi, tq, tk, width, v_width, offset,
+            left, right, unit, softcap, k_b, k_t, k_d, v_b, v_t, v_d, m_q, m_k,
             BASE, RECTIFY, ABSOLUTE, BLOCK_N, BLOCK_D, BLOCK_DV, PAD_D, PAD_DV, MASK, MASK_ROWS, LEFT, RIGHT, SOFTCAP,
             PAGE, True, EXACT, SKIP, RELU_ASM, PRECISION, False,
         )  # fmt: skip

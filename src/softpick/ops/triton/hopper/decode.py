@@ -43,7 +43,7 @@ _LARGEST, _SMALLEST = Constant(2.0**64), Constant(2.0**-64)
 
 @gluon.jit
 def _fetch(tiles, it, wanted, first, row, kv, table, bar, place, BLOCK_N: gl.constexpr, PAGE: gl.constexpr):
-    """Start copying tile ``it`` of the keys ``first ...``."""
+    """Start copying tile ``it`` of the keys ``first ...``: zeros where there is no such page, of which nothing is read."""
     at = first + it * BLOCK_N
     if PAGE != 0:
         row = gl.load(table + at // PAGE, mask=wanted, other=0).to(gl.int32)
@@ -65,11 +65,14 @@ def _start(
 
 @gluon.jit
 def _scores(
-    it, seen, first, q, keys, ready, i2, tq, tk, offset, left, right, unit, softcap,
+    it, seen, first, q, keys, ready, table, pages, i2, tq, tk, offset, left, right, unit, softcap,
     BASE: gl.constexpr, LEFT: gl.constexpr, RIGHT: gl.constexpr, SOFTCAP: gl.constexpr, BLOCK_M: gl.constexpr,
-    BLOCK_N: gl.constexpr, BLOCK_D: gl.constexpr, STAGES: gl.constexpr, s_layout: gl.constexpr,
+    BLOCK_N: gl.constexpr, BLOCK_D: gl.constexpr, STAGES: gl.constexpr, PAGE: gl.constexpr, s_layout: gl.constexpr,
 ):  # fmt: skip
     """Scores of tile ``it``, the ``seen + it``-th that comes through the stages; what a query does not see adds nothing."""
+    if PAGE != 0 and BASE == EXP:  # no key of a page that does not exist; elsewhere its score of 0 adds nothing
+        page = gl.load(table + (first + it * BLOCK_N) // PAGE)
+        tk = gl.where(page.to(gl.uint32, bitcast=True) < pages.to(gl.uint32), tk, 0)
     stage = (seen + it) % STAGES
     mbarrier.wait(ready.index(stage), ((seen + it) // STAGES) & 1)
     zero = gl.zeros([BLOCK_N, BLOCK_M], gl.float32, layout=s_layout)
@@ -84,8 +87,8 @@ def _scores(
 
 @gluon.jit
 def _sweep(
-    m, seen, taken, count, first, row, kv, q, key_tiles, value_tiles, keys, values, weights, ready, arrived, table, i2,
-    rows, tq, tk, offset, left, right, unit, softcap,
+    m, seen, taken, count, first, row, kv, q, key_tiles, value_tiles, keys, values, weights, ready, arrived, table, pages,
+    i2, rows, tq, tk, offset, left, right, unit, softcap,
     BASE: gl.constexpr, RECTIFY: gl.constexpr, ABSOLUTE: gl.constexpr, LEFT: gl.constexpr, RIGHT: gl.constexpr,
     SOFTCAP: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_D: gl.constexpr, BLOCK_DV: gl.constexpr,
     STAGES: gl.constexpr, VALUES: gl.constexpr, PAGE: gl.constexpr, LENGTHS: gl.constexpr, SKIP: gl.constexpr,
@@ -104,8 +107,8 @@ def _sweep(
     valid = tk - first - (count - 1) * BLOCK_N  # keys of the last tile
     for it in range(count):
         s, keep = _scores(
-            it, seen, first, q, keys, ready, i2, tq, tk, offset, left, right, unit, softcap,
-            BASE, LEFT, RIGHT, SOFTCAP, BLOCK_M, BLOCK_N, BLOCK_D, STAGES, s_layout,
+            it, seen, first, q, keys, ready, table, pages, i2, tq, tk, offset, left, right, unit, softcap,
+            BASE, LEFT, RIGHT, SOFTCAP, BLOCK_M, BLOCK_N, BLOCK_D, STAGES, PAGE, s_layout,
         )  # fmt: skip
         s = gl.where(keep, s, -INF if BASE == EXP else 0.0)
         p = numerators(s, m, BASE, SHIFT, SHIFT)
@@ -178,7 +181,7 @@ def _product(
 
 @gluon.jit
 def _largest(
-    seen, count, first, row, kv, q, key_tiles, keys, ready, table, i2, tq, tk, offset, left, right, unit, softcap,
+    seen, count, first, row, kv, q, key_tiles, keys, ready, table, pages, i2, tq, tk, offset, left, right, unit, softcap,
     BASE: gl.constexpr, LEFT: gl.constexpr, RIGHT: gl.constexpr, SOFTCAP: gl.constexpr, BLOCK_M: gl.constexpr,
     BLOCK_N: gl.constexpr, BLOCK_D: gl.constexpr, STAGES: gl.constexpr, PAGE: gl.constexpr, s_layout: gl.constexpr,
 ):  # fmt: skip
@@ -186,8 +189,8 @@ def _largest(
     top = gl.full([BLOCK_N, BLOCK_M], -INF, gl.float32, layout=s_layout)
     for it in range(count):
         s, keep = _scores(
-            it, seen, first, q, keys, ready, i2, tq, tk, offset, left, right, unit, softcap,
-            BASE, LEFT, RIGHT, SOFTCAP, BLOCK_M, BLOCK_N, BLOCK_D, STAGES, s_layout,
+            it, seen, first, q, keys, ready, table, pages, i2, tq, tk, offset, left, right, unit, softcap,
+            BASE, LEFT, RIGHT, SOFTCAP, BLOCK_M, BLOCK_N, BLOCK_D, STAGES, PAGE, s_layout,
         )  # fmt: skip
         top = gl.maximum(top, gl.where(keep, s, -INF))
         barrier()
@@ -214,7 +217,7 @@ def _take(
     q, keys, values, weights, ready, arrived = room
     query, key_tiles, value_tiles, part_out, part_total, part_m, out, lse, sink, table = tensors
     q_b, q_h, q_t, q_d, o_b, o_h, o_t, o_d, l_b, l_h, l_t, t_b = strides
-    groups, tq, width, v_width, left, right, unit, softcap, eps = numbers
+    groups, tq, width, v_width, left, right, unit, softcap, eps, pages = numbers
     s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [num_warps, 1], [16, BLOCK_M, 16])
     o_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [num_warps, 1], [16, BLOCK_M, 16])
     q_layout: gl.constexpr = gl.BlockedLayout([1, 8], [32 // (BLOCK_D // 8), BLOCK_D // 8], [num_warps, 1], [1, 0])
@@ -238,7 +241,7 @@ def _take(
     zero = gl.zeros([BLOCK_M], gl.float32, layout=gl.SliceLayout(0, s_layout))
     acc, total, taken = _sweep(
         zero[None, :], seen, taken, count, lo, b, kv, q, key_tiles, value_tiles, keys, values, weights, ready, arrived,
-        table_of, i[None, :], rows[None, :], tq, filled, offset, left, right, unit, softcap,
+        table_of, pages, i[None, :], rows[None, :], tq, filled, offset, left, right, unit, softcap,
         BASE, RECTIFY, ABSOLUTE, LEFT, RIGHT, SOFTCAP, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, STAGES, VALUES, PAGE, LENGTHS,
         SKIP, False, s_layout, o_layout, num_warps,
     )  # fmt: skip
@@ -265,7 +268,7 @@ def _take(
     if (wrong > 0) | few:
         _start(key_tiles, seen, count, lo, b, kv, table_of, ready, keys, BLOCK_N, PAGE, STAGES, STAGES)
         m = _largest(
-            seen, count, lo, b, kv, q, key_tiles, keys, ready, table_of, i[None, :],
+            seen, count, lo, b, kv, q, key_tiles, keys, ready, table_of, pages, i[None, :],
             tq, filled, offset, left, right, unit, softcap,
             BASE, LEFT, RIGHT, SOFTCAP, BLOCK_M, BLOCK_N, BLOCK_D, STAGES, PAGE, s_layout,
         )  # fmt: skip
@@ -283,7 +286,7 @@ def _take(
             )  # fmt: skip
         acc, total, taken = _sweep(
             gl.where(m == -INF, 0.0, m)[None, :], seen, taken, count, lo, b, kv, q, key_tiles, value_tiles, keys,
-            values, weights, ready, arrived, table_of, i[None, :], rows[None, :], tq, filled, offset, left, right, unit,
+            values, weights, ready, arrived, table_of, pages, i[None, :], rows[None, :], tq, filled, offset, left, right, unit,
             softcap, BASE, RECTIFY, ABSOLUTE, LEFT, RIGHT, SOFTCAP, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, STAGES, VALUES,
             PAGE, LENGTHS, SKIP, True, s_layout, o_layout, num_warps,
         )  # fmt: skip
@@ -317,11 +320,11 @@ def _take(
     return seen, taken
 
 
-@gluon.jit(do_not_specialize=["sequences", "kv_heads", "tq", "tk", "left", "right", "fewest", "t_b"])
+@gluon.jit(do_not_specialize=["sequences", "kv_heads", "tq", "tk", "left", "right", "fewest", "t_b", "pages"])
 def decode_keys(
     query, key_tiles, value_tiles, part_out, part_total, part_m, out, lse, sink, lengths, table,
     q_b, q_h, q_t, q_d, o_b, o_h, o_t, o_d, l_b, l_h, l_t, t_b,
-    sequences, kv_heads, groups, tq, tk, width, v_width, left, right, unit, softcap, eps, fewest,
+    sequences, kv_heads, groups, tq, tk, width, v_width, left, right, unit, softcap, eps, fewest, pages,
     BASE: gl.constexpr, RECTIFY: gl.constexpr, ABSOLUTE: gl.constexpr, CONSTANT: gl.constexpr,
     NEGATIVE_GRADIENT: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_D: gl.constexpr,
     BLOCK_DV: gl.constexpr, STAGES: gl.constexpr, VALUES: gl.constexpr, LEFT: gl.constexpr, RIGHT: gl.constexpr,
@@ -336,8 +339,9 @@ def decode_keys(
 
     WHOLE: no pair is divided; programs write ``out`` and ``lse``, and there is nothing to merge.
 
-    Pages have a multiple of BLOCK_N keys. Weights are taken relative to 0; only where a sum left the range, or where a query
-    sees few keys, once more relative to the largest score.
+    Pages have a multiple of BLOCK_N keys; of one that the cache does not have nothing is read (:func:`_fetch`). Weights are
+    taken relative to 0; only where a sum left the range, or where a query sees few keys, once more relative to the largest
+    score.
     """
     gdc_launch_dependents()  # the merge waits by itself
     shared: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK_M, BLOCK_D], gl.bfloat16)
@@ -355,7 +359,7 @@ def decode_keys(
     room = (q, keys, values, weights, ready, arrived)
     tensors = (query, key_tiles, value_tiles, part_out, part_total, part_m, out, lse, sink, table)
     strides = (q_b, q_h, q_t, q_d, o_b, o_h, o_t, o_d, l_b, l_h, l_t, t_b)
-    numbers = (groups, tq, width, v_width, left, right, unit, softcap, eps)
+    numbers = (groups, tq, width, v_width, left, right, unit, softcap, eps, pages)
     if SHARED:
         program = gl.program_id(0)
         some = gl.arange(0, 32 * num_warps, layout=gl.BlockedLayout([1], [32], [num_warps], [0]))

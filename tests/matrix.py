@@ -3,7 +3,9 @@
     python tests/matrix.py [--triton 3.9.0] [--target 120]
 
 Each Triton is installed into a folder of its own below ``.matrix`` (200 MB each), where finished cells are kept, too; a cell is
-compiled again when a kernel's source has changed. Prints a table in Markdown and exits with 1 if a cell fails.
+compiled again when the source of one of its kernels has changed. A cell of the table, which is printed in Markdown, has the
+number of kernels, the most shared memory that one takes (KiB), and the most that a thread of one spills (bytes). It fails if a
+kernel does not compile, or needs more shared memory or more registers than the chip has; then the exit code is 1.
 """
 
 from __future__ import annotations
@@ -14,7 +16,12 @@ import json
 import os
 import subprocess
 import sys
+import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
+
+from kernel_resources import REGISTERS
 
 ROOT = Path(__file__).parents[1]
 CACHE = ROOT / ".matrix"
@@ -30,9 +37,11 @@ CASES = [
 BY_HAND = ["softpick,64,bfloat16,hopper", "softpick,128,bfloat16,hopper"]
 
 
-def source() -> str:
-    """A hash of what is compiled."""
-    files = [*sorted((ROOT / "src/softpick/ops/triton").rglob("*.py")), Path(__file__).with_name("compile_kernels.py")]
+def source(target: str) -> str:
+    """A hash of what is compiled for a target: the kernels in Gluon are for Hopper GPUs alone."""
+    files = [*sorted((ROOT / "src/softpick/ops/triton").rglob("*.py")), ROOT / "src/softpick/normalizers.py"]
+    files = [path for path in files if target == "90" or path.parent.name != "hopper"]
+    files += [Path(__file__).with_name(name) for name in ("compile_kernels.py", "kernel_resources.py")]
     return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()[:16]
 
 
@@ -45,11 +54,11 @@ def install(version: str) -> Path:
     return folder
 
 
-def cell(version: str, target: str) -> dict[str, object]:
-    """Results of all cases: the most shared memory in KiB, and what failed."""
-    kept = CACHE / "cells" / f"{version}-{target}-{source()}.json"
-    if kept.exists():
-        return dict(json.loads(kept.read_text()))
+def cell(version: str, target: str) -> dict[str, Any]:
+    """Results of all cases: the most shared memory (KiB), the most that was spilled (bytes), and what failed."""
+    kept, of = CACHE / "cells" / f"{version}-{target}.json", source(target)
+    if kept.exists() and (found := json.loads(kept.read_text()))["of"] == of:
+        return dict(found)
     paths = [str(install(version)), str(ROOT / "src")]
     environment = {
         **os.environ, "PYTHONPATH": os.pathsep.join(paths), "TRITON_INTERPRET": "0", "OMP_NUM_THREADS": "1",
@@ -58,18 +67,27 @@ def cell(version: str, target: str) -> dict[str, object]:
     cases = CASES + (BY_HAND if target == "90" else [])
     script = str(Path(__file__).with_name("compile_kernels.py"))
     done = subprocess.run([sys.executable, script, target, *cases], env=environment, capture_output=True, text=True)
-    found = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
-    failed = [f"{one['case']}: {one['error']}" for one in found if "error" in one]
-    if len(found) < len(cases):
+    results = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    failed = [f"{one['case']}: {one['error']}" for one in results if "error" in one]
+    if len(results) < len(cases):
         failed.append(done.stderr[-500:])
-    taken = [(k["shared"] / 1024, one["case"], name) for one in found for name, k in one.get("kernels", {}).items()]
-    failed += [
-        f"{case}: {name} has {size:.0f} KiB of shared memory" for size, case, name in taken if size > TARGETS[target]
-    ]
-    result = {"kernels": len(taken), "shared": max(taken, default=(0,))[0], "failed": failed}
+    taken = [(one["case"], name, k) for one in results for name, k in one.get("kernels", {}).items()]
+    failed += [f"{case}: {name}: {problem}" for case, name, k in taken for problem in too_much(k, target)]
+    most = {key: max((k[key] for _, _, k in taken), default=0) for key in ("shared", "registers", "spilled")}
+    result = {"of": of, "date": time.strftime("%Y-%m-%d"), "kernels": len(taken), **most, "failed": failed}
     kept.parent.mkdir(parents=True, exist_ok=True)
-    kept.write_text(json.dumps(result))
+    temporary = kept.with_suffix(".tmp")
+    temporary.write_text(json.dumps(result))
+    temporary.replace(kept)
     return result
+
+
+def too_much(taken: dict[str, int], target: str) -> Iterator[str]:
+    """What a kernel needs and the chip does not have."""
+    if taken["shared"] > TARGETS[target] * 1024:
+        yield f"takes {taken['shared'] / 1024:.1f} KiB of shared memory, {target} has {TARGETS[target]}"
+    if target.isdecimal() and taken["registers"] > REGISTERS:
+        yield f"takes {taken['registers']} registers of {REGISTERS}"
 
 
 def main() -> int:
@@ -83,10 +101,11 @@ def main() -> int:
         row = []
         for target in targets:
             result = cell(version, target)
-            for problem in result["failed"]:  # type: ignore[attr-defined]
+            for problem in result["failed"]:
                 print(f"Triton {version}, {target}: {problem}", file=sys.stderr, flush=True)
             bad += bool(result["failed"])
-            row.append("**fails**" if result["failed"] else f"{result['kernels']} kernels, {result['shared']:.0f} KiB")
+            size = f"{result['kernels']} kernels, {result['shared'] / 1024:.0f} KiB, {result['spilled']} B"
+            row.append("**fails**" if result["failed"] else size)
         print(f"| {version} | " + " | ".join(row) + " |", flush=True)
     return int(bad > 0)
 

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from softpick.analysis.settings import KNOCKOUTS, SAMPLE_TEXTS, AuditError, AuditSettings
 from softpick.experiment.corpus import get_corpus
-from softpick.experiment.environment import chosen_device, command_line, versions
+from softpick.experiment.environment import chosen_device, command_line, device_line, versions
 from softpick.experiment.files import OutputError, writing
 from softpick.experiment.models import (
     Subject,
@@ -74,6 +74,7 @@ def audit(
     settings.check()
     settings = replace(settings, device=chosen_device(settings.device))
     reporter = reporter if reporter is not None else Silent()
+    reporter.say(device_line(settings.device))
     with nullcontext() if state is None else Workspace(state):
         return _audit(settings, reporter, command, None if state is None else Path(state))
 

@@ -79,7 +79,7 @@ class AuditSettings:
         metavar="NAME",
         shown="the model's own",
     )
-    device: str = setting("cpu", DEVICES)
+    device: str = setting("auto", DEVICES)
     dtype: str = setting("auto", DTYPE)
     trust_remote_code: bool = setting(False, TRUST)
 

@@ -27,7 +27,7 @@ def make_console(wide: bool = False) -> Console:
 def going_on(console: Console, output: str) -> Iterator[None]:
     """After Ctrl-C, how to go on. And nothing of transformers' log but errors."""
     from softpick.experiment.quiet import quiet_transformers
-    from softpick.training.engine import Interrupted
+    from softpick.experiment.stopping import Interrupted
 
     try:
         with quiet_transformers():

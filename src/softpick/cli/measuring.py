@@ -33,7 +33,7 @@ def analyze(
     """Measure attention sinks, outliers, sparsity and dead heads of any transformers model (softmax or not) and write a
     report.
     """
-    require("transformers", "accelerate", "tokenizers", "numpy")
+    require("transformers", "numpy", extra="analyze")
     from softpick.analysis import write_report
     from softpick.analysis.audit import audit, forget
     from softpick.experiment.files import write_json, writing

@@ -42,8 +42,8 @@ def compare(
     # nothing here needs the network; this also keeps the libraries below from looking
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    from softpick.experiment.stopping import StopRequest
     from softpick.training.compare import compare as run
-    from softpick.training.engine import StopRequest
 
     console = make_console()
     with going_on(console, folder):
@@ -76,7 +76,7 @@ def train(
     if made.tokenizer is None and not (made.data or "").startswith("hub:"):
         os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-    from softpick.training.engine import StopRequest
+    from softpick.experiment.stopping import StopRequest
     from softpick.training.pretrain import train as run
 
     console = make_console()
@@ -111,7 +111,7 @@ def grid(
     share: str = Option("1/1", metavar="I/N", help="Train every Nth run from the Ith on: a process for each GPU."),
     minutes: float = Option(None, help="After them the run in progress stops at a checkpoint."),
     output: str = Option(None, metavar=OUTPUT, help="Folder of the grid.  [default: softpick-grid-RECIPE]"),
-    device: str = Option("auto", help="auto, cpu, cuda or mps."),
+    device: str = Option("auto", help=DEVICES),
 ) -> None:
     """Train many runs of a recipe, for variants of its attention and several seeds, and put them side by side. Running the
     same command again continues; a finished run is never repeated.
@@ -123,7 +123,7 @@ def grid(
     variants, numbers = split(normalizers), integers("seeds", seeds)
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     from softpick.experiment.reading import DataError
-    from softpick.training.engine import Interrupted, StopRequest
+    from softpick.experiment.stopping import Interrupted, StopRequest
     from softpick.training.grid import grid as run
     from softpick.training.recipes import RecipeError, get_recipe
 

@@ -30,7 +30,7 @@ from softpick.evaluation.tasks import (
     starts_with_bos,
 )
 from softpick.experiment.corpus import get_corpus
-from softpick.experiment.environment import chosen_device, command_line, hardware, versions
+from softpick.experiment.environment import chosen_device, command_line, device_line, hardware, versions
 from softpick.experiment.models import ModelError, Subject, identity, load_subject
 from softpick.experiment.parts import Parts, stamps, titles
 from softpick.experiment.perplexity import learned_positions, perplexity_by_position, position_edges
@@ -76,6 +76,7 @@ def evaluate(
     settings.check()
     settings = replace(settings, device=chosen_device(settings.device))
     reporter = reporter if reporter is not None else Silent()
+    reporter.say(device_line(settings.device))
     with nullcontext() if state is None else Workspace(state):
         return _evaluate(settings, reporter, command, state)
 

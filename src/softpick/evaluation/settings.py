@@ -66,7 +66,7 @@ class EvaluateSettings:
     batch_size: int = setting(8, "Sequences a forward pass.")
     seed: int = setting(0, "Of passkeys, few-shot examples and standard errors.")
     attn_implementation: str | None = setting(None, ATTENTION, metavar="NAME", shown="the model's own")
-    device: str = setting("cpu", DEVICES)
+    device: str = setting("auto", DEVICES)
     dtype: str = setting("auto", DTYPE)
     trust_remote_code: bool = setting(False, TRUST)
 

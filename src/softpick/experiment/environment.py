@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-__all__ = ["chosen_device", "command_line", "hardware", "missing_device", "versions"]
+__all__ = ["chosen_device", "command_line", "device_line", "hardware", "missing_device", "versions"]
 
 
 def hardware(device: str = "cpu") -> str:
@@ -28,8 +28,15 @@ def hardware(device: str = "cpu") -> str:
 
 
 def chosen_device(name: str) -> str:
-    """The device itself, and for ``auto`` ``cuda`` where torch finds a GPU of that kind, else ``cpu``."""
-    return name if name != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    """The device itself, and for ``auto`` the first of ``cuda`` and ``mps`` that torch can use, else ``cpu``."""
+    if name != "auto":
+        return name
+    return next((kind for kind in ("cuda", "mps") if missing_device(kind) is None), "cpu")
+
+
+def device_line(name: str) -> str:
+    """What a command says first: the device that was chosen, and what it is."""
+    return f"device: {name}" + (f" ({hardware(name)})" if missing_device(name) is None else "")
 
 
 def missing_device(name: str) -> str | None:

@@ -208,7 +208,7 @@ def _open(file: Path) -> BinaryIO:
         try:
             import pyarrow as pa
         except ModuleNotFoundError:
-            raise DataError(f"data: {file} needs pyarrow: pip install 'softpick[compare]'") from None
+            raise DataError(f"data: {file} needs pyarrow: pip install pyarrow") from None
         return io.BufferedReader(pa.CompressedInputStream(pa.OSFile(str(file)), "zstd"))
     openers: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
     return openers.get(compression, open)(file, "rb")
@@ -388,7 +388,7 @@ def _read_parquet(file: Path, name: str, found: _Found) -> Iterator[str]:
         import pyarrow as pa
         import pyarrow.parquet as pq
     except ModuleNotFoundError:
-        raise DataError(f"data: {file} needs pyarrow: pip install 'softpick[compare]'") from None
+        raise DataError(f"data: {file} needs pyarrow: pip install pyarrow") from None
     row = 0
     with _open(file) as stream:
         try:

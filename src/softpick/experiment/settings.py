@@ -42,7 +42,7 @@ _SEED = 2**32 - 1  # numpy's largest
 
 # Help texts of settings that several commands have.
 ATTENTION = "eager, sdpa or a normalizer."
-DEVICES = "cpu, cuda, mps, or auto: cuda where there is such a GPU, else cpu."
+DEVICES = "cpu, cuda, mps, or auto: cuda where there is such a GPU, else mps, else cpu."
 DTYPE = "auto (as saved), float32, bfloat16 or float16."
 FILES = "Text, JSONL, JSON, CSV, TSV or parquet file, also compressed, or a directory of them."
 OWN_TEXT = "sources of the Python standard library"

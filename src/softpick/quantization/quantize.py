@@ -25,7 +25,7 @@ from torch import Tensor
 
 from softpick.evaluation.tasks import HEADLINES, EvaluationError, expected_files, run_tasks
 from softpick.experiment.corpus import get_corpus, split_documents
-from softpick.experiment.environment import chosen_device, command_line, hardware, versions
+from softpick.experiment.environment import chosen_device, command_line, device_line, hardware, versions
 from softpick.experiment.files import writing
 from softpick.experiment.models import Subject, identity, load_subject, saved_positions
 from softpick.experiment.parts import Parts, stamps, titles
@@ -105,8 +105,10 @@ def quantize(
     """
     settings.check()
     settings = replace(settings, device=chosen_device(settings.device))
+    reporter = reporter if reporter is not None else Silent()
+    reporter.say(device_line(settings.device))
     with Workspace(output):
-        return _quantize(settings, Path(output), reporter if reporter is not None else Silent(), command)
+        return _quantize(settings, Path(output), reporter, command)
 
 
 def _quantize(settings: QuantizeSettings, output: Path, reporter: Reporter, command: str) -> dict[str, Any]:

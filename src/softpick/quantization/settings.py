@@ -81,7 +81,7 @@ class QuantizeSettings:
     batch_size: int = setting(8, "Sequences a forward pass.")
     seed: int = setting(0, "Of few-shot examples and standard errors.")
     attn_implementation: str | None = setting(None, ATTENTION, metavar="NAME", shown="the model's own")
-    device: str = setting("cpu", DEVICES)
+    device: str = setting("auto", DEVICES)
     dtype: str = setting("auto", DTYPE)
     trust_remote_code: bool = setting(False, TRUST)
     keep: bool = setting(False, "Leave the quantized models in the folder.")

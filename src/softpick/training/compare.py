@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from softpick.experiment.corpus import get_corpus, split_documents
-from softpick.experiment.environment import command_line, hardware, versions
+from softpick.experiment.environment import command_line, device_line, hardware, versions
 from softpick.experiment.files import digest, json_text, read_json, text_digest, write_json, writing
 from softpick.experiment.progress import Reporter, Silent
 from softpick.experiment.reading import DataError
@@ -41,7 +41,7 @@ from softpick.training.settings import TASKS, Settings, SettingsError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-    from softpick.training.engine import StopRequest
+    from softpick.experiment.stopping import StopRequest
 
 __all__ = ["TASKS", "Settings", "SettingsError", "compare"]
 
@@ -89,11 +89,12 @@ def compare(
         SettingsError: ``output`` holds something else, cannot be written, or is used by another process.
         softpick.experiment.files.OutputError: the disk refused while it worked; the run can be continued.
         DataError: the data cannot be used.
-        softpick.training.engine.Interrupted: after ``stop`` was requested and the checkpoint written.
+        softpick.experiment.stopping.Interrupted: after ``stop`` was requested and the checkpoint written.
         softpick.training.engine.NonFinite: a model's loss is not finite after training.
     """
     settings.check()
     reporter = reporter if reporter is not None else Silent()
+    reporter.say(device_line(settings.device))
     output = Path(output)
     if fresh:
         _set_aside(output, reporter)

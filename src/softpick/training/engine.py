@@ -9,15 +9,12 @@ from __future__ import annotations
 import math
 import os
 import shutil
-import signal
-import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import safetensors.torch
@@ -42,6 +39,7 @@ from transformers.trainer_utils import SaveStrategy
 from softpick.experiment.files import read_json, write_json, write_text, writing
 from softpick.experiment.progress import ProgressBar
 from softpick.experiment.quiet import quiet_transformers
+from softpick.experiment.stopping import Interrupted, StopRequest
 from softpick.integrations.transformers import SoftpickLlamaConfig, SoftpickLlamaForCausalLM
 from softpick.normalizers import get_normalizer
 from softpick.training import checkpoints
@@ -64,10 +62,6 @@ __all__ = [
     "write_json",
     "write_text",
 ]
-
-
-class Interrupted(Exception):  # noqa: N818 - not an error: the run can be continued
-    """Training stopped on request at a checkpoint."""
 
 
 class NonFinite(Exception):  # noqa: N818 - its name says it
@@ -230,33 +224,6 @@ def training_arguments(
     if arguments.n_gpu > 1:
         arguments._n_gpu = 1  # several GPUs of one process would mean DataParallel; recipes use torchrun
     return arguments
-
-
-@dataclass
-class StopRequest:
-    """Ctrl-C as a wish: the first asks training to stop at a checkpoint, the second interrupts at once."""
-
-    requested: bool = False
-
-    @contextmanager
-    def on_signals(self) -> Iterator[StopRequest]:
-        """Listen to SIGINT and SIGTERM (in the main thread; elsewhere this does nothing)."""
-        if threading.current_thread() is not threading.main_thread():
-            yield self
-            return
-
-        def ask(number: int, frame: FrameType | None) -> None:
-            if self.requested:
-                raise KeyboardInterrupt
-            self.requested = True
-            os.write(2, b"\nstopping at the next checkpoint; once more stops at once\n")
-
-        before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
-        try:
-            yield self
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
 
 
 class _Watch(TrainerCallback):

@@ -32,7 +32,7 @@ from softpick.training.prepare import data_digest, share_tokens
 from softpick.training.recipes import Recipe, RecipeError
 
 if TYPE_CHECKING:
-    from softpick.training.engine import StopRequest
+    from softpick.experiment.stopping import StopRequest
 
 __all__ = ["SWITCHES", "Run", "grid", "make_runs", "read_rows"]
 
@@ -132,9 +132,9 @@ def grid(
     Raises:
         RecipeError: a variant, the share or the folder does not fit, or torchrun started several ranks.
         softpick.training.data.DataError: the data cannot be used.
-        softpick.training.engine.Interrupted: stopped at a checkpoint, by ``stop`` or after ``minutes``.
+        softpick.experiment.stopping.Interrupted: stopped at a checkpoint, by ``stop`` or after ``minutes``.
     """
-    from softpick.training.engine import Interrupted, StopRequest
+    from softpick.experiment.stopping import Interrupted, StopRequest
     from softpick.training.grid_report import write_grid_report
 
     runs = make_runs(recipe, variants, seeds)

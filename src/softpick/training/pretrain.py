@@ -30,7 +30,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from softpick.experiment.environment import chosen_device, command_line, hardware, missing_device, versions
+from softpick.experiment.environment import chosen_device, command_line, device_line, hardware, missing_device, versions
 from softpick.experiment.files import (
     DamagedFileError,
     OutputError,
@@ -51,7 +51,7 @@ from softpick.training.recipes import Recipe, RecipeError
 from softpick.training.token_files import collator
 
 if TYPE_CHECKING:
-    from softpick.training.engine import StopRequest
+    from softpick.experiment.stopping import StopRequest
 
 __all__ = ["train"]
 
@@ -75,7 +75,7 @@ def train(
     Args:
         recipe: what to train.
         output: folder of the run.
-        device: ``cpu``, ``cuda``, ``mps``, or ``auto``: ``cuda`` where torch finds such a GPU, else ``cpu``.
+        device: ``cpu``, ``cuda``, ``mps``, or ``auto``: the first of ``cuda`` and ``mps`` that torch can use, else ``cpu``.
         tensorboard: also write TensorBoard events (needs tensorboard).
         trust_remote_code: Python code that comes with the recipe's tokenizer may run.
         tokens: folder with ``tokenizer/``, ``train.tokens`` and ``validation.tokens`` of the same data, made by another run:
@@ -90,7 +90,7 @@ def train(
     Raises:
         RecipeError: the recipe does not fit the folder or the machine.
         softpick.training.data.DataError: the data cannot be used.
-        softpick.training.engine.Interrupted: after ``stop`` was requested and the checkpoint written.
+        softpick.experiment.stopping.Interrupted: after ``stop`` was requested and the checkpoint written.
         softpick.training.engine.NonFinite: too many steps in a row without a finite gradient.
         softpick.experiment.files.OutputError: the disk refused, or a file of the run was changed; it names the file.
     """
@@ -102,6 +102,7 @@ def train(
         raise RecipeError("tensorboard: is not installed: pip install tensorboard")
     if rank or reporter is None:
         reporter = Silent()
+    reporter.say(device_line(device))
     with ExitStack() as stack:
         shared = None if tokens is None else Path(tokens)
         return _train(

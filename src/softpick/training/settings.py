@@ -89,7 +89,7 @@ class Settings:
     warmup_steps: int = _of_task("warmup_steps", "Steps of linear warm-up.", note="At most ``steps``.")
     weight_decay: float = _of_task("weight_decay", note="Of AdamW.")
     vocab_size: int = _of_task("vocab_size", "Of the byte-level BPE.")
-    device: str = setting("cpu", DEVICES)
+    device: str = setting("auto", DEVICES)
 
     @classmethod
     def for_task(cls, task: str = "text", **given: Any) -> Settings:

@@ -12,8 +12,9 @@ from softpick.experiment.models import Subject, load_subject
 from softpick.experiment.perplexity import perplexity
 from softpick.experiment.progress import Silent
 from softpick.quantization import methods
-from softpick.quantization.methods import Job, load_hqq
-from softpick.quantization.methods import quantize as quantize_weights
+from softpick.quantization.apply import Job
+from softpick.quantization.apply import quantize as quantize_weights
+from softpick.quantization.methods import load_hqq
 from softpick.quantization.verify import QuantizationError
 from softpick.training import engine
 from softpick.training.data import train_tokenizer

@@ -7,6 +7,7 @@ import sys
 
 import pytest
 import torch
+from torch import nn
 
 pytest.importorskip("transformers")
 pytest.importorskip("matplotlib")
@@ -31,7 +32,7 @@ from softpick.evaluation.tasks import EvaluationError
 from softpick.experiment.models import ModelError
 from softpick.experiment.perplexity import perplexity
 from softpick.integrations.transformers import SoftpickLlamaConfig, SoftpickLlamaForCausalLM, normalizer_of
-from softpick.quantization import methods
+from softpick.quantization import methods, plots
 from softpick.quantization import quantize as quantize_module
 from softpick.quantization.quantize import (
     QuantizeSettings,
@@ -43,7 +44,7 @@ from softpick.quantization.quantize import (
     summary_rows,
     weight_rows,
 )
-from softpick.quantization.verify import QuantizationError
+from softpick.quantization.verify import QuantizationError, inner_layers
 from softpick.training.data import train_tokenizer
 
 TEXT = [f"def function_{i}(a, b):\n    return a * {i} + b - {i * i}\n" * 6 for i in range(60)]
@@ -150,6 +151,54 @@ def test_weights(home, tmp_path, method, bits, error, monkeypatch):
     assert sorted(p.name for p in tmp_path.glob("*.log")) == [f"softpick-{method}-{b}bit.log" for b in bits]
     forget(tmp_path)
     assert not list(tmp_path.glob("quantize-*"))
+
+
+class Rounded(nn.Linear):
+    """A matrix of 2 bits: one scale for all of it."""
+
+
+def round_all(job):
+    """A quantizer that needs no library."""
+    model = job.load().model
+    for layer in inner_layers(model).values():
+        largest = layer.weight.detach().abs().max()
+        layer.weight.data = (layer.weight / largest).round() * largest
+        layer.__class__ = Rounded
+    model.save_pretrained(job.folder)
+    return model
+
+
+def test_a_quantizer_is_one_record(home, tmp_path, monkeypatch):
+    """One that is added is on the command line, in the settings, the table, the report and the plot."""
+    record = methods.Method(
+        name="toy", title="Toy rounding", bits=(2, 5), packages=("json",), citation="Nobody 2026", apply=round_all,
+        check=lambda job: None, block=lambda job: None, grouped=True, distributions=("pytest",), marker="*", line=":",
+    )  # fmt: skip
+    monkeypatch.setitem(methods.METHODS, "toy", record)
+    given = settings(home, methods=("toy",), bits=(2,), group_size=32)
+    report = quantize(given, tmp_path)
+    for run in report["runs"]:
+        (_, cell) = run["cells"]
+        assert (cell["title"], cell["bits"]) == ("Toy rounding 2 bits", 2)
+        assert max(layer["levels"] for layer in cell["weights"]["layers"]) == 3
+    assert "Toy rounding (Nobody 2026)" in report["meta"]["quantizers"]
+    assert f"pytest {pytest.__version__}" in report["meta"]["versions"]
+    assert "| Toy rounding 2 bits |" in markdown(report)
+    drawn = [line for line in plots._weights(report).axes[0].lines if "toy" in str(line.get_label())]
+    assert {(line.get_marker(), line.get_linestyle()) for line in drawn} == {("*", ":")}
+    with pytest.raises(EvaluationError, match=r"bits: toy has 2, 5; got 3"):
+        settings(home, methods=("toy",), bits=(3,)).check()
+    code = (
+        "from dataclasses import replace\n"
+        "from softpick.quantization.methods import METHODS\n"
+        "METHODS['toy'] = replace(METHODS['hqq'], name='toy', title='Toy rounding', bits=(2, 5), calibrated=True)\n"
+        "from softpick.cli import main\n"
+        "main(['quantize', '--help'])"
+    )
+    help_text = " ".join(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.split())
+    for words in ("HQQ, bitsandbytes, GPTQ or Toy rounding", "Comma-separated: hqq, bnb, gptq, toy; none", "toy 2,5.",
+                  "(hqq, gptq, toy)", "Sequences that gptq, toy and the scales"):  # fmt: skip
+        assert words in help_text, help_text
 
 
 @pytest.mark.parametrize("method", ["hqq", "bnb"])

@@ -13,12 +13,18 @@ from softpick.analysis.settings import AuditSettings
 from softpick.cli.console import ConsoleReporter, going_on, make_console, print_report
 from softpick.cli.options import OUTPUT, require, with_settings
 from softpick.evaluation.settings import EvaluateSettings
+from softpick.quantization.methods import METHODS
 from softpick.quantization.settings import QuantizeSettings
 
 if TYPE_CHECKING:
     from rich.console import Console
 
 __all__ = ["analyze", "evaluate", "quantize"]
+
+
+def _either(names: Sequence[str]) -> str:
+    """One of them, in words."""
+    return " or ".join(filter(None, (", ".join(names[:-1]), names[-1])))
 
 
 @with_settings(AuditSettings)
@@ -81,14 +87,14 @@ def evaluate(
     _print_evaluation(report, [work.folder / name for name in ("results.json", *plots)], console)
 
 
-@with_settings(QuantizeSettings)
+@with_settings(QuantizeSettings, words={"quantizers": _either([method.title for method in METHODS.values()])})
 def quantize(
     given: dict[str, Any],
     output: str = Option(
         "softpick-quantize", metavar=OUTPUT, help="Folder of results.json, table.md, plots and the quantizers' logs."
     ),
 ) -> None:
-    """Quantize language models (weights by HQQ, bitsandbytes or GPTQ; activations and the key-value cache simulated), check
+    """Quantize language models (weights by {quantizers}; activations and the key-value cache simulated), check
     that it happened, and evaluate them before and after, side by side. Running the same command again continues an
     interrupted run.
     """

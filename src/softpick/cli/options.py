@@ -22,7 +22,11 @@ OUTPUT = "DIR"
 
 
 def with_settings(
-    cls: type[Any], *, skip: Collection[str] = (), before: Mapping[str, str] | None = None
+    cls: type[Any],
+    *,
+    skip: Collection[str] = (),
+    before: Mapping[str, str] | None = None,
+    words: Mapping[str, str] | None = None,
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """A decorator: the command gets one option (or argument) for each field of a settings class.
 
@@ -31,6 +35,7 @@ def with_settings(
         skip: fields without an option.
         before: places of the command's own parameters in the help text: name of the parameter, name of the field that it
             stands in front of. Else they follow the fields.
+        words: what stands for ``{name}`` in the docstring.
 
     Returns:
         The decorator of a function whose first parameter takes a dict with the value of each of these fields.
@@ -56,6 +61,7 @@ def with_settings(
             values = {name: _value(field, hints[name], given.pop(name)) for name, field in chosen.items()}
             command(values, **given)
 
+        wrapper.__doc__ = (command.__doc__ or "").format(**(words or {}))
         del wrapper.__wrapped__  # typer would look at its parameters
         wrapper.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
         wrapper.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}

@@ -19,7 +19,7 @@ from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import Any, NoReturn
 
-__all__ = ["ModelError", "fail", "process", "sentence", "told"]
+__all__ = ["ModelError", "QuantizationError", "fail", "process", "sentence", "told"]
 
 _DAMAGED = {
     "BadZipFile", "EOFError", "JSONDecodeError", "SafetensorError", "UnicodeDecodeError", "UnpicklingError", "PanicException",
@@ -38,6 +38,10 @@ _interrupted = False
 
 class ModelError(ValueError):
     """A model that cannot be loaded, or not be used so; the message says why."""
+
+
+class QuantizationError(RuntimeError):
+    """A model that should have been quantized and was not, or not as asked for."""
 
 
 def fail(message: str, code: int = 2) -> NoReturn:

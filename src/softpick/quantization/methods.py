@@ -1,77 +1,26 @@
-"""THE table of weight quantizers. Each is another library's; here is only how to call it so that the result can be trusted."""
+"""THE table of weight quantizers: one record each. Needs no torch until one of them runs.
+
+Each quantizer is another library's; here is how to call it so that the result can be trusted, and everything that other parts
+of softpick must know about it. :mod:`softpick.quantization.apply` quantizes by such a record and checks the result.
+"""
 
 from __future__ import annotations
 
-import importlib.util
 import os
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
-from dataclasses import dataclass, replace
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor, nn
+from softpick.experiment.failures import QuantizationError
 
-from softpick.experiment.models import DTYPES, ModelError, Subject, first_line, load_subject
-from softpick.experiment.progress import Reporter
-from softpick.quantization.verify import QuantizationError, Verification, inner_layers, tensors, untouched, verify
+if TYPE_CHECKING:
+    import torch
 
-__all__ = ["METHODS", "Job", "Method", "Quantized", "check", "load_hqq", "quantize"]
+    from softpick.quantization.apply import Job
 
-
-@dataclass(frozen=True)
-class Job:
-    """What a method is asked to do.
-
-    Attributes:
-        subject: the model as it is; it stays so.
-        bits: of a weight.
-        group: neighbouring inputs of an output that share a scale.
-        calibration: ``(N, T)`` token ids, for methods that look at activations.
-        folder: a new folder in which the quantized model is saved.
-        reporter: told what happens.
-        trust_remote_code: Python code that comes with the model may run.
-    """
-
-    subject: Subject
-    bits: int
-    group: int
-    calibration: Tensor
-    folder: Path
-    reporter: Reporter
-    trust_remote_code: bool = False
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """In which the model computes."""
-        return self.subject.model.dtype
-
-    @property
-    def device(self) -> str:
-        """Where it runs."""
-        return str(self.subject.model.device)
-
-    def load(self, **options: Any) -> Subject:
-        """The model once more, the way it was loaded."""
-        names = {value: name for name, value in DTYPES.items()}
-        return load_subject(
-            self.subject.name,
-            reporter=self.reporter,
-            device=self.device,
-            dtype=names[self.dtype],
-            attn_implementation=str(self.subject.model.config._attn_implementation),
-            trust_remote_code=self.trust_remote_code,
-            **options,
-        )
-
-
-@dataclass(frozen=True)
-class Quantized:
-    """A quantized model that was checked."""
-
-    subject: Subject
-    verification: Verification
+__all__ = ["METHODS", "Method", "distributions", "grouping", "load_hqq", "loggers"]
 
 
 @dataclass(frozen=True)
@@ -82,11 +31,18 @@ class Method:
         name: on the command line.
         title: for people.
         bits: what it can do.
-        packages: that it needs, by the names they are imported by.
-        block: of a job, how many neighbouring weights share a scale; None is a whole row.
-        check: raises :class:`QuantizationError` for shapes or devices that the library cannot take.
-        apply: quantizes, saves in the job's folder, and returns the model.
+        packages: that it needs, by the names they are imported by; loggers and warnings of these names are silenced.
         citation: of the method.
+        apply: quantizes, saves in the job's folder, and returns the model.
+        check: raises :class:`QuantizationError` for shapes or devices that the library cannot take.
+        block: of a job, how many neighbouring weights share a scale; None is a whole row.
+        grouped: ``--group-size`` sets how many weights share a scale.
+        calibrated: it looks at what layers get for calibration sequences.
+        gguf: it takes a model from a GGUF file.
+        distributions: of the packages, whose versions stand in the report; empty where they have the packages' names.
+        install: how to get the packages.
+        marker: of its points in a plot, as matplotlib has it.
+        line: between them.
     """
 
     name: str
@@ -97,95 +53,34 @@ class Method:
     apply: Callable[[Job], Any]
     check: Callable[[Job], None]
     block: Callable[[Job], int | None]
+    grouped: bool = False
+    calibrated: bool = False
+    gguf: bool = False
+    distributions: tuple[str, ...] = ()
+    install: str = "pip install 'softpick[quantize]'"
+    marker: str = "D"
+    line: str = "-."
 
 
-def check(name: str, job: Job) -> None:
-    """Raise what :func:`quantize` would raise before it does anything."""
-    if name not in METHODS:
-        raise ValueError(f"method: expected one of {', '.join(METHODS)}; got {name!r}")
-    method = METHODS[name]
-    if job.bits not in method.bits:
-        raise ValueError(f"bits: {name} has {', '.join(map(str, method.bits))}; got {job.bits}")
-    missing = [package for package in method.packages if importlib.util.find_spec(package) is None]
-    if missing:
-        raise ImportError(f"method {name} needs {', '.join(missing)}: pip install 'softpick[quantize]'")
-    method.check(job)
+def distributions() -> list[str]:
+    """Distributions of all methods, for the versions in a report."""
+    return [name for method in METHODS.values() for name in method.distributions or method.packages]
 
 
-def quantize(name: str, job: Job) -> Quantized:
-    """Quantize a model by one method of :data:`METHODS`, save it in the job's folder, and check that it happened.
-
-    Args:
-        name: a key of :data:`METHODS`.
-        job: what to do.
-
-    Raises:
-        ValueError: an unknown method, or bits that it does not have.
-        ImportError: its package is missing.
-        ModelError: the model cannot be loaded in the way that the method needs.
-        QuantizationError: the library cannot take this model, or what it made is not what was asked for.
-    """
-    check(name, job)
-    method = METHODS[name]
-    job.folder.mkdir(parents=True)
-    log = job.folder.with_suffix(".log")
-    with _apart(log):
-        try:
-            model = method.apply(job)
-        except (ModelError, QuantizationError):
-            raise
-        except Exception as error:  # whatever a library says; all that it printed is in the log
-            raise QuantizationError(f"{name} failed: {type(error).__name__}: {first_line(error)}") from error
-        model.eval()
-        subject = replace(job.subject, model=model)
-        if subject.normalizer != job.subject.normalizer:
-            raise QuantizationError(
-                f"{name} changed the attention from {job.subject.normalizer} to {subject.normalizer}"
-            )
-        found = verify(job.subject.model, model, job.bits, method.block(job), job.dtype)
-        untouched(job.subject.model, model, [layer.name for layer in found.layers])
-    return Quantized(subject, replace(found, bits_per_weight=_bits_per_weight(job, model, found)))
+def loggers() -> list[str]:
+    """Packages of all methods, which log and warn under these names."""
+    return [name for method in METHODS.values() for name in method.packages]
 
 
-def _bits_per_weight(job: Job, model: Any, found: Verification) -> float:
-    """Bits on disk that a quantized weight takes: what the files hold besides the tensors that were left as they are."""
-    size = sum(file.stat().st_size for file in job.folder.rglob("*") if file.suffix in (".safetensors", ".pt", ".bin"))
-    inside = tuple(f"{layer.name}." for layer in found.layers)
-    rest = {
-        tensor.data_ptr(): tensor.numel() * tensor.element_size()
-        for name, tensor in model.named_parameters()
-        if not name.startswith(inside)
-    }
-    bits = 8 * (size - sum(rest.values())) / sum(layer.weights for layer in found.layers)
-    if bits < job.bits:
-        raise QuantizationError(
-            f"the saved files hold {bits:.2f} bits a quantized weight, expected at least {job.bits}: the library did not save "
-            "all of the model"
-        )
-    return bits
-
-
-@contextmanager
-def _apart(log: Path) -> Iterator[None]:
-    """What libraries print goes to a file, so that it stands in nobody's way and can still be read.
-
-    Also what their compilers and loggers write: those know the file descriptors only.
-    """
-    with log.open("w", encoding="utf-8") as stream:
-        saved = [os.dup(1), os.dup(2)]
-        try:
-            for descriptor in (1, 2):
-                os.dup2(stream.fileno(), descriptor)
-            with redirect_stdout(stream), redirect_stderr(stream):
-                yield
-        finally:
-            for descriptor, copy in zip((1, 2), saved, strict=True):
-                os.dup2(copy, descriptor)
-                os.close(copy)
+def grouping() -> list[str]:
+    """Names of the methods that take a group size."""
+    return [method.name for method in METHODS.values() if method.grouped]
 
 
 def _inner(job: Job) -> dict[str, tuple[int, int]]:
     """``(out, in)`` of the matrices of the layers."""
+    from softpick.quantization.verify import inner_layers
+
     found = {}
     for name, module in inner_layers(job.subject.model).items():
         rows, columns = module.weight.shape
@@ -206,6 +101,8 @@ def _group_divides(job: Job) -> None:
 
 
 def _hqq_check(job: Job) -> None:
+    from softpick.quantization.verify import inner_layers
+
     _group_divides(job)
     if any(type(module).__name__ == "Conv1D" for module in inner_layers(job.subject.model).values()):
         raise QuantizationError("hqq: quantizes nn.Linear only, and this model has Conv1D layers (GPT-2)")
@@ -225,7 +122,7 @@ def _hqq(job: Job) -> Any:
     return model
 
 
-def load_hqq(folder: str | Path, *, dtype: torch.dtype = torch.float32, device: str = "cpu") -> Any:
+def load_hqq(folder: str | Path, *, dtype: torch.dtype | None = None, device: str = "cpu") -> Any:
     """A model that ``softpick quantize --method hqq --keep`` left.
 
     hqq's own ``AutoHQQHFModel.from_quantized`` leaves out parameters of modules that hold others: experts that are one
@@ -233,7 +130,7 @@ def load_hqq(folder: str | Path, *, dtype: torch.dtype = torch.float32, device: 
 
     Args:
         folder: of the model.
-        dtype: in which it computes.
+        dtype: in which it computes; None is fp32.
         device: where it runs.
 
     Returns:
@@ -242,13 +139,14 @@ def load_hqq(folder: str | Path, *, dtype: torch.dtype = torch.float32, device: 
     Raises:
         ImportError: hqq is missing.
     """
+    import torch
     from transformers import AutoConfig
 
     from softpick.integrations.transformers import register
 
     register()
     config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    model = _hqq_library().from_quantized(str(folder), compute_dtype=dtype, device=device)
+    model = _hqq_library().from_quantized(str(folder), compute_dtype=dtype or torch.float32, device=device)
     own = getattr(config, "_attn_implementation_internal", None)
     if isinstance(own, str):
         model.set_attn_implementation(own)
@@ -258,6 +156,7 @@ def load_hqq(folder: str | Path, *, dtype: torch.dtype = torch.float32, device: 
 def _hqq_library() -> Any:
     """The interface of hqq, which saves leaves of the tree of modules, made to save parameters of the other modules as well."""
     from hqq.models.hf.base import AutoHQQHFModel
+    from torch import nn
 
     def others(model: Any) -> Iterator[tuple[str, Any]]:
         for name, module in model.named_modules():
@@ -288,6 +187,8 @@ def _hqq_library() -> Any:
 
 def _put_back(original: Any, model: Any) -> None:
     """Undo what hqq does besides quantizing: it casts all else to the dtype of the products, rotary frequencies too."""
+    from softpick.quantization.verify import tensors
+
     before = tensors(original)
     for name, tensor in tensors(model).items():
         if name in before and tensor.dtype != before[name].dtype and tensor.shape == before[name].shape:
@@ -301,7 +202,6 @@ _NF4_BLOCK = 64  # weights that share a scale, in the order of memory
 
 
 def _bnb_check(job: Job) -> None:
-    _from_folder(job)
     if job.bits == 4 and job.device == "cpu":
         for name, (outputs, features) in _inner(job).items():
             if outputs % 32 or features % _NF4_BLOCK:
@@ -324,17 +224,11 @@ def _bnb(job: Job) -> Any:
     return model
 
 
-def _from_folder(job: Job) -> None:
-    if Path(job.subject.name).suffix == ".gguf":
-        raise QuantizationError("a GGUF file is quantized already; expected a directory or a hub name")
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # GPTQ
 
 
 def _gptq_check(job: Job) -> None:
-    _from_folder(job)
     _group_divides(job)
     for name, (outputs, features) in _inner(job).items():
         if outputs % 32 or features % 32:
@@ -344,6 +238,7 @@ def _gptq_check(job: Job) -> None:
 
 
 def _gptq(job: Job) -> Any:
+    import torch
     from transformers import GPTQConfig
 
     samples = [{"input_ids": row[None], "attention_mask": torch.ones_like(row)[None]} for row in job.calibration]
@@ -361,30 +256,61 @@ def _gptq(job: Job) -> Any:
     return model
 
 
-METHODS: Mapping[str, Method] = {
-    m.name: m
-    for m in (
-        Method("hqq", "HQQ", (1, 2, 3, 4, 8), ("hqq",), "Badri and Shaji 2023", _hqq, _hqq_check, lambda j: j.group),
+METHODS: dict[str, Method] = {
+    method.name: method
+    for method in (
         Method(
-            "bnb",
-            "bitsandbytes",
-            (4, 8),
-            ("bitsandbytes",),
-            "Dettmers et al. 2022 (LLM.int8), 2023 (NF4)",
-            _bnb,
-            _bnb_check,
-            lambda j: _NF4_BLOCK if j.bits == 4 else None,
+            name="hqq",
+            title="HQQ",
+            bits=(1, 2, 3, 4, 8),
+            packages=("hqq",),
+            citation="Badri and Shaji 2023",
+            apply=_hqq,
+            check=_hqq_check,
+            block=lambda job: job.group,
+            grouped=True,
+            gguf=True,
+            marker="o",
+            line="-",
         ),
         Method(
-            "gptq",
-            "GPTQ",
-            (2, 3, 4, 8),
-            ("gptqmodel", "optimum"),
-            "Frantar et al. 2022",
-            _gptq,
-            _gptq_check,
-            lambda j: j.group,
+            name="bnb",
+            title="bitsandbytes",
+            bits=(4, 8),
+            packages=("bitsandbytes",),
+            citation="Dettmers et al. 2022 (LLM.int8), 2023 (NF4)",
+            apply=_bnb,
+            check=_bnb_check,
+            block=lambda job: _NF4_BLOCK if job.bits == 4 else None,
+            marker="s",
+            line="--",
+        ),
+        Method(
+            name="gptq",
+            title="GPTQ",
+            bits=(2, 3, 4, 8),
+            packages=("gptqmodel", "optimum"),
+            citation="Frantar et al. 2022",
+            apply=_gptq,
+            check=_gptq_check,
+            block=lambda job: job.group,
+            grouped=True,
+            calibrated=True,
+            marker="^",
+            line=":",
         ),
     )
 }
 """By name."""
+
+
+def __getattr__(name: str) -> object:
+    """What was here in version 0.1, for one release."""
+    if name not in ("Job", "Quantized", "check", "quantize"):
+        raise AttributeError(f"module 'softpick.quantization.methods' has no attribute {name!r}")
+    from softpick.quantization import apply
+
+    warnings.warn(
+        f"softpick.quantization.methods.{name} has moved to softpick.quantization.apply", DeprecationWarning, 2
+    )
+    return getattr(apply, name)

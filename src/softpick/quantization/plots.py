@@ -6,12 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from softpick.experiment.figures import COLORS, new_figure, save_figures
+from softpick.quantization.methods import METHODS, Method
 
 __all__ = ["figure_of", "write_plots"]
-
-# a method
-_MARKERS = {"hqq": "o", "bnb": "s", "gptq": "^"}
-_LINES = {"hqq": "-", "bnb": "--", "gptq": ":"}
 
 
 def write_plots(folder: str | Path, report: dict[str, Any]) -> list[Path]:
@@ -73,8 +70,8 @@ def _weights(report: dict[str, Any]) -> Any:
                     [x for x, _ in shown],
                     [y for _, y in shown],
                     color=color,
-                    marker=_MARKERS.get(method, "D"),
-                    linestyle=_LINES.get(method, "-."),
+                    marker=METHODS.get(method, Method).marker,
+                    linestyle=METHODS.get(method, Method).line,
                     markerfacecolor=color if index == 0 else "none",
                     linewidth=1.5,
                     markersize=5,

@@ -1,9 +1,9 @@
 """``softpick quantize``: what quantization costs, softmax and softpick side by side.
 
-:func:`quantize` evaluates each model as it is, then once for every way of rounding it: weights by HQQ, bitsandbytes or GPTQ,
-activations and the key-value cache simulated. Every quantized model is checked before it is evaluated: that its weights
-changed, by how much, and that they have no more levels than their bits allow. Definitions: docs/metrics.md; how to run it:
-docs/quantization.md.
+:func:`quantize` evaluates each model as it is, then once for every way of rounding it: weights by the quantizers of
+:data:`softpick.quantization.methods.METHODS`, activations and the key-value cache simulated. Every quantized model is checked
+before it is evaluated: that its weights changed, by how much, and that they have no more levels than their bits allow.
+Definitions: docs/metrics.md; how to run it: docs/quantization.md.
 """
 
 from __future__ import annotations
@@ -33,9 +33,10 @@ from softpick.experiment.perplexity import perplexity
 from softpick.experiment.progress import Reporter, Silent, Titled
 from softpick.experiment.reading import Corpus
 from softpick.experiment.resume import Ledger, Workspace, scratch
-from softpick.quantization.methods import METHODS, Job
-from softpick.quantization.methods import check as check_weights
-from softpick.quantization.methods import quantize as quantize_weights
+from softpick.quantization.apply import Job
+from softpick.quantization.apply import check as check_weights
+from softpick.quantization.apply import quantize as quantize_weights
+from softpick.quantization.methods import METHODS, distributions
 from softpick.quantization.plots import figure_of
 from softpick.quantization.settings import QuantizeSettings
 from softpick.quantization.simulate import quantized_activations, quantized_cache
@@ -133,7 +134,7 @@ def _quantize(settings: QuantizeSettings, output: Path, reporter: Reporter, comm
             "data": f"{corpus.description}; {split}",
             "created": time.strftime("%Y-%m-%d %H:%M"),
             "quantizers": ", ".join(f"{METHODS[m].title} ({METHODS[m].citation})" for m in settings.methods) or "none",
-            "versions": versions("hqq", "bitsandbytes", "gptqmodel", "optimum", "lm_eval"),
+            "versions": versions(*distributions(), "lm_eval"),
             "seed": settings.seed,
             "device": settings.device,
             "hardware": hardware(settings.device),
@@ -193,7 +194,7 @@ class _Run:
             [hashlib.sha256("\0".join(text.documents).encode()).hexdigest() for text in texts],
             stamps(self._files()),
             {k: v for k, v in asdict(settings).items() if k not in (*_NOT_OF_A_CELL, "trust_remote_code")},
-            versions("hqq", "bitsandbytes", "gptqmodel", "optimum", "lm_eval"),
+            versions(*distributions(), "lm_eval"),
         ]
 
     def _files(self) -> list[Path]:

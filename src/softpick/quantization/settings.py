@@ -18,8 +18,19 @@ from softpick.experiment.settings import (
     documented,
     setting,
 )
+from softpick.quantization.methods import METHODS, grouping
 
 __all__ = ["QuantizeSettings"]
+
+_NAMES = ", ".join(METHODS)
+_CALIBRATED = [method.name for method in METHODS.values() if method.calibrated]
+_GGUF = [method.name for method in METHODS.values() if method.gguf]
+
+
+def _bits() -> str:
+    """Of each method, for the help text."""
+    (first, *others) = [(method.name, ",".join(map(str, method.bits))) for method in METHODS.values()]
+    return "; ".join([f"{first[0]} has {first[1]}", *(f"{name} {bits}" for name, bits in others)])
 
 
 @documented
@@ -28,19 +39,21 @@ class QuantizeSettings:
     """What is quantized how, and on what it is evaluated."""
 
     model: str = setting(
-        help="Hub name or directory.", note="A GGUF file for hqq and simulated rounding.", positional=True
+        help="Hub name or directory.",
+        note=f"A GGUF file for {', '.join(_GGUF)} and simulated rounding.",
+        positional=True,
     )
     against: tuple[str, ...] = setting((), AGAINST, metavar="MODEL", repeated=True)
     methods: tuple[str, ...] = setting(
         ("hqq",),
-        "Comma-separated: hqq, bnb, gptq; none leaves weights alone.",
+        f"Comma-separated: {_NAMES}; none leaves weights alone.",
         option="method",
         metavar="NAMES",
         words={"none": ()},
     )
     bits: tuple[int, ...] | None = setting(
         None,
-        "Of a weight, comma-separated; hqq has 1,2,3,4,8; bnb 4,8; gptq 2,3,4,8.",
+        f"Of a weight, comma-separated; {_bits()}.",
         shown="those of 2,3,4,8",
     )
     activations: tuple[str, ...] = setting(
@@ -56,7 +69,7 @@ class QuantizeSettings:
     )
     group_size: int | None = setting(
         None,
-        "Weights that share a scale (hqq, gptq).",
+        f"Weights that share a scale ({', '.join(grouping())}).",
         note="They are neighbouring inputs of an output.",
         shown="64",
     )
@@ -74,7 +87,9 @@ class QuantizeSettings:
     )
     text_field: str = setting("text", TEXT_FIELD)
     samples: int = setting(64, "Sequences for the perplexity.")
-    calibration_samples: int = setting(64, "Sequences that gptq and the scales of -tensor look at.")
+    calibration_samples: int = setting(
+        64, f"Sequences that {', '.join(_CALIBRATED)} and the scales of -tensor look at."
+    )
     sequence_length: int | None = setting(
         None, "Tokens of one, BOS included.", shown="the fewest positions of a model, at most 2048"
     )
@@ -93,15 +108,12 @@ class QuantizeSettings:
 
     def bits_of(self, method: str) -> list[int]:
         """With which a method is run, ascending."""
-        from softpick.quantization.methods import METHODS
-
         return sorted(set(METHODS[method].bits) & set((2, 3, 4, 8) if self.bits is None else self.bits))
 
     def check(self) -> None:
         """Raise :class:`EvaluationError` for values that cannot work."""
         from softpick.evaluation.tasks import check_tasks
         from softpick.experiment.models import DTYPES
-        from softpick.quantization.methods import METHODS
         from softpick.quantization.simulate import FORMATS, GRANULARITIES
 
         check_settings(self, EvaluationError)
@@ -119,8 +131,8 @@ class QuantizeSettings:
             raise EvaluationError(f"bits: none of {', '.join(self.methods)} has {', '.join(map(str, unused))} bits")
         if self.bits is not None and not self.methods:
             raise EvaluationError(f"bits: expected none without methods, got {', '.join(map(str, self.bits))}")
-        if self.group_size is not None and not {"hqq", "gptq"} & set(self.methods):
-            raise EvaluationError(f"group_size: expected none without hqq or gptq, got {self.group_size}")
+        if self.group_size is not None and not set(grouping()) & set(self.methods):
+            raise EvaluationError(f"group_size: expected none without {' or '.join(grouping())}, got {self.group_size}")
         for choice in self.activations:
             name, _, granularity = choice.partition("-")
             if name not in FORMATS or granularity not in GRANULARITIES:

@@ -7,6 +7,7 @@ what runs, whatever format a library keeps weights in.
 from __future__ import annotations
 
 import logging
+import re
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -15,6 +16,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from softpick.experiment.failures import QuantizationError
+from softpick.quantization.methods import loggers
 
 __all__ = [
     "LayerCheck",
@@ -30,10 +34,6 @@ __all__ = [
 ]
 
 _ROWS = 1 << 24  # entries of the identity that go through a layer at once
-
-
-class QuantizationError(RuntimeError):
-    """A model that should have been quantized and was not, or not as asked for."""
 
 
 @dataclass(frozen=True)
@@ -202,17 +202,16 @@ def _levels(weight: Tensor, group: int | None) -> int:
 @contextmanager
 def quiet_libraries() -> Iterator[None]:
     """Only errors of the libraries' own logs: some warn at every product of every forward pass."""
-    names = ("bitsandbytes", "gptqmodel", "hqq", "optimum", "torchao", "torch.utils._pytree")
-    loggers = [logging.getLogger(name) for name in names]
-    levels = [logger.level for logger in loggers]
+    names = [*loggers(), "torchao", "torch.utils._pytree"]
+    found = [logging.getLogger(name) for name in names]
+    levels = [logger.level for logger in found]
+    modules = "|".join(map(re.escape, [*loggers(), "torch", "torchao", "transformers"]))
     try:
-        for logger in loggers:
+        for logger in found:
             logger.setLevel(logging.ERROR)
         with warnings.catch_warnings():
-            warnings.filterwarnings(
-                "ignore", module=r"(bitsandbytes|gptqmodel|hqq|optimum|torch|torchao|transformers)\b"
-            )
+            warnings.filterwarnings("ignore", module=rf"({modules})\b")
             yield
     finally:
-        for logger, level in zip(loggers, levels, strict=True):
+        for logger, level in zip(found, levels, strict=True):
             logger.setLevel(level)

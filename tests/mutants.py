@@ -78,10 +78,13 @@ PLANS = {
         (["test_adapter_edges.py", "test_transformers_packed.py", "test_transformers.py", *_QUICK], ""),
         (["test_transformers.py"], ""),
     ],
-    "analysis/metrics.py": [
-        (["test_metrics_known.py", "test_metrics_edges.py", "test_metrics.py", *_QUICK], ""),
-        (["test_capture.py", *_QUICK], ""),
-    ],
+    **{
+        f"analysis/{name}.py": [
+            (["test_metrics_known.py", "test_metrics_edges.py", "test_metrics.py", *_QUICK], ""),
+            (["test_capture.py", *_QUICK], ""),
+        ]
+        for name in ("metrics", "layers", "results", "streams")
+    },
 }
 """File to groups: pytest's arguments, and a pattern of the keys that they are for. The quickest first; a group runs when
 those before it noticed nothing."""

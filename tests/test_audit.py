@@ -26,11 +26,14 @@ from transformers import (
     LlamaForCausalLM,
     MambaConfig,
     MambaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
     PreTrainedTokenizerFast,
 )
 
 from softpick.analysis import audit as audit_module
 from softpick.analysis.audit import SAMPLE_TEXTS, AuditSettings, audit
+from softpick.analysis.knockout import hidden_key
 from softpick.experiment.models import ModelError
 from softpick.experiment.progress import Silent
 from softpick.experiment.reading import DataError
@@ -88,6 +91,7 @@ def settings(home, model="softmax", **given):
         "sequence_length": 24,
         "batch_size": 4,
         "map_tokens": 12,
+        "evict_after": 4,
     }
     return AuditSettings(model=str(home / model), **(defaults | given))
 
@@ -136,28 +140,65 @@ def strongest_by_hand(model, rows):
 @pytest.mark.parametrize("batch_size", [6, 4])
 @pytest.mark.parametrize("name", ["softmax", "softpick"])
 def test_perplexity_and_knockout_by_hand(home, name, batch_size):
-    """The same from the model's logits with a four-dimensional mask: the key is hidden from all later queries."""
+    """The same from the model's logits with a four-dimensional mask: the key is hidden from later queries, or all behind it."""
     run = audit(settings(home, name, batch_size=batch_size, knockout=("first", "strongest", 5)))["runs"][0]
     model = AutoModelForCausalLM.from_pretrained(home / name)
     rows = rows_of(home, name)
     strongest = strongest_by_hand(model, rows)
     assert strongest == run["measurements"]["sink"]["strongest"]["positions"]
     assert name == "softpick" or len(set(strongest)) > 1
+    every = torch.ones(24, 24, dtype=torch.bool).tril().repeat(6, 1, 1, 1)
+
+    def losses(mask):
+        with torch.no_grad():
+            logits = model(rows, attention_mask=mask, use_cache=False).logits
+        return -torch.log_softmax(logits[:, :-1], -1).gather(-1, rows[:, 1:, None])[..., 0]
+
     for entry, positions in zip(run["knockout"], ([0] * 6, strongest, [5] * 6), strict=True):
-        see = torch.ones(24, 24, dtype=torch.bool).tril().repeat(6, 1, 1, 1)
-        for b, p in enumerate(positions):
-            see[b, 0, p + 1 :, p] = False
-        for figure, mask in (("all keys", torch.ones_like(see).tril()), ("without", see)):
-            with torch.no_grad():
-                logits = model(rows, attention_mask=mask, use_cache=False).logits
-            picked = torch.log_softmax(logits[:, :-1], -1).gather(-1, rows[:, 1:, None])
-            kept = torch.cat([picked[b, p + 1 :] for b, p in enumerate(positions)])
-            assert entry[figure] == pytest.approx(math.exp(-kept.mean()), rel=1e-4), (entry["key"], figure)
+        for figure, after in (("all keys", 24), ("eviction", 4), ("absence", 1)):
+            see = every.clone()
+            for b, p in enumerate(positions):
+                see[b, 0, p + after :, p] = False
+            kept = torch.cat([row[p + 8 :] for row, p in zip(losses(see), positions, strict=True)])
+            assert entry[figure] == pytest.approx(math.exp(kept.mean()), rel=1e-4), (entry["key"], figure)
             assert entry["tokens"] == len(kept)
-        assert entry["change_percent"] == pytest.approx(100 * (entry["without"] / entry["all keys"] - 1))
-        assert entry["all keys"] != entry["without"]
+            if figure != "all keys":
+                change = 100 * (entry[figure] / entry["all keys"] - 1)
+                assert entry[f"{figure}_percent"] == pytest.approx(change)
+        assert len({entry["all keys"], entry["eviction"], entry["absence"]}) == 3
     assert run["knockout"][0]["masked"]["token_id_share"] == 100
-    assert run["perplexity"] == run["knockout"][0]["all keys"]
+    assert run["perplexity"] == pytest.approx(math.exp(losses(every)[:, 1:].mean()), rel=1e-4)
+    words = run["notes"][0]
+    assert "evicted after 4 tokens" in words
+    assert f"{run['knockout'][0]['eviction_percent']:+.1f} %" in words
+
+
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+def test_a_hidden_key_leaves_windows_and_biases(implementation):
+    """Sliding windows stay what they are (a mask that a user gives would replace them), and so do position biases."""
+    config = MistralConfig(
+        vocab_size=60, hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, sliding_window=6, initializer_range=0.5,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = MistralForCausalLM._from_config(config, attn_implementation=implementation).eval()
+    ids = torch.randint(3, 60, (2, 20))
+    at, after = torch.tensor([2, 4]), 3
+    i, k = torch.arange(20)[:, None], torch.arange(20)[None]
+    see = ((k <= i) & (k > i - 6))[None, None].repeat(2, 1, 1, 1)
+    for b, p in enumerate(at.tolist()):
+        see[b, 0, p + after :, p] = False
+    bias = torch.zeros(see.shape).masked_fill(~see, torch.finfo(torch.float32).min)
+    with torch.no_grad(), hidden_key(model) as hide:
+        plain = model(ids, use_cache=False).logits
+        hide(at, after)
+        found = model(ids, use_cache=False).logits
+        hide(None, 0)
+        torch.testing.assert_close(model(ids, use_cache=False).logits, plain, rtol=0, atol=0)
+    with torch.no_grad():
+        want = model(ids, attention_mask=bias, use_cache=False).logits
+    torch.testing.assert_close(found, want)
+    assert float((found - plain).abs().max()) > 1e-3
 
 
 def test_a_decoder_without_bos(home):
@@ -190,7 +231,11 @@ def test_an_encoder(home):
         ({"dtype": "int8"}, "dtype: expected one of auto, float32, bfloat16, float16; got 'int8'"),
         ({"texts": ("a", " ")}, "texts: expected at least one text, none of them empty"),
         ({"knockout": ("last",)}, "knockout: expected first, strongest, or a position; got 'last'"),
-        ({"knockout": (254,)}, "knockout: expected a position from 0 to 253 .*, got 254"),
+        ({"knockout": (223,)}, "knockout: expected a position from 0 to 222 .*, got 223"),
+        (
+            {"evict_after": 12, "sequence_length": 24},
+            "evict_after: 12 needs sequences of 26 tokens or more, got a sequence_length of 24",
+        ),
         ({"attn_implementation": "flash_attention_2"}, "attn_implementation: 'flash_attention_2' shows no weights"),
         ({"attn_implementation": "sofpick", "sequence_length": 24}, "model: cannot load .*sofpick"),
         ({"device": "cuda:99", "sequence_length": 24}, "device: cannot move .* to 'cuda:99'"),

@@ -205,6 +205,7 @@ def brute(samples, causal=True):
         "zero": pooled("zeros", 100),
         "zero_per_head": table("zeros", 100),
         "tiny": pooled("tiny", 100),
+        "tiny_per_head": table("tiny", 100),
         "tiles": {},
         "tiles_per_layer": {},
     }

@@ -39,7 +39,8 @@ def make_run(normalizer, seed=0, loss=1.25, maps=None):
         meter.hidden(layer, torch.randn(1, T, 8, generator=g) * (1 + 100 * (normalizer == "softmax")))
     steps = list(range(1, 101))
     knockout = {
-        "key": "strongest", "all keys": 20.0, "without": 30.0, "change_percent": 50.0, "tokens": 18,
+        "key": "strongest", "all keys": 20.0, "eviction": 30.0, "eviction_percent": 50.0, "absence": 21.0,
+        "absence_percent": 5.0, "after": 4, "counted_from": 8, "tokens": 18,
         "masked": {"token": EVIL, "token_id": 1, "token_id_share": 100.0, "position": 0, "position_share": 100.0},
     }  # fmt: skip
     return {
@@ -382,7 +383,7 @@ def test_sinks_by_position_and_knockout(browser, tmp_path):
     assert float(rows[0][3].removesuffix(" %")) == pytest.approx(first["rate"]["0.3"], rel=5e-3)
     assert float(rows[0][7]) == pytest.approx(first["alpha"], rel=5e-3)
     assert len([r for r in rows if r[0] == "softmax"]) == min(8, len(sink["by_token"]))
-    assert browser.execute_script(cells, "#knockouts")[0][4:] == ["20", "30", "+50 %"]
+    assert browser.execute_script(cells, "#knockouts")[0][4:] == ["20", "30 (after 4 tokens)", "+50 %", "21", "+5 %"]
     chart = "return document.querySelector('#positions svg[role=img]').innerHTML"
     before = browser.execute_script(chart)
     for control, value in (

@@ -7,7 +7,6 @@
 from __future__ import annotations
 
 import hashlib
-import inspect
 import math
 import os
 import time
@@ -21,13 +20,13 @@ import torch
 from torch import Tensor
 
 from softpick.analysis.settings import KNOCKOUTS, SAMPLE_TEXTS, AuditError, AuditSettings
+from softpick.analysis.knockout import knockout, knockout_note, perplexity
 from softpick.experiment.corpus import get_corpus
 from softpick.experiment.environment import chosen_device, command_line, device_line, versions
 from softpick.experiment.files import OutputError, writing
 from softpick.experiment.models import (
     Subject,
     first_line,
-    first_position,
     identity,
     load_subject,
 )
@@ -43,7 +42,6 @@ __all__ = ["KNOCKOUTS", "SAMPLE_TEXTS", "AuditError", "AuditSettings", "audit", 
 
 _PREFIX = "audit"
 _SAVE_SECONDS = 30.0  # between two saved states of a long measurement
-_LOGIT_ENTRIES = 1 << 27  # vocabulary logits, or eager attention weights, of a forward pass: half a gigabyte in fp32
 _CORPUS_CHARACTERS = 2_000_000  # of a corpus that is tokenized for measuring: far more than the samples need
 
 
@@ -181,18 +179,16 @@ def _measure(
         "notes": [],
     }
     if subject.causal and not subject.bidirectional:
-        perplexity = _perplexity(
-            subject, batches, torch.zeros(len(tokens), dtype=torch.long), reporter, f"{title}: perplexity"
-        )
-        run["perplexity"] = perplexity["all keys"]
-        run["validation_loss"] = math.log(perplexity["all keys"]) if perplexity["all keys"] else None
+        run["perplexity"] = perplexity(subject, batches, reporter, f"{title}: perplexity")
+        run["validation_loss"] = math.log(run["perplexity"]) if run["perplexity"] else None
         run["knockout"] = []
         for key in settings.knockout:
             strongest = torch.tensor(measurements.sink["strongest"]["positions"])
             at = strongest if key == "strongest" else torch.full((len(tokens),), 0 if key == "first" else int(key))
-            entry = {"key": key} | _perplexity(subject, batches, at, reporter, f"{title} without key: {key}", hide=True)
+            label = f"{title} without key: {key}"
+            entry = {"key": key} | knockout(subject, batches, at, settings.eviction, reporter, label)
             run["knockout"].append(entry | {"masked": _most_masked(subject, tokens, at)})
-            run["notes"].append(_knockout_note(run["title"], run["knockout"][-1]))
+            run["notes"].append(knockout_note(run["title"], run["knockout"][-1]))
     elif settings.knockout:
         what = "a model that sees the tokens after the next one" if subject.causal else "an encoder"
         run["notes"].append(f"{title}: no knockout, because {what} has no perplexity of a next token.")
@@ -264,65 +260,6 @@ def _most_masked(subject: Subject, tokens: Tensor, at: Tensor) -> dict[str, Any]
         value, count = values.unique(return_counts=True)
         result |= {name: int(value[count.argmax()]), f"{name}_share": 100.0 * int(count.max()) / len(values)}
     return result | {"token": subject.tokenizer.decode([result["token_id"]])}
-
-
-@torch.no_grad()
-def _perplexity(
-    subject: Subject, batches: Sequence[Tensor], at: Tensor, reporter: Reporter, label: str, hide: bool = False
-) -> dict[str, Any]:
-    """Perplexity of what comes two tokens or more after position ``at (N,)`` of each sample, with and without its key.
-
-    Masked is the key of that token for every query, positions unchanged. The query of the masked token itself is left out
-    of both figures, and so is all before it: there the key was not seen.
-    """
-    model = subject.model
-    device, t = next(model.parameters()).device, batches[0].shape[1]
-    # whether positions can be given, so that a masked key shifts none; models without them (ALiBi) do not count keys
-    numbered = "position_ids" in inspect.signature(model.forward).parameters
-    at_positions = torch.arange(t, device=device) + first_position(model)
-    heads = getattr(model.config, "num_attention_heads", 1)
-    rows = max(1, _LOGIT_ENTRIES // (t * max(model.config.vocab_size, heads * t)))
-    sums = dict.fromkeys(("all keys", "without") if hide else ("all keys",), 0.0)
-    tokens = 0
-    with reporter.progress(label, len(batches)) as progress:
-        for done, (batch, first) in enumerate(zip(batches, at.split([len(b) for b in batches]), strict=True), 1):
-            for ids, positions in zip(batch.to(device).split(rows), first.to(device).split(rows), strict=True):
-                given = {"position_ids": at_positions.expand_as(ids)} if numbered else {}
-                counted = torch.arange(t - 1, device=device) > positions[:, None]  # queries after the masked token
-                tokens += int(counted.sum())
-                for name in sums:
-                    mask = torch.ones_like(ids)
-                    if name == "without":
-                        mask.scatter_(1, positions[:, None], 0)
-                    logits = model(input_ids=ids, attention_mask=mask, use_cache=False, **given).logits
-                    for row, targets, of in zip(logits[:, :-1], ids[:, 1:], counted, strict=True):
-                        loss = torch.nn.functional.cross_entropy(row[of].float(), targets[of], reduction="sum")
-                        sums[name] += float(loss)
-            progress.update(done, None)
-    if tokens == 0:
-        return dict.fromkeys(sums) | {"change_percent": None, "tokens": 0}
-    means = {name: total / tokens for name, total in sums.items()}
-    result: dict[str, Any] = {name: math.exp(mean) if mean < 700 else None for name, mean in means.items()}
-    if hide:
-        change = means["without"] - means["all keys"]
-        result["change_percent"] = 100.0 * math.expm1(change) if change < 700 else None
-    return result | {"tokens": tokens}
-
-
-def _knockout_note(title: str, found: dict[str, Any]) -> str:
-    masked, key = found["masked"], found["key"]
-    which = {"first": "the first token's key", "strongest": "the strongest token's key"}.get(
-        key, f"the key at position {key}"
-    )
-    what = f"{masked['token']!r} in {masked['token_id_share']:.0f} % of the samples"
-    if key == "strongest":
-        what += f", position {masked['position']} in {masked['position_share']:.0f} %"
-    figures = ["beyond fp64" if found[name] is None else f"{found[name]:.4g}" for name in ("all keys", "without")]
-    change = "" if found["change_percent"] is None else f" ({found['change_percent']:+.1f} %)"
-    return (
-        f"{title}: perplexity {figures[0]}, without {which} ({what}) {figures[1]}{change}, of {found['tokens']:,} tokens from "
-        "the second after it on."
-    )
 
 
 def _meta(settings: AuditSettings, corpus: Corpus, command: str) -> dict[str, Any]:

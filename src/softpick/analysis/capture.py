@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from softpick.analysis.metrics import MAX_ENTRIES, Measurements, Meter
 from softpick.normalizers import NORMALIZERS, visible
 
-__all__ = ["BOS_POLICIES", "SeenAttention", "attention_maps", "measure", "watch", "watch_last_query"]
+__all__ = ["BOS_POLICIES", "SeenAttention", "attention_maps", "measure", "seen_keys", "watch", "watch_last_query"]
 
 BOS_POLICIES = ("auto", "bos", "none")
 """``auto``: say what the samples start with; ``bos``: every sample must start with the model's BOS token; ``none``: the
@@ -219,7 +219,7 @@ def _check_bos(input_ids: Tensor, valid: Tensor, bos: Any) -> None:
         )
 
 
-def _visible(mask: Any, name: str, module: nn.Module, query: Tensor, key: Tensor, kwargs: dict[str, Any]) -> Tensor:
+def seen_keys(mask: Any, name: str, module: nn.Module, query: Tensor, key: Tensor, kwargs: dict[str, Any]) -> Tensor:
     """Which keys each query may see, ``(B or 1, 1, T, T)``, from the mask the attention function was given."""
     tq, tk = query.shape[2], key.shape[2]
     if tq != tk:
@@ -317,7 +317,7 @@ def watch(
             nonlocal layers, attentions_in_layer
             if any(name.startswith(prefix) for prefix in _FUSED):
                 raise ValueError(f"attn_implementation {name!r} cannot show its weights: load the model with 'sdpa'")
-            visible = _visible(attention_mask, name, module, query, key, kwargs).expand(query.shape[0], -1, -1, -1)
+            visible = seen_keys(attention_mask, name, module, query, key, kwargs).expand(query.shape[0], -1, -1, -1)
             given = kwargs if name in ("eager", "sdpa") else kwargs | {"output_attentions": True}
             whole = function(module, query, key, value, attention_mask, **kwargs)[0] if name == "sdpa" else None
             group = query.shape[1] // key.shape[1]

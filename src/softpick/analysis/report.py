@@ -1,6 +1,6 @@
 """From results to a table and to one HTML file.
 
-:data:`METRICS` is the single list of what a summary shows: the terminal table (:func:`summary_rows`), the table of the
+``records.METRICS`` is the single list of what a summary shows: the terminal table (:func:`summary_rows`), the table of the
 HTML file and its definitions come from it. :func:`write_report` fills ``report.html`` (a template beside this file,
 with all style and script in it) with the results as JSON; the file opens without a network.
 
@@ -20,7 +20,6 @@ import os
 import statistics
 import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, Literal
@@ -28,292 +27,14 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-__all__ = ["METRICS", "Metric", "data_statement", "decode_maps", "encode_maps", "summary_rows", "write_report"]
+from softpick.analysis import records
+from softpick.analysis.records import DASH, METRICS, Metric
 
-DASH = "–"
+__all__ = ["DASH", "METRICS", "Metric", "data_statement", "decode_maps", "encode_maps", "summary_rows", "write_report"]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The summary
-
-
-@dataclass(frozen=True)
-class Metric:
-    """One row of the summary.
-
-    Attributes:
-        key: a stable name.
-        label: for people, with the unit's sign left out.
-        unit: ``"%"``, ``"nats"``, ... or empty.
-        group: the heading it stands under.
-        path: where the value is in a run.
-        style: a format specification; ``"d"`` for counts.
-        definition: what it is, in a sentence or two.
-        reading: how to read it (what low or high means).
-        sink: a sink figure, beside which T and the BOS policy are stated.
-    """
-
-    key: str
-    label: str
-    unit: str
-    group: str
-    path: tuple[str, ...]
-    style: str
-    definition: str
-    reading: str = ""
-    sink: bool = False
-
-    def value(self, run: Mapping[str, Any]) -> float | None:
-        """The number in a run, or None where it is missing or not finite."""
-        at: Any = run
-        for part in self.path:
-            at = at.get(part) if isinstance(at, Mapping) else None
-        if isinstance(at, bool) or not isinstance(at, int | float) or not math.isfinite(at):
-            return None
-        return at
-
-    def text(self, value: float | None) -> str:
-        """A value as text, with its unit."""
-        if value is None:
-            return DASH
-        if self.style == "d":
-            number = f"{value:,.0f}" if value == int(value) else f"{value:,.1f}"
-        elif self.style == "g":
-            number = f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
-        else:
-            number = format(value, self.style)
-        return f"{number} {self.unit}".rstrip() if self.unit else number
-
-
-def _sink(token: str, normalized: bool, threshold: str) -> Metric:
-    words, which = {
-        "first": ("first token", "k is the first token of the sample"),
-        "strongest": (
-            "strongest token",
-            "k is, for each sample and head, the key with the largest alpha among those that at least 16 queries see",
-        ),
-        "last": (
-            "last token",
-            "k is the last token of the sample ([SEP] of an encoder); only where attention is not causal: else few see it",
-        ),
-    }[token]
-    key = "rate_normalized" if normalized else "rate"
-    weight = (
-        "A[i,k] / Σ_j |A[i,j]| over rows with mass" if normalized else "A[i,k] over the queries i that may see key k"
-    )
-    return Metric(
-        key=f"sink_{token}{'_normalized' if normalized else ''}_{threshold}",
-        label=f"Sink rate > {threshold}, {words}" + (", share of row mass" if normalized else ""),
-        unit="%",
-        group="Attention sinks",
-        path=("measurements", "sink", token, key, threshold),
-        style=".1f",
-        definition=f"Share of (sample, layer, head) with alpha > {threshold}; alpha is the mean of {weight}; {which}.",
-        reading=(
-            "Lower: fewer heads park their attention on one token. Comparable across normalizers."
-            if normalized
-            else "Lower: fewer sinks. Softpick's rows sum to at most 1, which lowers it too: see the share of row mass."
-        ),
-        sink=True,
-    )
-
-
-def _tile(name: str) -> Metric:
-    rows, columns = name.split("x")
-    what = f"row blocks of {columns} keys" if rows == "1" else f"tiles of {rows} queries by {columns} keys"
-    return Metric(
-        f"tile_{name}",
-        f"Empty tiles {rows}×{columns}",
-        "%",
-        "Sparsity",
-        ("measurements", "sparsity", "tiles", name),
-        ".1f",
-        f"Share of {what} with a visible entry in which every weight is exactly 0. Complete tiles only; "
-        "a dash means that the samples are shorter than the tile.",
-        "Higher: more work that a kernel can skip without any loss.",
-    )
-
-
-_HIDDEN, _ROWS, _SPARSITY, _HEADS = (("measurements", name) for name in ("hidden", "rows", "sparsity", "heads"))
-
-METRICS: tuple[Metric, ...] = (
-    Metric(
-        "validation_loss",
-        "Validation loss",
-        "",
-        "Quality",
-        ("validation_loss",),
-        ".4f",
-        "Mean cross-entropy in nats per token (softpick compare: on the validation data, after training).",
-        "Lower is better.",
-    ),
-    Metric(
-        "perplexity",
-        "Perplexity",
-        "",
-        "Quality",
-        ("perplexity",),
-        ".2f",
-        "Exponential of the mean cross-entropy of the tokens from the third on. Only for models with the same tokenizer can "
-        "it be compared.",
-        "Lower is better.",
-    ),
-    *(
-        _sink(token, normalized, threshold)
-        for token in ("first", "strongest", "last")
-        for normalized in (False, True)
-        for threshold in ("0.3", "0.2")
-    ),
-    Metric(
-        "strongest_is_first",
-        "Strongest token is the first",
-        "%",
-        "Attention sinks",
-        ("measurements", "sink", "strongest", "is_first"),
-        ".1f",
-        "Share of (sample, layer, head) whose key with the largest alpha is the first token of the sample.",
-    ),
-    Metric(
-        "row_mass",
-        "Row mass",
-        "",
-        "Attention sinks",
-        (*_ROWS, "mass"),
-        ".3f",
-        "Mean over queries, heads and layers of Σ_j A[i,j].",
-        "Softmax always has 1. Below 1, a head may attend to little or nothing.",
-    ),
-    Metric(
-        "zero_rows",
-        "All-zero rows",
-        "%",
-        "Attention sinks",
-        (*_ROWS, "zero"),
-        ".2f",
-        "Share of queries (per head) whose weights are all exactly 0.",
-        "A head that is off for this token.",
-    ),
-    Metric(
-        "entropy",
-        "Attention entropy",
-        "nats",
-        "Attention sinks",
-        (*_ROWS, "entropy"),
-        ".2f",
-        "Mean over rows with mass of −Σ_j p_j ln p_j with p = A / Σ|A|.",
-        "Low: attention on few keys.",
-    ),
-    Metric(
-        "max_score",
-        "Largest score",
-        "",
-        "Attention sinks",
-        (*_ROWS, "max_score"),
-        ".1f",
-        "Largest q · k × scaling of a visible pair, before soft-capping and biases.",
-        "exp() of what is above 88 overflows fp32, above 11 fp16, where a normalizer is not anchored.",
-    ),
-    Metric(
-        "kurtosis",
-        "Kurtosis",
-        "",
-        "Hidden states",
-        (*_HIDDEN, "kurtosis"),
-        "g",
-        "μ₄/σ⁴ of all entries of the residual stream after every layer, samples and layers pooled (a Gaussian has 3).",
-        "Lower: fewer outliers, easier to quantize.",
-    ),
-    Metric(
-        "hidden_min",
-        "Smallest activation",
-        "",
-        "Hidden states",
-        (*_HIDDEN, "min"),
-        "g",
-        "Minimum of the residual stream after every layer.",
-    ),
-    Metric(
-        "hidden_max",
-        "Largest activation",
-        "",
-        "Hidden states",
-        (*_HIDDEN, "max"),
-        "g",
-        "Maximum of the residual stream after every layer.",
-    ),
-    Metric(
-        "massive",
-        "Massive activations",
-        "",
-        "Hidden states",
-        (*_HIDDEN, "massive", "count"),
-        "d",
-        "Entries with |x| > 100 and |x| ≥ 1000 × the median |x| of that hidden state (one sample, one layer).",
-        "Lower: fewer.",
-    ),
-    Metric(
-        "outlier_features",
-        "Outlier features",
-        "",
-        "Hidden states",
-        (*_HIDDEN, "outlier_features", "count"),
-        "d",
-        "Channels with |x| ≥ 6 in at least 25 % of the layers and at least 6 % of all positions (LLM.int8).",
-        "Lower: easier to quantize.",
-    ),
-    Metric(
-        "zero",
-        "Weights exactly 0",
-        "%",
-        "Sparsity",
-        (*_SPARSITY, "zero"),
-        ".1f",
-        "Share of visible weights (causal: lower triangle with diagonal) that are exactly 0.",
-        "Higher: sparser.",
-    ),
-    Metric(
-        "tiny",
-        "Weights ≤ 1e-5",
-        "%",
-        "Sparsity",
-        (*_SPARSITY, "tiny"),
-        ".1f",
-        "Share of visible weights with |a| ≤ 0.00001.",
-        "Softmax has near-zeros, but no zeros.",
-    ),
-    *(_tile(name) for name in ("1x16", "1x64", "16x64", "64x64", "128x128")),
-    Metric(
-        "dead_heads",
-        "Dead heads",
-        "%",
-        "Heads",
-        (*_HEADS, "dead_percent"),
-        ".1f",
-        "Heads whose output (before the output projection) has max|o| ≤ 1e-6 on at least 95 % of tokens.",
-        "Lower: less capacity is lost.",
-    ),
-    Metric(
-        "dormant_heads",
-        "Dormant heads",
-        "%",
-        "Heads",
-        (*_HEADS, "dormant_percent"),
-        ".1f",
-        "Heads with more than 0.9 of a row's mass on the first token for at least 95 % of queries.",
-        "Lower: softmax's way of switching a head off.",
-    ),
-    Metric("parameters", "Parameters", "", "Run", ("parameters",), "d", "Trainable parameters of the model."),
-    Metric(
-        "seconds",
-        "Time",
-        "s",
-        "Run",
-        ("seconds",),
-        "d",
-        "Seconds of training (softpick compare) or of measuring (softpick analyze).",
-    ),
-)
-"""Every row of the summary, in order."""
 
 
 def run_labels(report: Mapping[str, Any]) -> list[str]:
@@ -349,7 +70,7 @@ def _summary(report: Mapping[str, Any], by: Literal["run", "normalizer"]) -> lis
     else:
         groups = [[run for run in runs if run["normalizer"] == n] for n in dict.fromkeys(r["normalizer"] for r in runs)]
     rows = []
-    for metric in METRICS:
+    for metric in records.METRICS:
         cells = [[v for v in (metric.value(run) for run in group) if v is not None] for group in groups]
         if not any(cells):
             continue
@@ -400,7 +121,7 @@ def _derived_notes(report: Mapping[str, Any]) -> list[str]:
         rate
         for run in report["runs"]
         if run["normalizer"] == "softmax"
-        and (rate := next(m for m in METRICS if m.key == "sink_first_0.3").value(run)) is not None
+        and (rate := next(m for m in records.METRICS if m.key == "sink_first_0.3").value(run)) is not None
     ]
     if rates and statistics.fmean(rates) < 5:
         notes.append(
@@ -519,7 +240,8 @@ def render(report: Mapping[str, Any]) -> str:
         "statements": [data_statement(run) for run in runs],
         "summary": {"run": _summary(report, "run"), "normalizer": _summary(report, "normalizer")},
         "definitions": [
-            {k: getattr(m, k) for k in ("key", "label", "unit", "group", "definition", "reading")} for m in METRICS
+            {k: getattr(m, k) for k in ("key", "label", "unit", "group", "definition", "reading")}
+            for m in records.METRICS
         ],
     }
     template = files("softpick.analysis").joinpath("report.html").read_text(encoding="utf-8")

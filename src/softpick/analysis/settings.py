@@ -65,12 +65,18 @@ class AuditSettings:
     )
     knockout: tuple[str | int, ...] = setting(
         ("first",),
-        "Comma-separated: first, strongest, or a position from 0. Also the perplexity without that token's key "
-        "(decoders); none leaves it out.",
-        note="The keys are masked one after the other. ``strongest`` is, of each sample, the key with the largest alpha "
+        "Comma-separated: first, strongest, or a position from 0. Also the perplexity without that token's key, evicted or "
+        "absent (decoders); none leaves it out.",
+        note="The keys are hidden one after the other. ``strongest`` is, of each sample, the key with the largest alpha "
         "averaged over layers and heads.",
         metavar="KEYS",
         words={"none": ()},
+    )
+    evict_after: int | None = setting(
+        None,
+        "Eviction: queries so many tokens behind the key and later do not see it.",
+        note="Perplexities of the knockout are of what comes more than twice as far behind the key.",
+        shown="16, or a quarter of the sequence",
     )
     attn_implementation: str | None = setting(
         None,
@@ -83,6 +89,11 @@ class AuditSettings:
     dtype: str = setting("auto", DTYPE)
     trust_remote_code: bool = setting(False, TRUST)
 
+    @property
+    def eviction(self) -> int:
+        """``evict_after``, or its default."""
+        return min(16, self.sequence_length // 4) if self.evict_after is None else self.evict_after
+
     def check(self) -> None:
         """Raise :class:`AuditError` for values that cannot work."""
         from softpick.experiment.models import DTYPES, FUSED
@@ -94,10 +105,16 @@ class AuditSettings:
         for key in self.knockout:
             if key not in KNOCKOUTS and not (isinstance(key, int) and not isinstance(key, bool)):
                 raise AuditError(f"knockout: expected {', '.join(KNOCKOUTS)}, or a position; got {key!r}")
-            if isinstance(key, int) and not 0 <= key <= self.sequence_length - 3:
+            last = self.sequence_length - 2 - 2 * self.eviction
+            if last < 0:
                 raise AuditError(
-                    f"knockout: expected a position from 0 to {self.sequence_length - 3} (two tokens must follow it in a "
-                    f"sequence of {self.sequence_length}), got {key}"
+                    f"evict_after: {self.eviction} needs sequences of {2 * self.eviction + 2} tokens or more, got a "
+                    f"sequence_length of {self.sequence_length}; give a smaller one (or --knockout none)"
+                )
+            if isinstance(key, int) and not 0 <= key <= last:
+                raise AuditError(
+                    f"knockout: expected a position from 0 to {last} (more than twice evict_after, {self.eviction}, must "
+                    f"follow it in a sequence of {self.sequence_length}), got {key}"
                 )
         if (self.attn_implementation or "").startswith(FUSED):
             raise AuditError(

@@ -165,6 +165,7 @@ RANGES: Mapping[str, Range] = {
     "passkey": Range(-_COUNT),  # its check has more to say
     "passkey_prompts": Range(1),
     "knockout": Range(-_COUNT),  # the same
+    "evict_after": Range(1),
     "calibration_samples": Range(1),
     "group_size": Range(1),
     "bits": Range(1, 32),

@@ -22,7 +22,9 @@ TARGETS = {
         227 * KIBIBYTE,
         [
             *(f"{name},64,bfloat16,none" for name in NORMALIZERS),
-            *(f"{name},{d},bfloat16,hopper" for name in ("softpick", "softmax") for d in (64, 128)),
+            *(f"softpick,{d},bfloat16,hopper" for d in (64, 128)),
+            "learned_sink,64,bfloat16,hopper",
+            "softmax,128,bfloat16,hopper",
             "softpick,128,bfloat16,bias",
             "softmax,64,bfloat16,pages",
             "softpick_stop_gradient,128,bfloat16,map",

@@ -343,6 +343,34 @@ def test_pages_that_do_not_exist_are_masked(name, page, monkeypatch, poisoned):
             decode_attention(q, k, v, sink=sink, backend="triton", **common)
 
 
+@pytest.mark.parametrize("width", [64, 128])
+def test_scores_and_sink_far_below_zero(width, monkeypatch, poisoned):
+    """Nothing underflows, by whichever kernels: forward, backward and decoding."""
+    from softpick.ops.triton import launch
+
+    monkeypatch.setattr(launch, "_FEWEST_CACHED", 0)
+    monkeypatch.setattr(launch, "_FEWEST_FORWARD", 0)
+    q, k, v = inputs((1, 4, 4, 300, 1024, width, width), BF16)
+    level = torch.tensor([-300.0, -200.0, -150.0, 0.0], device=DEVICE)
+    with torch.no_grad():
+        q.fill_(1.0)
+        k += level[:, None, None] / width
+    sink = (level + torch.tensor([9.0, 0.0, -70.0, 1.0], device=DEVICE)).requires_grad_()
+    options = {"normalizer": "learned_sink", "scale": 1.0, "is_causal": True, "causal_alignment": "bottom_right"}
+    grad, results = torch.randn(1, 4, 300, width, device=DEVICE), []
+    for leaves, backend in (((q, k, v, sink), "triton"), (exact(q, k, v, sink), "reference")):
+        out = attend(*leaves[:3], None, leaves[3], backend=backend, **options)
+        gradients = torch.autograd.grad(out, leaves, grad.to(out.dtype))
+        with torch.no_grad():
+            few = decode_attention(
+                leaves[0][:, :, :2], *leaves[1:3], sink=leaves[3], backend=backend, normalizer="learned_sink", scale=1.0,
+                return_lse=True,
+            )  # fmt: skip
+        results.append([out, *gradients, *few])
+    for got, want in zip(*results, strict=True):
+        assert relative(got, want) < 2e-2
+
+
 DECODED = {
     "contiguous": {},
     "one query": {"shape": (1, 4, 4, 1, 1, 128, 128)},

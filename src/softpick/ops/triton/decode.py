@@ -131,7 +131,7 @@ def _sweep(
 
 @triton.jit(do_not_specialize=["kv_heads", "tq", "tk", "left", "right", "chunk", "t_b", "pages"])
 def decode_split(
-    query, key, value, part_out, part_total, part_m, mask, sink, lengths, table,
+    query, key, value, part_out, part_total, part_m, mask, lengths, table,
     q_b, q_h, q_t, q_d, k_b, k_h, k_t, k_d, v_b, v_h, v_t, v_d, m_b, m_h, m_q, m_k, t_b,
     kv_heads, groups, tq, tk, width, v_width, left, right, unit, softcap, chunk, pages,
     BASE: tl.constexpr, RECTIFY: tl.constexpr, ABSOLUTE: tl.constexpr, CONSTANT: tl.constexpr,
@@ -179,12 +179,10 @@ def decode_split(
     full_hi = tl.maximum(tl.minimum(full_hi, hi), full_lo)
     acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
-    ANCHORED: tl.constexpr = BASE != EXP or RECTIFY != NONE or CONSTANT != 0
+    ANCHORED: tl.constexpr = BASE != EXP or RECTIFY != NONE or CONSTANT == ONE
     m = tl.zeros([BLOCK_M], tl.float32) + (0.0 if ANCHORED else -INF)
     if BASE == LINEAR:
         m += TINY
-    if CONSTANT == SINK:
-        m = tl.maximum(m, tl.load(sink + head, mask=rows, other=0.0).to(tl.float32) * LOG2E)
     few = False
     if MASK == 0 and q.dtype != tl.float32:
         few = few_seen(0, tq, tk, offset, left, right, LEFT, RIGHT)
@@ -310,6 +308,18 @@ def _add_parts(
     return top, one * old + tl.sum(total * factor, 0), o * old + tl.sum(acc * factor[:, None], 0)
 
 
+@triton.jit
+def anchored(m, total, logit, eps):
+    """The anchor of rows of which a sink is known, ``total`` relative to it, and the factor that it was multiplied with.
+
+    ``total`` was relative to ``m``, minus infinity where it is 0. The anchor is the largest of the scores and the sink,
+    however low; with ``eps``, which is relative to it, at least 0.
+    """
+    top = tl.maximum(m, tl.where(eps == 0, logit, tl.maximum(logit, 0.0)))
+    factor = tl.where(m == -INF, 0.0, tl.exp2(m - top))
+    return top, total * factor, factor
+
+
 @triton.jit(do_not_specialize=["sequences", "kv_heads", "tq", "tk", "left", "right", "splits", "fewest"])
 def decode_merge(
     part_out, part_total, part_m, sink, lengths, out, lse, o_b, o_h, o_t, o_d, l_b, l_h, l_t,
@@ -351,12 +361,11 @@ def decode_merge(
         high, one, o = _add_parts(
             high, one, o, tl.arange(0, PARTS), first, parts, r, dv, part_out, part_total, part_m, BLOCK_M, BLOCK_DV
         )
-    high = tl.where(high == -INF, 0.0, high)
     if CONSTANT == SINK:
         logit = tl.load(sink + h).to(tl.float32) * LOG2E
-        # where the sink is all there is, it is its own anchor, however low; eps is relative to one that is at least 0
-        alone = tl.where((eps == 0) & (logit > -INF), logit, tl.maximum(logit, 0.0))
-        high = tl.where(one == 0, alone, tl.maximum(high, 0.0))
+        high, one, factor = anchored(tl.where(one == 0, -INF, high), one, logit, eps)
+        o *= factor
+    high = tl.where(high == -INF, 0.0, high)
     if CONSTANT == ONE:
         one += 1.0 if BASE == LINEAR else tl.exp2(-high)
     elif CONSTANT == SINK:

@@ -195,6 +195,8 @@ def _finish(
         if CONSTANT == ONE:
             total += tl.exp2(-m)
         elif CONSTANT == SINK:
+            lowest = tl.where((eps == 0) & (logit > -INF), logit, 0.0)
+            m = tl.where(total == 0, tl.maximum(lowest, logit), m)  # the sink is all there is, however low
             total += tl.exp2(logit - m)
     total += eps  # relative to m
     inverse = tl.where(total == 0, 0.0, 1.0 / total)
@@ -333,6 +335,8 @@ def attention_forward(
     if CONSTANT == SINK:
         logit = tl.load(sink + h).to(tl.float32) * LOG2E
         anchor = tl.maximum(anchor, logit)
+        if BASE == EXP and RECTIFY == NONE:  # scores and sink may lie far below 0 together
+            anchor = tl.where(eps == 0, logit, anchor)
     if at < 0:
         first, last = rows_with_few(mask, m_k, tq, tk, offset, left, right, MASK, MASK_ROWS, LEFT, RIGHT, 128)
         for i0 in range(first + tile * FEW_ROWS, last, few_tiles * FEW_ROWS):
@@ -367,6 +371,8 @@ def attention_forward(
             sound = sound & ((total > _SMALLEST) | (hi <= lo))
         if CONSTANT == SINK:
             sound = sound & (tl.zeros([BLOCK_M], tl.float32) + logit < 64.0)
+            if BASE == EXP and RECTIFY == NONE:
+                sound = sound & ((total + tl.exp2(logit) > _SMALLEST) | (eps > 0))
         trouble = tl.max(tl.where(sound, 0, 1)) + tl.max(tl.where(tl.abs(acc) < 3.0e38, 0, 1))
         if trouble > 0:
             acc, total, kept, m, top = _all_keys(

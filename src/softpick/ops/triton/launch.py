@@ -689,7 +689,7 @@ def _decode(
         pointer, mask_strides = _mask_arguments(mask)
         run(
             decode_split, (splits, kv_heads, b),
-            query, key, value, part_out, part_total, part_m, pointer, sink, lengths, table,
+            query, key, value, part_out, part_total, part_m, pointer, lengths, table,
             *query.stride(), *key.stride(), *value.stride(), *mask_strides, 0 if table is None else table.stride(0),
             kv_heads, groups, tq, tk, query.shape[-1], value.shape[-1],
             options.left, options.right, _unit(options), options.softcap, chunk, key.shape[0],

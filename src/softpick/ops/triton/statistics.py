@@ -40,13 +40,17 @@ __all__ = ["row_statistics"]
 def _products(
     q, do, level, inverse, key, value, mask, i2, lo, hi, tq, tk, width, v_width, offset, left, right, unit, softcap, dropout_p,
     seed, start, k_t, k_d, v_t, v_d, m_q, m_k,
-    BASE: tl.constexpr, RECTIFY: tl.constexpr, ABSOLUTE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_DV: tl.constexpr, PAD_D: tl.constexpr, PAD_DV: tl.constexpr, MASK: tl.constexpr, MASK_ROWS: tl.constexpr,
-    LEFT: tl.constexpr, RIGHT: tl.constexpr, SOFTCAP: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+    BASE: tl.constexpr, RECTIFY: tl.constexpr, ABSOLUTE: tl.constexpr, CONSTANT: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, PAD_D: tl.constexpr, PAD_DV: tl.constexpr, MASK: tl.constexpr,
+    MASK_ROWS: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, SOFTCAP: tl.constexpr, DROPOUT: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Of rows of queries: the sum of weights times ``dp``, the share of the keys in the denominator, the largest score or 0."""
+    """Of rows of queries: the sum of weights times ``dp``, the share of the keys in the denominator, the largest score (of
+    anchored normalizers at least 0).
+    """
     d, dv, n = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV), tl.arange(0, BLOCK_N)
-    delta, share, top = tl.zeros_like(level), tl.zeros_like(level), tl.zeros_like(level)
+    LOWEST: tl.constexpr = -INF if BASE == EXP and RECTIFY == NONE and CONSTANT == 0 else 0.0
+    delta, share, top = tl.zeros_like(level), tl.zeros_like(level), tl.zeros_like(level) + LOWEST
     for j in tl.range(lo, hi, BLOCK_N):
         at = tl.cast(j, tl.int64)
         k = load_rows(key + at * k_t, n, d, k_t, k_d, tk - j, width, True, PAD_D)
@@ -58,7 +62,7 @@ def _products(
             s, i2, j2, mask, m_q, m_k, tq, tk, offset, left, right, unit, softcap,
             BASE, MASK, MASK_ROWS, LEFT, RIGHT, SOFTCAP, True,
         )  # fmt: skip
-        top = tl.maximum(top, tl.max(tl.where(keep, s, 0.0), 1))
+        top = tl.maximum(top, tl.max(tl.where(keep, s, LOWEST), 1))
         if BASE == LINEAR:
             p = s * inverse[:, None]
         elif BASE == EXP:
@@ -106,23 +110,21 @@ def _few_tile(
         delta, share, top = _products(
             q, do, level, inverse, key, value, mask, i2, lo, hi, tq, tk, width, v_width, offset, left, right, unit, softcap,
             dropout_p, seed, start, k_t, k_d, v_t, v_d, m_q, m_k,
-            BASE, RECTIFY, ABSOLUTE, FEW_KEYS, BLOCK_D, BLOCK_DV, PAD_D, PAD_DV, MASK, MASK_ROWS, LEFT, RIGHT, SOFTCAP,
-            DROPOUT, PRECISION,
+            BASE, RECTIFY, ABSOLUTE, CONSTANT, FEW_KEYS, BLOCK_D, BLOCK_DV, PAD_D, PAD_DV, MASK, MASK_ROWS, LEFT, RIGHT,
+            SOFTCAP, DROPOUT, PRECISION,
         )  # fmt: skip
         # with what the constant and eps have of the denominator the shares add up to 1, but for the rounding of the level
         if BASE == LINEAR:
             share += (eps + (1.0 if CONSTANT == ONE else 0.0)) * inverse
-        elif BASE == EXP and RECTIFY == NONE and CONSTANT == 0:
-            share = tl.where(
-                eps > 0.0, 1.0, share
-            )  # eps is relative to the largest score, which is not known to be above 0
         else:
-            # without eps the level may be so far below 0 that the power overflows, and 0 times infinity is NaN
-            share += tl.where(eps > 0.0, eps * tl.exp2(top - level), 0.0)
             if CONSTANT == ONE:
                 share += inverse
             elif CONSTANT == SINK:
-                share += tl.exp2(tl.load(sink).to(tl.float32) * LOG2E - level)
+                logit = tl.load(sink).to(tl.float32) * LOG2E
+                share += tl.exp2(logit - level)
+                top = tl.maximum(top, logit)
+            # without eps the level may be so far below 0 that the power overflows, and 0 times infinity is NaN
+            share += tl.where(eps > 0.0, eps * tl.exp2(top - level), 0.0)
         tl.store(statistics + (i64 + i) * s_t + 2 * s_c, tl.where(share > 0, delta / share, 0.0), mask=few)
 
 

@@ -17,7 +17,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.language.extra.cuda import gdc_launch_dependents
 
-from softpick.ops.triton.decode import count_tiles, keys_of_sequence, sequence_at, share_of
+from softpick.ops.triton.decode import anchored, count_tiles, keys_of_sequence, sequence_at, share_of
 from softpick.ops.triton.device import (
     EXP,
     INF,
@@ -221,7 +221,7 @@ def _take(
     s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [num_warps, 1], [16, BLOCK_M, 16])
     o_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [num_warps, 1], [16, BLOCK_M, 16])
     q_layout: gl.constexpr = gl.BlockedLayout([1, 8], [32 // (BLOCK_D // 8), BLOCK_D // 8], [num_warps, 1], [1, 0])
-    ANCHORED: gl.constexpr = BASE != EXP or RECTIFY != NONE or CONSTANT != 0
+    ANCHORED: gl.constexpr = BASE != EXP or RECTIFY != NONE or CONSTANT == ONE
     table_of = table
     if PAGE != 0:
         table_of = table + b * t_b
@@ -247,8 +247,6 @@ def _take(
     )  # fmt: skip
     seen += count
     m = zero
-    if CONSTANT == SINK:
-        logit = gl.load(sink + kv * groups + gl.minimum(r // tq, groups - 1)).to(gl.float32) * LOG2E
     few = few_seen(0, tq, filled, offset, left, right, LEFT, RIGHT) & (count > 0)
     if BASE == LINEAR:
         wrong = gl.to_tensor(0)
@@ -262,8 +260,6 @@ def _take(
         sound = total < _LARGEST
         if not ANCHORED:
             sound = sound & ((total > _SMALLEST) | ~sees)
-        if CONSTANT == SINK:
-            sound = sound & (logit < 64.0)
         wrong = gl.max(gl.where(sound | ~rows, 0, 1), 0) + gl.max(gl.max(gl.where(gl.abs(acc) < 3.0e38, 0, 1), 0), 0)
     if (wrong > 0) | few:
         _start(key_tiles, seen, count, lo, b, kv, table_of, ready, keys, BLOCK_N, PAGE, STAGES, STAGES)
@@ -277,8 +273,6 @@ def _take(
             m = gl.maximum(m, 0.0)
         if BASE == LINEAR:
             m = zero
-        if CONSTANT == SINK:
-            m = gl.maximum(m, logit)
         _start(key_tiles, seen, count, lo, b, kv, table_of, ready, keys, BLOCK_N, PAGE, STAGES, STAGES)
         if not SKIP:
             _start(
@@ -295,11 +289,14 @@ def _take(
         m = gl.where(sees, 0.0, -INF)
     d = gl.arange(0, BLOCK_DV, layout=gl.SliceLayout(1, o_layout))
     if WHOLE:  # as the merge
+        if CONSTANT == SINK:
+            logit = gl.load(sink + kv * groups + gl.minimum(r // tq, groups - 1)).to(gl.float32) * LOG2E
+            m, total, factor = anchored(gl.where(total == 0, -INF, m), total, logit, eps)
+            acc *= gl.convert_layout(factor, gl.SliceLayout(0, o_layout))[None, :]
         m = gl.where(m == -INF, 0.0, m)
         if CONSTANT == ONE:
             total += 1.0 if BASE == LINEAR else gl.exp2(-m)
         elif CONSTANT == SINK:
-            m = gl.where((total == 0) & (eps == 0) & (logit > -INF), logit, m)  # the sink is all there is, however low
             total += gl.exp2(logit - m)
         total += eps
         inverse = gl.where(total == 0, 0.0, 1.0 / total)

@@ -299,8 +299,10 @@ def finish(
         total += 1.0
     elif CONSTANT == SINK:
         logit = gl.load(sink + head).to(gl.float32) * LOG2E
-        sound = sound & (logit < 64.0)
         total += gl.exp2(logit)
+        sound = sound & (logit < 64.0)
+        if BASE == EXP and RECTIFY == NONE:  # scores and sink may lie far below 0 together
+            sound = sound & ((total > _SMALLEST) | (eps > 0))
     note = turn + 1 + tile
     gl.store(note + gl.zeros_like(total).to(gl.int32), 1, mask=~sound)
     gl.store(note + gl.zeros_like(parts).to(gl.int32), 1, mask=~(parts < _FINITE))

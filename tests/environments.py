@@ -28,19 +28,22 @@ def interpreter(version: str) -> str | None:
     return shutil.which(f"python{version}")
 
 
-def environment(name: str, steps: Sequence[Sequence[str]], python: str = sys.executable) -> Path:
+def environment(
+    name: str, steps: Sequence[Sequence[str]], python: str = sys.executable, without: Sequence[str] = ()
+) -> Path:
     """A Python with these requirements, each step installed by one call of pip.
 
     Args:
         name: of its folder below ``.environments``. It is made anew if its steps have changed or were not finished.
         steps: what pip is given; the first has torch, pinned, so that no later range resolves to another build.
         python: the interpreter that it is made from.
+        without: packages that are removed at the end, because builds that fit this torch are on no index.
 
     Raises:
         InstallError: a step failed; the folder is left for another try, which begins anew.
     """
     folder = HOME / name
-    finished, wanted = folder / "finished.json", json.dumps([python, [list(step) for step in steps]])
+    finished, wanted = folder / "finished.json", json.dumps([python, [list(step) for step in steps], list(without)])
     own = folder / "bin" / "python"
     if finished.exists() and finished.read_text() == wanted:
         return own
@@ -54,6 +57,10 @@ def environment(name: str, steps: Sequence[Sequence[str]], python: str = sys.exe
         if done.returncode:
             lines = [line for line in done.stderr.splitlines() if line.startswith("ERROR")] or done.stderr.splitlines()
             raise InstallError(f"{name}: pip install {' '.join(step)}: {re.sub(r'https?://[^ ]+', '...', lines[-1])}")
+    if without:
+        subprocess.run(
+            [str(own), "-m", "pip", "uninstall", "--quiet", "--yes", *without], check=True, capture_output=True
+        )
     finished.write_text(wanted)
     return own
 

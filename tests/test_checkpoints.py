@@ -3,6 +3,8 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -125,6 +127,34 @@ def test_the_trainer_saves_marked_checkpoints(tmp_path):
     transformers.Trainer(model, arguments, train_dataset=data).train()
     assert saved(tmp_path / "checkpoint-1")["model_type"] == "llama" + checkpoints.MARK
     assert normalizer_of(auto.from_pretrained(tmp_path / "checkpoint-1")) == "softpick"
+
+
+def test_the_hub_gets_marked_checkpoints(monkeypatch):
+    """``push_to_hub`` of a model saves it into a folder and uploads that."""
+    hub, seen = transformers.utils.hub, []
+    made = SimpleNamespace(repo_id="somebody/model")
+    monkeypatch.setattr("huggingface_hub.HfApi.create_repo", lambda *_, **__: made)
+    if hasattr(hub, "create_repo"):
+        monkeypatch.setattr(hub, "create_repo", lambda *_, **__: made)
+    monkeypatch.setattr(
+        hub.PushToHubMixin, "_upload_modified_files", lambda self, folder, *_, **__: seen.append(saved(Path(folder)))
+    )
+    build("llama", "softpick")[0].push_to_hub("somebody/model")
+    assert [config["model_type"] for config in seen] == ["llama" + checkpoints.MARK]
+    assert seen[0]["architectures"] == ["LlamaForCausalLM" + checkpoints.MARK]
+
+
+def test_a_merged_adapter_is_saved_marked(tmp_path):
+    peft = pytest.importorskip("peft")
+    model, auto = build("llama", "softpick")
+    lora = peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    merged = peft.get_peft_model(model, lora).merge_and_unload()
+    merged.save_pretrained(tmp_path)
+    assert saved(tmp_path)["model_type"] == "llama" + checkpoints.MARK
+    loaded = auto.from_pretrained(tmp_path)
+    assert normalizer_of(loaded) == "softpick"
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(IDS)[0], merged(IDS)[0])
 
 
 def test_an_interrupted_write_leaves_the_old_file(tmp_path, monkeypatch):

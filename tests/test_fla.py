@@ -150,6 +150,8 @@ def test_imported_models_have_the_same_logits(attention, normalizer, change, tmp
         ({"num_hidden_layers": 3}, "missing: model.layers.2"),
         ({"num_hidden_layers": 1}, "unknown: model.layers.1"),
         ({"hidden_ratio": 16}, "mlp.gate_proj.weight: expected"),
+        ({"num_heads": 0}, "config.json: not the sizes of a model"),
+        ({"vocab_size": "many"}, "config.json: not the sizes of a model"),
     ],
 )
 def test_what_we_do_not_compute_is_refused_by_name(change, message, tmp_path):
@@ -166,3 +168,42 @@ def test_a_folder_in_use_stays_as_it_is(tmp_path):
     with pytest.raises(LayoutError, match="expected a new or empty folder"):
         import_checkpoint(tmp_path / "theirs", tmp_path / "ours")
     assert [file.name for file in (tmp_path / "ours").iterdir()] == ["mine.txt"]
+
+
+def test_the_command(tmp_path, capsys):
+    pytest.importorskip("typer")
+    from softpick.cli import main
+
+    write(tmp_path / "theirs", {**FIELDS, "attn_impl": "naive_softpick_attn"}, weights(FIELDS))
+    with pytest.raises(SystemExit) as ended:
+        main(["import", str(tmp_path / "theirs")])
+    assert ended.value.code == 0
+    folder = tmp_path / "theirs-softpick_llama"
+    assert f"model: {folder}" in capsys.readouterr().out
+    assert normalizer_of(AutoModelForCausalLM.from_pretrained(folder)) == "softpick"
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("config.json", b"[1]", "config.json: expected an object, got list"),
+        ("config.json", b"{", "config.json: expected the configuration of a checkpoint"),
+        ("model.safetensors", b"not tensors", "model.safetensors: cannot be read"),
+        ("pytorch_model.bin", b"not tensors", "pytorch_model.bin: cannot be read"),
+    ],
+)
+def test_the_command_ends_with_a_sentence(name, content, message, tmp_path, capsys):
+    pytest.importorskip("typer")
+    from softpick.cli import main
+
+    write(tmp_path / "theirs", {**FIELDS, "attn_impl": "naive_softpick_attn"}, weights(FIELDS))
+    if name.endswith(".bin"):
+        (tmp_path / "theirs" / "model.safetensors").unlink()
+    (tmp_path / "theirs" / name).write_bytes(content)
+    with pytest.raises(SystemExit) as ended:
+        main(["import", str(tmp_path / "theirs"), "--output", str(tmp_path / "ours")])
+    assert ended.value.code == 2
+    said = capsys.readouterr().err
+    assert message in said
+    assert len(said.splitlines()) == 1
+    assert not (tmp_path / "ours").exists()

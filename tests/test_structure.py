@@ -43,6 +43,7 @@ ALLOWED = {
     "softpick.__main__": {"softpick.cli", "softpick.experiment"},
     "softpick.cli": {
         "softpick.normalizers",
+        "softpick.integrations",
         "softpick.experiment",
         "softpick.analysis",
         "softpick.training",

@@ -179,6 +179,8 @@ def test_command_line_converts_there_and_back(runs, assets, tmp_path):
     adapter.main(arguments)
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    assert (config["model_type"], config["architectures"]) == ("softpick_llama", ["SoftpickLlamaForCausalLM"])
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
     assert model.config.eos_token_id == AutoTokenizer.from_pretrained(tmp_path / "model").eos_token_id == 1
     ours = SoftpickTransformer(FLAVORS[SINK])

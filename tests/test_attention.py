@@ -34,7 +34,7 @@ def make(b=2, h=4, hkv=2, tq=9, tk=13, d=8, dv=5, dtype=torch.float64, scale=1.0
 
 
 def sink_for(name, heads, dtype=torch.float64):
-    return torch.randn(heads, dtype=dtype).requires_grad_() if name == "learned_sink" else None
+    return torch.randn(heads, dtype=dtype).requires_grad_() if NORMALIZERS[name].needs_sink else None
 
 
 PATTERNS = {
@@ -264,7 +264,7 @@ def test_error_against_fp64_is_that_of_torch(name, dtype, scale):
     """Budget: 1.5 times the relative Frobenius error of torch's softmax attention in the same precision."""
     make_q = torch.randn(1, 4, 300, 32) * scale
     q, k, v = (t.to(dtype) for t in (make_q, torch.randn(1, 4, 300, 32), torch.randn(1, 4, 300, 32)))
-    sink = torch.randn(4, dtype=dtype) if name == "learned_sink" else None
+    sink = torch.randn(4, dtype=dtype) if NORMALIZERS[name].needs_sink else None
     exact = [t.double() for t in (q, k, v)]
 
     def error(f, **more):
@@ -401,7 +401,7 @@ def test_packed_sequences_equal_separate_ones(name, backend, causal):
 @pytest.mark.parametrize("name", NAMES)
 def test_partial_results_merge_by_lse(name):
     """o = sum_p e^{L_p - L} o_p: what decoding over split keys relies on. eps and constants belong to one part only."""
-    if NORMALIZERS[name].constant or name == "linear_softpick":
+    if NORMALIZERS[name].constant:
         pytest.skip("the denominator constant is added once")
     q, k, v = make(b=1, h=1, hkv=1)
     options = {"normalizer": name, "eps": 0.0, "return_stats": True, "backend": "tiled"}
@@ -455,7 +455,7 @@ def test_reference_is_differentiable_twice(name):
         )
 
     inputs = (q, k, v) if sink is None else (q, k, v, sink)
-    if name == "softpick_stop_gradient":  # whose backward pass is by design not the derivative
+    if not NORMALIZERS[name].negative_gradient:  # whose backward pass is by design not the derivative
         (g,) = torch.autograd.grad(f(*inputs).square().sum(), q, create_graph=True)
         assert torch.autograd.grad(g.sum(), q)[0].isfinite().all()
         return

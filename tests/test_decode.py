@@ -48,7 +48,7 @@ def wanted(q, k, v, lengths, name, *, window=(-1, -1), is_causal=True, **options
 
 
 def logits_of(name):
-    return draw(4) if name == "learned_sink" else None
+    return draw(4) if NORMALIZERS[name].needs_sink else None
 
 
 OPTIONS = {
@@ -90,7 +90,7 @@ def test_caches_and_pages(name, queries, options):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_dtypes_and_lse(name, dtype):
     q, k, v = draw(3, 4, 1, 8, dtype=dtype), draw(3, 2, 5, 8, dtype=dtype), draw(3, 2, 5, 6, dtype=dtype)
-    sink = None if name != "learned_sink" else draw(4, dtype=dtype)
+    sink = None if not NORMALIZERS[name].needs_sink else draw(4, dtype=dtype)
     lengths = torch.tensor([0, 3, 5], dtype=torch.int32)
     out, lse = decode_attention(q, k, v, cache_seqlens=lengths, normalizer=name, sink=sink, return_lse=True)
     want, weights = wanted(q, k, v, lengths.tolist(), name, sink=sink)

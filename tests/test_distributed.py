@@ -155,7 +155,7 @@ def qkv(h=4, hkv=4, t=6, d=4, dtype=torch.float64):
 @pytest.mark.parametrize("name", NAMES)
 def test_one_rank_is_plain_attention(alone, name):
     q, k, v = qkv()
-    sink = torch.randn(4, dtype=torch.float64).requires_grad_() if name == "learned_sink" else None
+    sink = torch.randn(4, dtype=torch.float64).requires_grad_() if NORMALIZERS[name].needs_sink else None
     leaves = [x for x in (q, k, v, sink) if x is not None]
     results = []
     for function, keywords in ((ring_attention, {}), (scaled_dot_product_attention, {"backend": "reference"})):
@@ -171,7 +171,7 @@ def test_parts_of_the_gpu_kernels(name):
     """Two parts of the keys, merged, and their gradients: what a ring does, without ranks."""
     q, k, v = (x.detach() for x in qkv(hkv=2, t=20, d=16, dtype=torch.float32))
     grad = torch.randn_like(q)
-    sink = torch.randn(4) if name == "learned_sink" else None
+    sink = torch.randn(4) if NORMALIZERS[name].needs_sink else None
     norm = get_normalizer(name)
     options = {"backend": "triton", "normalizer": name, "scale": 0.25, "is_causal": False, "softcap": 0.0}
     carry = _Carry(norm, q, v, sink, norm.eps)

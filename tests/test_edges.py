@@ -4,6 +4,7 @@ import functools
 import itertools
 import math
 
+import formula
 import pytest
 import torch
 from oracle import attention as oracle
@@ -19,7 +20,7 @@ def draw(*shape, dtype=torch.float64):
 
 
 def sink_of(name, heads, dtype=torch.float64):
-    return draw(heads, dtype=dtype) if name == "learned_sink" else None
+    return draw(heads, dtype=dtype) if NORMALIZERS[name].needs_sink else None
 
 
 # --------------------------------------------------------------------------------------- who sees whom, at any lengths
@@ -107,36 +108,20 @@ def test_the_lowest_number_of_a_dtype_excludes(name, backend, dtype, mask_dtype,
 
 # f' and g' at a score of 0: softpick's step(0) = 0 and sign(0) = +1, paper eq. (7); rectified keeps s >= 0
 AT_ZERO = {
-    "softmax": (1.0, 1.0),
     "softpick": (0.0, 1.0),
     "softpick_stop_gradient": (0.0, 0.0),
     "relu_softpick": (0.0, 0.0),
-    "rectified": (1.0, 1.0),
-    "softmax_plus_one": (1.0, 1.0),
-    "learned_sink": (1.0, 1.0),
-    "linear_softpick": (1.0, 1.0),
 }
 
 
 def row_gradient(s, dp, name, sink):
     """Gradient of one row's scores, written out: ds = (f' dp - g' D) / l, D = sum f dp / l."""
-    positive, zero = s > 0, s == 0
-    e, base = torch.exp(s), torch.expm1(s)
-    step, sign = positive.double(), torch.where(s < 0, -1.0, 1.0).double()
-    f, g, df, dg, c = {
-        "softmax": (e, e, e, e, 0.0),
-        "softpick": (base * step, base.abs(), e * step, e * sign, 1e-6 * torch.exp(s.max().clamp(min=0))),
-        "softpick_stop_gradient": (base * step, base.abs(), e * step, e * step, 1e-6 * torch.exp(s.max().clamp(min=0))),
-        "relu_softpick": (base * step, base * step, e * step, e * step, 1e-6 * torch.exp(s.max().clamp(min=0))),
-        "rectified": (e * (s >= 0), e * (s >= 0), e * (s >= 0), e * (s >= 0), 0.0),
-        "softmax_plus_one": (e, e, e, e, 1.0),
-        "learned_sink": (e, e, e, e, torch.exp(sink) if sink is not None else 0.0),
-        "linear_softpick": (s, s.abs(), torch.ones_like(s), sign, 1.0),
-    }[name]
-    assert torch.equal(df[zero], torch.full_like(df[zero], AT_ZERO[name][0]))
-    assert torch.equal(dg[zero], torch.full_like(dg[zero], AT_ZERO[name][1]))
-    total = g.sum() + c
-    return (df * dp - dg * (f * dp).sum() / total) / total
+    row = formula.weights(NORMALIZERS[name], s, torch.ones_like(s, dtype=torch.bool), sink)
+    f, _, df, dg = row.functions
+    zero, decay = s == 0, torch.exp(-row.m)
+    assert torch.equal(df[zero], (AT_ZERO.get(name, (1.0, 1.0))[0] * decay).expand_as(df[zero]))
+    assert torch.equal(dg[zero], (AT_ZERO.get(name, (1.0, 1.0))[1] * decay).expand_as(dg[zero]))
+    return (df * dp - dg * (f * dp).sum() / row.total) / row.total
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -193,21 +178,9 @@ def test_a_sink_of_any_size(backend, dtype, sink, scores):
 
 def log_denominator(s, name, sink=None):
     """Log of the denominator of each row of scores, its constant and eps included."""
-    zero = s.new_zeros(*s.shape[:-1], 1)
-    if name == "linear_softpick":
-        return torch.log1p(s.abs().sum(-1))
-    if name == "softmax_plus_one":
-        s = torch.cat([s, zero], -1)
-    elif name == "learned_sink":
-        s = torch.cat([s, zero + sink.double().view(1, -1, 1, 1)], -1)
-    elif name == "rectified":
-        s = s.masked_fill(s < 0, -math.inf)
-    elif name != "softmax":
-        m = s.amax(-1, keepdim=True).clamp(min=0)
-        base = torch.exp(s - m) - torch.exp(-m)
-        base = base.clamp(min=0) if name == "relu_softpick" else base.abs()
-        return m[..., 0] + torch.log(base.sum(-1) + 1e-6)
-    return torch.logsumexp(s, -1)
+    logit = None if sink is None else sink.double().view(1, -1, 1, 1)
+    row = formula.weights(NORMALIZERS[name], s, torch.ones_like(s, dtype=torch.bool), logit)
+    return (row.m + torch.log(row.total))[..., 0]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -216,7 +189,7 @@ def log_denominator(s, name, sink=None):
 @pytest.mark.parametrize("lone", [False, True])
 def test_all_scores_near_one_level_in_fp32(name, backend, level, lone):
     """Every score of a row is the level and a little: all rows alike, or one such row among common ones."""
-    if name == "linear_softpick" and lone:
+    if not NORMALIZERS[name].exponential and lone:
         pytest.skip("nothing in it depends on a level")
     q, k, v = draw(1, 1, 6, 4).mul(8).round().div(8), draw(1, 1, 40, 4).mul(8).round().div(8), draw(1, 1, 40, 3)
     k[..., 0] = 1.0  # all numbers are multiples of 1/64: scores are exact in fp32

@@ -30,7 +30,7 @@ def make(*lead, tq=4, tk=5, heads=2, kv_heads=1, d=3, dv=2):
 
 
 def sink_for(name):
-    return torch.randn(2, dtype=torch.float64) if name == "learned_sink" else None
+    return torch.randn(2, dtype=torch.float64) if NORMALIZERS[name].needs_sink else None
 
 
 def dense(name, backend, sink=None, **options):
@@ -378,7 +378,7 @@ def test_shapes_of_tensors_without_values(kind, backend, name):
     with FakeTensorMode() if kind == "fake" else torch.device("cpu"):
         q = torch.empty(2, 4, 5, 8, device=device, requires_grad=True)
         k, v = (torch.empty(2, 2, 6, n, device=device) for n in (8, 3))
-        sink = torch.zeros(4, device=device) if name == "learned_sink" else None
+        sink = torch.zeros(4, device=device) if NORMALIZERS[name].needs_sink else None
         mask = torch.ones(2, 1, 5, 6, dtype=torch.bool, device=device)
         options = {"normalizer": name, "backend": backend, "sink": sink}
         out = scaled_dot_product_attention(q, k, v, mask, enable_gqa=True, return_stats=True, **options)

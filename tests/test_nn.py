@@ -2,6 +2,7 @@
 
 import math
 
+import formula
 import pytest
 import torch
 
@@ -42,21 +43,8 @@ def test_attention_is_its_formula(name, options):
         keep = i[:, None] >= i
         if "window" in options:
             keep = keep & (i[:, None] - i < 3)
-        e = torch.exp(s).masked_fill(~keep, 0)
-        p = torch.expm1(s).masked_fill(~keep, 0)
-        m = s.masked_fill(~keep, 0).amax(-1, keepdim=True).clamp(min=0)
-        eps = 1e-6 * torch.exp(m)
-        a = {
-            "softmax": lambda e=e: e / e.sum(-1, keepdim=True),
-            "softpick": lambda p=p, eps=eps: p.relu() / (p.abs().sum(-1, keepdim=True) + eps),
-            "softpick_stop_gradient": lambda p=p, eps=eps: p.relu() / (p.abs().sum(-1, keepdim=True) + eps),
-            "relu_softpick": lambda p=p, eps=eps: p.relu() / (p.relu().sum(-1, keepdim=True) + eps),
-            "rectified": lambda e=e, s=s: (e * (s >= 0)) / (e * (s >= 0)).sum(-1, keepdim=True).clamp(min=1e-30),
-            "softmax_plus_one": lambda e=e: e / (1 + e.sum(-1, keepdim=True)),
-            "learned_sink": lambda e=e, h=h: e / (torch.exp(layer.sink[h]) + e.sum(-1, keepdim=True)),
-            "linear_softpick": lambda s=s, keep=keep: s * keep / (1 + (s * keep).abs().sum(-1, keepdim=True)),
-        }[name]()
-        outs.append(a @ v)
+        sink = layer.sink[h] if NORMALIZERS[name].needs_sink else None
+        outs.append(formula.weights(NORMALIZERS[name], s, keep.expand_as(s), sink).a @ v)
     out = torch.cat(outs, -1)
     if "output_gate" in options:
         out = out * torch.sigmoid(x @ layer.gate_proj.weight.T)

@@ -36,7 +36,7 @@ OPTIONS = {
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 def test_every_option(name, backend, options):
     q, k, v = draw(11, 4, 8), draw(16, 2, 8), draw(16, 2, 6)
-    sink = draw(4) if name == "learned_sink" else None
+    sink = draw(4) if NORMALIZERS[name].needs_sink else None
     cu_q, cu_k = offsets(LENGTHS_Q), offsets(LENGTHS_K)
     leaves = [x.requires_grad_() for x in (q, k, v, sink) if x is not None]
     got = varlen_attention(

@@ -12,6 +12,7 @@ import torch
 
 transformers = pytest.importorskip("transformers")
 
+from formula import weights  # noqa: E402
 from transformers import (  # noqa: E402
     AttentionInterface,
     AttentionMaskInterface,
@@ -25,7 +26,7 @@ from transformers.masking_utils import eager_mask  # noqa: E402
 import softpick.integrations.transformers as st  # noqa: E402
 from softpick.normalizers import NORMALIZERS  # noqa: E402
 
-PLAIN = [name for name in NORMALIZERS if name != "learned_sink"]
+PLAIN = [name for name, norm in NORMALIZERS.items() if not norm.needs_sink]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -34,26 +35,7 @@ PLAIN = [name for name in NORMALIZERS if name != "learned_sink"]
 
 def formula(name, s, keep, sink=None):
     """Weights by the textbook formulas. ``s`` fp64 of moderate size, ``keep`` boolean."""
-    e, rest = torch.exp(s) * keep, torch.expm1(s) * keep
-    if name == "softmax":
-        return e / e.sum(-1, keepdim=True).clamp(min=1e-300)
-    if name in ("softpick", "softpick_stop_gradient"):
-        # the library's eps is relative to e^m, m = max(0, largest score)
-        m = s.masked_fill(~keep, -math.inf).amax(-1, keepdim=True).clamp(min=0)
-        return rest.clamp(min=0) / (rest.abs().sum(-1, keepdim=True) + 1e-6 * m.exp())
-    if name == "relu_softpick":
-        m = s.masked_fill(~keep, -math.inf).amax(-1, keepdim=True).clamp(min=0)
-        return rest.clamp(min=0) / (rest.clamp(min=0).sum(-1, keepdim=True) + 1e-6 * m.exp())
-    if name == "rectified":
-        e = e * (s >= 0)
-        return e / e.sum(-1, keepdim=True).clamp(min=1e-300)
-    if name == "softmax_plus_one":
-        return e / (1 + e.sum(-1, keepdim=True))
-    if name == "learned_sink":
-        return e / (sink.double().exp().view(1, -1, 1, 1) + e.sum(-1, keepdim=True))
-    if name == "linear_softpick":
-        return s * keep / (1 + (s * keep).abs().sum(-1, keepdim=True))
-    raise AssertionError(f"the test knows no formula for {name}")
+    return weights(NORMALIZERS[name], s, keep, None if sink is None else sink.double().view(1, -1, 1, 1)).a
 
 
 def oracle_for(name):

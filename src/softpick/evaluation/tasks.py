@@ -19,13 +19,13 @@ from collections.abc import Iterator, Sequence
 from functools import partialmethod
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 from softpick.evaluation.benchmarks import HEADLINES, RECORDS, TASKS, EvaluationError, Task
 from softpick.experiment.corpus import token_ids
 from softpick.experiment.models import first_line, positions
 from softpick.experiment.progress import Reporter, Silent
 from softpick.experiment.reading import check_text, json_lines
+from softpick.integrations.patches import replaced
 
 __all__ = [
     "HEADLINES",
@@ -396,7 +396,6 @@ def _reachable_or_cached(tasks: Sequence[str], num_fewshot: int | None) -> Itera
 
     Without this they would try again and again, for half a minute a task.
     """
-    import datasets
     import huggingface_hub
 
     failure: Exception | None = None
@@ -410,14 +409,10 @@ def _reachable_or_cached(tasks: Sequence[str], num_fewshot: int | None) -> Itera
     if failure is None:
         yield None
         return
-    before = huggingface_hub.constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE
-    huggingface_hub.constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
-    try:
+    with replaced({"huggingface_hub.constants:HF_HUB_OFFLINE": True, "datasets.config:HF_HUB_OFFLINE": True}):
         for name in tasks:
             _cached(name, failure, tasks, num_fewshot)
         yield failure
-    finally:
-        huggingface_hub.constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE = before
 
 
 def _cached(name: str, failure: Exception, tasks: Sequence[str], num_fewshot: int | None) -> None:
@@ -444,8 +439,6 @@ def _quiet() -> Iterator[None]:
     And not its list of what is installed, which takes longer than a small task and is thrown away, nor its question to git.
     """
     import datasets
-    import lm_eval.api.metrics
-    import lm_eval.evaluator
     import tqdm
 
     log = logging.getLogger("lm_eval")
@@ -457,9 +450,29 @@ def _quiet() -> Iterator[None]:
         if bars:
             stack.callback(datasets.enable_progress_bars)
             datasets.disable_progress_bars()
-        stack.enter_context(patch.dict(os.environ, {"DISABLE_MULTIPROC": "1"}))
-        stack.enter_context(patch.object(tqdm.tqdm, "__init__", partialmethod(tqdm.tqdm.__init__, disable=True)))
-        stack.enter_context(patch.object(lm_eval.api.metrics, "print", nothing, create=True))
-        for name in ("add_env_info", "get_git_commit_hash"):
-            stack.enter_context(patch.object(lm_eval.evaluator, name, nothing))
+        stack.enter_context(_environment("DISABLE_MULTIPROC", "1"))
+        stack.enter_context(
+            replaced(
+                {
+                    "tqdm:tqdm.__init__": partialmethod(tqdm.tqdm.__init__, disable=True),
+                    "lm_eval.api.metrics:print": nothing,
+                    "lm_eval.evaluator:add_env_info": nothing,
+                    "lm_eval.evaluator:get_git_commit_hash": nothing,
+                }
+            )
+        )
         yield
+
+
+@contextlib.contextmanager
+def _environment(name: str, value: str) -> Iterator[None]:
+    """An environment variable for a while."""
+    before = os.environ.get(name)
+    os.environ[name] = value
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before

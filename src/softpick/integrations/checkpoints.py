@@ -22,6 +22,7 @@ from typing import Any
 
 from transformers import AutoConfig, PreTrainedConfig
 
+from softpick.integrations.patches import original, replace
 from softpick.normalizers import NORMALIZERS
 
 __all__ = ["MARK", "install", "marked", "unmarked"]
@@ -66,16 +67,18 @@ def unmarked(config: dict[str, Any], architectures: bool = False) -> dict[str, A
 def install() -> None:
     """Mark names in every file that a configuration writes, and understand them in every file that one reads.
 
-    Written for transformers 5.17 to 5.24: ``PreTrainedConfig.to_json_file`` is the one place that writes, and
+    ``PreTrainedConfig.to_json_file`` is the one place that writes, and
     ``PreTrainedConfig._dict_from_json_file`` the one place that reads. ``PreTrainedConfig.from_dict`` and
     ``AutoConfig.for_model`` take what somebody else has read. Configurations without our names are unchanged.
     """
     if hasattr(PreTrainedConfig.to_json_file, "_softpick"):
         return
-    PreTrainedConfig.to_json_file = _marking(PreTrainedConfig.to_json_file)
-    PreTrainedConfig._dict_from_json_file = classmethod(_unmarking(PreTrainedConfig._dict_from_json_file.__func__))
-    PreTrainedConfig.from_dict = classmethod(_unmarking_entries(PreTrainedConfig.from_dict.__func__))
-    AutoConfig.for_model = staticmethod(_unmarking_type(AutoConfig.for_model))
+    read = original("transformers:PreTrainedConfig._dict_from_json_file").__func__
+    build = original("transformers:PreTrainedConfig.from_dict").__func__
+    replace("transformers:PreTrainedConfig.to_json_file", _marking(PreTrainedConfig.to_json_file))
+    replace("transformers:PreTrainedConfig._dict_from_json_file", classmethod(_unmarking(read)))
+    replace("transformers:PreTrainedConfig.from_dict", classmethod(_unmarking_entries(build)))
+    replace("transformers:AutoConfig.for_model", staticmethod(_unmarking_type(AutoConfig.for_model)))
 
 
 def _marking(write: Callable[..., None]) -> Callable[..., None]:

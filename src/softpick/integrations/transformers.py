@@ -32,8 +32,6 @@ try:
         AutoModelForCausalLM,
         AutoModelForSequenceClassification,
         PreTrainedConfig,
-        PreTrainedModel,
-        masking_utils,
     )
     from transformers.utils import output_capturing
 except ImportError as error:
@@ -42,6 +40,7 @@ except ImportError as error:
     ) from error
 
 from softpick.integrations import checkpoints
+from softpick.integrations.patches import original, replace, replaced
 from softpick.integrations.softpick_llama import (
     SoftpickLlamaConfig,
     SoftpickLlamaForCausalLM,
@@ -326,14 +325,13 @@ def register() -> None:
         AttentionInterface.register(name, make_attention_function(name))
         AttentionMaskInterface.register(name, attention_mask)
     if not hasattr(PreTrainedConfig.to_dict, "_softpick"):
-        PreTrainedConfig.to_dict = _remember_choice(PreTrainedConfig.to_dict)
-        PreTrainedModel.get_correct_attn_implementation = _never_softmax_silently(
-            PreTrainedModel.get_correct_attn_implementation
-        )
-        PreTrainedModel.post_init = _checked_when_built(PreTrainedModel.post_init)
-        masking_utils._preprocess_mask_arguments = packed_in_masks(
-            masking_utils._preprocess_mask_arguments, lambda config: config._attn_implementation in IMPLEMENTATIONS
-        )
+        for place, wrap in (
+            ("transformers:PreTrainedConfig.to_dict", _remember_choice),
+            ("transformers:PreTrainedModel.get_correct_attn_implementation", _never_softmax_silently),
+            ("transformers:PreTrainedModel.post_init", _checked_when_built),
+            ("transformers.masking_utils:_preprocess_mask_arguments", _packed_in_masks),
+        ):
+            replace(place, wrap(original(place)))
         _allow_output_attentions()
     checkpoints.install()
     AutoConfig.register(SoftpickLlamaConfig.model_type, SoftpickLlamaConfig, exist_ok=True)
@@ -356,10 +354,10 @@ def intercept_attention(
             function, returns what is called instead, with the same arguments.
     """
     mine = {id(module) for module in model.modules()}
-    original = AttentionInterface.get_interface
+    asked = AttentionInterface.get_interface
 
     def get_interface(self: Any, attn_implementation: str, default: Callable[..., Any]) -> Callable[..., Any]:
-        function = original(self, attn_implementation, default)
+        function = asked(self, attn_implementation, default)
         instead = around(attn_implementation or "eager", function, default)
 
         def attention(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -367,11 +365,13 @@ def intercept_attention(
 
         return attention
 
-    AttentionInterface.get_interface = get_interface
-    try:
+    with replaced({"transformers:AttentionInterface.get_interface": get_interface}):
         yield
-    finally:
-        AttentionInterface.get_interface = original
+
+
+def _packed_in_masks(preprocess: Callable[..., Any]) -> Callable[..., Any]:
+    """``_preprocess_mask_arguments`` that finds packed sequences for our implementations."""
+    return packed_in_masks(preprocess, lambda config: config._attn_implementation in IMPLEMENTATIONS)
 
 
 def _remember_choice(to_dict: Callable[[Any], dict[str, Any]]) -> Callable[[Any], dict[str, Any]]:
@@ -445,8 +445,8 @@ def _allow_output_attentions() -> None:
         if self._attn_implementation not in NORMALIZERS:
             validate(self)
 
-    PreTrainedConfig.output_attentions = declared.setter(setter)
-    PreTrainedConfig.validate_output_attentions = validate_output_attentions
+    replace("transformers:PreTrainedConfig.output_attentions", declared.setter(setter))
+    replace("transformers:PreTrainedConfig.validate_output_attentions", validate_output_attentions)
     kinds = [PreTrainedConfig]
     for kind in kinds:  # classes that exist keep the method in a list of their own
         kinds += kind.__subclasses__()

@@ -24,6 +24,7 @@ from transformers.modeling_flash_attention_utils import FlashAttentionKwargs
 from transformers.utils.generic import TransformersKwargs
 from transformers.utils.import_utils import is_tracing
 
+from softpick.integrations.patches import replace_table
 from softpick.integrations.transformers_packing import watch_offsets
 
 __all__ = [
@@ -220,9 +221,11 @@ class _Classes(dict[str, Any]):
 def _explain_tables(kind: type) -> None:
     """Tables such as ``{"eager": GitSelfAttention}`` in the file of a class raise a sentence where a name is missing."""
     module = sys.modules.get(kind.__module__)
-    for name, table in list(vars(module).items()) if module is not None else ():
+    if module is None:
+        return
+    for name, table in list(vars(module).items()):
         if type(table) is dict and "eager" in table and all(inspect.isclass(value) for value in table.values()):
-            setattr(module, name, _Classes(table))
+            replace_table(module, name, _Classes(table))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -1,0 +1,241 @@
+"""THE table of what softpick replaces in other libraries, because they have no hook for it; and how it is replaced.
+
+Nothing else in softpick assigns to an attribute of another library (``tests/test_patches.py`` looks). Each record says why, for
+which version it was written, and what the replaced source looked like there: the test fails where the pinned version has
+another one, so that somebody reads it again.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import importlib
+import inspect
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+__all__ = ["PATCHES", "Patch", "digest", "original", "replace", "replace_table", "replaced"]
+
+
+@dataclass(frozen=True)
+class Patch:
+    """A replaced attribute.
+
+    Attributes:
+        place: ``module:attribute``.
+        library: its distribution.
+        version: for which the replacement was written, and whose source :attr:`source` is a digest of.
+        source: 16 digits of the SHA-256 of the source of :attr:`reads`; empty for a value without a source.
+        why: what the replacement does, and why no hook of the library does it.
+        reads: ``module:attribute`` whose source must not change; :attr:`place` if empty.
+    """
+
+    place: str
+    library: str
+    version: str
+    source: str
+    why: str
+    reads: str = ""
+
+
+_TRANSFORMERS = {"library": "transformers", "version": "5.23.0"}
+_HARNESS = {"library": "lm_eval", "version": "0.4.13"}
+
+PATCHES: Mapping[str, Patch] = {
+    patch.place: patch
+    for patch in (
+        Patch(
+            place="transformers:PreTrainedConfig.to_dict",
+            source="bbfc1cf88ab9f891",
+            why="A saved configuration keeps the attention implementation if it is one of ours; transformers drops it.",
+            **_TRANSFORMERS,
+        ),
+        Patch(
+            place="transformers:PreTrainedModel.get_correct_attn_implementation",
+            source="d1e19ae1facb1751",
+            why="A saved normalizer comes before transformers' default, and models that compute softmax by themselves refuse "
+            "ours; transformers accepts any registered name there.",
+            **_TRANSFORMERS,
+        ),
+        Patch(
+            place="transformers:PreTrainedModel.post_init",
+            source="7e71a8ab677d5dc8",
+            why="The layers of a model are looked at as soon as they exist; there is no event for it.",
+            **_TRANSFORMERS,
+        ),
+        Patch(
+            place="transformers.masking_utils:_preprocess_mask_arguments",
+            source="df23eb733c6e49fa",
+            why="Packed sequences are found in position ids for our implementations, too; transformers asks for the names of "
+            "its own.",
+            **_TRANSFORMERS,
+        ),
+        Patch(
+            place="transformers:PreTrainedConfig.output_attentions",
+            source="38eb98543e7e2c98",
+            why="output_attentions=True may stand beside our implementations; transformers allows it beside eager alone.",
+            **_TRANSFORMERS,
+        ),
+        Patch(
+            place="transformers:PreTrainedConfig.validate_output_attentions",
+            source="3471aa55151e65bb",
+            why="The same where a configuration is checked as a whole.",
+            **_TRANSFORMERS,
+        ),
+        Patch(
+            place="transformers:PreTrainedConfig.to_json_file",
+            source="e2cc6a98508a4c56",
+            why="The one place that writes config.json: names that no other program takes for softmax (checkpoints.py).",
+            **_TRANSFORMERS,
+        ),
+        Patch(
+            place="transformers:PreTrainedConfig._dict_from_json_file",
+            source="5d7a21fac19188ea",
+            why="The one place that reads config.json.",
+            **_TRANSFORMERS,
+        ),
+        Patch(
+            place="transformers:PreTrainedConfig.from_dict",
+            source="5af3fddbff02e898",
+            why="Takes what somebody else has read.",
+            **_TRANSFORMERS,
+        ),
+        Patch(place="transformers:AutoConfig.for_model", source="93abff3407b5aac8", why="The same.", **_TRANSFORMERS),
+        Patch(
+            place="transformers:AttentionInterface.get_interface",
+            source="0115b502544d95e1",
+            why="While a model is measured its layers call a function of ours, whatever implementation they ask for.",
+            **_TRANSFORMERS,
+        ),
+        Patch(
+            place="transformers.models.git.modeling_git:GIT_SELF_ATTENTION_CLASSES",
+            source="83e089f4e05357ed",
+            reads="transformers.models.git.modeling_git:GitAttention.__init__",
+            why="Such tables of attention classes by implementation (in the file of each model that has one) say what they "
+            "lack, instead of a bare KeyError.",
+            **_TRANSFORMERS,
+        ),
+        Patch(
+            place="lm_eval.evaluator:add_env_info",
+            source="a6e55f7becead9c0",
+            why="The harness lists what is installed, which takes longer than a small task and is thrown away.",
+            **_HARNESS,
+        ),
+        Patch(
+            place="lm_eval.evaluator:get_git_commit_hash",
+            source="3b8396124d9caddc",
+            why="The harness asks git about the working directory.",
+            **_HARNESS,
+        ),
+        Patch(
+            place="lm_eval.api.metrics:print",
+            source="0841b88ead038702",
+            reads="lm_eval.api.metrics:bootstrap_stderr",
+            why="Resampling prints a line for each metric.",
+            **_HARNESS,
+        ),
+        Patch(
+            place="tqdm:tqdm.__init__",
+            library="tqdm",
+            version="4.70.1",
+            source="",
+            why="No bars of the harness beside ours: TQDM_DISABLE counts only where it is set before tqdm is imported.",
+        ),
+        Patch(
+            place="huggingface_hub.constants:HF_HUB_OFFLINE",
+            library="huggingface_hub",
+            version="2.4.0",
+            source="",
+            why="Where the hub does not answer its libraries are told so; HF_HUB_OFFLINE counts only where it is set before "
+            "they are imported.",
+        ),
+        Patch(
+            place="datasets.config:HF_HUB_OFFLINE",
+            library="datasets",
+            version="5.2.0",
+            source="",
+            why="The same.",
+        ),
+    )
+}
+"""By place."""
+
+_originals: dict[str, Any] = {}
+
+
+def _holder(place: str) -> tuple[Any, str]:
+    """The module or class that has an attribute, and the attribute's name."""
+    module, _, path = place.partition(":")
+    *classes, name = path.split(".")
+    return functools.reduce(getattr, classes, importlib.import_module(module)), name
+
+
+def _look(place: str) -> Any:
+    """The attribute as it stands in its class, so that class and static methods stay what they are; None if it is not there."""
+    holder, name = _holder(place)
+    return inspect.getattr_static(holder, name, None)
+
+
+def original(place: str) -> Any:
+    """What stands at a place of :data:`PATCHES`, or stood there before :func:`replace`."""
+    return _originals[place] if place in _originals else _look(place)
+
+
+def replace(place: str, value: Any) -> None:
+    """Replace an attribute for good.
+
+    Args:
+        place: a key of :data:`PATCHES`.
+        value: what stands there from now on.
+    """
+    assert place in PATCHES, place
+    _originals.setdefault(place, _look(place))
+    holder, name = _holder(place)
+    setattr(holder, name, value)
+
+
+def replace_table(module: ModuleType, name: str, table: dict[str, Any]) -> None:
+    """Replace a table of attention classes in the file of a model: what ``GIT_SELF_ATTENTION_CLASSES`` stands for."""
+    setattr(module, name, table)
+
+
+@contextmanager
+def replaced(values: Mapping[str, Any]) -> Iterator[None]:
+    """Replace attributes for a while.
+
+    Args:
+        values: by keys of :data:`PATCHES`.
+    """
+    before = {}
+    try:
+        for place, value in values.items():
+            assert place in PATCHES, place
+            holder, name = _holder(place)
+            before[place] = vars(holder).get(name, _ABSENT)
+            setattr(holder, name, value)
+        yield
+    finally:
+        for place, value in reversed(before.items()):
+            holder, name = _holder(place)
+            if value is _ABSENT:
+                delattr(holder, name)
+            else:
+                setattr(holder, name, value)
+
+
+_ABSENT = object()
+
+
+def digest(patch: Patch) -> str:
+    """16 digits of the SHA-256 of the source that a patch was written for; empty where there is none."""
+    found = original(patch.reads or patch.place)
+    if isinstance(found, classmethod | staticmethod):
+        found = found.__func__
+    if isinstance(found, property):
+        found = found.fset
+    if not inspect.isfunction(found):
+        return ""
+    return hashlib.sha256(inspect.getsource(found).encode()).hexdigest()[:16]

@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from softpick.analysis.settings import KNOCKOUTS, SAMPLE_TEXTS, AuditError, AuditSettings
 from softpick.analysis.knockout import knockout, knockout_note, perplexity
+from softpick.analysis.settings import KNOCKOUTS, SAMPLE_TEXTS, AuditError, AuditSettings
 from softpick.experiment.corpus import get_corpus
 from softpick.experiment.environment import chosen_device, command_line, versions
 from softpick.experiment.files import OutputError, writing

@@ -15,8 +15,8 @@ from transformers.pytorch_utils import Conv1D
 from softpick.analysis import capture, measure, metrics, write_report
 from softpick.analysis.metrics import MASSIVE_RATIO, Meter
 from softpick.evaluation.passkey import _Rows, _Sums
+from softpick.experiment.rounding import FORMATS, quantized_activations, quantized_cache, round_to
 from softpick.quantization.methods import Job, _inner, _put_back
-from softpick.quantization.simulate import FORMATS, quantized_activations, quantized_cache, round_to
 from softpick.quantization.verify import QuantizationError, linear_layers, untouched, verify, weight_of
 
 # ---------------------------------------------------------------------------------------------------------------------

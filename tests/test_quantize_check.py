@@ -19,7 +19,7 @@ from transformers import (
 from transformers.masking_utils import sdpa_mask
 from transformers.pytorch_utils import Conv1D
 
-from softpick.quantization.simulate import FORMATS, quantized_activations, quantized_cache, round_to
+from softpick.experiment.rounding import FORMATS, quantized_activations, quantized_cache, round_to
 from softpick.quantization.verify import QuantizationError, untouched, verify, weight_of
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -20,6 +20,7 @@ MOVED = {
     "softpick.ops.tiled": "softpick.ops.cpu",
     "softpick.parts": "softpick.experiment.parts",
     "softpick.progress": "softpick.experiment.progress",
+    "softpick.quantization.simulate": "softpick.experiment.rounding",
     "softpick.quantize": "softpick.quantization.quantize",
     "softpick.train": "softpick.training.pretrain",
     "softpick.training.tokens": "softpick.training.token_files",

@@ -33,13 +33,13 @@ from softpick.experiment.perplexity import perplexity
 from softpick.experiment.progress import Reporter, Silent, Titled
 from softpick.experiment.reading import Corpus
 from softpick.experiment.resume import Ledger, Workspace, scratch
+from softpick.experiment.rounding import quantized_activations, quantized_cache
 from softpick.quantization.apply import Job
 from softpick.quantization.apply import check as check_weights
 from softpick.quantization.apply import quantize as quantize_weights
 from softpick.quantization.methods import METHODS, distributions
 from softpick.quantization.plots import figure_of
 from softpick.quantization.settings import QuantizeSettings
-from softpick.quantization.simulate import quantized_activations, quantized_cache
 from softpick.quantization.verify import QuantizationError, linear_layers, quiet_libraries
 
 __all__ = ["QuantizeSettings", "cells", "columns", "forget", "markdown", "quantize", "summary_rows", "weight_rows"]

@@ -114,7 +114,7 @@ class QuantizeSettings:
         """Raise :class:`EvaluationError` for values that cannot work."""
         from softpick.evaluation.tasks import check_tasks
         from softpick.experiment.models import DTYPES
-        from softpick.quantization.simulate import FORMATS, GRANULARITIES
+        from softpick.experiment.rounding import FORMATS, GRANULARITIES
 
         check_settings(self, EvaluationError)
         for name, known in (("methods", METHODS), ("dtype", DTYPES)):

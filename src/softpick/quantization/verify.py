@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from softpick.experiment.failures import QuantizationError
+from softpick.experiment.rounding import inner_layers, linear_layers
 from softpick.quantization.methods import loggers
 
 __all__ = [
@@ -76,24 +77,9 @@ class Verification:
         return asdict(self)
 
 
-def linear_layers(model: nn.Module) -> dict[str, Any]:
-    """The matrices of a model: ``nn.Linear`` and GPT-2's ``Conv1D``, by the names of their modules."""
-    return {name: module for name, module in model.named_modules() if _is_linear(module)}
-
-
-def inner_layers(model: Any) -> dict[str, Any]:
-    """The same without the vocabulary's projection: what quantizers quantize."""
-    head = model.get_output_embeddings()
-    return {name: module for name, module in linear_layers(model).items() if module is not head}
-
-
 def tensors(model: nn.Module) -> dict[str, Tensor]:
     """Parameters and buffers, by name; also the buffers that no file holds."""
     return {**dict(model.named_parameters()), **dict(model.named_buffers())}
-
-
-def _is_linear(module: nn.Module) -> bool:
-    return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
 
 
 def weight_of(module: Any, features: int, dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -14,16 +14,34 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from softpick.quantization.verify import QuantizationError, inner_layers
+from softpick.experiment.failures import QuantizationError
 
 __all__ = [
     "FORMATS",
     "GRANULARITIES",
     "Errors",
+    "inner_layers",
+    "linear_layers",
     "quantized_activations",
     "quantized_cache",
     "round_to",
 ]
+
+
+def linear_layers(model: nn.Module) -> dict[str, Any]:
+    """The matrices of a model: ``nn.Linear`` and GPT-2's ``Conv1D``, by the names of their modules."""
+    return {name: module for name, module in model.named_modules() if _is_linear(module)}
+
+
+def inner_layers(model: Any) -> dict[str, Any]:
+    """The same without the vocabulary's projection: what quantizers quantize."""
+    head = model.get_output_embeddings()
+    return {name: module for name, module in linear_layers(model).items() if module is not head}
+
+
+def _is_linear(module: nn.Module) -> bool:
+    return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
+
 
 GRANULARITIES = ("tensor", "token")
 """``tensor``: one scale an activation, set beforehand on calibration text. ``token``: a scale a token, from the token."""

@@ -42,7 +42,7 @@ $(VENV)/.compare: pyproject.toml constraints.txt
 
 # the tests also need what trains on torchtitan, evaluates and quantizes: two gigabytes more
 $(VENV)/.ready: $(VENV)/.compare
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[train,evaluate,quantize,torchtitan,dev,docs]"
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[train,evaluate,quantize,serve,torchtitan,dev,docs]"
 	touch $@
 
 clean:

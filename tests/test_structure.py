@@ -40,6 +40,7 @@ ALLOWED = {
         "softpick.analysis",
     },
     "softpick.quantization": {"softpick.integrations", "softpick.experiment", "softpick.evaluation"},
+    "softpick.serving": {"softpick.experiment"},
     "softpick.__main__": {"softpick.cli", "softpick.experiment"},
     "softpick.cli": {
         "softpick.normalizers",
@@ -49,6 +50,7 @@ ALLOWED = {
         "softpick.training",
         "softpick.evaluation",
         "softpick.quantization",
+        "softpick.serving",
     },
 }
 

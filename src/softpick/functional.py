@@ -361,8 +361,10 @@ def varlen_attention(
         value: ``(total_k, Hkv, Dv)``.
         cu_seqlens_q: ``(N + 1,)`` int32 or int64: starts of the sequences and their end, from 0.
         cu_seqlens_k: the same for the keys.
-        max_seqlen_q: longest query sequence, checked if given. If None it is taken from ``cu_seqlens_q``; inside
-            ``torch.compile`` and CUDA graphs, where that cannot be read, ``total_q``: right, but give it there for speed.
+        max_seqlen_q: longest query sequence. If None it is taken from ``cu_seqlens_q``; inside ``torch.compile`` and CUDA
+            graphs, where that cannot be read, ``total_q``: right, but give it there for speed. If given it is checked on
+            the CPU, and so are the offsets; on a GPU, where looking would wait for it, both are if the environment variable
+            ``SOFTPICK_DEBUG`` is ``1``.
         max_seqlen_k: longest key sequence; likewise.
         dropout_p: probability with which a weight is dropped.
         scale: factor on the scores; ``1 / sqrt(D)`` if None.

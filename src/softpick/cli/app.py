@@ -9,7 +9,7 @@ from typing import Any
 
 import typer
 
-from softpick.cli import checkpoints, lists, measuring, training
+from softpick.cli import checkpoints, lists, measuring, serving, training
 from softpick.experiment.failures import fail, told
 
 __all__ = ["COMMANDS", "make_app"]
@@ -22,6 +22,7 @@ COMMANDS: tuple[Callable[..., None], ...] = (
     measuring.quantize,
     training.train,
     training.grid,
+    serving.serve,
     lists.recipes,
     checkpoints.import_,
 )
@@ -40,9 +41,9 @@ def make_app() -> typer.Typer:
         pretty_exceptions_enable=False,
         rich_markup_mode=None,
     )
-    app.callback(help="Attention without softmax: compare normalizers; train, analyze, evaluate and quantize models.")(
-        _root
-    )
+    app.callback(
+        help="Attention without softmax: compare normalizers; train, analyze, evaluate, quantize and serve models."
+    )(_root)
     for command in COMMANDS:
         text = " ".join((command.__doc__ or "").split())
         app.command(command.__name__.strip("_"), help=text)(told(_with_paths(command)))

@@ -64,6 +64,7 @@ from softpick.integrations.transformers_packing import (
     masked,
     packed_in_masks,
 )
+from softpick.integrations.transformers_serving import attend_paged, install, is_paged, without_paged
 
 __all__ = [
     "IMPLEMENTATIONS",
@@ -116,7 +117,7 @@ def attention_forward(
     position_bias: Tensor | None = None,
     position_ids: Tensor | None = None,
     cu_seq_lens_q: Tensor | None = None,
-    cu_seq_lens_k: Tensor | None = None,
+    cu_seq_lens_k: Tensor | dict[str, Tensor] | None = None,
     max_length_q: int | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
@@ -150,7 +151,7 @@ def attention_forward(
             whose mask is causal, for as many keys as queries. Not read while compiling: there the model's mask holds it.
         cu_seq_lens_q: ``(N + 1,)`` starts of packed sequences and their end among the ``B Tq`` tokens of the batch, row
             after row; none crosses a row. Without a mask or a bias they never become a mask (softpick.varlen_attention).
-        cu_seq_lens_k: the same; must equal ``cu_seq_lens_q``.
+        cu_seq_lens_k: the same; must equal ``cu_seq_lens_q``, but in continuous batching (:func:`attend_paged`).
         max_length_q: the longest packed sequence, if it is known.
         kwargs: what models pass along without meaning for attention (for losses and outputs, or already in the mask), or None.
 
@@ -163,13 +164,40 @@ def attention_forward(
             and whatever :func:`softpick.scaled_dot_product_attention` rejects.
     """
     norm = normalizer if isinstance(normalizer, Normalizer) else get_normalizer(normalizer)
-    _check_arguments(module, norm, kwargs)
+    paged = is_paged(kwargs)
+    _check_arguments(module, norm, without_paged(kwargs) if paged else kwargs)
     sink = _sink(module, norm, s_aux)
     config = getattr(module, "config", None)
     if is_causal is None:
         is_causal = getattr(module, "is_causal", KIND_OF_MASKS.get(type(config)) != "eager")
     is_causal = bool(is_causal)
     output_attentions = bool(output_attentions) or _attentions_recorded()
+    if paged:
+        _check_paged(
+            module,
+            output_attentions=output_attentions or None,
+            attention_mask=attention_mask,
+            position_bias=position_bias,
+        )
+        out = attend_paged(
+            module,
+            query,
+            key,
+            value,
+            kwargs,
+            cu_seq_lens_q=cu_seq_lens_q,
+            cu_seq_lens_k=cu_seq_lens_k,
+            max_length_q=max_length_q,
+            scaling=scaling,
+            normalizer=norm,
+            softcap=softcap,
+            sink=sink,
+            sliding_window=sliding_window,
+            score_scale=score_scale,
+            output_gate=output_gate,
+        )
+        return out, None
+    assert not isinstance(cu_seq_lens_k, dict), "offsets by type of layer come from continuous batching"
     batch, _, tq, _ = query.shape
     # Without a mask transformers means: full attention for one query (decoding), else causal from the top left, also
     # when a still empty static cache has more keys than there are queries. The order keeps the result a plain bool.
@@ -257,6 +285,15 @@ def _check_arguments(module: nn.Module, norm: Normalizer, given: dict[str, Any])
         )
 
 
+def _check_paged(module: nn.Module, **given: Any) -> None:
+    unsupported = [name for name, value in given.items() if value is not None]
+    if unsupported:
+        raise ValueError(
+            f"{', '.join(unsupported)}: continuous batching (generate_batch) does not take it, but {type(module).__name__} "
+            "passes it; call model.generate"
+        )
+
+
 def make_attention_function(normalizer: str | Normalizer) -> Callable[..., tuple[Tensor, Tensor | None]]:
     """The attention function of one normalizer, as ``AttentionInterface.register`` wants it.
 
@@ -333,6 +370,7 @@ def register() -> None:
         ):
             replace(place, wrap(original(place)))
         _allow_output_attentions()
+    install(lambda config: config._attn_implementation in IMPLEMENTATIONS)
     checkpoints.install()
     AutoConfig.register(SoftpickLlamaConfig.model_type, SoftpickLlamaConfig, exist_ok=True)
     AutoModel.register(SoftpickLlamaConfig, SoftpickLlamaModel, exist_ok=True)

@@ -25,7 +25,7 @@ from transformers.utils.generic import TransformersKwargs
 from transformers.utils.import_utils import is_tracing
 
 from softpick.integrations.patches import replace_table
-from softpick.integrations.transformers_packing import watch_offsets
+from softpick.integrations.transformers_packing import runs_paged, watch_offsets
 
 __all__ = [
     "KIND_OF_MASKS",
@@ -274,6 +274,8 @@ def attention_mask(*args: Any, config: Any = None, dtype: torch.dtype = torch.fl
 
     Arguments and result are those of ``transformers.masking_utils.sdpa_mask`` and ``eager_mask``.
     """
+    if runs_paged():
+        return None
     kind = KIND_OF_MASKS.get(type(config), "sdpa")
     if kind == "eager":
         kwargs["allow_is_causal_skip"] = False

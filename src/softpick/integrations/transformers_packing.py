@@ -28,6 +28,7 @@ __all__ = [
     "looks_back",
     "masked",
     "packed_in_masks",
+    "runs_paged",
     "watch_offsets",
 ]
 
@@ -105,9 +106,10 @@ def _packed(position_ids: Tensor | None, batch: int, tq: int) -> bool:
 
 
 class _Running(threading.local):
-    """Of the models that run in this thread: whether one of them was given offsets."""
+    """Of the models that run in this thread: whether one of them was given offsets, and those of continuous batching."""
 
     given = False
+    paged = False
 
 
 _running = _Running()
@@ -123,13 +125,14 @@ def watch_offsets(kind: type[nn.Module]) -> None:
     def watched(self: Any, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling():
             return forward(self, *args, **kwargs)
-        before = _running.given
+        before = _running.given, _running.paged
         try:
-            _running.given = before or kwargs.get("cu_seq_lens_q") is not None
+            _running.given = before[0] or kwargs.get("cu_seq_lens_q") is not None
+            _running.paged = before[1] or kwargs.get("read_index") is not None
             _check_mixing(self, kwargs)
             return forward(self, *args, **kwargs)
         finally:
-            _running.given = before
+            _running.given, _running.paged = before
 
     watched._softpick = True  # type: ignore[attr-defined]
     kind.forward = watched
@@ -177,6 +180,11 @@ def _own_modules(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.M
         if not isinstance(child, PreTrainedModel):
             yield prefix + name, child
             yield from _own_modules(child, f"{prefix}{name}.")
+
+
+def runs_paged() -> bool:
+    """Whether the model that runs in this thread does so for continuous batching, which needs no masks."""
+    return not torch.compiler.is_compiling() and _running.paged
 
 
 def check_offsets(module: nn.Module, is_causal: bool, mask: Tensor | None) -> None:
@@ -361,7 +369,7 @@ def packed_in_masks(
     ) -> tuple[Any, ...]:
         found = preprocess(config, inputs_embeds, attention_mask, past_key_values, position_ids, *args, **kwargs)
         early, padding, packed, q_length, kv_length, q_offset = found[:6]
-        if early or packed is not None or position_ids is None or not ours(config) or q_length == 1:
+        if early or packed is not None or position_ids is None or not ours(config) or q_length == 1 or runs_paged():
             return found
         batch = inputs_embeds.shape[0]
         chunks = "chunked_attention" in (getattr(config, "layer_types", None) or ())

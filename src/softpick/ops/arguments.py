@@ -332,7 +332,10 @@ def batched_by_transform(x: Tensor) -> bool:
 
 
 def check_offsets(name: str, offsets: Tensor, packed: Tensor, longest: int | None, longest_name: str) -> int:
-    """The longest sequence, or what is said to be that; where it can be neither read nor was given, the total."""
+    """The longest sequence, or what is said to be that; where it can be neither read nor was given, the total.
+
+    On a GPU, where reading offsets would wait for it, they are not looked at if the longest sequence is given.
+    """
     if not isinstance(offsets, Tensor) or offsets.dtype not in (torch.int32, torch.int64):
         raise TypeError(
             f"{name}: expected an int32 or int64 tensor, got {getattr(offsets, 'dtype', type(offsets).__name__)}"
@@ -343,7 +346,7 @@ def check_offsets(name: str, offsets: Tensor, packed: Tensor, longest: int | Non
         raise ValueError(f"{name}: expected the query's device {packed.device}, got {offsets.device}")
     if longest is not None:
         longest = numbers.integer(longest_name, longest, 0)
-    if not readable(offsets):
+    if not (readable(offsets) if longest is None else checkable(offsets)):
         return packed.shape[0] if longest is None else longest
     starts = offsets.tolist()  # one wait for the device
     lengths = [end - start for start, end in itertools.pairwise(starts)]

@@ -1,0 +1,1 @@
+"""`softpick serve`: transformers' OpenAI-compatible server with softpick's models."""

@@ -33,6 +33,13 @@ ALLOWED = {
         "softpick.experiment",
         "softpick.analysis",
     },
+    "softpick.conversion": {
+        "softpick.normalizers",
+        "softpick.integrations",
+        "softpick.experiment",
+        "softpick.analysis",
+        "softpick.training",
+    },
     "softpick.evaluation": {
         "softpick.normalizers",
         "softpick.integrations",
@@ -46,6 +53,7 @@ ALLOWED = {
         "softpick.experiment",
         "softpick.analysis",
         "softpick.training",
+        "softpick.conversion",
         "softpick.evaluation",
         "softpick.quantization",
     },

@@ -9,7 +9,7 @@ from typing import Any
 
 import typer
 
-from softpick.cli import lists, measuring, training
+from softpick.cli import converting, lists, measuring, training
 from softpick.experiment.failures import fail, told
 
 __all__ = ["COMMANDS", "make_app"]
@@ -22,12 +22,13 @@ COMMANDS: tuple[Callable[..., None], ...] = (
     measuring.quantize,
     training.train,
     training.grid,
+    converting.convert,
     lists.recipes,
 )
 """In the order of ``softpick --help``. A function's name is the command's, its docstring the help text, and each of its
 parameters an argument or an option."""
 
-_PATHS = ("data", "data_dir", "output")
+_PATHS = ("data", "data_dir", "validation_data", "output")
 
 
 def make_app() -> typer.Typer:

@@ -153,10 +153,11 @@ def test_killed_and_continued_gives_the_same_weights(home, finished, tmp_path, m
 def test_trained_embeddings_are_untied_and_the_third_stage_needs_no_teacher(home, tmp_path):
     made = settings(
         home[0], embeddings="trained", align_steps=0, distil_steps=2, lengthen_steps=2, lengthen_sequence_length=64,
-        lengthen_batch_size=4, distil_batch_size=4, micro_batch_size=2, gradient_checkpointing=True, prompts=0,
+        lengthen_batch_size=4, distil_batch_size=4, micro_batch_size=2, gradient_checkpointing=True, dtype="bfloat16",
     )  # fmt: skip
     result = convert(made, tmp_path / "out")
     assert set(result["losses"]) == {"teacher", "swapped", "distil", "lengthen"}
+    assert all(map(math.isfinite, result["losses"].values()))
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out/model")
     assert AutoConfig.from_pretrained(tmp_path / "out/model").tie_word_embeddings is False
     assert not torch.equal(model.lm_head.weight, model.model.embed_tokens.weight)

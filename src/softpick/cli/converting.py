@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from typer import Option
 from softpick.cli.console import ConsoleReporter, going_on, make_console, print_report
 from softpick.cli.options import OUTPUT, require, with_settings
 from softpick.conversion.recipes import ConvertSettings
+from softpick.experiment.failures import fail
 
 __all__ = ["convert"]
 
@@ -35,4 +37,9 @@ def convert(
     with going_on(console, folder):
         report = run(ConvertSettings.of_recipe(**given), folder, reporter=ConsoleReporter(console), stop=StopRequest())
     print_report(report, folder, console)
+    for line in report["cost"]:
+        console.print(f"- {line}", markup=False, highlight=False)
     console.print(f"model:   {Path(folder) / 'model'}", markup=False, soft_wrap=True)
+    bad = [name for name, loss in report["losses"].items() if not math.isfinite(loss)]
+    if bad:
+        fail(f"the held-out loss is not finite ({', '.join(bad)}): the conversion failed", 1)

@@ -98,7 +98,7 @@ def convert(
     """
     settings.check()
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise ConvertError("softpick convert: runs in one process on one device; torchrun was found around it")
+        raise ConvertError("softpick convert runs in one process on one device; expected no torchrun around it")
     reporter = reporter if reporter is not None else Silent()
     with Workspace(output, error=ConvertError, ledger="config.json") as work:
         return _Run(settings, work, reporter, stop, command or command_line()).result()
@@ -146,7 +146,7 @@ class _Run:
         owned = False
         for number, stage in enumerate(settings.stages):
             if stage != "align" and not owned:
-                models.own_weights(student, settings)
+                models.own_weights(subject.model, student, settings)
                 owned = True
             stages[stage] = self._stage(number, stage, subject, student, layers, text)
             losses[stage] = self._loss(stage, student, text)
@@ -196,16 +196,16 @@ class _Run:
         self.reporter.say(f"data: {description}")
         length = settings.distil_sequence_length if settings.distil_steps else settings.align_sequence_length
         validation = subject.sequences(other, settings.validation_sequences, length)
-        tokens = self.folder / _TOKENS
+        tokens, staged = self.folder / _TOKENS, self.work.scratch / _TOKENS
         if not tokens.exists() or not self.work.ledger.knows(_TOKENS, tokens):
             documents = self._shuffled(train)
-            write_tokens(
-                self.work.scratch / _TOKENS, subject.tokenizer, documents, self.reporter, "tokenizing", len(documents)
+            write_tokens(staged, subject.tokenizer, documents, self.reporter, "tokenizing", len(documents))
+        made = digest(staged if staged.exists() else tokens)
+        key = text_digest(
+            json.dumps(
+                [made, fingerprint(validation), identity(settings.model, trust_remote_code=settings.trust_remote_code)]
             )
-            made = digest(self.work.scratch / _TOKENS)
-        else:
-            made = digest(tokens)
-        key = text_digest(json.dumps([made, fingerprint(validation), identity(settings.model)]))
+        )
         if self.config is None:
             config = {"format": _FORMAT, "settings": settings.to_json(), "data": key, "files": {}}
             write_json(self.folder / "config.json", config)
@@ -213,8 +213,8 @@ class _Run:
             raise ConvertError(
                 f"output: the model or the data changed since the run in {self.folder} was started; choose another --output"
             )
-        if not tokens.exists():
-            self.work.finish([_TOKENS])
+        if staged.exists():
+            self.work.finish([_TOKENS])  # refuses where the file in its place was changed
         return _Text(other, validation, description, key)
 
     def _shuffled(self, documents: list[str]) -> list[str]:
@@ -392,10 +392,14 @@ class _Run:
             report = {"runs": [{"normalizer": t, "title": t} for t in titles], "notes": [], "meta": {}}
         for run, loss in zip(report["runs"], (losses["teacher"], losses[settings.stages[-1]]), strict=True):
             run["validation_loss"] = loss
-        report["runs"][1]["title"] = f"{report['runs'][0]['title']}, {settings.normalizer}"
-        report["runs"][1]["curves"] = stages[settings.stages[-1]]["curves"]
+        report["runs"][1] |= {
+            "title": f"{report['runs'][0]['title']}, {settings.normalizer}",
+            "model": "model",
+            "curves": stages[settings.stages[-1]]["curves"],
+        }
         report["title"] = f"softpick convert: {Path(settings.model).name} to {settings.normalizer}"
         report["meta"] |= {
+            "models": f"{settings.model}, and what it became",
             "data": text.description,
             "created": time.strftime("%Y-%m-%d %H:%M"),
             "versions": versions("accelerate"),
@@ -403,8 +407,10 @@ class _Run:
             "seed": settings.seed,
             "command": self.command,
         }
-        report["notes"] = [*_notes(losses, stages, written), *report["notes"]]
+        report["notes"] = [*_notes(losses, written), *report["notes"]]
+        cost = _cost(stages)
         results = report | {
+            "cost": cost,
             "settings": settings.to_json(),
             "losses": losses,
             "stages": stages,
@@ -412,7 +418,7 @@ class _Run:
             "peak_memory_gib": peak_memory(settings.device),
         }
         with writing(self.folder / "report.html"):
-            write_report(self.work.scratch / "report.html", report)
+            write_report(self.work.scratch / "report.html", report | {"notes": [*report["notes"], *cost]})
         bare = [{key: value for key, value in run.items() if key != "samples"} for run in report["runs"]]
         results["runs"] = bare
         write_json(self.work.scratch / LAST, results)
@@ -467,17 +473,21 @@ def _layer_errors(module: Aligner, rows: Tensor, layers: list[str]) -> dict[str,
     return {name: float(error) for name, error in zip(layers, module.errors, strict=True)}
 
 
-def _notes(losses: dict[str, float], stages: dict[str, Any], written: dict[str, Any] | None) -> list[str]:
+def _cost(stages: dict[str, Any]) -> list[str]:
+    """What each stage took, in sentences."""
+    return [
+        f"{stage['title']}: {stage['tokens']:,} tokens, {stage['trained'] / 1e6:.1f} million parameters trained, "
+        f"{stage['seconds']:.0f} s ({stage['processor_seconds']:.0f} processor seconds of the last session, "
+        f"{stage['threads']} threads), at most {stage['peak_memory_gib']:.1f} GiB."
+        for stage in stages.values()
+    ]
+
+
+def _notes(losses: dict[str, float], written: dict[str, Any] | None) -> list[str]:
     """Figures of a conversion in sentences."""
     words = {"align": "after stage 1", "distil": "after stage 2", "lengthen": "after stage 3"}
     parts = ", ".join(f"{words.get(name, name)} {loss:.4f}" for name, loss in losses.items())
     notes = [f"Held-out loss (nats a token): {parts}."]
-    for stage in stages.values():
-        notes.append(
-            f"{stage['title']}: {stage['tokens']:,} tokens, {stage['trained'] / 1e6:.1f} million parameters trained, "
-            f"{stage['seconds']:.0f} s ({stage['processor_seconds']:.0f} processor seconds of the last session, "
-            f"{stage['threads']} threads), {stage['peak_memory_gib']:.1f} GiB."
-        )
     if written is not None:
         ours, theirs = written["student"], written["teacher"]
         notes += [

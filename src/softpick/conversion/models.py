@@ -143,17 +143,17 @@ def embeddings(model: Any) -> list[nn.Module]:
 
 
 @torch.no_grad()
-def own_weights(student: Any, settings: ConvertSettings) -> list[str]:
-    """Give a student weights of its own for stages 2 and 3, and say which of them are trained.
+def own_weights(teacher: Any, student: Any, settings: ConvertSettings) -> None:
+    """Give a student weights of its own for stages 2 and 3.
 
     Frozen embeddings stay the teacher's tensors. Trained ones are untied: RADLADS found that training tied ones fails.
 
+    A teacher that shares nothing any more gets bf16 weights where bf16 is computed with: half of its memory.
+
     Args:
+        teacher: of the student.
         student: from :func:`make_student`; changed in place.
         settings: what is frozen.
-
-    Returns:
-        Names of the parameters that require a gradient.
     """
     frozen = {id(p) for module in embeddings(student) for p in module.parameters()}
     train_all = settings.embeddings == "trained"
@@ -167,11 +167,14 @@ def own_weights(student: Any, settings: ConvertSettings) -> list[str]:
             made = nn.Parameter(parameter.detach().clone()) if made is None else made
             copies[id(parameter)] = made
             module._parameters[name] = made
-    if train_all:
-        for config in _configs(student.config):
-            if getattr(config, "tie_word_embeddings", False):
-                config.tie_word_embeddings = False
-    return [name for name, parameter in student.named_parameters() if parameter.requires_grad]
+    if not train_all:
+        return
+    for config in _configs(student.config):
+        if getattr(config, "tie_word_embeddings", False):
+            config.tie_word_embeddings = False
+    if settings.dtype == "bfloat16":
+        for parameter in teacher.parameters():
+            parameter.data = parameter.data.bfloat16()
 
 
 def _configs(config: Any) -> Iterator[Any]:

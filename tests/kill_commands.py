@@ -1,4 +1,4 @@
-"""Kill the five commands at random moments, run each again, and compare with runs that nobody disturbed.
+"""Kill the six commands at random moments, run each again, and compare with runs that nobody disturbed.
 
 ``python tests/kill_commands.py --kills 200 --seed 0`` prints what was lost and exits with 1 if anything was.
 
@@ -36,7 +36,9 @@ import softpick.training.engine  # noqa: F401
 from softpick import cli
 from softpick.training.data import train_tokenizer
 
-VOLATILE = {"seconds", "created", "command", "speed", "tokens_per_second", "peak_memory_gib", "mfu"}
+VOLATILE = {
+    "seconds", "created", "command", "speed", "tokens_per_second", "peak_memory_gib", "mfu", "processor_seconds", "cost",
+}  # fmt: skip
 EVENTS = {"os.rename", "os.remove", "os.mkdir", "os.rmdir"}
 WORDS = ["the", "a", "of", "attention", "head", "key", "query", "value", "sum", "row", "weight", "token", "zero"]
 USERS = ("notes.txt", "audit-notes.json", "evaluate-2026.pt", "quantize-x.tmp", ".results.json.tmp")
@@ -58,7 +60,7 @@ class Moment:
 
 @dataclass
 class Command:
-    """One of the five, and its undisturbed run."""
+    """One of the six, and its undisturbed run."""
 
     name: str
     arguments: list[str]
@@ -69,7 +71,7 @@ class Command:
 
     @property
     def trains(self) -> bool:
-        return self.name in ("train", "compare")
+        return self.name in ("train", "compare", "convert")
 
 
 def commands(home: Path) -> list[Command]:
@@ -100,6 +102,10 @@ def commands(home: Path) -> list[Command]:
     )
     sizes = "--layers 1 --heads 2 --width 8 --sequence-length 16 --vocab-size 270 --batch-size 4 --steps 8"
     measured = ["--samples", "4", "--sequence-length", "24"]
+    converted = (
+        "--align-steps 6 --align-batch-size 4 --align-sequence-length 16 --distil-steps 6 --distil-sequence-length 16 "
+        "--save-every 2 --samples 2 --prompts 2 --validation-sequences 2"
+    )
     return [
         Command("train", ["train", "tiny_cpu", f"data={home / 'text'}", *fields.split(), "--device", "cpu"]),
         Command("compare", ["compare", *data, *sizes.split()]),
@@ -122,6 +128,7 @@ def commands(home: Path) -> list[Command]:
                 "8,4",
             ],
         ),
+        Command("convert", ["convert", model, *data, *converted.split(), "--device", "cpu"]),
     ]
 
 

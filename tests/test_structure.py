@@ -33,6 +33,13 @@ ALLOWED = {
         "softpick.experiment",
         "softpick.analysis",
     },
+    "softpick.conversion": {
+        "softpick.normalizers",
+        "softpick.integrations",
+        "softpick.experiment",
+        "softpick.analysis",
+        "softpick.training",
+    },
     "softpick.evaluation": {
         "softpick.normalizers",
         "softpick.integrations",
@@ -48,6 +55,7 @@ ALLOWED = {
         "softpick.experiment",
         "softpick.analysis",
         "softpick.training",
+        "softpick.conversion",
         "softpick.evaluation",
         "softpick.quantization",
         "softpick.serving",

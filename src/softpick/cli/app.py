@@ -9,7 +9,7 @@ from typing import Any
 
 import typer
 
-from softpick.cli import checkpoints, lists, measuring, serving, training
+from softpick.cli import checkpoints, converting, lists, measuring, serving, training
 from softpick.experiment.failures import fail, told
 
 __all__ = ["COMMANDS", "make_app"]
@@ -22,6 +22,7 @@ COMMANDS: tuple[Callable[..., None], ...] = (
     measuring.quantize,
     training.train,
     training.grid,
+    converting.convert,
     serving.serve,
     lists.recipes,
     checkpoints.import_,
@@ -29,7 +30,7 @@ COMMANDS: tuple[Callable[..., None], ...] = (
 """In the order of ``softpick --help``. A function's name is the command's (without the underscore behind a word of Python's),
 its docstring the help text, and each of its parameters an argument or an option."""
 
-_PATHS = ("data", "data_dir", "source", "output")
+_PATHS = ("data", "data_dir", "validation_data", "source", "output")
 
 
 def make_app() -> typer.Typer:

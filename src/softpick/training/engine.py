@@ -388,6 +388,13 @@ class _Trainer(Trainer):
 
     speed: Speed | None = None
     guard: Guard | None = None
+    groups: Callable[[torch.nn.Module], list[dict[str, Any]]] | None = None
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        if self.groups is not None and self.optimizer is None:
+            made, options = self.get_optimizer_cls_and_kwargs(self.args)
+            self.optimizer: Any = made(self.groups(self.model if model is None else model), **options)
+        return super().create_optimizer(model)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         if "loss" in logs:
@@ -494,6 +501,7 @@ def train(
     speed: Speed | None = None,
     guard: Guard | None = None,
     export: Path | None = None,
+    groups: Callable[[torch.nn.Module], list[dict[str, Any]]] | None = None,
     run: str = "",
     say: Callable[[str], None] | None = None,
 ) -> Outcome:
@@ -513,6 +521,7 @@ def train(
         speed: measures, for the log lines.
         guard: of steps without a finite gradient.
         export: folder for the trained weights, gathered from all ranks.
+        groups: makes the optimizer's parameter groups of the model; by default the Trainer's own, with and without decay.
         run: what identifies the run; checkpoints of another one are not resumed from.
         say: is told of checkpoints that cannot be resumed from; by default it is a warning.
 
@@ -553,7 +562,7 @@ def train(
                 param_dtype=torch.bfloat16, reduce_dtype=torch.float32
             )
         trainer.remove_callback(PrinterCallback)
-        trainer.speed, trainer.guard = speed, guard
+        trainer.speed, trainer.guard, trainer.groups = speed, guard, groups
         with stop.on_signals() if stop is not None else nullcontext():
             trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
         seconds = watch.seconds

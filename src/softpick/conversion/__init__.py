@@ -1,0 +1,1 @@
+"""Give a pretrained softmax model another normalizer: ``softpick convert``."""

@@ -22,7 +22,8 @@ import torch
 from peers_gpu import PEERS, SHAPES, fa2, replay_times, times
 
 import softpick
-from softpick.ops.triton import launch
+from softpick.ops.spec import AttentionSpec
+from softpick.ops.triton import launch_decode, tuning
 
 ROWS: list[dict] = []
 
@@ -44,15 +45,15 @@ def ours(normalizer: str = "softpick"):
 @contextlib.contextmanager
 def thresholds(value: int):
     """Sizes from which the kernels for Hopper are taken."""
-    names = "_FEWEST_SCORES", "_FEWEST_FORWARD", "_FEWEST_CACHED"
-    usual = {name: getattr(launch, name) for name in names}
+    names = "FEWEST_SCORES", "FEWEST_FORWARD", "FEWEST_CACHED"
+    usual = {name: getattr(tuning, name) for name in names}
     for name in names:
-        setattr(launch, name, value)
+        setattr(tuning, name, value)
     try:
         yield
     finally:
         for name in names:
-            setattr(launch, name, usual[name])
+            setattr(tuning, name, usual[name])
 
 
 def gate(section: str, shape: str, normalizer: str, q, k, v, grad=None) -> None:
@@ -135,11 +136,11 @@ def decode() -> None:
                 found[name] = 1e3 * bench(lambda name=name: PEERS[name](q, k, v), rep=40, return_mode="median")
             out, lse = torch.empty_like(q), torch.empty(b, 32, 1, device="cuda")
             norm = softpick.NORMALIZERS["softpick"]
-            options = launch.Options(norm, 128**-0.5, norm.eps, -1, 0, True, 0.0, 0.0)
+            spec = AttentionSpec(norm, 128**-0.5, norm.eps, right=0, bottom_right=True)
             for inputs, pair in (("dense", (q, k)), ("75 % empty", (empty_q, empty_k))):
                 for what, skip in (("all values", False), ("default", None)):
                     call = functools.partial(
-                        launch.decode, options._replace(skip=skip), *pair, v, None, None, None, None, out, lse
+                        launch_decode.decode, spec._replace(skip=skip), *pair, v, None, None, None, None, out, lse
                     )
                     found[f"softpick, {what}, {inputs}"] = 1e3 * bench(call, rep=40, return_mode="median")
         for name, microseconds in found.items():

@@ -82,34 +82,45 @@ def candidates(kind: str, dim: int) -> list[tuple[int, ...]]:
 
 def run(kind: str, dim: int, skip: bool, blocks, tensors) -> None:
     from softpick.normalizers import NORMALIZERS
-    from softpick.ops.triton import launch, tuning
+    from softpick.ops.spec import AttentionSpec
+    from softpick.ops.triton import dispatch, launch, launch_decode, tuning
 
     norm = NORMALIZERS[NORMALIZER]
     q, k, v, out, lse, grad, dq, dk, dv = tensors
-    options = launch.Options(norm, dim**-0.5, norm.eps, -1, 0, False, 0.0, 0.0, skip)
-    tuning.OVERRIDE.clear()
-    launch.hopper_can = lambda *_: kind.startswith("hopper")
-    launch.hopper_can_decode = lambda *_: False
+    spec = AttentionSpec(norm, dim**-0.5, norm.eps, right=0, skip=skip)
+    dispatch.hopper_refuses = lambda *_: None if kind.startswith("hopper") else "not asked for"
+    dispatch.hopper_refuses_decode = lambda *_: "not asked for"
     if kind.startswith("hopper"):
         tuning.HOPPER[kind.removeprefix("hopper_"), dim] = tuning.Schedule(*blocks)
     else:
-        tuning.OVERRIDE[kind] = tuning.Blocks(*blocks)
+        use_blocks(kind, blocks)
     if kind == "forward":
-        launch.forward(options, q, k, v, None, None, None, None, None, 0, out, lse, None, None)
+        launch.forward(spec, q, k, v, None, None, None, None, None, 0, out, lse, None, None)
     elif kind == "decode":
-        one = options._replace(bottom_right=True)
-        launch.decode(one, q[:, :, -1:], k, v, None, None, None, None, out[:, :, -1:], lse[:, :, -1:])
+        one = spec._replace(bottom_right=True)
+        launch_decode.decode(one, q[:, :, -1:], k, v, None, None, None, None, out[:, :, -1:], lse[:, :, -1:])
     else:
-        kernels = [(launch, "attention_backward_"), (launch.hopper, "backward_")]
+        kernels = [(launch, "attention_backward_"), (dispatch.hopper, "backward_")]
         other = "queries" if kind.endswith("keys") else "keys"
         saved = [(where, name + other, getattr(where, name + other)) for where, name in kernels]
         for where, name, _ in saved:
             setattr(where, name, Nothing())
         try:
-            launch.backward(options, q, k, v, None, None, None, None, None, 0, 0, out, lse, grad, dq, dk, dv, None)
+            launch.backward(spec, q, k, v, None, None, None, None, None, 0, 0, out, lse, grad, dq, dk, dv, None)
         finally:
             for where, name, kernel in saved:
                 setattr(where, name, kernel)
+
+
+def use_blocks(kind: str, blocks) -> None:
+    """These block sizes for a kind of kernel, the table's for the others."""
+    from softpick.ops.triton import tuning
+
+    usual = USUAL.setdefault("blocks", tuning.blocks)
+    tuning.blocks = lambda name, *rest: tuning.Blocks(*blocks) if name == kind else usual(name, *rest)
+
+
+USUAL: dict = {}
 
 
 class Nothing:
@@ -120,10 +131,10 @@ class Nothing:
 @functools.cache
 def without_gpu() -> None:
     """Let this process compile for the GPU and launch nothing."""
-    from softpick.ops.triton import launch
+    from softpick.ops.triton import tuning
 
     compile_only(90)
-    launch.multiprocessors = lambda index: 132
+    tuning.multiprocessors = lambda index: 132
 
 
 def compile_one(job) -> str | None:
@@ -210,7 +221,7 @@ def row_jobs() -> list[tuple]:
 
 
 def run_rows(job, x, lse, g, y) -> None:
-    from softpick.ops.triton import launch, tuning
+    from softpick.ops.triton import launch_rows, tuning
 
     kind, dtype, n, chosen = job
     if n <= 16384:
@@ -220,9 +231,9 @@ def run_rows(job, x, lse, g, y) -> None:
     else:
         tuning.HOPPER_ROWS.pop((kind, dtype.itemsize), None)
     if kind == "forward":
-        launch.softpick_forward(x, 1e-6, y, lse)
+        launch_rows.softpick_forward(x, 1e-6, y, lse)
     else:
-        launch.softpick_backward(x, lse, g, y)
+        launch_rows.softpick_backward(x, lse, g, y)
 
 
 def compile_rows(job) -> str | None:
@@ -296,14 +307,15 @@ def compile_rings(job) -> str | None:
 
 def run_rings(job, q, k, v, out, lse) -> None:
     from softpick.normalizers import NORMALIZERS
-    from softpick.ops.triton import launch, tuning
+    from softpick.ops.spec import AttentionSpec
+    from softpick.ops.triton import dispatch, launch, tuning
 
     dim, ring, _, normalizer = job
-    launch.hopper_can, launch._FEWEST_FORWARD = lambda *_: True, 0
+    dispatch.hopper_refuses, tuning.FEWEST_FORWARD = lambda *_: None, 0
     tuning.HOPPER_FORWARD[dim] = tuning.Rings(*ring)
     norm = NORMALIZERS[normalizer]
-    options = launch.Options(norm, dim**-0.5, norm.eps, -1, 0, False, 0.0, 0.0)
-    launch.forward(options, q, k, v, None, None, None, None, None, 0, out, lse, None, None)
+    spec = AttentionSpec(norm, dim**-0.5, norm.eps, right=0)
+    launch.forward(spec, q, k, v, None, None, None, None, None, 0, out, lse, None, None)
 
 
 def tune_rings(pool) -> None:
@@ -351,7 +363,8 @@ def tune_splits() -> None:
     import triton
 
     from softpick.normalizers import NORMALIZERS
-    from softpick.ops.triton import launch, tuning
+    from softpick.ops.spec import AttentionSpec
+    from softpick.ops.triton import dispatch, launch_decode, tuning
 
     for b, t in ((1, 8192), (1, 32768), (1, 131072), (8, 32768), (64, 8192)):
         q = torch.randn(b, 32, 1, 128, device="cuda", dtype=torch.bfloat16)
@@ -361,7 +374,7 @@ def tune_splits() -> None:
         sparse_k = torch.where(keep, 0.5, -0.5).repeat_interleave(64, 2)[..., None].bfloat16() + 0.1 * k
         out, lse = torch.empty_like(q), torch.empty(b, 32, 1, device="cuda")
         norm = NORMALIZERS[NORMALIZER]
-        options = launch.Options(norm, 128**-0.5, norm.eps, -1, 0, True, 0.0, 0.0)
+        spec = AttentionSpec(norm, 128**-0.5, norm.eps, right=0, bottom_right=True)
 
         def peer(q=q, k=k, v=v):
             with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.CUDNN_ATTENTION):
@@ -369,24 +382,24 @@ def tune_splits() -> None:
 
         bench = triton.testing.do_bench_cudagraph
 
-        def ours(skip, pairs=((q, k), (sparse_q, sparse_k)), v=v, out=out, lse=lse, options=options):
+        def ours(skip, pairs=((q, k), (sparse_q, sparse_k)), v=v, out=out, lse=lse, spec=spec):
             rest = v, None, None, None, None, out, lse
-            calls = [functools.partial(launch.decode, options._replace(skip=skip), q, k, *rest) for q, k in pairs]
+            calls = [functools.partial(launch_decode.decode, spec._replace(skip=skip), q, k, *rest) for q, k in pairs]
             return [round(1e3 * bench(call, rep=10, return_mode="median"), 1) for call in calls]
 
         line = [f"{b}x{t} cudnn {1e3 * bench(peer, rep=20, return_mode='median'):.0f}"]
-        launch.hopper_can_decode = lambda *_: True
+        dispatch.hopper_refuses_decode = lambda *_: None
         for schedule, skip in itertools.product(DECODED, (False, True)):
             tuning.HOPPER_DECODE[128] = tuning.Rings(*schedule)
             line.append(("hopper", schedule, skip, ours(skip)))
-        launch.hopper_can_decode = lambda *_: False
+        dispatch.hopper_refuses_decode = lambda *_: "not asked for"
         variants = itertools.product((2, 4, 8, 12), (64, 128, 256), CANDIDATES["decode", 128][:5], (False, True))
         for programs, fewest, blocks, skip in variants:
             if fewest > 64 and t > 8192:
                 continue
             kind = "decode_skip" if skip else "decode"
-            tuning.OVERRIDE[kind] = tuning.Blocks(*blocks)
-            launch.PROGRAMS[kind], launch.FEWEST_KEYS[kind] = programs, fewest
+            use_blocks(kind, blocks)
+            tuning.PROGRAMS[kind], tuning.FEWEST_KEYS[kind] = programs, fewest
             line.append(((programs, fewest), blocks, skip, ours(skip)))
         print(line[0])
         for skip in (False, True):

@@ -21,7 +21,7 @@ import torch
 from formula import attention as formula
 
 from softpick import NORMALIZERS, Normalizer, decode_attention, scaled_dot_product_attention, varlen_attention
-from softpick.ops.operators import interpreted
+from softpick.ops.calling import interpreted
 
 LOW = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32, "float64": torch.float64}
 SLACK = 12.0

@@ -14,7 +14,8 @@ from ring_ranks import cases, in_pairs, inputs
 from softpick import NORMALIZERS, scaled_dot_product_attention
 from softpick.distributed import _Carry, ring_attention, sequence_positions, shard_sequence, unshard_sequence
 from softpick.normalizers import get_normalizer
-from softpick.ops.operators import block_backward, block_forward, interpreted
+from softpick.ops.blocks import block_backward, block_forward
+from softpick.ops.calling import interpreted
 
 HERE = Path(__file__).parent
 NAMES = list(NORMALIZERS)

@@ -7,14 +7,14 @@ import torch
 
 import softpick
 from softpick import functional
-from softpick.ops import kernel_errors, operators, vector
+from softpick.ops import calling, kernel_errors, vector
 from softpick.ops.kernel_errors import KernelError
 
 pytest.importorskip("triton")
-if not operators.interpreted():
+if not calling.interpreted():
     pytest.skip("the kernels run on the GPU here", allow_module_level=True)
 
-from softpick.ops.triton import kernel_cache, launch
+from softpick.ops.triton import dispatch, kernel_cache, launch, launch_decode, launch_rows, tuning
 
 
 class Broken:
@@ -94,14 +94,14 @@ def test_a_kernel_for_hopper_leaves_its_place_to_the_portable_one(named, tensors
     grad = torch.randn_like(want)
     want_grads = torch.autograd.grad(want, tensors, grad)
 
-    def by_hand(*args):
-        launch.run(Broken(RuntimeError("for Hopper")), (1,), *args[2:5])  # raises KernelError
+    def for_hopper(*args):
+        kernel_cache.run(Broken(RuntimeError("for Hopper")), (1,), *args[2:5])  # raises KernelError
 
-    monkeypatch.setattr(launch, "_FEWEST_FORWARD", 0)
-    monkeypatch.setattr(launch, "_optimistic", lambda *_: True)
-    monkeypatch.setattr(launch, "hopper_can", lambda *_: True)
-    for name in ("_forward_by_hand", "_backward_by_hand"):
-        monkeypatch.setattr(launch, name, by_hand)
+    monkeypatch.setattr(tuning, "FEWEST_FORWARD", 0)
+    monkeypatch.setattr(dispatch, "optimistic", lambda *_: True)
+    monkeypatch.setattr(dispatch, "hopper_refuses", lambda *_: None)
+    for name in ("_forward_for_hopper", "_backward_for_hopper"):
+        monkeypatch.setattr(launch, name, for_hopper)
 
     def both():
         out = softpick.scaled_dot_product_attention(*tensors, is_causal=True, backend=named)
@@ -118,15 +118,15 @@ def test_decoding_and_rows_go_on(tensors, monkeypatch):
     automatic(monkeypatch)
     q, k, v = (x.detach() for x in tensors)
     want = softpick.decode_attention(q[:, :, :1], k, v, backend="reference")
-    monkeypatch.setattr(launch, "decode_split", Broken(RuntimeError("decode")))
+    monkeypatch.setattr(launch_decode, "decode_split", Broken(RuntimeError("decode")))
     with pytest.warns(UserWarning, match="broken could not be built"):
         got = softpick.decode_attention(q[:, :, :1], k, v)
     torch.testing.assert_close(got, want)
-    monkeypatch.setattr(vector, "ROWS_INTERPRETED", True)
+    monkeypatch.setattr(vector, "_on_gpu", lambda x: True)
     x = torch.randn(3, 7, requires_grad=True)
     truth = x.detach().double().requires_grad_()
     for name in ("rows_forward", "rows_backward"):
-        monkeypatch.setattr(launch, name, Broken(RuntimeError(name)))
+        monkeypatch.setattr(launch_rows, name, Broken(RuntimeError(name)))
     with pytest.warns(UserWarning, match="torch computes softpick over rows instead"):
         y = softpick.softpick(x)
     with pytest.warns(UserWarning, match="torch computes the gradient of softpick over rows instead"):

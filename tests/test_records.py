@@ -14,7 +14,7 @@ import softpick
 from softpick import NORMALIZERS, Normalizer, get_normalizer, normalizers, scaled_dot_product_attention
 from softpick.distributed import ring_attention
 from softpick.ops import backends
-from softpick.ops.operators import interpreted
+from softpick.ops.calling import interpreted
 
 TEXTS = {record.text: record for record in RECORDS}
 OWN = replace(NORMALIZERS["softpick"], rectify="none", constant=1)

@@ -17,7 +17,7 @@ from torch.nn.functional import scaled_dot_product_attention as torch_attention
 
 import softpick
 from softpick import scaled_dot_product_attention
-from softpick.ops.operators import HAS_TRITON
+from softpick.ops.calling import HAS_TRITON
 
 if "expecttest" not in sys.modules:
     # torch's helpers import it for a base class of test cases, of which nothing is used here

@@ -12,13 +12,15 @@ from test_attention import PATTERNS, arguments, oracle_options, sink_for
 import softpick
 from softpick import NORMALIZERS, decode_attention, functional, scaled_dot_product_attention, varlen_attention
 from softpick.ops import backends, vector
-from softpick.ops.operators import attention, interpreted
+from softpick.ops.calling import interpreted
+from softpick.ops.operators import attention
+from softpick.ops.spec import AttentionSpec
 
 pytest.importorskip("triton")
 if not interpreted():
     pytest.skip("the kernels run on the GPU here", allow_module_level=True)
 
-from softpick.ops.triton import launch, tuning
+from softpick.ops.triton import dispatch, launch_decode, tuning
 
 NAMES = list(NORMALIZERS)
 FEW = ["softmax", "softpick", "softpick_stop_gradient", "learned_sink", "linear_softpick"]
@@ -27,8 +29,17 @@ FEW = ["softmax", "softpick", "softpick_stop_gradient", "learned_sink", "linear_
 @pytest.fixture(autouse=True)
 def _small_tiles(monkeypatch):
     """Tiles so small that short sequences cross several: full ones, ones on the diagonal, ones at the end."""
-    for kind in ("forward", "queries", "keys", "decode", "decode_skip"):
-        monkeypatch.setitem(tuning.OVERRIDE, kind, tuning.Blocks(16, 16, 4, 1))
+    sizes(monkeypatch, dict.fromkeys(("forward", "queries", "keys", "decode", "decode_skip"), (16, 16)))
+
+
+def sizes(monkeypatch, chosen):
+    """Tiles of these sizes: kind of kernel to queries and keys."""
+    usual = tuning.blocks
+
+    def blocks(kind, *rest):
+        return tuning.Blocks(*chosen[kind], 4, 1) if kind in chosen else usual(kind, *rest)
+
+    monkeypatch.setattr(tuning, "blocks", blocks)
 
 
 def make(b=2, h=2, hkv=1, tq=21, tk=37, d=8, dv=5, scale=1.0, dtype=torch.float32):
@@ -202,7 +213,7 @@ def test_without_a_running_maximum(name, scale, monkeypatch, poisoned):
     q, k, v = make(b=1, scale=scale)
     sink = sink_for(name, 2, torch.float32)
     honest = scaled_dot_product_attention(q, k, v, enable_gqa=True, normalizer=name, sink=sink, backend="triton")
-    monkeypatch.setattr(launch, "_optimistic", lambda dtype, options: True)
+    monkeypatch.setattr(dispatch, "optimistic", lambda dtype, spec: True)
     hoped = scaled_dot_product_attention(q, k, v, enable_gqa=True, normalizer=name, sink=sink, backend="triton")
     assert not torch.equal(honest, hoped) or scale > 1 or not NORMALIZERS[name].sparse  # the path is another one
     check(name, q, k, v, sink=sink, is_causal=True, tolerance=1e-4)
@@ -210,16 +221,15 @@ def test_without_a_running_maximum(name, scale, monkeypatch, poisoned):
 
 @pytest.mark.parametrize("name", ["softpick", "relu_softpick"])
 @pytest.mark.parametrize(
-    "sizes",
+    "shapes",
     [
         {"forward": (32, 16), "queries": (32, 16), "keys": (16, 32)},
         {"forward": (16, 32), "queries": (16, 32), "keys": (32, 16)},
     ],
     ids=["wide", "tall"],
 )
-def test_tiles_of_other_shapes(name, sizes, monkeypatch, poisoned):
-    for kind, (m, n) in sizes.items():
-        monkeypatch.setitem(tuning.OVERRIDE, kind, tuning.Blocks(m, n, 4, 1))
+def test_tiles_of_other_shapes(name, shapes, monkeypatch, poisoned):
+    sizes(monkeypatch, shapes)
     check(name, *make(b=1, tq=50, tk=65), is_causal=True)
     check(name, *make(b=1, tq=1, tk=1), is_causal=True)
 
@@ -447,7 +457,7 @@ def test_a_window_of_any_size_does_not_overflow(poisoned):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_decoding_over_several_splits_of_the_keys(name, monkeypatch, poisoned):
-    monkeypatch.setattr(launch, "_splits", lambda places, fewest, pairs, tk, block_n: (-(-tk // 32), 32))
+    monkeypatch.setattr(launch_decode, "_splits", lambda places, fewest, pairs, tk, block_n: (-(-tk // 32), 32))
     q, k, v = (t.detach() for t in make(h=4, hkv=2, tq=2, tk=150))
     sink = sink_for(name, 4, torch.float32)
     with torch.no_grad():
@@ -502,8 +512,8 @@ def test_decoding_with_skipping_changes_no_bit(name):
     results = []
     for skip in (False, True):
         out, lse = torch.full((2, 2, 1, 5), math.nan), torch.full((2, 2, 1), math.nan)
-        options = launch.Options(norm, 0.3, norm.eps, -1, -1, True, 0.0, 0.0, skip=skip)
-        launch.decode(options, q, k, v, None, sink, None, None, out, lse)
+        spec = AttentionSpec(norm, 0.3, norm.eps, bottom_right=True, skip=skip)
+        launch_decode.decode(spec, q, k, v, None, sink, None, None, out, lse)
         results.append((out, lse))
     assert not results[0][0].isnan().any()
     for one, other in zip(*results, strict=True):
@@ -518,7 +528,7 @@ def rows(monkeypatch):
     """Send ``softpick`` on the CPU through the kernel over rows, and count the calls."""
     calls = []
     original = vector.rows_forward
-    monkeypatch.setattr(vector, "ROWS_INTERPRETED", True)
+    monkeypatch.setattr(vector, "_on_gpu", lambda x: True)
     monkeypatch.setattr(vector, "rows_forward", lambda *args: calls.append(args) or original(*args))
     return calls
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from softpick import NORMALIZERS, decode_attention, functional, scaled_dot_product_attention, varlen_attention
-from softpick.ops.operators import interpreted
-from softpick.ops.triton import launch
+from softpick.ops.calling import interpreted
+from softpick.ops.triton import dispatch, launch_decode
 
 pytestmark = pytest.mark.skipif(not interpreted(), reason="runs the GPU kernels in Triton's interpreter")
 
@@ -85,9 +85,9 @@ def test_scores_and_sink_far_below_zero(how, monkeypatch):
     """More keys than a tile has, and sinks above, among and below the scores: nothing underflows. One head is ordinary."""
     name, eps, dtype = SUNK[how]
     decoded = how.startswith("decoding")
-    monkeypatch.setattr(launch, "_splits", lambda places, fewest, pairs, tk, block_n: (-(-tk // block_n), block_n))
+    monkeypatch.setattr(launch_decode, "_splits", lambda places, fewest, pairs, tk, block_n: (-(-tk // block_n), block_n))
     if how.startswith("without"):  # as in bf16, which the interpreter cannot multiply
-        monkeypatch.setattr(launch, "_optimistic", lambda *_: True)
+        monkeypatch.setattr(dispatch, "optimistic", lambda *_: True)
     level = torch.tensor([-300.0, -200.0, -150.0, 0.0])
     tq, tk = (2, 150) if decoded else (40, 40)
     q, v = torch.ones(1, 4, tq, 16), torch.randn(1, 4, tk, 16)

@@ -19,7 +19,7 @@ from torch.nn.functional import scaled_dot_product_attention as torch_attention
 
 import softpick
 from softpick import NORMALIZERS, decode_attention, functional, scaled_dot_product_attention, varlen_attention
-from softpick.ops import backends, operators, vector
+from softpick.ops import backends, operators_rows, vector
 
 pytestmark = pytest.mark.gpu
 
@@ -401,14 +401,16 @@ def test_decoding_for_hopper(name, how, multiprocessors, monkeypatch, poisoned):
     """The kernel in Gluon against fp64; skipping changes no bit; what lies beyond the lengths may be anything; few programs
     take many sequences and heads.
     """
-    from softpick.ops.triton import launch
+    from softpick.ops.triton import dispatch, launch_decode, tuning
 
     taken = []
-    original, decode = launch.hopper_can_decode, launch.decode
-    monkeypatch.setattr(launch, "_FEWEST_CACHED", 0)
+    original, decode = dispatch.hopper_refuses_decode, launch_decode.decode
+    monkeypatch.setattr(tuning, "FEWEST_CACHED", 0)
     if multiprocessors:
-        monkeypatch.setattr(launch, "multiprocessors", lambda _: multiprocessors)
-    monkeypatch.setattr(launch, "hopper_can_decode", lambda *args: taken.append(original(*args)) or taken[-1])
+        monkeypatch.setattr(tuning, "multiprocessors", lambda _: multiprocessors)
+    monkeypatch.setattr(
+        dispatch, "hopper_refuses_decode", lambda *args: (taken.append(original(*args) is None), original(*args))[1]
+    )
     setting = {"shape": (3, 8, 2, 2, 1024, 128, 128), "scale": 1.0, "shift": 0.0, "lengths": None, "page": 0} | DECODED[
         how
     ]
@@ -437,7 +439,7 @@ def test_decoding_for_hopper(name, how, multiprocessors, monkeypatch, poisoned):
         results = []
         for skip in (None, False):
             monkeypatch.setattr(
-                launch, "decode", lambda options, *rest, s=skip: decode(options._replace(skip=s), *rest)
+                launch_decode, "decode", lambda spec, *rest, s=skip: decode(spec._replace(skip=s), *rest)
             )
             results.append(
                 decode_attention(
@@ -463,10 +465,10 @@ def test_decoding_for_hopper(name, how, multiprocessors, monkeypatch, poisoned):
 @pytest.mark.parametrize("multiprocessors", [2, 3, 100])
 def test_sums_out_of_range_are_decoded_again_for_hopper(multiprocessors, monkeypatch, poisoned):
     """Of a sequence and head in the middle of what a program takes; the others keep their bits, as on every run."""
-    from softpick.ops.triton import launch
+    from softpick.ops.triton import tuning
 
-    monkeypatch.setattr(launch, "_FEWEST_CACHED", 0)
-    monkeypatch.setattr(launch, "multiprocessors", lambda _: multiprocessors)
+    monkeypatch.setattr(tuning, "FEWEST_CACHED", 0)
+    monkeypatch.setattr(tuning, "multiprocessors", lambda _: multiprocessors)
     q, k, v = (t.detach() for t in inputs((5, 8, 2, 1, 1024, 128, 128), BF16))
     lengths = torch.tensor([1024, 300, 0, 777, 65], device=DEVICE, dtype=torch.int32)
     huge = q.clone()
@@ -726,7 +728,7 @@ def test_long_rows(n, eps, dtype, poisoned):
     those longer than 16384 that begin at multiples of 16 bytes, and take 16-bit ones together once more where sums relative to
     0 are not sound: tiny or large scores, nearly all minus infinity, NaN, a large eps.
     """
-    from softpick.ops.triton import launch
+    from softpick.ops.triton import dispatch
 
     rows = 150 if n > 100_000 else 300
     x, grad = (torch.empty(rows, n + 64, device=DEVICE, dtype=dtype)[:, :n] for _ in range(2))
@@ -746,13 +748,14 @@ def test_long_rows(n, eps, dtype, poisoned):
     x[10], x[10, 9] = -math.inf, 1
     shared = torch.cuda.get_device_capability()[0] == 9 and n > 16384 and n % 8 == 0
     if n > 16384:
-        assert (launch._ring("forward", x) is not None) == (launch._ring("backward", x, grad) is not None) == shared
-    y, lse = operators._rows_forward(x, eps)
-    dx = operators._rows_backward(grad, x, lse, eps)
-    again, again_lse = operators._rows_forward(x, eps)
+        assert dispatch.rows_kernel("forward", x, (), frozenset()).hopper == shared
+        assert dispatch.rows_kernel("backward", x, (grad,), frozenset()).hopper == shared
+    y, lse = operators_rows._rows_forward(x, eps, "auto")
+    dx = operators_rows._rows_backward(grad, x, lse, eps, "auto")
+    again, again_lse = operators_rows._rows_forward(x, eps, "auto")
     assert torch.equal(y, again)
     assert torch.equal(lse, again_lse)
-    assert torch.equal(dx, operators._rows_backward(grad, x, lse, eps))
+    assert torch.equal(dx, operators_rows._rows_backward(grad, x, lse, eps, "auto"))
 
     (true,) = exact(x.detach().requires_grad_())
     want = softpick.softpick(true, eps=eps)
@@ -776,7 +779,7 @@ def test_long_rows(n, eps, dtype, poisoned):
     assert (difference <= limit * torch.maximum(want_dx[finite].norm(dim=-1), terms) + step * n**0.5).all()
 
     x[7, 9] = math.nan
-    broken, broken_lse = operators._rows_forward(x, eps)
+    broken, broken_lse = operators_rows._rows_forward(x, eps, "auto")
     others = torch.arange(rows, device=DEVICE) != 7
     assert broken[7].isnan().all()
     assert broken_lse[7].isnan()
@@ -812,8 +815,8 @@ def test_rows_that_programs_share_in_a_graph(dtype):
     x, grad = torch.randn(2, 300, 40000, device=DEVICE, dtype=dtype)
 
     def both():
-        y, lse = operators._rows_forward(x, 1e-6)
-        return y, operators._rows_backward(grad, x, lse, 1e-6)
+        y, lse = operators_rows._rows_forward(x, 1e-6, "auto")
+        return y, operators_rows._rows_backward(grad, x, lse, 1e-6, "auto")
 
     both()
     graph = torch.cuda.CUDAGraph()
@@ -866,10 +869,10 @@ BY_HAND = {
 @pytest.mark.parametrize("key", BY_HAND)
 def test_forward_for_hopper(key, scale, monkeypatch, poisoned):
     """hopper/forward.py on sizes for which it would not be chosen: error at most 1.5 times that of the other kernel."""
-    from softpick.ops.triton import launch
+    from softpick.ops.triton import launch, tuning
 
-    calls, run = [], launch._forward_by_hand
-    monkeypatch.setattr(launch, "_forward_by_hand", lambda *a: calls.append(1) or run(*a))
+    calls, run = [], launch._forward_for_hopper
+    monkeypatch.setattr(launch, "_forward_for_hopper", lambda *a: calls.append(1) or run(*a))
     setting = BY_HAND[key]
     q, k, v = (t.detach() for t in inputs(setting["shape"], BF16, scale))
     sink = sink_for(setting["name"], q.shape[1])
@@ -889,8 +892,8 @@ def test_forward_for_hopper(key, scale, monkeypatch, poisoned):
         )[:2]  # fmt: skip
         plain = kernel()
         assert not calls
-        monkeypatch.setattr(launch, "_FEWEST_SCORES", 0)
-        monkeypatch.setattr(launch, "_FEWEST_FORWARD", 0)
+        monkeypatch.setattr(tuning, "FEWEST_SCORES", 0)
+        monkeypatch.setattr(tuning, "FEWEST_FORWARD", 0)
         got, again = kernel(), kernel()
     assert calls == [1, 1], "this kernel was not used"
     for one, other, true, least in zip(got, plain, want, (1e-3, 1e-5), strict=True):
@@ -903,11 +906,11 @@ def test_forward_for_hopper(key, scale, monkeypatch, poisoned):
 @pytest.mark.parametrize("key", BY_HAND)
 def test_backward_for_hopper(key, monkeypatch):
     """hopper/backward.py, whose kernels no interpreter runs, on sizes for which they would not be chosen."""
-    from softpick.ops.triton import launch
+    from softpick.ops.triton import dispatch, launch, tuning
 
-    calls, run = [], launch._backward_by_hand
-    monkeypatch.setattr(launch, "_FEWEST_SCORES", 0)
-    monkeypatch.setattr(launch, "_backward_by_hand", lambda *a: calls.append(1) or run(*a))
+    calls, run = [], launch._backward_for_hopper
+    monkeypatch.setattr(tuning, "FEWEST_SCORES", 0)
+    monkeypatch.setattr(launch, "_backward_for_hopper", lambda *a: calls.append(1) or run(*a))
     setting = BY_HAND[key]
     b, h, _, tq, _, d, _ = setting["shape"]
     forward, backward = errors(setting)
@@ -915,7 +918,7 @@ def test_backward_for_hopper(key, monkeypatch):
     assert max(forward) < TOLERANCE[BF16][0], forward
     # with one key the gradient of its score is 0: what is left is the rounding of the output, magnified by 1 / sum |s|
     with monkeypatch.context() as patch:
-        patch.setattr(launch, "hopper_can", lambda *a: False)
+        patch.setattr(dispatch, "hopper_refuses", lambda *a: "not asked for")
         plain = errors(setting)[1]
     assert all(a < max(TOLERANCE[BF16][1], 1.3 * b) for a, b in zip(backward, plain, strict=True)), (backward, plain)
     q, k, v = inputs(setting["shape"], BF16)
@@ -941,12 +944,12 @@ def test_rows_that_see_few_keys(name, pattern, dtype):
 @pytest.mark.parametrize("d", [64, 128])
 @pytest.mark.parametrize("name", [n for n in NAMES if n != "linear_softpick"])
 def test_rows_that_see_few_keys_for_hopper(name, d, monkeypatch):
-    from softpick.ops.triton import launch
+    from softpick.ops.triton import launch, tuning
 
-    calls, forward, backward = [], launch._forward_by_hand, launch._backward_by_hand
-    monkeypatch.setattr(launch, "_FEWEST_FORWARD", 0)
-    monkeypatch.setattr(launch, "_forward_by_hand", lambda *a: calls.append(1) or forward(*a))
-    monkeypatch.setattr(launch, "_backward_by_hand", lambda *a: calls.append(2) or backward(*a))
+    calls, forward, backward = [], launch._forward_for_hopper, launch._backward_for_hopper
+    monkeypatch.setattr(tuning, "FEWEST_FORWARD", 0)
+    monkeypatch.setattr(launch, "_forward_for_hopper", lambda *a: calls.append(1) or forward(*a))
+    monkeypatch.setattr(launch, "_backward_for_hopper", lambda *a: calls.append(2) or backward(*a))
     for size in few_keys.SIZES:
         dq, dk, one = few_keys.excess(name, "causal", size, BF16, DEVICE, heads=4, length=1024, width=d)
         assert max(dq, dk) <= 1, (size, dq, dk)
@@ -958,9 +961,9 @@ def test_rows_that_see_few_keys_for_hopper(name, d, monkeypatch):
 @pytest.mark.parametrize("dtype", [BF16, FP16], ids=str)
 @pytest.mark.parametrize("name", NAMES)
 def test_one_key_is_decoded_to_its_value(name, dtype, by_hand, monkeypatch):
-    from softpick.ops.triton import launch
+    from softpick.ops.triton import tuning
 
-    monkeypatch.setattr(launch, "_FEWEST_CACHED", 0 if by_hand else 2**60)
+    monkeypatch.setattr(tuning, "FEWEST_CACHED", 0 if by_hand else 2**60)
     q, k, v = (t.detach() for t in inputs((3, 8, 2, 1, 1024, 64, 64), dtype))
     q = q.abs()
     k[:, :, 0] = k[:, :, 0].abs()  # positive scores
@@ -977,7 +980,7 @@ def test_one_key_is_decoded_to_its_value(name, dtype, by_hand, monkeypatch):
 @pytest.mark.parametrize("d", [64, 128])
 def test_gradients_where_scores_are_far_below_zero_for_hopper(d, monkeypatch):
     """Beyond the last key come zeros, whose exponential relative to such a row is infinite."""
-    from softpick.ops.triton import launch
+    from softpick.ops.triton import tuning
 
     shape = (1, 2, 1, 200, 300, d, d)
     q, k, v = inputs(shape, BF16, 0.1)
@@ -990,7 +993,7 @@ def test_gradients_where_scores_are_far_below_zero_for_hopper(d, monkeypatch):
         )
         found = []
         for fewest in (0, 2**62):  # these kernels, and the others: the keys are nearly alike, so both lose digits
-            monkeypatch.setattr(launch, "_FEWEST_SCORES", fewest)
+            monkeypatch.setattr(tuning, "FEWEST_SCORES", fewest)
             out = attend(*leaves, normalizer="softmax", backend="triton", **options)
             found.append([relative(x, y) for x, y in zip(torch.autograd.grad(out, leaves, grad), want, strict=True)])
         assert all(a <= max(1.5 * b, 2e-2) for a, b in zip(*found, strict=True)), found

@@ -34,7 +34,8 @@ from softpick.ops.arguments import (
     to_autocast_dtype,
 )
 from softpick.ops.backends import check_backend, choose_backend, operator_name
-from softpick.ops.operators import accumulation_dtype, block_backward, block_forward
+from softpick.ops.blocks import block_backward, block_forward
+from softpick.ops.calling import accumulation_dtype
 from softpick.ops.transforms import has_tangent
 
 __all__ = ["ring_attention", "sequence_positions", "shard_sequence", "unshard_sequence"]
@@ -205,6 +206,9 @@ def ring_attention(
             f"is_causal: expected as many keys as queries and an even number of them, the two chunks of shard_sequence; got "
             f"{q.shape[2]} queries, {k.shape[2]} keys"
         )
+    chosen = choose_backend(
+        backend, q, v, norm, "tiled"
+    )  # "reference" only by use_backend: the ring has the tiles for it
     out, _, _ = torch.ops.softpick.ring_forward(
         q,
         k,
@@ -216,7 +220,7 @@ def ring_attention(
         default_eps(eps, norm),
         is_causal,
         check_softcap(softcap) or 0.0,
-        operator_name(backend, choose_backend(backend, q, v, norm, "tiled")),
+        operator_name(backend, "tiled" if chosen == "reference" else chosen),
     )
     return restore_shape(out, lead, max(query.dim(), key.dim(), value.dim()))
 

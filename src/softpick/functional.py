@@ -33,9 +33,17 @@ from softpick.ops.arguments import (
     used_blocks,
     window_bounds,
 )
-from softpick.ops.backends import SOFTMAX, check_backend, choose_backend, few_queries, operator_name
+from softpick.ops.backends import (
+    check_backend,
+    choose_backend,
+    few_queries,
+    operator_name,
+    plain_softmax,
+    takes_sdpa,
+)
 from softpick.ops.kernel_errors import KernelError, fall_back
-from softpick.ops.operators import attention, decode
+from softpick.ops.operators import attention
+from softpick.ops.operators_decode import decode
 from softpick.ops.reference import attention_reference
 from softpick.ops.transforms import wants_reference
 from softpick.ops.vector import over_dim
@@ -246,23 +254,16 @@ def scaled_dot_product_attention(
     softcap = check_softcap(softcap)
     eps = default_eps(eps, norm)
 
-    plain = (
-        norm.switches[:-1] == SOFTMAX.switches[:-1]  # all but eps
-        and eps == 0.0
-        and softcap is None
-        and not return_stats
-        and not return_weights
-        and (left, right) in ((-1, -1), (-1, 0))
-        and not (is_causal and attn_mask is not None)  # torch documents the combination as an error
-        and (causal_alignment == "top_left" or right < 0 or q.shape[2] == k.shape[2])
-    )
+    bottom_right = causal_alignment == "bottom_right"
+    asked = return_stats or return_weights
+    plain = not asked and plain_softmax(norm, eps, softcap, left, right, is_causal, attn_mask, bottom_right, q, k)
     if backend == "sdpa" and not plain:
         raise ValueError(
             "backend: 'sdpa' is torch's softmax kernel; it has no other normalizer, no eps, softcap, window, mask beside "
             "is_causal, bottom-right alignment of different lengths, statistics or weights. Choose 'triton', 'tiled' or "
             "'reference'"
         )
-    if plain and (backend == "sdpa" or (backend == "auto" and not wants_reference(q, k, v, mask))):
+    if plain and (backend == "sdpa" or (backend == "auto" and takes_sdpa(q, k, v, mask))):
         if mask is None:
             return torch.nn.functional.scaled_dot_product_attention(
                 query, key, value, None, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
@@ -278,7 +279,6 @@ def scaled_dot_product_attention(
     named = backend
     wanted = wants_reference(q, k, v, mask, sink)
     backend = "reference" if return_weights else choose_backend(backend, q, v, norm, "tiled", wanted=wanted)
-    bottom_right = causal_alignment == "bottom_right"
     options: Any = {
         "backend": operator_name(named, backend),
         "normalizer": norm.text,
@@ -313,7 +313,23 @@ def scaled_dot_product_attention(
     elif backend == "triton" and dropout_p == 0.0 and not return_stats and few_queries(q, k, v, mask, sink):
         cap = softcap or 0.0
         try:
-            out, _ = decode(q, k, v, mask, sink, None, None, norm.text, scale, eps, left, right, bottom_right, cap)
+            out, _ = decode(
+                q,
+                k,
+                v,
+                mask,
+                sink,
+                None,
+                None,
+                norm.text,
+                scale,
+                eps,
+                left,
+                right,
+                bottom_right,
+                cap,
+                options["backend"],
+            )
         except KernelError as failure:
             fall_back(failure, "the kernels for long queries compute it instead")
             out, *_ = attention(q, k, v, **options)
@@ -536,7 +552,21 @@ def decode_attention(
         cap = softcap or 0.0
         try:
             out, lse = decode(
-                query, key, value, None, sink, cache_seqlens, block_table, norm.text, scale, eps, left, right, True, cap
+                query,
+                key,
+                value,
+                None,
+                sink,
+                cache_seqlens,
+                block_table,
+                norm.text,
+                scale,
+                eps,
+                left,
+                right,
+                True,
+                cap,
+                operator_name(named, backend),
             )
             return (out, lse) if return_lse else out
         except KernelError as failure:

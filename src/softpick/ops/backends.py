@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import warnings
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from softpick.normalizers import NORMALIZERS, Normalizer
-from softpick.ops.operators import HAS_TRITON, interpreted
-from softpick.ops.transforms import has_tangent
+from softpick.ops import switch
+from softpick.ops.calling import HAS_TRITON, interpreted
+from softpick.ops.transforms import has_tangent, wants_reference
 
 __all__ = ["BACKENDS"]
 
@@ -69,36 +71,107 @@ def triton_refuses(q: Tensor, v: Tensor, norm: Normalizer, rows: int = 0) -> str
 warned: set[str] = set()
 
 
-def choose_backend(
+def plain_softmax(
+    norm: Normalizer,
+    eps: float,
+    softcap: float | None,
+    left: int,
+    right: int,
+    is_causal: bool,
+    mask: Tensor | None,
+    bottom_right: bool,
+    q: Tensor,
+    k: Tensor,
+) -> bool:
+    """Whether torch's ``scaled_dot_product_attention`` computes the same."""
+    return (
+        norm.switches[:-1] == SOFTMAX.switches[:-1]  # all but eps
+        and eps == 0.0
+        and softcap is None
+        and (left, right) in ((-1, -1), (-1, 0))
+        and not (is_causal and mask is not None)  # torch documents the combination as an error
+        and (not bottom_right or right < 0 or q.shape[2] == k.shape[2])
+    )
+
+
+def takes_sdpa(*tensors: Tensor | None) -> bool:
+    """Whether ``"auto"`` takes torch's kernels for plain softmax."""
+    return switch.active().backend == "auto" and not wants_reference(*tensors)
+
+
+class Backend(NamedTuple):
+    """A backend and why the faster one does not take the call."""
+
+    name: str
+    reason: str | None = None
+    """Why it is not ``"triton"``; None where it is."""
+    warn: bool = False
+    """Whether a user should know that the call is slow."""
+
+
+def find_backend(
     backend: str, q: Tensor, v: Tensor, norm: Normalizer, otherwise: str, rows: int = 0, *, wanted: bool = False
-) -> str:
+) -> Backend:
     """The backend that runs: what was named or an error; for ``"auto"`` Triton on a GPU, else ``otherwise``.
 
     ``wanted``: a derivative is taken that only the reference has.
     """
+    rule = switch.active()
+    if backend == "auto" and rule.backend != "auto":
+        if rule.backend != "triton":  # a function that has no tiles takes what it has without kernels
+            name = otherwise if (rule.backend, otherwise) == ("tiled", "reference") else rule.backend
+            return Backend(name, f"{rule.source} names {rule.backend!r}")
+        backend = "triton"
     if wanted and backend == "auto":
-        return "reference"
-    if backend == "triton" or (backend == "auto" and q.is_cuda):
-        reason = triton_refuses(q, v, norm, rows)
-        if reason is None:
-            return "triton"
-        if backend == "triton":
-            raise ValueError(reason)
-        if q.dtype != torch.float64 and reason not in warned:  # fp64 on a GPU is for tests
-            warned.add(reason)
-            warnings.warn(
-                f"{reason}. backend='auto' takes {otherwise!r} here, which is slow", UserWarning, stacklevel=3
-            )
-    return otherwise if backend == "auto" else backend
+        return Backend(
+            "reference", "forward-mode derivatives, and derivatives of derivatives, are the reference's alone"
+        )
+    if backend not in ("auto", "triton"):
+        return Backend(backend, f"the call names {backend!r}")
+    if backend == "auto" and not q.is_cuda:
+        return Backend(otherwise, f"query is on {q.device}, and the Triton kernels need a GPU")
+    if backend == "auto" and "triton" in rule.without:
+        return Backend(otherwise, f"{rule.source} leaves 'triton' out")
+    reason = triton_refuses(q, v, norm, rows)
+    if rows and "decode" in rule.without:
+        reason = f"backend: {rule.source} leaves 'decode' out, which is all that 'triton' has for a cache"
+        if backend == "auto":
+            return Backend(otherwise, reason)
+    if reason is None:
+        return Backend("triton")
+    if backend == "triton":
+        raise ValueError(reason)
+    return Backend(otherwise, reason, q.dtype != torch.float64)  # fp64 on a GPU is for tests
+
+
+def choose_backend(
+    backend: str, q: Tensor, v: Tensor, norm: Normalizer, otherwise: str, rows: int = 0, *, wanted: bool = False
+) -> str:
+    """The name of :func:`find_backend`, with a warning where a GPU's tensors are computed slowly."""
+    found = find_backend(backend, q, v, norm, otherwise, rows, wanted=wanted)
+    if found.warn and found.reason not in warned:
+        warned.add(str(found.reason))
+        warnings.warn(
+            f"{found.reason}. backend='auto' takes {found.name!r} here, which is slow", UserWarning, stacklevel=3
+        )
+    return found.name
 
 
 def operator_name(named: str, chosen: str) -> str:
-    """What an operator is told: with ``"auto"`` for Triton, tiles of torch take the place of a kernel that cannot be built."""
-    return "auto" if (named, chosen) == ("auto", "triton") else chosen
+    """The ``backend`` of an operator: with ``"auto"`` for Triton, tiles of torch replace a kernel that cannot be built.
+
+    Kernel families that the switch leaves out follow with a minus: ``"auto,-hopper"``.
+    """
+    if chosen != "triton":
+        return chosen
+    rule = switch.active()
+    return str(rule._replace(backend="auto" if named == "auto" and rule.backend == "auto" else "triton"))
 
 
 def few_queries(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, sink: Tensor | None) -> bool:
     """Whether this is decoding: few rows a key head, and no derivative or transform, which the decode kernel does not have."""
+    if "decode" in switch.active().without:
+        return False
     if torch._C._are_functorch_transforms_active() or has_tangent(q, k, v, mask, sink):
         return False
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k, v, mask, sink)):

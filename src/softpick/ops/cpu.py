@@ -33,10 +33,10 @@ import torch
 from torch import Tensor
 
 from softpick.normalizers import Normalizer
+from softpick.ops.spec import LOG2E, AttentionSpec
 
-__all__ = ["TileSpec", "backward", "forward", "narrow"]
+__all__ = ["backward", "forward", "narrow"]
 
-LOG2E = math.log2(math.e)
 LN2 = math.log(2.0)
 
 # Rows and keys of a tile, and how many scores the tiles of all heads treated together may hold. Measured on 2 cores
@@ -52,32 +52,6 @@ UNSHIFTED = 64.0
 CANCELLATION_SAFE = 1.0
 # Rows that see so few keys, or fewer, are computed with care.
 FEW_KEYS = 128
-
-
-@dataclass(frozen=True)
-class TileSpec:
-    """Everything but the tensors. ``left`` and ``right`` bound the keys a query sees around its diagonal; -1: unbounded."""
-
-    norm: Normalizer
-    scale: float
-    eps: float
-    left: int = -1
-    right: int = -1
-    bottom_right: bool = False
-    softcap: float = 0.0
-    dropout_p: float = 0.0
-    seed: int = 0
-    part: bool = False  # of the keys of a ring: D of a row is not the sum over these
-
-    @property
-    def exponential(self) -> bool:
-        """Whether scores are taken to base 2."""
-        return self.norm.exponential
-
-    @property
-    def score_scale(self) -> float:
-        """Factor on the query: the scale, and log2(e) unless a softcap comes in between."""
-        return self.scale * (LOG2E if self.exponential and not self.softcap else 1.0)
 
 
 @dataclass
@@ -99,7 +73,7 @@ class _Buffers:
 class _Pattern:
     """Which keys the window leaves to a query, and the masks of the tiles that it cuts."""
 
-    spec: TileSpec
+    spec: AttentionSpec
     tq: int
     tk: int
     dtype: torch.dtype
@@ -211,7 +185,7 @@ def _blocks(query: Tensor, key: Tensor) -> tuple[int, int, Iterator[_Chunk]]:
 
 
 def _scores(
-    spec: TileSpec,
+    spec: AttentionSpec,
     chunk: _Chunk,
     s: Tensor,
     q: Tensor,
@@ -276,7 +250,7 @@ def _width(chunk: _Chunk) -> int:
     return chunk.batch.stop - chunk.batch.start
 
 
-def _dropout(spec: TileSpec, tile: Tensor, chunk: _Chunk, span: tuple[int, int, int, int]) -> Tensor:
+def _dropout(spec: AttentionSpec, tile: Tensor, chunk: _Chunk, span: tuple[int, int, int, int]) -> Tensor:
     """The factors 0 or 1/(1-p) of a tile; the same ones in forward and backward, from the seed and the tile's place."""
     place = (chunk.batch.start, chunk.heads.start, span[0], span[2])
     generator = torch.Generator(device=tile.device)
@@ -395,7 +369,7 @@ def _keep_positive(x: Tensor, s: Tensor) -> Tensor:
 
 
 def forward(
-    spec: TileSpec,
+    spec: AttentionSpec,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -528,7 +502,7 @@ def _keep(norm: Normalizer, x: Tensor, s: Tensor) -> Tensor:
 
 
 def backward(
-    spec: TileSpec,
+    spec: AttentionSpec,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -627,7 +601,7 @@ def backward(
 
 
 def _row_level(
-    spec: TileSpec, chunk: _Chunk, lse: Tensor, saved: tuple[Tensor, ...] | None, i0: int, i1: int, rows: int
+    spec: AttentionSpec, chunk: _Chunk, lse: Tensor, saved: tuple[Tensor, ...] | None, i0: int, i1: int, rows: int
 ) -> tuple[Tensor, Tensor]:
     """The row constant that exponents are relative to (base 2) and ``1 / l`` relative to it, as columns."""
     if saved is not None:

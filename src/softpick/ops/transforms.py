@@ -14,14 +14,12 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from softpick.ops import operators
+from softpick.ops import operators, switch
 
 __all__ = ["Backward", "Forward", "has_tangent", "wants_reference"]
 
-_FORWARD, _BACKWARD = (
-    8,
-    12,
-)  # tensors among the arguments of attention_forward and of attention_backward: they come first
+_FORWARD = operators.ForwardInputs._fields.index("seed") + 1  # tensors among the arguments: they come first
+_BACKWARD = operators.BackwardInputs._fields.index("kept") + 1
 
 
 def has_tangent(*tensors: Tensor | None) -> bool:
@@ -65,19 +63,22 @@ class Forward(torch.autograd.Function):
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Any:
         """Refused."""
-        raise _no_forward_mode(ctx.options[-3])
+        raise _no_forward_mode(ctx.options["backend"])
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], *inputs: Any) -> tuple[Any, Any]:
         """Samples in the batch; one by one where they differ in more than query, key, value and mask."""
         n, tensors, dims = info.batch_size, inputs[:_FORWARD], in_dims[:_FORWARD]
         options = inputs[_FORWARD:]
-        query, _, _, mask, _, cu_seqlens, _, seed = tensors
-        if seed is not None or cu_seqlens is not None or dims[4] is not None:
+        call, samples = operators.ForwardInputs(*inputs), operators.ForwardInputs(*in_dims)
+        if call.seed is not None or call.cu_seqlens_q is not None or samples.sink is not None:
             return _one_by_one(Forward, n, dims, tensors, options)
-        batch = _batch(query, dims[0])
-        q, k, v, m = (_fold(x, dim, n, batch, x is not mask) for x, dim in zip(tensors[:4], dims[:4], strict=True))
-        outputs = Forward.apply(q, k, v, m, *tensors[4:], *options)
+        batch = _batch(call.query, samples.query)
+        folded = {
+            name: _fold(getattr(call, name), getattr(samples, name), n, batch, name != "mask")
+            for name in ("query", "key", "value", "mask")
+        }
+        outputs = Forward.apply(*call._replace(**folded))
         return _unfold(outputs, n)
 
 
@@ -92,7 +93,7 @@ class Backward(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         """Nothing to save."""
-        ctx.backend = inputs[-4]
+        ctx.backend = operators.BackwardInputs(*inputs).backend
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
@@ -107,19 +108,20 @@ class Backward(torch.autograd.Function):
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], *inputs: Any) -> tuple[Any, Any]:
         """Samples in the batch; one by one where a gradient is a sum over the batch or where they differ in more."""
-        n, mask_grad = info.batch_size, inputs[-1]
+        n, call = info.batch_size, operators.BackwardInputs(*inputs)
         tensors, dims, options = inputs[:_BACKWARD], in_dims[:_BACKWARD], inputs[_BACKWARD:]
-        query, mask, sink, cu_seqlens, seed = (tensors[i] for i in (1, 4, 5, 6, 8))
-        if sink is not None or cu_seqlens is not None or seed is not None or (mask_grad and mask is not None):
+        summed = call.sink is not None or (call.mask_grad and call.mask is not None)
+        if summed or call.cu_seqlens_q is not None or call.seed is not None:
             return _one_by_one(Backward, n, dims, tensors, options)
-        batch = _batch(query, dims[1])
-        folded = [_fold(x, dim, n, batch, x is not mask) for x, dim in zip(tensors, dims, strict=True)]
+        batch = _batch(call.query, operators.BackwardInputs(*in_dims).query)
+        folded = [_fold(x, dim, n, batch, x is not call.mask) for x, dim in zip(tensors, dims, strict=True)]
         return _unfold(Backward.apply(*folded, *options), n)
 
 
 def _no_forward_mode(backend: str) -> NotImplementedError:
     return NotImplementedError(
-        f"the {backend} backend has no forward-mode derivatives; use backend='reference', or 'auto', which takes it for them"
+        f"the {switch.parse(backend).backend} backend has no forward-mode derivatives; use backend='reference', or 'auto', "
+        "which takes it for them"
     )
 
 

@@ -7,10 +7,11 @@ import math
 import torch
 from torch import Tensor
 
-from softpick.ops import numbers
+from softpick.ops import numbers, switch
 from softpick.ops.arguments import FLOATS
 from softpick.ops.backends import TRITON_FLOATS
-from softpick.ops.operators import HAS_TRITON, rows_forward
+from softpick.ops.calling import HAS_TRITON
+from softpick.ops.operators_rows import rows_forward
 from softpick.ops.reference import normalize, widen
 from softpick.ops.transforms import has_tangent
 
@@ -28,7 +29,7 @@ def over_dim(name: str, x: Tensor, dim: int, eps: float, where: Tensor | None, d
         raise IndexError(f"dim: expected a dimension of a {x.dim()}-dimensional tensor, got {dim}")
     if name == "softpick" and where is None and _rows_kernel(x, dim):
         rows = x.transpose(dim, -1)
-        y, _ = rows_forward(rows.reshape(-1, rows.shape[-1]), eps)
+        y, _ = rows_forward(rows.reshape(-1, rows.shape[-1]), eps, str(switch.active()._replace(backend="auto")))
         return y.view(rows.shape).transpose(dim, -1)
     keep = x != -math.inf
     if where is not None:
@@ -48,14 +49,16 @@ def over_dim(name: str, x: Tensor, dim: int, eps: float, where: Tensor | None, d
     return out.transpose(dim, last).to(x.dtype)
 
 
-ROWS_INTERPRETED = False  # tests set it: the rows kernel in Triton's interpreter, for tensors on the CPU
+def _on_gpu(x: Tensor) -> bool:
+    return x.is_cuda
 
 
 def _rows_kernel(x: Tensor, dim: int) -> bool:
     """Whether the kernel over rows can take ``x``: on a GPU, unit stride in ``dim``, and no transform of torch.func."""
     return (
-        (x.is_cuda or ROWS_INTERPRETED)
+        _on_gpu(x)
         and HAS_TRITON
+        and switch.active().triton
         and x.dtype in TRITON_FLOATS
         and x.dim() > 0
         and x.numel() > 0

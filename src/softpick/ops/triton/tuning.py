@@ -13,14 +13,26 @@ from typing import NamedTuple
 import torch
 
 __all__ = [
+    "EVEN_SHARE",
+    "FEWEST_CACHED",
+    "FEWEST_FORWARD",
     "FEWEST_KEYS",
+    "FEWEST_SCORES",
+    "FEWEST_SHARED",
+    "FEWEST_TILES",
+    "FEWEST_TOGETHER",
+    "FEW_PARTS",
     "HOPPER",
     "HOPPER_DECODE",
     "HOPPER_FORWARD",
+    "HOPPER_QUERIES",
     "HOPPER_ROWS",
+    "L2_SHARE",
+    "LARGEST_OPTIMISTIC_EPS",
     "LONGEST_TILE",
+    "MASK_PROGRAMS",
+    "MOST_PARTS",
     "MOST_WORDS",
-    "OVERRIDE",
     "PROGRAMS",
     "SKIP_FROM",
     "Blocks",
@@ -195,8 +207,34 @@ PROGRAMS = {"decode": 2, "decode_skip": 4}
 # and the fewest keys of one, whatever the device has room for: each leaves a part for the merge
 FEWEST_KEYS = {"decode": 128, "decode_skip": 256}
 
-OVERRIDE: dict[str, Blocks] = {}
-"""Kernel kind to blocks, before every table: for tests and for tuning."""
+FEWEST_SCORES = 2**22
+"""Fewer take hardly longer on the GPU than describing the tensors to it takes, which the kernels of ``hopper/`` need."""
+FEWEST_FORWARD = 2**30
+"""Of scores, for the forward pass, which is launched twice: a third of a millisecond of Python."""
+FEWEST_CACHED = 2**16
+"""Keys of all sequences and heads from which ``hopper/decode.py`` pays, for the same reason."""
+LARGEST_OPTIMISTIC_EPS = 1e-5
+"""``eps`` is relative to e^m; without ``m`` it is off by a factor of at most ``1 + eps``."""
+HOPPER_QUERIES = 128
+"""Of a tile in ``hopper/forward.py`` and ``hopper/forward_narrow.py``."""
+L2_SHARE = 2**24
+"""Bytes of keys and values (or queries and gradients) in use at a time."""
+FEWEST_TOGETHER = 256
+"""Tiles: with fewer the longest ones of some pair of head and sequence are left for the end."""
+MASK_PROGRAMS = 4
+"""Of a head, that look for rows which see few keys because of a mask over keys."""
+
+# hopper/decode.py
+FEWEST_TILES = 4
+"""Of a program, however many there is room for: each leaves a partial result for the merge."""
+FEWEST_SHARED = 2**20
+"""Keys from which it pays to share those of sequences of different lengths evenly."""
+EVEN_SHARE = 0.95
+"""If whole pairs of sequence and key head fill at least this share of the resident programs, none is split: no merge."""
+MOST_PARTS = 256
+"""Partial results of a sequence and key head: the merge holds them at once."""
+FEW_PARTS = 4
+"""That the merge takes at a time where programs share all sequences and heads, and most pairs have one or two."""
 
 
 @functools.cache
@@ -221,8 +259,6 @@ def blocks(kind: str, head_dim: int, dtype: torch.dtype, device: torch.device) -
 
     ``head_dim`` is the larger of the two padded ones.
     """
-    if kind in OVERRIDE:
-        return OVERRIDE[kind]
     if dtype == torch.float32:
         table = _SINGLE
     else:

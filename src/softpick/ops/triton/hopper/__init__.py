@@ -1,6 +1,6 @@
 """The kernels once more for Hopper GPUs, in Gluon, which comes with Triton: scheduled by hand.
 
-For what most training and decoding does (:func:`softpick.ops.triton.launch.hopper_can`), and for long rows; everything else
+For what most training and decoding does (:func:`softpick.ops.triton.dispatch.hopper_refuses`), and for long rows; everything else
 takes the kernels of :mod:`softpick.ops.triton`. No interpreter runs Gluon.
 """
 

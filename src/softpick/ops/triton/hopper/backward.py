@@ -5,7 +5,7 @@ tile ``S`` and ``dP`` start together, exponentials are taken while ``dP`` runs, 
 and ``dK`` (or ``dQ``) runs into the next tile. The tensor memory accelerator fetches tiles and fills with zeros what lies
 beyond the end: a query of zeros with a weight of zero adds nothing to ``dK`` and ``dV``.
 
-For what most training does (:func:`softpick.ops.triton.launch.hopper_can`); everything else takes the other kernels.
+For what most training does (:func:`softpick.ops.triton.dispatch.hopper_refuses`); everything else takes the other kernels.
 """
 
 from __future__ import annotations

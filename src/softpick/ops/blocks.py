@@ -1,0 +1,95 @@
+"""Attention over some of the keys, for :mod:`softpick.distributed`: the same kernels, nothing recorded for autograd."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from softpick.ops import cpu, switch
+from softpick.ops.calling import TILES, TRITON, accumulation_dtype, dense, on_device_of
+from softpick.ops.kernel_errors import KernelError, fall_back
+from softpick.ops.operators import call_spec
+
+__all__ = ["block_backward", "block_forward"]
+
+
+def block_forward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    sink: Tensor | None,
+    *,
+    backend: str,
+    normalizer: str,
+    scale: float,
+    eps: float,
+    is_causal: bool,
+    softcap: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Output, lse and largest score over these keys alone, all in the accumulation dtype: parts are not rounded twice."""
+    b, h, t, _ = query.shape
+    dtype = accumulation_dtype(query.dtype)
+    out = query.new_empty(b, h, t, value.shape[-1], dtype=dtype)
+    lse, mass, largest = (query.new_empty(b, h, t, dtype=dtype) for _ in range(3))
+    right = 0 if is_causal else -1
+    spec, named = (
+        call_spec(normalizer, scale, eps, -1, right, False, softcap, 0.0, backend),
+        switch.parse(backend).backend,
+    )
+    if named in TRITON:
+        from softpick.ops.triton import launch
+
+        try:
+            with on_device_of(query):
+                launch.forward(
+                    spec, query, key, value, None, dense(sink), None, None, None, 0, out, lse, mass, largest
+                )  # fmt: skip
+            return out, lse, largest
+        except KernelError as failure:
+            if named == "triton":
+                raise
+            fall_back(failure, TILES)
+    cpu.forward(spec, query, key, value, None, sink, out, lse, mass, largest)
+    return out, lse, largest
+
+
+def block_backward(
+    grad_out: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    *,
+    backend: str,
+    normalizer: str,
+    scale: float,
+    is_causal: bool,
+    softcap: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of query, key and value from these keys, given ``out`` and ``lse`` over all keys.
+
+    Nothing else of the other keys enters: with the denominator in ``lse`` and ``D = do . out`` the gradient is a sum over
+    keys. In the accumulation dtype (``backward.py`` rounds each block to the inputs' dtype first).
+    """
+    dtype = accumulation_dtype(query.dtype)
+    dquery, dkey, dvalue = (torch.empty(x.shape, dtype=dtype, device=x.device) for x in (query, key, value))
+    right = 0 if is_causal else -1
+    spec = call_spec(normalizer, scale, 0.0, -1, right, False, softcap, 0.0, backend)._replace(part=True)
+    named = switch.parse(backend).backend
+    if named in TRITON:
+        from softpick.ops.triton import launch
+
+        try:
+            with on_device_of(query):
+                launch.backward(
+                    spec, query, key, value, None, None, None, None, None, 0, 0, out, lse, grad_out, dquery, dkey, dvalue,
+                    None,
+                )  # fmt: skip
+            return dquery, dkey, dvalue
+        except KernelError as failure:
+            if named == "triton":
+                raise
+            fall_back(failure, TILES)
+    cpu.backward(spec, query, key, value, None, None, out, lse, grad_out, dquery, dkey, dvalue)
+    return dquery, dkey, dvalue

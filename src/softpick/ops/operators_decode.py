@@ -1,0 +1,93 @@
+"""The operator for few queries against a cache, by Triton: ``softpick::decode``. There is no gradient."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from softpick.ops.calling import dense, empty_heads_last, on_device_of, plain, transformed
+from softpick.ops.operators import call_spec
+
+__all__ = ["decode"]
+
+
+def _decode(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    sink: Tensor | None,
+    lengths: Tensor | None,
+    block_table: Tensor | None,
+    normalizer: str,
+    scale: float,
+    eps: float,
+    left: int,
+    right: int,
+    bottom_right: bool,
+    softcap: float,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    """Output ``(B, H, Tq, Dv)`` and lse ``(B, H, Tq)`` of few queries, by Triton.
+
+    ``key`` is ``(B, Hkv, S, D)``, or with ``block_table`` ``(B, max_blocks)`` a view ``(num_blocks, Hkv, page, D)`` of
+    pages. ``lengths`` ``(B,)`` says how many positions are filled.
+    ``backend`` is that of ``attention_forward``.
+    """
+    from softpick.ops.triton import launch_decode
+
+    out, lse = _empty_decoded(query, value)
+    if block_table is not None and block_table.stride(-1) != 1:
+        block_table = block_table.contiguous()
+    with on_device_of(query):
+        launch_decode.decode(
+            call_spec(normalizer, scale, eps, left, right, bottom_right, softcap, 0.0, backend),
+            query,
+            key,
+            value,
+            mask,
+            dense(sink),
+            dense(lengths),
+            block_table,
+            out,
+            lse,
+        )
+    return out, lse
+
+
+_decode_operator = torch.library.custom_op("softpick::decode", _decode, mutates_args=())
+
+
+def decode(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    """:func:`_decode`, by the operator where somebody watches or a gradient would be asked for."""
+    tensors = [query, key, value, *rest[:4]]
+    if transformed():
+        raise NotImplementedError(
+            "decoding by the 'triton' backend has no transforms of torch.func and no forward-mode derivatives; use "
+            "backend='reference'"
+        )
+    watched = not plain(*tensors) or (
+        torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+    )
+    call: Any = _decode_operator if watched else _decode
+    return call(query, key, value, *rest)
+
+
+def _empty_decoded(query: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    return empty_heads_last(query, value), query.new_empty(query.shape[:3], dtype=torch.float32)
+
+
+@_decode_operator.register_fake
+def _(query: Tensor, key: Tensor, value: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+    return _empty_decoded(query, value)
+
+
+def _no_backward(ctx: Any, *grads: Any) -> Any:
+    raise NotImplementedError(
+        "softpick::decode has no gradient; call softpick.scaled_dot_product_attention, which has one"
+    )
+
+
+_decode_operator.register_autograd(_no_backward)

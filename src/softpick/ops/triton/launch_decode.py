@@ -1,0 +1,164 @@
+"""Launches of the kernels for few queries: how many programs share the keys of a sequence."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from softpick.ops.spec import AttentionSpec
+from softpick.ops.triton import dispatch, tuning
+from softpick.ops.triton.decode import decode_merge, decode_split
+from softpick.ops.triton.device import switches
+from softpick.ops.triton.kernel_cache import run
+from softpick.ops.triton.launching import (
+    common_switches,
+    dependent_launch,
+    mask_arguments,
+    relu_asm,
+    score_unit,
+    tried,
+)
+from softpick.ops.triton.shapes import cdiv, padded, power_of_2
+
+__all__ = ["decode"]
+
+
+def decode(
+    spec: AttentionSpec,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    sink: Tensor | None,
+    lengths: Tensor | None,
+    table: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+) -> None:
+    """Few queries against a cache: ``(B, Hkv, Tk, D)``, or with ``table`` pages ``(blocks, Hkv, page, D)``."""
+    if not query.numel():
+        return
+    page = 0 if table is None else key.shape[2]
+    tk = key.shape[2] if table is None else table.shape[1] * page
+    keys = query.shape[0] * key.shape[1] * tk
+    tensors = query, key, value, mask, sink, lengths, table, out, lse
+    for_hopper = dispatch.decode_kernel(spec, query, key, value, mask, page, keys).hopper
+    if not (for_hopper and tried(_decode, True, spec, page, tk, *tensors)):
+        _decode(False, spec, page, tk, *tensors)
+
+
+def _decode(
+    for_hopper: bool,
+    spec: AttentionSpec,
+    page: int,
+    tk: int,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    sink: Tensor | None,
+    lengths: Tensor | None,
+    table: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+) -> bool:
+    """:func:`decode` by ``hopper/decode.py`` or by ``decode.py``; true when the kernels are launched."""
+    b, heads, tq, _ = query.shape
+    kv_heads = key.shape[1]
+    groups = heads // kv_heads
+    common = common_switches(spec, query, value, mask)
+    widest = max(common["BLOCK_D"], common["BLOCK_DV"])
+    pays = for_hopper or b * kv_heads * tk >= tuning.SKIP_FROM
+    skip = spec.norm.sparse and (pays if spec.skip is None else spec.skip)
+    kind = "decode_skip" if skip else "decode"
+    pairs, fewest, shared, whole = b * kv_heads, 1, False, False
+    if for_hopper:
+        rows = max(8, power_of_2(groups * tq))
+        schedule = tuning.HOPPER_DECODE[widest]
+        block_n, places = schedule.n, _places(schedule.programs, query.device)
+        uneven = lengths is not None and b > 1
+        shared = pairs > places or (uneven and pairs * tk >= tuning.FEWEST_SHARED)
+        if shared:
+            splits = pairs // cdiv(pairs, places)
+            whole = lengths is None and pairs % splits == 0 and splits >= tuning.EVEN_SHARE * places
+            if not whole:
+                splits, fewest = places, tuning.FEWEST_TILES
+        else:
+            splits, _ = _splits(places, tuning.FEWEST_TILES * block_n, pairs, tk, block_n)
+            whole = splits == 1
+    else:
+        rows = padded(groups * tq)
+        tile = tuning.blocks(kind, widest, query.dtype, query.device)
+        block_n, places = tile.n, _places(tuning.PROGRAMS[kind], query.device)
+        splits, chunk = _splits(places, tuning.FEWEST_KEYS[kind], pairs, tk, block_n)
+    early = dependent_launch(query)
+    shape = (0 if whole else pairs + splits if shared else pairs * splits, rows)
+    part_out = torch.empty(*shape, common["BLOCK_DV"], dtype=torch.float32, device=query.device)
+    part_total, part_m = (torch.empty(shape, dtype=torch.float32, device=query.device) for _ in range(2))
+    if for_hopper:
+        run(
+            dispatch.hopper.decode_keys, (splits,) if shared else (splits, kv_heads, b),
+            query, dispatch.hopper.tiles(key, [1, 1, schedule.n, common["BLOCK_D"]]),
+            dispatch.hopper.tiles(value, [1, 1, schedule.n, common["BLOCK_DV"]]), part_out, part_total, part_m, out, lse, sink,
+            lengths, table, *query.stride(), *out.stride(), *lse.stride(), 0 if table is None else table.stride(0),
+            b, kv_heads, groups, tq, tk, query.shape[-1], value.shape[-1],
+            spec.left, spec.right, score_unit(spec), spec.softcap, spec.eps, fewest, key.shape[0],
+            **switches(spec.norm),
+            **{name: common[name] for name in ("BLOCK_D", "BLOCK_DV", "LEFT", "RIGHT", "BOTTOM_RIGHT", "SOFTCAP")},
+            BLOCK_M=rows,
+            BLOCK_N=block_n,
+            STAGES=schedule.stages,
+            VALUES=schedule.values,
+            PAGE=page,
+            LENGTHS=lengths is not None,
+            SKIP=skip,
+            SHARED=shared,
+            WHOLE=whole,
+            num_warps=schedule.warps,
+        )  # fmt: skip
+        if whole:
+            return True
+    else:
+        pointer, mask_strides = mask_arguments(mask)
+        run(
+            decode_split, (splits, kv_heads, b),
+            query, key, value, part_out, part_total, part_m, pointer, lengths, table,
+            *query.stride(), *key.stride(), *value.stride(), *mask_strides, 0 if table is None else table.stride(0),
+            kv_heads, groups, tq, tk, query.shape[-1], value.shape[-1],
+            spec.left, spec.right, score_unit(spec), spec.softcap, chunk, key.shape[0],
+            **common,
+            BLOCK_M=rows,
+            BLOCK_N=block_n,
+            PAGE=page,
+            LENGTHS=lengths is not None,
+            SKIP=skip,
+            RELU_ASM=relu_asm(query),
+            EARLY=early,
+            num_warps=tile.warps,
+            num_stages=tile.stages,
+        )  # fmt: skip
+    # several programs a row where it has many parts; where it has one or two, programs would only start late
+    columns = min(128 if shared else 32, common["BLOCK_DV"])
+    run(
+        decode_merge, (tq * cdiv(value.shape[-1], columns), heads, b),
+        part_out, part_total, part_m, sink, lengths, out, lse, *out.stride(), *lse.stride(),
+        b, kv_heads, groups, tq, tk, value.shape[-1], spec.left, spec.right, splits, fewest, spec.eps,
+        **{name: common[name] for name in ("BASE", "CONSTANT", "BLOCK_DV", "LEFT", "RIGHT", "BOTTOM_RIGHT")},
+        BLOCK_M=rows, BLOCK_N=block_n, COLUMNS=columns, PARTS=tuning.FEW_PARTS if shared else power_of_2(splits),
+        LENGTHS=lengths is not None, SHARED=shared, EARLY=early, num_warps=4,
+        **({"launch_pdl": True} if early else {}),
+    )  # fmt: skip
+    return True
+
+
+def _places(programs: int, device: torch.device) -> int:
+    """How many programs run at a time if a multiprocessor has so many."""
+    return programs * (tuning.multiprocessors(device.index or 0) if device.type == "cuda" else 2)
+
+
+def _splits(places: int, fewest: int, pairs: int, tk: int, block_n: int) -> tuple[int, int]:
+    """(programs a sequence and key head, keys of each): no more than there are places, none with too few keys."""
+    tiles = max(1, cdiv(tk, block_n))
+    wanted = max(1, min(tuning.MOST_PARTS, places // pairs, cdiv(tk, fewest)))
+    chunk = cdiv(tiles, wanted) * block_n
+    return max(1, cdiv(tk, chunk)), chunk

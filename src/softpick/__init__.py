@@ -15,6 +15,7 @@ from softpick import _moved
 
 if TYPE_CHECKING:
     from softpick import nn
+    from softpick.explain import Explanation, explain_backend
     from softpick.functional import (
         AttentionOutput,
         decode_attention,
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     )
     from softpick.normalizers import NORMALIZERS, Normalizer, get_normalizer
     from softpick.ops.backends import BACKENDS
+    from softpick.ops.switch import use_backend
 
 __version__ = "0.1.0"
 
@@ -35,18 +37,24 @@ __all__ = [
     "BACKENDS",
     "NORMALIZERS",
     "AttentionOutput",
+    "Explanation",
     "Normalizer",
     "decode_attention",
+    "explain_backend",
     "get_normalizer",
     "linear_softpick",
     "nn",
     "scaled_dot_product_attention",
     "softpick",
+    "use_backend",
     "varlen_attention",
 ]
 
 _HOME = {
     "BACKENDS": "ops.backends",
+    "Explanation": "explain",
+    "explain_backend": "explain",
+    "use_backend": "ops.switch",
     "NORMALIZERS": "normalizers",
     "Normalizer": "normalizers",
     "get_normalizer": "normalizers",

@@ -1,0 +1,274 @@
+"""Which kernel takes a call: what is explained is what runs, the switch, and the choice on GPUs that are not there."""
+
+import threading
+
+import pytest
+import torch
+
+import softpick
+from softpick import NORMALIZERS, functional
+from softpick.ops import switch
+from softpick.ops.calling import HAS_TRITON
+from softpick.ops.spec import AttentionSpec
+
+
+def qkv(b=1, h=4, hkv=2, tq=5, tk=5, d=8, dtype=torch.float32, **more):
+    return torch.randn(b, h, tq, d, dtype=dtype, **more), *(torch.randn(b, hkv, tk, d, dtype=dtype) for _ in range(2))
+
+
+@pytest.fixture
+def taken(monkeypatch):
+    """Backends that calls took, in order."""
+    found = []
+
+    def watch(module, name, label):
+        run = getattr(module, name)
+
+        def watched(*args, **options):
+            found.append(label(options))
+            return run(*args, **options)
+
+        monkeypatch.setattr(module, name, watched)
+
+    watch(functional, "attention", lambda options: options["backend"])
+    watch(functional, "attention_reference", lambda options: "reference")
+    watch(torch.nn.functional, "scaled_dot_product_attention", lambda options: "sdpa")
+    return found
+
+
+PLAIN = {"enable_gqa": True}
+CALLS = {
+    "plain": PLAIN,
+    "causal": {**PLAIN, "is_causal": True},
+    "softmax": {**PLAIN, "normalizer": "softmax"},
+    "softmax with a window": {**PLAIN, "normalizer": "softmax", "window": 2},
+    "named": {**PLAIN, "backend": "reference"},
+    "weights": {**PLAIN, "return_weights": True},
+    "statistics": {**PLAIN, "return_stats": True, "dropout_p": 0.5},
+}
+
+
+@pytest.mark.parametrize(
+    "rule", [{}, {"backend": "tiled"}, {"backend": "reference"}, {"without": ("triton", "decode")}], ids=str
+)
+@pytest.mark.parametrize("call", CALLS)
+def test_what_is_explained_is_what_runs(call, rule, taken):
+    tensors, options = qkv(), CALLS[call]
+    with softpick.use_backend(**rule):
+        softpick.scaled_dot_product_attention(*tensors, **options)
+        told = softpick.explain_backend(*tensors, **options)
+    assert taken == [told.backend]
+    named = {"named": "reference", "weights": "reference"}.get(call)
+    assert told.backend == (named or rule.get("backend") or ("sdpa" if call == "softmax" else "tiled"))
+    assert f"backend {told.backend!r}" in str(told)
+
+
+@pytest.mark.parametrize("rule", [{}, {"backend": "tiled"}, {"backend": "reference"}], ids=str)
+def test_packed_and_decoding_are_explained(rule, taken):
+    q, k, v = (x[0].transpose(0, 1) for x in qkv(tq=7, tk=7))
+    cu = torch.tensor([0, 3, 7], dtype=torch.int32)
+    with softpick.use_backend(**rule):
+        softpick.varlen_attention(q, k, v, cu, cu)
+        told = softpick.explain_backend(q, k, v, cu_seqlens_q=cu, cu_seqlens_k=cu)
+        assert told.function == "varlen_attention"
+        assert set(taken) == {told.backend}
+        taken.clear()
+        one, keys, values = qkv(tq=1, tk=9)
+        softpick.decode_attention(one, keys, values, cache_seqlens=torch.tensor([4]))
+        told = softpick.explain_backend(one, keys, values, cache_seqlens=torch.tensor([4]))
+    assert told.function == "decode_attention"
+    assert taken == [told.backend] == ["reference"]
+
+
+def test_explaining_checks_as_the_call_does():
+    q, k, v = qkv()
+    cu = torch.tensor([0, 5])
+    for options, message in (
+        ({}, "pass enable_gqa=True"),
+        ({"enable_gqa": True, "backend": "tilde"}, "backend: expected one of"),
+        ({"cu_seqlens_q": cu}, "cu_seqlens_k: expected the starts"),
+        ({"cu_seqlens_q": cu, "cu_seqlens_k": cu, "decode": True}, "have no cache"),
+        ({"decode": True, "enable_gqa": True}, "enable_gqa: packed sequences and decoding"),
+        ({"decode": True, "backend": "tiled"}, "for decoding"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            softpick.explain_backend(q, k, v, **options)
+
+
+def test_wrong_names_give_the_list(monkeypatch):
+    for arguments, message in (
+        ({"backend": "hopper"}, "backend: expected one of auto, triton, tiled, reference; got 'hopper'"),
+        ({"without": "tiled"}, "without: expected names of hopper, decode, triton; got 'tiled'"),
+    ):
+        with pytest.raises(ValueError, match=message), softpick.use_backend(**arguments):
+            pass
+    with pytest.raises(TypeError, match="without: expected a name, got int"), softpick.use_backend(without=(3,)):
+        pass
+    for text in ("hoper", "auto,+hopper", "tiled,reference", "-tiled"):
+        monkeypatch.setattr(switch, "_ENVIRONMENT", text)
+        with pytest.raises(ValueError, match="SOFTPICK_BACKEND: expected"):
+            softpick.scaled_dot_product_attention(*qkv(hkv=4))
+
+
+def test_the_environment_is_the_outermost_block(monkeypatch, taken):
+    monkeypatch.setattr(switch, "_ENVIRONMENT", "reference,-hopper")
+    softpick.scaled_dot_product_attention(*qkv(hkv=4))
+    with softpick.use_backend(without="decode"):
+        assert str(switch.active()) == "reference,-decode,-hopper"
+        with softpick.use_backend("tiled"):
+            softpick.scaled_dot_product_attention(*qkv(hkv=4))
+            assert str(switch.active()) == "tiled,-decode,-hopper"
+    assert taken == ["reference", "tiled"]
+    assert not switch.TRACED
+
+
+def test_threads_have_switches_of_their_own():
+    seen, inside, done = [], threading.Event(), threading.Event()
+
+    def other():
+        inside.wait(10)
+        seen.append(str(switch.active()))
+        with softpick.use_backend("tiled"):
+            seen.append((str(switch.active()), switch.TRACED))
+        done.set()
+
+    thread = threading.Thread(target=other)
+    thread.start()
+    with softpick.use_backend("reference"):
+        inside.set()
+        assert done.wait(10)
+        assert switch.TRACED == "reference"
+    thread.join()
+    assert seen == ["auto", ("tiled", "conflict")]
+
+
+def test_compiled_code_sees_the_switch():
+    """A graph with the operator for the tiles, another without for the reference; neither is taken for the other."""
+    graphs = []
+
+    def keep(graph, _):
+        graphs.append(str(graph.graph))
+        return graph.forward
+
+    compiled = torch.compile(softpick.scaled_dot_product_attention, fullgraph=True, backend=keep)
+    tensors = qkv(hkv=4)
+    want = compiled(*tensors)
+    with softpick.use_backend("reference"):
+        torch.testing.assert_close(compiled(*tensors), want)
+    compiled(*tensors)
+    assert ["softpick.attention_forward" in graph for graph in graphs] == [True, False]
+
+
+# On GPUs that are not there
+
+triton = pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed")
+
+
+@pytest.fixture
+def hopper(monkeypatch):
+    """Hopper kernels as they would be chosen, for tensors on the CPU; sizes count from 1."""
+    from softpick.ops.triton import dispatch, tuning
+
+    monkeypatch.setattr(dispatch, "capability", lambda x: 9)
+    monkeypatch.setattr(dispatch, "hopper", object())
+    monkeypatch.setattr(dispatch, "_no_hopper", None)
+    monkeypatch.setattr(tuning, "multiprocessors", lambda index: 132)
+    for name in ("FEWEST_SCORES", "FEWEST_FORWARD", "FEWEST_CACHED"):
+        monkeypatch.setattr(tuning, name, 1)
+    return dispatch
+
+
+def spec(name="softpick", **more):
+    norm = NORMALIZERS[name]
+    return AttentionSpec(norm, 0.125, norm.eps)._replace(**more)
+
+
+def forward(dispatch, d=64, made=None, packed=False, stats=False, mask=None, **more):
+    q, k, v = made or qkv(d=d, tq=16, tk=16, dtype=torch.bfloat16)
+    return dispatch.forward_kernel(spec(**more), q, k, v, mask, packed, stats, None, (q.shape[2], k.shape[2]))
+
+
+@triton
+def test_kernels_for_hopper_are_chosen(hopper):
+    assert forward(hopper) == ("hopper/forward_narrow.py", None)
+    assert forward(hopper, d=96) == ("hopper/forward.py", None)
+    q, k, v = qkv(d=64, tq=16, tk=16, dtype=torch.bfloat16)
+    assert hopper.backward_kernel(spec(), q, k, v, None, False, False, None) == ("hopper/backward.py", None)
+    assert hopper.decode_kernel(spec(), q[:, :, :1], k, v, None, 0, 32) == ("hopper/decode.py", None)
+    assert hopper.decode_kernel(spec("linear_softpick"), q[:, :, :1], k, v, None, 64, 32).hopper
+    x = torch.zeros(2, 20000, dtype=torch.bfloat16)
+    assert hopper.rows_kernel("forward", x, (), frozenset()) == ("hopper/rows.py", None)
+
+
+@triton
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        ({"packed": True}, "packed"),
+        ({"stats": True}, "statistics"),
+        ({"eps": 1.0}, "running maximum"),
+        ({"name": "linear_softpick"}, "running maximum"),
+        ({"made": qkv(tq=16, tk=16, d=64)}, "running maximum"),
+        ({"scale": -1.0}, "scale"),
+        ({"mask": torch.ones(1, 1, 16, 16)}, "mask"),
+        ({"left": 4}, "window"),
+        ({"softcap": 30.0}, "softcap"),
+        ({"dropout_p": 0.1}, "dropout"),
+        ({"d": 32}, "pad to 64"),
+        ({"d": 256}, "pad to 64"),
+        ({"without": frozenset({"hopper"})}, "left out"),
+        ({"made": [x[..., 1:] for x in qkv(tq=16, tk=16, d=65, dtype=torch.bfloat16)]}, "tensor memory accelerator"),
+    ],
+    ids=lambda x: x if isinstance(x, str) else "",
+)
+def test_a_reason_for_every_refusal(hopper, arguments, reason):
+    found = forward(hopper, **arguments)
+    assert found.kernel == "forward.py"
+    assert reason in found.reason
+
+
+@triton
+def test_other_gpus_versions_and_sizes_are_reasons(hopper, monkeypatch):
+    from softpick.ops.triton import tuning
+
+    monkeypatch.setattr(tuning, "FEWEST_SCORES", 2**40)
+    assert "describing tensors" in forward(hopper).reason
+    monkeypatch.setattr(tuning, "FEWEST_FORWARD", 2**40)
+    assert "second launch" in forward(hopper).reason
+    monkeypatch.undo()
+    if not hopper.interpreted():
+        return
+    assert "Hopper" in forward(hopper).reason or "second launch" in forward(hopper).reason
+    monkeypatch.setattr(hopper, "capability", lambda x: 9)
+    monkeypatch.setattr(hopper, "hopper", None)
+    x = torch.zeros(2, 20000, dtype=torch.bfloat16)
+    assert "this Triton cannot load" in hopper.rows_kernel("forward", x, (), frozenset()).reason
+    assert "16 bytes" in _rows(hopper, monkeypatch, torch.zeros(2, 20001, dtype=torch.bfloat16))
+    assert "same time" in _rows(hopper, monkeypatch, torch.zeros(1, 2**24, dtype=torch.bfloat16))
+    assert "short enough" in _rows(hopper, monkeypatch, torch.zeros(2, 64))
+    assert "left out" in hopper.rows_kernel("forward", x, (), frozenset({"hopper"})).reason
+
+
+def _rows(dispatch, monkeypatch, x):
+    from softpick.ops.triton import tuning
+
+    monkeypatch.setattr(dispatch, "hopper", object())
+    monkeypatch.setattr(tuning, "multiprocessors", lambda index: 132)
+    return dispatch.rows_kernel("forward", x, (), frozenset()).reason
+
+
+@triton
+@pytest.mark.parametrize("without", [frozenset(), frozenset({"hopper"})], ids=["all", "-hopper"])
+def test_launches_follow_the_choice(hopper, without, monkeypatch):
+    from softpick.ops.triton import launch
+
+    ran = []
+    monkeypatch.setattr(launch, "_forward_for_hopper", lambda *_: ran.append("forward"))
+    monkeypatch.setattr(launch, "_backward_for_hopper", lambda *_: ran.append("backward") or True)
+    monkeypatch.setattr(launch, "run", lambda kernel, *_, **__: None)
+    q, k, v = qkv(d=64, tq=16, tk=16, hkv=4, dtype=torch.bfloat16)
+    out, lse = torch.empty_like(q), torch.empty(q.shape[:3])
+    call = spec(without=without)
+    launch.forward(call, q, k, v, None, None, None, None, None, 0, out, lse, None, None)
+    launch.backward(call, q, k, v, None, None, None, None, None, 0, 0, out, lse, out, q, k, v, None)
+    assert ran == ([] if without else ["forward", "backward"])

@@ -9,7 +9,7 @@ from typing import Any
 
 import typer
 
-from softpick.cli import checkpoints, converting, lists, measuring, serving, training
+from softpick.cli import checkpoints, converting, examining, lists, measuring, serving, training
 from softpick.experiment.failures import fail, told
 
 __all__ = ["COMMANDS", "make_app"]
@@ -26,6 +26,7 @@ COMMANDS: tuple[Callable[..., None], ...] = (
     serving.serve,
     lists.recipes,
     checkpoints.import_,
+    examining.doctor,
 )
 """In the order of ``softpick --help``. A function's name is the command's (without the underscore behind a word of Python's),
 its docstring the help text, and each of its parameters an argument or an option."""

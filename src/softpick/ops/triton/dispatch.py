@@ -28,6 +28,7 @@ __all__ = [
     "interpreted",
     "optimistic",
     "rows_kernel",
+    "why_no_hopper",
 ]
 
 hopper: Any = None
@@ -228,6 +229,11 @@ def _not_on_hopper(x: Tensor) -> str | None:
     if _no_hopper is not None:
         fall_back(_no_hopper, PORTABLE_TAKES)
     return "this Triton cannot load the kernels for Hopper GPUs" if hopper is None else None
+
+
+def why_no_hopper() -> str | None:
+    """Why the kernels for Hopper GPUs could not be loaded; None if they were, or where Triton's interpreter runs."""
+    return None if _no_hopper is None else str(_no_hopper)
 
 
 def _fetchable(x: Tensor) -> bool:

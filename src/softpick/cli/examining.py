@@ -1,0 +1,31 @@
+"""The command that examines the installation: doctor."""
+
+from __future__ import annotations
+
+import json as encoder
+
+import typer
+
+from softpick.experiment.failures import fail
+
+__all__ = ["doctor"]
+
+
+def doctor(
+    device: str = typer.Option("auto", help="cpu, cuda, cuda:N or auto: a GPU if torch finds one."),
+    json: bool = typer.Option(False, "--json", help="Print the report as JSON."),
+) -> None:
+    """Print versions, the kernels that typical calls take and why, and run each against fp64; exit code 1 if one is wrong. A
+    bug report should contain this.
+    """
+    from softpick.doctor import examine
+    from softpick.experiment.environment import chosen_device, missing_device
+
+    chosen = chosen_device(device)
+    missing = missing_device(chosen)
+    if missing is not None:
+        fail(f"device: {missing}")
+    report = examine(chosen, lambda name: typer.echo(f"running: {name}", err=True))
+    typer.echo(encoder.dumps(report.to_json(), indent=2) if json else str(report))
+    if not report.fine:
+        raise typer.Exit(1)

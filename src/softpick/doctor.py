@@ -1,0 +1,288 @@
+"""What is installed, which kernels typical calls take, and whether each is right: ``softpick doctor``.
+
+Results are compared with formulas in fp64 that stand here and share no code with the backends.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import softpick
+from softpick.experiment.environment import hardware, versions
+from softpick.ops import switch
+from softpick.ops.calling import HAS_TRITON
+
+__all__ = ["Check", "Report", "examine"]
+
+LIMITS = {torch.float32: 2e-5, torch.bfloat16: 2e-2, torch.float16: 5e-3}
+"""Largest relative error ``|x - truth| / |truth|`` of outputs and gradients; several times what rounding gives."""
+
+
+@dataclass
+class Check:
+    """A typical call: what it takes and how far it is from the truth."""
+
+    name: str
+    dtype: str
+    shape: str
+    backend: str = ""
+    kernels: list[str] = field(default_factory=list)
+    """Files of the kernels; empty where torch computes."""
+    reasons: list[str] = field(default_factory=list)
+    """Why faster ones are not taken."""
+    forward_error: float | None = None
+    backward_error: float | None = None
+    limit: float = 0.0
+    milliseconds: float | None = None
+    """Of forward and backward pass together, the second time."""
+    problem: str | None = None
+    """What is wrong; None if nothing is."""
+
+
+@dataclass
+class Report:
+    """What :func:`examine` found."""
+
+    versions: str
+    hardware: str
+    device: str
+    support: list[str]
+    checks: list[Check]
+
+    @property
+    def fine(self) -> bool:
+        """Whether every check passed."""
+        return all(check.problem is None for check in self.checks)
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything, for ``--json``."""
+        return {"fine": self.fine, **asdict(self)}
+
+    def __str__(self) -> str:
+        lines = [self.versions, self.hardware, *self.support, ""]
+        for check in self.checks:
+            lines.append(f"{'ok   ' if check.problem is None else 'WRONG'} {check.name}, {check.dtype}, {check.shape}")
+            lines.append(f"      {check.backend}{': ' if check.kernels else ''}{', '.join(check.kernels)}")
+            lines += [f"      {reason}" for reason in check.reasons]
+            errors = [("forward", check.forward_error), ("backward", check.backward_error)]
+            said = ", ".join(f"{name} {error:.1e}" for name, error in errors if error is not None)
+            if said and check.milliseconds is not None:
+                lines.append(f"      error {said} (limit {check.limit:.0e}), {check.milliseconds:.1f} ms")
+            if check.problem is not None:
+                lines.append(f"      {check.problem}")
+        wrong = sum(check.problem is not None for check in self.checks)
+        lines += [
+            "",
+            f"{len(self.checks)} calls, all right" if not wrong else f"{wrong} of {len(self.checks)} calls are wrong",
+        ]
+        return "\n".join(lines)
+
+
+@dataclass
+class _Call:
+    """Arguments of a typical call: batch, heads, key heads, queries, keys, head dimension."""
+
+    name: str
+    shape: tuple[int, int, int, int, int, int]
+    dtype: torch.dtype
+    kind: str = "attention"
+    normalizer: str = "softpick"
+    window: int | None = None
+    causal: bool = True
+
+
+def _calls(device: str) -> list[_Call]:
+    """A dozen typical calls in the dtypes that this device computes in."""
+    low = torch.bfloat16
+    long = 2048 if device.startswith("cuda") else 192
+    cache = 8192 if device.startswith("cuda") else 1024
+    calls = [
+        _Call("training", (2, 8, 8, long, long, 64), low),
+        _Call("training", (2, 8, 8, long, long, 64), torch.float32),
+        _Call("training, grouped heads", (1, 8, 2, long, long, 128), low),
+        _Call("training, softmax", (2, 8, 8, long, long, 64), low, normalizer="softmax"),
+        _Call("training, sliding window", (1, 8, 8, long, long, 64), low, window=48),
+        _Call("encoder", (2, 8, 8, long, long, 64), low, causal=False),
+        _Call("packed sequences", (1, 8, 8, long, long, 64), low, "packed"),
+        _Call("packed sequences", (1, 8, 8, long, long, 64), torch.float32, "packed"),
+        _Call("prompt against a cache", (1, 8, 2, long // 2, long, 128), low),
+        _Call("decoding", (4, 8, 2, 1, cache, 128), low, "decode"),
+        _Call("decoding", (4, 8, 2, 1, cache, 64), torch.float32, "decode"),
+        _Call("decoding, pages", (4, 8, 2, 1, cache, 128), low, "paged"),
+    ]
+    if device.startswith("cuda"):
+        calls.append(_Call("training", (2, 8, 8, long, long, 64), torch.float16))
+    return calls
+
+
+def examine(device: str = "cpu", progress: Callable[[str], None] = lambda name: None) -> Report:
+    """Look at the installation and run typical calls on a device, each compared with fp64.
+
+    Args:
+        device: ``cpu``, or a GPU.
+        progress: called with the name of each call before it runs.
+    """
+    report = Report(versions("triton"), hardware(device), device, _support(device), [])
+    for call in _calls(device):
+        progress(call.name)
+        report.checks.append(_check(call, device))
+    return report
+
+
+def _support(device: str) -> list[str]:
+    """What is there, in sentences."""
+    rule = str(switch.active())
+    lines = [f"device: {device}", f"{switch.VARIABLE}: {rule}"]
+    if device.startswith("cuda"):
+        major, minor = torch.cuda.get_device_capability(device)
+        lines.append(f"compute capability: {major}.{minor}")
+    if not HAS_TRITON:
+        lines.append("Triton: not installed, so there are no GPU kernels")
+        return lines
+    if not device.startswith("cuda"):
+        lines.append("Triton: installed; its kernels need a GPU, which torch does not find here")
+        return lines
+    from softpick.ops.triton import dispatch
+
+    loaded = dispatch.hopper is not None
+    lines.append(f"kernels for Hopper GPUs: {'loaded' if loaded else dispatch.why_no_hopper()}")
+    return lines
+
+
+def _check(call: _Call, device: str) -> Check:
+    b, heads, kv_heads, tq, tk, d = call.shape
+    check = Check(
+        call.name, str(call.dtype).removeprefix("torch."), f"{b} x {heads}/{kv_heads} heads x {tq}/{tk} x {d}",
+        limit=LIMITS[call.dtype],
+    )  # fmt: skip
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        try:
+            _run(call, device, check)
+        except Exception as error:  # whatever comes is what the report is for
+            check.problem = f"{type(error).__name__}: {error}"
+    for warning in said:
+        if "could not be built" in str(warning.message) and check.problem is None:
+            check.problem = str(warning.message)
+    return check
+
+
+def _run(call: _Call, device: str, check: Check) -> None:
+    """Explain, run and compare a call."""
+    query, key, value, function, options = _arguments(call, device)
+    trained = call.kind in ("attention", "packed")
+    leaves = [x.detach().requires_grad_(trained) for x in (query, key, value)]
+    explain: Any = softpick.explain_backend
+    told = explain(*leaves, decode=not trained, **options)
+    check.backend = told.backend
+    check.kernels = [kernel.file for kernel in told.kernels]
+    check.reasons = [f"not {name!r}: {reason}" for name, reason in told.refused]
+    check.reasons += [f"{k.step}, not for Hopper GPUs: {k.refused}" for k in told.kernels if k.refused is not None]
+    grad = torch.randn_like(query if value.shape[-1] == query.shape[-1] else value)
+    for _ in range(2):
+        _wait(device)
+        began = time.perf_counter()
+        out: Any = function(*leaves, **options)
+        grads = torch.autograd.grad(out, leaves, grad) if trained else ()
+        _wait(device)
+        check.milliseconds = 1000 * (time.perf_counter() - began)
+    exact = [x.detach().double().requires_grad_(trained) for x in leaves]
+    want = _truth(call, exact[0], exact[1], exact[2], options)
+    check.forward_error = _error([out], [want])
+    if trained:
+        check.backward_error = _error(list(grads), list(torch.autograd.grad(want, exact, grad.double())))
+    worst = max(check.forward_error, check.backward_error or 0.0)
+    if not worst <= check.limit:  # NaN is not
+        check.problem = f"the relative error {worst:.1e} is above {check.limit:.0e}"
+
+
+def _wait(device: str) -> None:
+    if device.startswith("cuda"):
+        torch.cuda.synchronize(device)
+
+
+def _error(got: list[Tensor], want: list[Tensor]) -> float:
+    return max(
+        float((x.detach().double() - y.detach()).norm() / y.detach().norm()) for x, y in zip(got, want, strict=True)
+    )
+
+
+def _arguments(call: _Call, device: str) -> tuple[Tensor, Tensor, Tensor, Callable[..., Any], dict[str, Any]]:
+    """Tensors, the public function and its options."""
+    b, heads, kv_heads, tq, tk, d = call.shape
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator).to(device, call.dtype)
+
+    options: dict[str, Any] = {"normalizer": call.normalizer}
+    if call.kind == "packed":
+        starts = torch.tensor([0, tq // 4, tq // 4 + 5, tq], dtype=torch.int32, device=device)
+        options |= {"cu_seqlens_q": starts, "cu_seqlens_k": starts, "is_causal": call.causal}
+        return draw(tq, heads, d), draw(tk, kv_heads, d), draw(tk, kv_heads, d), softpick.varlen_attention, options
+    query, key, value = draw(b, heads, tq, d), draw(b, kv_heads, tk, d), draw(b, kv_heads, tk, d)
+    if call.kind == "attention":
+        options |= {"is_causal": call.causal, "enable_gqa": True, "window": call.window}
+        options["causal_alignment"] = "bottom_right"
+        return query, key, value, softpick.scaled_dot_product_attention, options
+    options["cache_seqlens"] = torch.tensor([tk - 100 * i for i in range(b)], dtype=torch.int32, device=device)
+    if call.kind == "paged":
+        page = 64
+        options["block_table"] = torch.randperm(b * tk // page, generator=generator).view(b, -1).int().to(device)
+        key, value = (_paged(x, page, options["block_table"]) for x in (key, value))
+    return query, key, value, softpick.decode_attention, options
+
+
+def _paged(x: Tensor, page: int, table: Tensor) -> Tensor:
+    """``(B, H, T, D)`` as pages ``(blocks, page, H, D)``, where ``table`` says."""
+    b, h, t, d = x.shape
+    pages = x.new_empty(b * t // page, page, h, d)
+    pages[table.flatten().long()] = x.transpose(1, 2).reshape(-1, page, h, d)
+    return pages
+
+
+def _truth(call: _Call, query: Tensor, key: Tensor, value: Tensor, options: dict[str, Any]) -> Tensor:
+    """The call by its formula with full matrices, in fp64."""
+    if call.kind == "packed":
+        starts = options["cu_seqlens_q"].tolist()
+        spans = [slice(a, b) for a, b in itertools.pairwise(starts)]
+        parts = [_formula(call, *(x[span].transpose(0, 1)[None] for x in (query, key, value))) for span in spans]
+        return torch.cat([part[0].transpose(0, 1) for part in parts])
+    if "block_table" in options:
+        table = options["block_table"].long()
+        key, value = (x[table].flatten(1, 2).transpose(1, 2) for x in (key, value))
+    if "cache_seqlens" not in options:
+        return _formula(call, query, key, value)
+    lengths = options["cache_seqlens"].tolist()
+    rows = [
+        _formula(call, query[i : i + 1], key[i : i + 1, :, :n], value[i : i + 1, :, :n]) for i, n in enumerate(lengths)
+    ]
+    return torch.cat(rows)
+
+
+def _formula(call: _Call, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """``(B, H, Tq, D)`` with grouped heads; the last query stands at the last key."""
+    tq, tk, groups = query.shape[2], key.shape[2], query.shape[1] // key.shape[1]
+    key, value = (x.repeat_interleave(groups, 1) for x in (key, value))
+    scores = query @ key.transpose(2, 3) / math.sqrt(query.shape[-1])
+    behind = torch.arange(tq, device=scores.device)[:, None] + tk - tq - torch.arange(tk, device=scores.device)
+    seen = torch.ones_like(behind, dtype=torch.bool)
+    if call.causal:
+        seen &= behind >= 0
+    if call.window is not None:
+        seen &= behind.abs() < call.window
+    if call.normalizer == "softmax":
+        return scores.masked_fill(~seen, -math.inf).softmax(-1) @ value
+    scores = scores.masked_fill(~seen, 0.0)  # e^0 - 1 adds nothing
+    top = scores.amax(-1, keepdim=True).clamp(min=0.0).detach()
+    numerators = scores.exp() - 1.0
+    return numerators.clamp(min=0.0) @ value / (numerators.abs().sum(-1, keepdim=True) + 1e-6 * top.exp())

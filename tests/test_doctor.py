@@ -1,0 +1,94 @@
+"""``softpick doctor``: a sound installation is fine, a broken kernel is found and ends with exit code 1."""
+
+import json
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from softpick import doctor
+from softpick.cli.app import make_app
+from softpick.ops import cpu
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
+
+
+@pytest.fixture(autouse=True)
+def _short(monkeypatch):
+    """One call of each kind, short; each against the same limits."""
+    every = doctor._calls("cpu")
+    short = list({(call.kind, call.normalizer, call.window, call.causal): call for call in every}.values())
+    for call in short:
+        call.shape = (2, 4, 2, 1, 512, 16) if call.kind in ("decode", "paged") else (2, 4, 4, 70, 70, 16)
+    monkeypatch.setattr(doctor, "_calls", lambda device: short)
+
+
+def run(*arguments):
+    return CliRunner().invoke(make_app(), ["doctor", "--device", "cpu", *arguments])
+
+
+def test_a_sound_installation_is_fine():
+    done = run()
+    assert done.exit_code == 0, done.output
+    assert "calls, all right" in done.output
+    assert "not 'triton': query is on cpu" in done.output
+
+
+def broken_forward(monkeypatch):
+    run = cpu.forward
+
+    def wrong(spec, query, key, value, mask, sink, out, *rest):
+        run(spec, query, key, value, mask, sink, out, *rest)
+        out.mul_(1.1)
+
+    monkeypatch.setattr(cpu, "forward", wrong)
+
+
+def broken_backward(monkeypatch):
+    run = cpu.backward
+
+    def wrong(spec, *tensors):
+        run(spec, *tensors)
+        tensors[8].zero_()  # dquery
+
+    monkeypatch.setattr(cpu, "backward", wrong)
+
+
+def not_a_number(monkeypatch):
+    monkeypatch.setattr(cpu, "forward", lambda spec, *tensors: [x.fill_(float("nan")) for x in tensors[5:7]])
+
+
+def failing(monkeypatch):
+    def wrong(*_):
+        raise RuntimeError("no such instruction")
+
+    monkeypatch.setattr(cpu, "forward", wrong)
+
+
+@pytest.mark.parametrize("breaks", [broken_forward, broken_backward, not_a_number, failing], ids=lambda f: f.__name__)
+def test_a_broken_kernel_is_found(breaks, monkeypatch):
+    breaks(monkeypatch)
+    done = run("--json")
+    assert done.exit_code == 1
+    report = json.loads(done.stdout)
+    assert not report["fine"]
+    wrong = [check for check in report["checks"] if check["problem"] is not None]
+    assert {check["backend"] for check in report["checks"]} == {"tiled", "sdpa", "reference"}
+    assert len(wrong) == sum(check["backend"] == "tiled" for check in report["checks"])
+    assert all(check["backend"] == "tiled" for check in wrong)
+
+
+def test_a_device_that_is_not_there_is_one_sentence():
+    done = CliRunner().invoke(make_app(), ["doctor", "--device", "cuda:99"])
+    assert done.exit_code != 0
+    assert "cuda:99" in done.output
+
+
+@pytest.mark.parametrize("name", ["softpick", "softmax"])
+def test_the_formula_is_that_of_the_oracle(name):
+    from oracle import attention as oracle
+
+    q, k, v = (torch.randn(1, 2, 5, 4, dtype=torch.float64) for _ in range(3))
+    call = doctor._Call("", (1, 2, 2, 5, 5, 4), torch.float32, normalizer=name, window=3)
+    want, _ = oracle(q, k, v, name, causal="bottom_right", left=2, right=0)
+    torch.testing.assert_close(doctor._formula(call, q, k, v), want)

@@ -5,7 +5,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint docs bench matrix mutants clean
+.PHONY: demo test lint docs bench matrix mutants versions extras vllm-test package hub-kernel clean
 
 demo: $(VENV)/.compare
 	$(BIN)/softpick compare --output runs/demo
@@ -32,6 +32,26 @@ mutants: $(VENV)/.ready
 # all kernels with four Tritons for seven GPUs, without one: about half an hour; finished cells are kept in .matrix
 matrix: $(VENV)/.ready
 	$(BIN)/python tests/matrix.py
+
+# the tests with other versions of Python, torch, transformers and torchtitan; finished rows are kept in .environments
+versions: $(VENV)/.ready
+	$(BIN)/python tests/versions.py
+
+# each extra alone in an environment of its own, with a command of it
+extras: $(VENV)/.ready
+	$(BIN)/python tests/extras.py
+
+# a checkpoint of ours in the real vLLM
+vllm-test: $(VENV)/.ready
+	$(BIN)/python tests/vllm_refuses.py
+
+# wheel and sdist, as an index would take them, into dist
+package: $(VENV)/.ready
+	$(BIN)/python tests/package.py
+
+# the functions and kernels as a kernel of the Hugging Face kernel hub, into build/hub
+hub-kernel: $(VENV)/.ready
+	$(BIN)/python hub/build_kernel.py
 
 # torch comes first and pinned: a range could resolve to a build with gigabytes of GPU libraries
 $(VENV)/.compare: pyproject.toml constraints.txt

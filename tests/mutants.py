@@ -75,8 +75,17 @@ PLANS = {
         (["test_distributed.py"], ""),
     ],
     "integrations/transformers.py": [
-        (["test_adapter_edges.py", "test_transformers_packed.py", "test_transformers.py", *_QUICK], ""),
-        (["test_transformers.py"], ""),
+        (
+            [
+                "test_adapter_edges.py",
+                "test_transformers_packed.py",
+                "test_transformers.py",
+                "test_transformers_whole.py",
+                *_QUICK,
+            ],
+            "",
+        ),
+        (["test_transformers.py", "test_transformers_whole.py"], ""),
     ],
     **{
         f"analysis/{name}.py": [

@@ -43,6 +43,7 @@ KEPT = ROOT / ".mutants"
 EQUIVALENT = TESTS / "mutants_equivalent.toml"
 
 # Compiling a graph takes longer than everything else together: those tests come last.
+_WHOLE = ["test_transformers.py", "test_transformers_whole.py"]
 _QUICK = ["-m", "not slow and not gpu and not browser", "-k", "not compile and not opcheck"]
 _EDGES = [
     "test_edges.py",
@@ -75,8 +76,17 @@ PLANS = {
         (["test_distributed.py"], ""),
     ],
     "integrations/transformers.py": [
-        (["test_adapter_edges.py", "test_transformers_packed.py", "test_transformers.py", *_QUICK], ""),
-        (["test_transformers.py"], ""),
+        (
+            [
+                "test_adapter_edges.py",
+                "test_transformers_packed.py",
+                "test_transformers.py",
+                "test_transformers_whole.py",
+                *_QUICK,
+            ],
+            "",
+        ),
+        (["test_transformers.py", "test_transformers_whole.py"], ""),
     ],
     **{
         f"analysis/{name}.py": [

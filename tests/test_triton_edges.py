@@ -85,7 +85,9 @@ def test_scores_and_sink_far_below_zero(how, monkeypatch):
     """More keys than a tile has, and sinks above, among and below the scores: nothing underflows. One head is ordinary."""
     name, eps, dtype = SUNK[how]
     decoded = how.startswith("decoding")
-    monkeypatch.setattr(launch_decode, "_splits", lambda places, fewest, pairs, tk, block_n: (-(-tk // block_n), block_n))
+    monkeypatch.setattr(
+        launch_decode, "_splits", lambda places, fewest, pairs, tk, block_n: (-(-tk // block_n), block_n)
+    )
     if how.startswith("without"):  # as in bf16, which the interpreter cannot multiply
         monkeypatch.setattr(dispatch, "optimistic", lambda *_: True)
     level = torch.tensor([-300.0, -200.0, -150.0, 0.0])

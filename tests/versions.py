@@ -27,8 +27,8 @@ CORE = (
     "test_functional_transforms.py", "test_compile_functions.py", "test_nn.py", "test_triton_edges.py",
 )  # fmt: skip
 ADAPTER = (
-    "test_transformers.py", "test_transformers_models.py", "test_transformers_packed.py", "test_adapter_edges.py",
-    "test_models.py", "test_checkpoints.py", "test_fla.py",
+    "test_transformers.py", "test_transformers_whole.py", "test_transformers_models.py", "test_transformers_packed.py",
+    "test_adapter_edges.py", "test_models.py", "test_checkpoints.py", "test_fla.py",
 )  # fmt: skip
 SHOWN = ("torch", "triton", "transformers", "accelerate", "torchtitan")
 

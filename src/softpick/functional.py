@@ -1,10 +1,16 @@
-"""The public functions: check the arguments, choose a backend, call it."""
+"""The public functions: check the arguments, choose a backend, call it.
+
+The three attention functions are one family: ``scale``, ``enable_gqa``, ``normalizer``, ``backend``, ``window``, ``softcap``,
+``sink``, ``eps`` and ``return_stats`` mean the same in each, and ``return_stats`` gives an :class:`AttentionOutput`.
+"""
 
 from __future__ import annotations
 
+import warnings
 from typing import Any, Literal, NamedTuple, overload
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from softpick.normalizers import Normalizer, get_normalizer
@@ -14,6 +20,7 @@ from softpick.ops.arguments import (
     canonical_shapes,
     check_alignment,
     check_cache,
+    check_heads,
     check_lengths,
     check_offsets,
     check_pages,
@@ -25,10 +32,7 @@ from softpick.ops.arguments import (
     default_scale,
     keep_and_bias,
     no_autocast,
-    packed_keep,
-    readable,
     restore_shape,
-    spans,
     to_autocast_dtype,
     used_blocks,
     window_bounds,
@@ -45,8 +49,9 @@ from softpick.ops.kernel_errors import KernelError, fall_back
 from softpick.ops.operators import attention
 from softpick.ops.operators_decode import decode
 from softpick.ops.reference import attention_reference
+from softpick.ops.reference_layouts import cache_reference, packed_reference
 from softpick.ops.transforms import wants_reference
-from softpick.ops.vector import over_dim
+from softpick.vector import linear_softpick, softpick
 
 __all__ = [
     "AttentionOutput",
@@ -69,60 +74,11 @@ class AttentionOutput(NamedTuple):
     lse: Tensor | None = None
     """``(..., H, Tq)`` (packed: ``(H, total_q)``): log of the denominator, its constant and eps included."""
     row_mass: Tensor | None = None
-    """As ``lse``: sum of the weights of a row (1 for softmax, at most 1 for softpick)."""
+    """As ``lse``: sum of the weights of a row (1 for softmax, at most 1 for softpick); not by the kernels for caches."""
     max_score: Tensor | None = None
-    """As ``lse``: largest score of a row that is not masked, minus infinity where there is none."""
+    """As ``row_mass``: largest score of a row that is not masked, minus infinity where there is none."""
     weights: Tensor | None = None
     """``(..., H, Tq, Tk)``, before dropout (reference backend only)."""
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The function over a vector
-
-
-def softpick(
-    x: Tensor, dim: int = -1, eps: float = 1e-6, where: Tensor | None = None, *, dtype: torch.dtype | None = None
-) -> Tensor:
-    """Softpick over one dimension: ``relu(e^x_i - 1) / (sum_j |e^x_j - 1| + eps)``, numerically safe.
-
-    Drop-in for ``torch.softmax(x, dim)``; paper eq. (1)-(2), evaluated relative to ``m = max(0, max_j x_j)`` so that every
-    finite input has a finite value and gradient. Computed in fp32 (fp64 for fp64), differentiable twice.
-
-    Args:
-        x: any shape, floating point. Entries of minus infinity are excluded, as masks for softmax expect.
-        dim: dimension to normalize over.
-        eps: added to the denominator relative to ``m``.
-        where: boolean, broadcastable to ``x``; False excludes an entry: its output is 0 and it counts nowhere.
-        dtype: dtype of the result (and of the input before anything else), as in ``torch.softmax``.
-
-    Returns:
-        Tensor of the shape of ``x``, entries in [0, 1], rows summing to at most 1.
-
-    Raises:
-        TypeError: for an integer or complex ``x``, or a ``where`` that is not boolean.
-        ValueError: for a ``where`` that cannot be broadcast, or a negative eps.
-        IndexError: for a ``dim`` out of range.
-    """
-    return over_dim("softpick", x, dim, eps, where, dtype)
-
-
-def linear_softpick(x: Tensor, dim: int = -1, where: Tensor | None = None) -> Tensor:
-    """``x_i / (1 + sum_j |x_j|)`` over one dimension: signed, no exponentials (Edifice.Blocks.Softpick).
-
-    Args:
-        x: any shape, floating point; computed in fp32 (fp64 for fp64). Entries of minus infinity are excluded.
-        dim: dimension to normalize over.
-        where: boolean, broadcastable to ``x``; False excludes an entry.
-
-    Returns:
-        Tensor of the shape and dtype of ``x`` with ``sum |y| < 1``.
-
-    Raises:
-        TypeError: for an integer or complex ``x``, or a ``where`` that is not boolean.
-        ValueError: for a ``where`` that cannot be broadcast.
-        IndexError: for a ``dim`` out of range.
-    """
-    return over_dim("linear_softpick", x, dim, 0.0, where, None)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -242,6 +198,7 @@ def scaled_dot_product_attention(
     norm = get_normalizer(normalizer)
     check_backend(backend)
     query, key, value = to_autocast_dtype(check_qkv(query, key, value))
+    options: Any
     dropout_p = numbers.probability("dropout_p", dropout_p)
     numbers.flags(is_causal=is_causal, enable_gqa=enable_gqa, return_stats=return_stats, return_weights=return_weights)
     check_alignment(causal_alignment)
@@ -264,14 +221,10 @@ def scaled_dot_product_attention(
             "'reference'"
         )
     if plain and (backend == "sdpa" or (backend == "auto" and takes_sdpa(q, k, v, mask))):
+        options = {"dropout_p": dropout_p, "scale": scale, "enable_gqa": enable_gqa}
         if mask is None:
-            return torch.nn.functional.scaled_dot_product_attention(
-                query, key, value, None, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
-            )
-        out = torch.nn.functional.scaled_dot_product_attention(
-            q, k, v, mask, dropout_p, scale=scale, enable_gqa=enable_gqa
-        )
-        return restore_shape(out, lead, dims)
+            return F.scaled_dot_product_attention(query, key, value, is_causal=is_causal, **options)
+        return restore_shape(F.scaled_dot_product_attention(q, k, v, mask, **options), lead, dims)
     if return_weights and backend in ("tiled", "triton"):
         raise ValueError(
             f"return_weights: the {backend!r} backend never forms the weights; choose 'reference' or 'auto'"
@@ -279,36 +232,16 @@ def scaled_dot_product_attention(
     named = backend
     wanted = wants_reference(q, k, v, mask, sink)
     backend = "reference" if return_weights else choose_backend(backend, q, v, norm, "tiled", wanted=wanted)
-    options: Any = {
-        "backend": operator_name(named, backend),
-        "normalizer": norm.text,
-        "scale": scale,
-        "eps": eps,
-        "mask": mask,
-        "sink": sink,
-        "left": left,
-        "right": right,
-        "bottom_right": bottom_right,
-        "softcap": softcap,
-        "dropout_p": dropout_p,
-        "stats": return_stats,
-    }
+    options = {"backend": operator_name(named, backend), "normalizer": norm.text, "scale": scale, "eps": eps}
+    options |= {"mask": mask, "sink": sink, "left": left, "right": right, "bottom_right": bottom_right}
+    options |= {"softcap": softcap, "dropout_p": dropout_p, "stats": return_stats}
 
     if backend == "reference":
         keep, bias = keep_and_bias(mask, q, k, left, right, bottom_right)
         with no_autocast(q):
+            options = {"normalizer": norm, "scale": scale, "eps": eps, "keep": keep, "bias": bias, "sink": sink}
             out, lse, mass, largest, weights = attention_reference(
-                q,
-                k,
-                v,
-                normalizer=norm,
-                scale=scale,
-                eps=eps,
-                keep=keep,
-                bias=bias,
-                softcap=softcap,
-                sink=sink,
-                dropout_p=dropout_p,
+                q, k, v, softcap=softcap, dropout_p=dropout_p, **options
             )
     elif backend == "triton" and dropout_p == 0.0 and not return_stats and few_queries(q, k, v, mask, sink):
         cap = softcap or 0.0
@@ -337,12 +270,67 @@ def scaled_dot_product_attention(
     else:
         weights = None
         out, lse, mass, largest = attention(q, k, v, **options)
-    out = restore_shape(out, lead, dims)
     if not (return_stats or return_weights):
-        return out
-    stats = [restore_shape(x[..., None], lead, dims)[..., 0] if return_stats else None for x in (lse, mass, largest)]
-    full = restore_shape(weights, lead, dims) if return_weights and weights is not None else None
-    return AttentionOutput(out, stats[0], stats[1], stats[2], full)
+        return restore_shape(out, lead, dims)
+    stats = (lse, mass, largest) if return_stats else (None, None, None)
+    return _restored(out, stats, weights if return_weights else None, lead, dims)
+
+
+def _restored(out: Tensor, stats: Any, weights: Tensor | None, lead: tuple[int, ...], dims: int) -> AttentionOutput:
+    """Output, statistics and weights with the leading dimensions of the inputs."""
+    lse, mass, largest = (None if x is None else restore_shape(x[..., None], lead, dims)[..., 0] for x in stats)
+    full = None if weights is None else restore_shape(weights, lead, dims)
+    return AttentionOutput(restore_shape(out, lead, dims), lse, mass, largest, full)
+
+
+@overload
+def varlen_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int | None = ...,
+    max_seqlen_k: int | None = ...,
+    dropout_p: float = ...,
+    scale: float | None = ...,
+    is_causal: bool = ...,
+    *,
+    enable_gqa: bool = ...,
+    normalizer: str | Normalizer = ...,
+    backend: str = ...,
+    causal_alignment: Literal["top_left", "bottom_right"] = ...,
+    window: int | tuple[int, int] | None = ...,
+    softcap: float | None = ...,
+    sink: Tensor | None = ...,
+    eps: float | None = ...,
+    return_stats: Literal[False] = ...,
+) -> Tensor: ...
+
+
+@overload
+def varlen_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int | None = ...,
+    max_seqlen_k: int | None = ...,
+    dropout_p: float = ...,
+    scale: float | None = ...,
+    is_causal: bool = ...,
+    *,
+    enable_gqa: bool = ...,
+    normalizer: str | Normalizer = ...,
+    backend: str = ...,
+    causal_alignment: Literal["top_left", "bottom_right"] = ...,
+    window: int | tuple[int, int] | None = ...,
+    softcap: float | None = ...,
+    sink: Tensor | None = ...,
+    eps: float | None = ...,
+    return_stats: bool = ...,
+) -> Tensor | AttentionOutput: ...
 
 
 def varlen_attention(
@@ -357,6 +345,7 @@ def varlen_attention(
     scale: float | None = None,
     is_causal: bool = False,
     *,
+    enable_gqa: bool = True,
     normalizer: str | Normalizer = "softpick",
     backend: str = "auto",
     causal_alignment: Literal["top_left", "bottom_right"] = "bottom_right",
@@ -369,7 +358,6 @@ def varlen_attention(
     """Attention within packed sequences, in FlashAttention's convention (``flash_attn_varlen_func``).
 
     Sequence ``n`` has the queries ``cu_seqlens_q[n]:cu_seqlens_q[n + 1]`` and the keys ``cu_seqlens_k[n]:cu_seqlens_k[n + 1]``.
-    Fewer key than query heads are grouped-query attention.
 
     Args:
         query: ``(total_q, H, D)``.
@@ -385,6 +373,7 @@ def varlen_attention(
         dropout_p: probability with which a weight is dropped.
         scale: factor on the scores; ``1 / sqrt(D)`` if None.
         is_causal: causal within each sequence.
+        enable_gqa: allow fewer key than query heads (grouped-query attention).
         normalizer: a name of ``softpick.NORMALIZERS`` or a record of it.
         backend: ``"auto"``, ``"triton"``, ``"tiled"`` or ``"reference"``, as in :func:`scaled_dot_product_attention`.
         causal_alignment: ``"bottom_right"`` as FlashAttention has it, or ``"top_left"``.
@@ -407,7 +396,7 @@ def varlen_attention(
         raise ValueError("backend: 'sdpa' has no packed sequences; choose 'triton', 'tiled' or 'reference'")
     query, key, value = to_autocast_dtype(check_qkv(query, key, value, packed=True))
     dropout_p = numbers.probability("dropout_p", dropout_p)
-    numbers.flags(is_causal=is_causal, return_stats=return_stats)
+    numbers.flags(is_causal=is_causal, enable_gqa=enable_gqa, return_stats=return_stats)
     check_alignment(causal_alignment)
     longest_q = check_offsets("cu_seqlens_q", cu_seqlens_q, query, max_seqlen_q, "max_seqlen_q")
     longest_k = check_offsets("cu_seqlens_k", cu_seqlens_k, key, max_seqlen_k, "max_seqlen_k")
@@ -416,7 +405,7 @@ def varlen_attention(
             f"cu_seqlens_k: expected as many sequences as cu_seqlens_q ({cu_seqlens_q.numel() - 1}), "
             f"got {cu_seqlens_k.numel() - 1}"
         )
-    q, k, v, _ = canonical_shapes(query.transpose(0, 1), key.transpose(0, 1), value.transpose(0, 1), True)
+    q, k, v, _ = canonical_shapes(query.transpose(0, 1), key.transpose(0, 1), value.transpose(0, 1), enable_gqa)
     left, right = window_bounds(window, is_causal)
     check_sink(sink, norm, q.shape[1], q)
     bottom_right = causal_alignment == "bottom_right"
@@ -425,18 +414,9 @@ def varlen_attention(
     backend = choose_backend(backend, q, v, norm, "tiled", wanted=wants_reference(q, k, v, sink))
     if backend == "reference":
         options: Any = {"normalizer": norm, "scale": scale, "eps": eps, "softcap": softcap, "sink": sink}
-        options["dropout_p"] = dropout_p
-        parts = []
-        with no_autocast(q):
-            if readable(cu_seqlens_q) and readable(cu_seqlens_k):
-                for q0, q1, k0, k1 in spans(cu_seqlens_q, cu_seqlens_k):
-                    qs, ks, vs = q[:, :, q0:q1], k[:, :, k0:k1], v[:, :, k0:k1]
-                    keep, _ = keep_and_bias(None, qs, ks, left, right, bottom_right)
-                    parts.append(attention_reference(qs, ks, vs, keep=keep, **options))
-            else:
-                keep = packed_keep(cu_seqlens_q, cu_seqlens_k, q, k, left, right, bottom_right)
-                parts.append(attention_reference(q, k, v, keep=keep, **options))
-        out, lse, mass, largest = (torch.cat([part[i] for part in parts], dim=2) for i in range(4))
+        out, lse, mass, largest = packed_reference(
+            q, k, v, cu_seqlens_q, cu_seqlens_k, left, right, bottom_right, dropout_p=dropout_p, **options
+        )
     else:
         out, lse, mass, largest = attention(
             q,
@@ -464,6 +444,50 @@ def varlen_attention(
     return AttentionOutput(out, lse[0], mass[0], largest[0])
 
 
+@overload
+def decode_attention(
+    query: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    *,
+    cache_seqlens: Tensor | None = ...,
+    block_table: Tensor | None = ...,
+    is_causal: bool | None = ...,
+    scale: float | None = ...,
+    enable_gqa: bool = ...,
+    normalizer: str | Normalizer = ...,
+    backend: str = ...,
+    window: int | tuple[int, int] | None = ...,
+    softcap: float | None = ...,
+    sink: Tensor | None = ...,
+    eps: float | None = ...,
+    return_stats: Literal[False] = ...,
+    return_lse: Literal[False] = ...,
+) -> Tensor: ...
+
+
+@overload
+def decode_attention(
+    query: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    *,
+    cache_seqlens: Tensor | None = ...,
+    block_table: Tensor | None = ...,
+    is_causal: bool | None = ...,
+    scale: float | None = ...,
+    enable_gqa: bool = ...,
+    normalizer: str | Normalizer = ...,
+    backend: str = ...,
+    window: int | tuple[int, int] | None = ...,
+    softcap: float | None = ...,
+    sink: Tensor | None = ...,
+    eps: float | None = ...,
+    return_stats: bool = ...,
+    return_lse: bool = ...,
+) -> Tensor | AttentionOutput | tuple[Tensor, Tensor]: ...
+
+
 def decode_attention(
     query: Tensor,
     key_cache: Tensor,
@@ -471,20 +495,22 @@ def decode_attention(
     *,
     cache_seqlens: Tensor | None = None,
     block_table: Tensor | None = None,
-    is_causal: bool = True,
+    is_causal: bool | None = None,
     scale: float | None = None,
+    enable_gqa: bool = True,
     normalizer: str | Normalizer = "softpick",
     backend: str = "auto",
     window: int | tuple[int, int] | None = None,
     softcap: float | None = None,
     sink: Tensor | None = None,
     eps: float | None = None,
+    return_stats: bool = False,
     return_lse: bool = False,
-) -> Tensor | tuple[Tensor, Tensor]:
+) -> Tensor | AttentionOutput | tuple[Tensor, Tensor]:
     """Attention of few queries against a cache of keys and values that is partly filled, contiguous or in pages.
 
-    The last query stands at the last filled position (it is that position's own query). Fewer key than query heads are
-    grouped-query attention. For generation: there is no gradient.
+    The last query stands at the last filled position (it is that position's own query). For generation: there is
+    no gradient.
 
     Args:
         query: ``(B, H, Tq, D)``, fp64, fp32, bf16 or fp16.
@@ -498,8 +524,11 @@ def decode_attention(
             reach of a query may be anything. The others are checked on the CPU, and on a GPU, where looking would wait for
             it, if the environment variable ``SOFTPICK_DEBUG`` is ``1`` (then ``cache_seqlens`` as well). Where nobody looks,
             nothing is read of a page that does not exist, and its keys count as masked.
-        is_causal: each query sees keys up to its own position; False lets every query see all filled positions.
+        is_causal: each query sees keys up to its own position; False lets every query see all filled positions. Give it
+            where there is more than one query: None is True, with a DeprecationWarning, and will be False as in the other
+            functions.
         scale: factor on the scores; ``1 / sqrt(D)`` if None.
+        enable_gqa: allow fewer key than query heads (grouped-query attention).
         normalizer: a name of ``softpick.NORMALIZERS`` or a record of it.
         backend: ``"auto"``, or exactly this one or an error: ``"triton"`` (CUDA tensors in fp32, bf16 or fp16, head
             dimensions up to 256, ``H / Hkv * Tq`` up to 128), ``"reference"`` (copies the cache; any device). Auto takes
@@ -508,11 +537,12 @@ def decode_attention(
         softcap: as in :func:`scaled_dot_product_attention`.
         sink: as in :func:`scaled_dot_product_attention`.
         eps: as in :func:`scaled_dot_product_attention`.
-        return_lse: also return the log of the denominators.
+        return_stats: also return statistics: lse by every backend, row mass and largest score by the reference alone.
+        return_lse: deprecated, for ``return_stats``: a pair of the output and lse.
 
     Returns:
-        ``(B, H, Tq, Dv)`` in the query's dtype; with ``return_lse`` also ``(B, H, Tq)`` in fp32 (fp64 for fp64). A query
-        that sees no key is 0.
+        ``(B, H, Tq, Dv)`` in the query's dtype, or an :class:`AttentionOutput` if statistics are asked for, each ``(B, H, Tq)``
+        in fp32 (fp64 for fp64). A query that sees no key is 0.
 
     Raises:
         TypeError: for wrong types and dtypes.
@@ -522,8 +552,12 @@ def decode_attention(
     norm = get_normalizer(normalizer)
     if backend not in ("auto", "triton", "reference"):
         raise ValueError(f"backend: expected one of auto, triton, reference for decoding; got {backend!r}")
-    numbers.flags(is_causal=is_causal, return_lse=return_lse)
+    is_causal = _causal_in_cache(is_causal, query)
+    numbers.flags(is_causal=is_causal, enable_gqa=enable_gqa, return_stats=return_stats, return_lse=return_lse)
+    if return_lse:
+        _deprecated("return_lse: give return_stats=True, which returns an AttentionOutput with lse")
     room = check_cache(query, key_cache, value_cache, block_table)
+    check_heads(query, key_cache.shape[1 if block_table is None else 2], enable_gqa)
     query, key_cache, value_cache = to_autocast_dtype((query, key_cache, value_cache))
     if cache_seqlens is not None:
         check_lengths(cache_seqlens, query, room)
@@ -545,6 +579,7 @@ def decode_attention(
         backend,
         choose_backend(backend, query, value, norm, "reference", groups * query.shape[2], wanted=wanted),
     )
+    used = None
     if block_table is not None and (backend == "reference" or checkable(block_table)):
         used = used_blocks(cache_seqlens, block_table, key.shape[2], query.shape[2], left)
         check_pages(block_table, used, key.shape[0])
@@ -568,46 +603,27 @@ def decode_attention(
                 cap,
                 operator_name(named, backend),
             )
-            return (out, lse) if return_lse else out
+            return (out, lse) if return_lse else AttentionOutput(out, lse) if return_stats else out
         except KernelError as failure:
             if named == "triton":
                 raise
             fall_back(failure, "the reference computes it instead, slowly (backend='auto')")
             if block_table is not None:
                 used = used_blocks(cache_seqlens, block_table, key.shape[2], query.shape[2], left)
-    j = torch.arange(room, device=query.device)
-    filled = torch.full((1, 1, 1, 1), room, device=query.device)
-    if cache_seqlens is not None:
-        filled = cache_seqlens.clamp(max=room)[:, None, None, None]
-    there = j < filled  # (B or 1, 1, 1, room)
-    if block_table is not None:
-        valid = used & (block_table >= 0) & (block_table < key.shape[0])
-        pages = block_table.masked_fill(~valid, 0).long()
-        there = there & valid.repeat_interleave(key.shape[2], 1)[:, None, None]
-        key, value = (x[pages].transpose(1, 2).flatten(2, 3) for x in (key, value))
-    if cache_seqlens is not None or block_table is not None:
-        # what was never written may be NaN, and 0 * NaN is NaN
-        key, value = (x.masked_fill(~there.transpose(2, 3), 0.0) for x in (key, value))
-    behind = torch.arange(query.shape[2], device=query.device)[:, None] + (filled - query.shape[2]) - j
-    keep = there.expand(-1, -1, query.shape[2], -1)
-    if right >= 0:
-        keep = keep & (behind >= -right)
-    if left >= 0:
-        keep = keep & (behind <= left)
-    with no_autocast(query):
-        out, lse, *_ = attention_reference(
-            query,
-            key,
-            value,
-            normalizer=norm,
-            scale=scale,
-            eps=eps,
-            keep=keep.expand(query.shape[0], heads, query.shape[2], room),
-            softcap=softcap,
-            sink=sink,
-        )
-    return (out, lse) if return_lse else out
+    options: Any = {"normalizer": norm, "scale": scale, "eps": eps, "softcap": softcap, "sink": sink}
+    found = cache_reference(query, key, value, cache_seqlens, block_table, used, room, left, right, **options)
+    if return_lse:
+        return found[:2]
+    return AttentionOutput(*found) if return_stats else found[0]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Arguments
+def _causal_in_cache(is_causal: bool | None, query: Tensor) -> bool:
+    """The default of ``is_causal`` in decoding, with a warning where it matters and will be another."""
+    if is_causal is None and isinstance(query, Tensor) and query.dim() == 4 and query.shape[2] > 1:
+        _deprecated("is_causal: give is_causal=True for several queries; the default will be False, as in attention")
+    return True if is_causal is None else is_causal
+
+
+def _deprecated(message: str) -> None:
+    if not torch.compiler.is_compiling():
+        warnings.warn(f"decode_attention: {message}", DeprecationWarning, stacklevel=3)

@@ -298,96 +298,100 @@ def _plain(numbers: dict[str, Any]) -> dict[str, float]:
 
 
 def _language_model() -> Any:
-    """The harness's adapter of transformers models, with our BOS and our progress bar. A class, made at run time."""
+    """The harness's adapter of transformers models with what :class:`_WithBos` adds. A class, made at run time."""
     from lm_eval.models.huggingface import HFLM
 
-    class LanguageModel(HFLM):
-        """``HFLM`` of a model that is loaded; says how far it is."""
+    return type("LanguageModel", (_WithBos, HFLM), {})
 
-        def __init__(self, model: Any, tokenizer: Any, batch_size: int) -> None:
-            self._opening = starts_with_bos(model, tokenizer)
-            prefix = self._opening if self._opening is not None else tokenizer.bos_token_id
-            prefix = tokenizer.eos_token_id if prefix is None else prefix
-            if prefix is None:
-                raise EvaluationError("tokenizer: expected a BOS or EOS token (what an empty context is), got neither")
-            super().__init__(
-                pretrained=model,
-                tokenizer=copy.deepcopy(tokenizer),  # it gets a padding token
-                backend="causal",
-                batch_size=batch_size,
-                prefix_token_id=prefix,
-                max_length=positions(model),
-                softmax_dtype="float32",  # also of logits in half precision
-                trust_remote_code=False,
+
+_ANY: Any = object  # HFLM stands behind it, at run time
+
+
+class _WithBos(_ANY):
+    """What goes in front of the harness's ``HFLM``: a model that is loaded, our BOS, and our progress bar."""
+
+    def __init__(self, model: Any, tokenizer: Any, batch_size: int) -> None:
+        self._opening = starts_with_bos(model, tokenizer)
+        prefix = self._opening if self._opening is not None else tokenizer.bos_token_id
+        prefix = tokenizer.eos_token_id if prefix is None else prefix
+        if prefix is None:
+            raise EvaluationError("tokenizer: expected a BOS or EOS token (what an empty context is), got neither")
+        super().__init__(
+            pretrained=model,
+            tokenizer=copy.deepcopy(tokenizer),  # it gets a padding token
+            backend="causal",
+            batch_size=batch_size,
+            prefix_token_id=prefix,
+            max_length=positions(model),
+            softmax_dtype="float32",  # also of logits in half precision
+            trust_remote_code=False,
+        )
+        self._bar: Any = None
+        self._done = self._total = 0
+        self._reporter: Reporter = Silent()
+        self._task = ""
+
+    def begin(self, task: str, reporter: Reporter) -> None:
+        self._task, self._reporter, self._cut, self._pairs = task, reporter, 0, 0
+
+    def end(self) -> dict[str, float]:
+        if not self._cut:
+            return {}
+        self._reporter.say(
+            f"{self._task}: {self._cut} of {self._pairs} contexts are longer than the model's {self.max_length} "
+            "positions; their beginnings were cut off"
+        )
+        return {"contexts_cut": self._cut / self._pairs}
+
+    def tok_encode(
+        self, string: str, add_special_tokens: bool | None = None, left_truncate_len: int | None = None, **_: Any
+    ) -> list[int]:
+        ids = token_ids(self.tokenizer, [string])[0]
+        return ids[-left_truncate_len:] if left_truncate_len else ids
+
+    def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
+        before, after = super()._encode_pair(context, continuation)
+        if len(after) > self.max_length:
+            raise EvaluationError(
+                f"tasks: {self._task} has a continuation of {len(after)} tokens; expected at most {self.max_length}, "
+                "the positions of the model"
             )
-            self._bar: Any = None
-            self._done = self._total = 0
-            self._reporter: Reporter = Silent()
-            self._task = ""
+        # of context and continuation, the model is given all but the last token
+        room = self.max_length + 1 - len(after) - (self._opening is not None)
+        self._pairs += 1
+        self._cut += len(before) > room
+        before = before[max(0, len(before) - room) :]
+        if self._opening is not None:
+            before = [self._opening, *before]
+        return before or [self.prefix_token_id], after
 
-        def begin(self, task: str, reporter: Reporter) -> None:
-            self._task, self._reporter, self._cut, self._pairs = task, reporter, 0, 0
+    def loglikelihood(self, requests: Any, disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+        with self._progress(len(requests)):
+            return super().loglikelihood(requests, disable_tqdm=True)
 
-        def end(self) -> dict[str, float]:
-            if not self._cut:
-                return {}
-            self._reporter.say(
-                f"{self._task}: {self._cut} of {self._pairs} contexts are longer than the model's {self.max_length} "
-                "positions; their beginnings were cut off"
-            )
-            return {"contexts_cut": self._cut / self._pairs}
+    def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = False) -> list[float]:
+        windows = (math.ceil(len(self.tok_encode(r.args[0])) / self.max_length) for r in requests)
+        with self._progress(sum(windows)):
+            return super().loglikelihood_rolling(requests, disable_tqdm=True)
 
-        def tok_encode(
-            self, string: str, add_special_tokens: bool | None = None, left_truncate_len: int | None = None, **_: Any
-        ) -> list[int]:
-            ids = token_ids(self.tokenizer, [string])[0]
-            return ids[-left_truncate_len:] if left_truncate_len else ids
+    def _loglikelihood_tokens(self, requests: Any, disable_tqdm: bool = False, override_bs: Any = None) -> Any:
+        return super()._loglikelihood_tokens(requests, disable_tqdm=True, override_bs=override_bs)
 
-        def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
-            before, after = super()._encode_pair(context, continuation)
-            if len(after) > self.max_length:
-                raise EvaluationError(
-                    f"tasks: {self._task} has a continuation of {len(after)} tokens; expected at most {self.max_length}, "
-                    "the positions of the model"
-                )
-            # of context and continuation, the model is given all but the last token
-            room = self.max_length + 1 - len(after) - (self._opening is not None)
-            self._pairs += 1
-            self._cut += len(before) > room
-            before = before[max(0, len(before) - room) :]
-            if self._opening is not None:
-                before = [self._opening, *before]
-            return before or [self.prefix_token_id], after
+    @contextlib.contextmanager
+    def _progress(self, total: int) -> Iterator[None]:
+        self._done, self._total = 0, total
+        with self._reporter.progress(self._task, total) as self._bar:
+            yield
+            if self._done < total:  # requests that shared a forward pass
+                self._bar.update(total, None)
+        self._bar = None
 
-        def loglikelihood(self, requests: Any, disable_tqdm: bool = False) -> list[tuple[float, bool]]:
-            with self._progress(len(requests)):
-                return super().loglikelihood(requests, disable_tqdm=True)
-
-        def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = False) -> list[float]:
-            windows = (math.ceil(len(self.tok_encode(r.args[0])) / self.max_length) for r in requests)
-            with self._progress(sum(windows)):
-                return super().loglikelihood_rolling(requests, disable_tqdm=True)
-
-        def _loglikelihood_tokens(self, requests: Any, disable_tqdm: bool = False, override_bs: Any = None) -> Any:
-            return super()._loglikelihood_tokens(requests, disable_tqdm=True, override_bs=override_bs)
-
-        @contextlib.contextmanager
-        def _progress(self, total: int) -> Iterator[None]:
-            self._done, self._total = 0, total
-            with self._reporter.progress(self._task, total) as self._bar:
-                yield
-                if self._done < total:  # requests that shared a forward pass
-                    self._bar.update(total, None)
-            self._bar = None
-
-        def _model_call(self, inps: Any, *args: Any, **kwargs: Any) -> Any:
-            logits = super()._model_call(inps, *args, **kwargs)
-            self._done = min(self._done + len(inps), self._total)
-            if self._bar is not None:
-                self._bar.update(self._done, None)
-            return logits
-
-    return LanguageModel
+    def _model_call(self, inps: Any, *args: Any, **kwargs: Any) -> Any:
+        logits = super()._model_call(inps, *args, **kwargs)
+        self._done = min(self._done + len(inps), self._total)
+        if self._bar is not None:
+            self._bar.update(self._done, None)
+        return logits
 
 
 @contextlib.contextmanager

@@ -214,24 +214,14 @@ def attention_forward(
     if sliding_window and attention_mask is None and tq > 1 and (packed or WITH_WINDOWS.get(type(config), False)):
         window = (sliding_window - 1, 0 if is_causal else sliding_window - 1)
 
+    options: dict[str, Any]
     packing = find_packing(
         batch, tq, tk, position_ids, cu_seq_lens_q, cu_seq_lens_k, max_length_q, is_causal, attention_mask
     )
     if packing is not None and attention_mask is None and position_bias is None and not output_attentions:
-        out = attend_packed(
-            query,
-            key,
-            value,
-            packing,
-            is_causal=is_causal,
-            window=window,
-            score_scale=score_scale,
-            dropout=dropout,
-            scaling=scaling,
-            normalizer=norm,
-            softcap=softcap,
-            sink=sink,
-        )
+        options = {"is_causal": is_causal, "window": window, "score_scale": score_scale, "dropout": dropout}
+        options |= {"scaling": scaling, "normalizer": norm, "softcap": softcap, "sink": sink}
+        out = attend_packed(query, key, value, packing, **options)
         return out if output_gate is None else out * torch.sigmoid(output_gate), None
     if packing is not None:
         attention_mask = apart(attention_mask, packing, is_causal, window, chunk_of(module))
@@ -241,35 +231,22 @@ def attention_forward(
         n = visible_keys(tq, tk, attn_mask=attention_mask, is_causal=causal, window=window, device=query.device)
         logs = n.clamp(min=1).float().log()
         query = (query * (score_scale.view(-1, 1, 1) * logs[..., None])).to(query.dtype)
-    mask = attention_mask
-    if position_bias is not None:
-        mask = position_bias.to(query.dtype)
-        if attention_mask is not None:
-            mask = masked(mask, attention_mask) if attention_mask.dtype == torch.bool else mask + attention_mask
-
-    result = scaled_dot_product_attention(
-        query,
-        key,
-        value,
-        mask,
-        dropout,
-        causal,
-        scaling,
-        enable_gqa=query.shape[1] != key.shape[1],
-        normalizer=norm,
-        window=window,
-        softcap=softcap,
-        sink=sink,
-        return_weights=output_attentions,
-    )
-    if isinstance(result, AttentionOutput):
-        out, weights = result.output, result.weights
-    else:
-        out, weights = result, None
+    mask = _with_bias(attention_mask, position_bias, query.dtype)
+    options = {"enable_gqa": query.shape[1] != key.shape[1], "window": window, "softcap": softcap, "sink": sink}
+    options |= {"normalizer": norm, "return_weights": output_attentions}
+    result: Any = scaled_dot_product_attention(query, key, value, mask, dropout, causal, scaling, **options)
+    out, weights = (result.output, result.weights) if isinstance(result, AttentionOutput) else (result, None)
     out = out.transpose(1, 2).contiguous()
     if output_gate is not None:
         out = out * torch.sigmoid(output_gate)
     return out, None if weights is None else weights.to(query.dtype)
+
+
+def _with_bias(mask: Tensor | None, bias: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """A mask and a bias that is added to the scores, as one mask."""
+    if bias is None or mask is None:
+        return mask if bias is None else bias.to(dtype)
+    return masked(bias.to(dtype), mask) if mask.dtype == torch.bool else bias.to(dtype) + mask
 
 
 def _check_arguments(module: nn.Module, norm: Normalizer, given: dict[str, Any]) -> None:

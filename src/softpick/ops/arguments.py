@@ -102,6 +102,15 @@ def canonical_shapes(
     return q, k, v, tuple(lead)
 
 
+def check_heads(query: Tensor, got: int, enable_gqa: bool) -> None:
+    """Raise where a cache has fewer heads than the query and that was not allowed."""
+    if not enable_gqa and got != query.shape[1]:
+        raise ValueError(
+            f"key_cache: expected the query's {query.shape[1]} heads, got {got}. For grouped-query attention pass "
+            "enable_gqa=True."
+        )
+
+
 def _heads_message(name: str, got: int, heads: int, enable_gqa: bool, query: Tensor, key: Tensor) -> str:
     expected = f"a divisor of the query's {heads} heads" if enable_gqa else f"the query's {heads} heads (dimension -3)"
     message = f"{name}: expected {expected}, got {got}: query {tuple(query.shape)}, key {tuple(key.shape)}."

@@ -46,7 +46,7 @@ from softpick.experiment.resume import Ledger, Workspace, scratch
 from softpick.experiment.settings import check_memory
 from softpick.normalizers import get_normalizer
 from softpick.training import checkpoints
-from softpick.training.prepare import FILES, prepare
+from softpick.training.prepare import FILES, Data, prepare
 from softpick.training.recipes import Recipe, RecipeError
 from softpick.training.token_files import collator
 
@@ -135,16 +135,8 @@ def _train(
             work = stack.enter_context(Workspace(output, error=RecipeError, ledger="config.json"))
             _enter(output, recipe, work)
         about = {"format": _FORMAT, "recipe": recipe.to_json()}
-        data = prepare(
-            recipe,
-            output,
-            work,
-            _read_config(output),
-            about,
-            reporter,
-            trust_remote_code,
-            None if tokens is None else Path(tokens),
-        )
+        folder = None if tokens is None else Path(tokens)
+        data = prepare(recipe, output, work, _read_config(output), about, reporter, trust_remote_code, folder)
     finished = _finished(output)
     if finished is not None:
         reporter.say(f"{output}: already trained")
@@ -154,45 +146,10 @@ def _train(
     if work is not None:
         _check_model(output, recipe, work)
 
-    model = engine.build_model(
-        recipe.normalizer,
-        vocab_size=len(data.tokenizer),
-        layers=recipe.layers,
-        heads=recipe.heads,
-        width=recipe.width,
-        sequence_length=recipe.sequence_length,
-        seed=recipe.seed,
-        bos=data.tokenizer.bos_token_id,
-        eos=data.tokenizer.eos_token_id,
-        intermediate_size=recipe.intermediate,
-        num_key_value_heads=recipe.kv_heads or recipe.heads,
-        rope_parameters={"rope_type": "default", "rope_theta": recipe.rope_theta},
-        output_gate=recipe.output_gate,
-        score_scale=recipe.score_scale,
-    )
-    title = get_normalizer(recipe.normalizer).title
-    parameters = engine.parameter_count(model)
-    reporter.say(
-        f"model: {title}, {parameters / 1e6:.1f} million parameters; {recipe.tokens / 1e6:,.1f} million tokens"
-    )
-    if recipe.tensor_parallel > 1:
-        model = engine.shard_tensors(model, recipe.tensor_parallel, scratch(output) / "initial")
-    if recipe.liger:
-        from liger_kernel.transformers import apply_liger_kernel_to_llama
-
-        # inside of compiled layers inductor fuses as well, and Liger's kernels made it a quarter slower (docs/results.md)
-        inside = not recipe.compile
-        # by hand: the Trainer's option knows no softpick_llama, and says nothing
-        apply_liger_kernel_to_llama(model=model, rope=inside, rms_norm=inside, swiglu=inside)
-    if recipe.compile:
-        for layer in model.model.layers:  # one graph for all of them, so this compiles in seconds
-            layer.compile()
+    title, parameters, model = _model(recipe, data, output, reporter)
     speed = engine.Speed(model, recipe.sequence_length, recipe.batch_size * recipe.sequence_length, ranks)
     log = _Metrics(output / "metrics.jsonl", rank == 0, output / "tensorboard" if tensorboard else None)
-    callbacks = [_log_callback(log, recipe.parallel)]
-    if recipe.probe_every:
-        batch = torch.stack([data.validation[i] for i in range(min(recipe.probe_sequences, len(data.validation)))])
-        callbacks.append(_probe_callback(recipe, batch, log, speed))
+    callbacks = [_log_callback(log, recipe.parallel), *_probes(recipe, data, log, speed)]
     export = scratch(output) / "model"
     with reporter.progress(f"{recipe.name}, {title}", recipe.steps) as progress:
         outcome = engine.train(
@@ -227,14 +184,69 @@ def _train(
         "command": command or command_line(),
     }
     if work is not None:
-        with writing(export):
-            (export / "training_args.bin").unlink(missing_ok=True)  # a pickle with paths of this machine
-            (export / "README.md").write_text(_card(result), encoding="utf-8")
-        work.finish(["model"])
-        work.ledger.add({"results.json": text_digest(json_text(result))})
-        engine.write_json(output / "results.json", result)
-        checkpoints.remove_all(output / "checkpoints")
+        _finish(work, result, export, output)
     return result
+
+
+def _model(recipe: Recipe, data: Data, output: Path, reporter: Reporter) -> tuple[str, int, Any]:
+    """Title of the normalizer, number of parameters, and the model: sharded, fused and compiled as the recipe says."""
+    from softpick.training import engine
+
+    model = engine.build_model(
+        recipe.normalizer,
+        vocab_size=len(data.tokenizer),
+        layers=recipe.layers,
+        heads=recipe.heads,
+        width=recipe.width,
+        sequence_length=recipe.sequence_length,
+        seed=recipe.seed,
+        bos=data.tokenizer.bos_token_id,
+        eos=data.tokenizer.eos_token_id,
+        intermediate_size=recipe.intermediate,
+        num_key_value_heads=recipe.kv_heads or recipe.heads,
+        rope_parameters={"rope_type": "default", "rope_theta": recipe.rope_theta},
+        output_gate=recipe.output_gate,
+        score_scale=recipe.score_scale,
+    )
+    title = get_normalizer(recipe.normalizer).title
+    parameters = engine.parameter_count(model)
+    reporter.say(
+        f"model: {title}, {parameters / 1e6:.1f} million parameters; {recipe.tokens / 1e6:,.1f} million tokens"
+    )
+    if recipe.tensor_parallel > 1:
+        model = engine.shard_tensors(model, recipe.tensor_parallel, scratch(output) / "initial")
+    if recipe.liger:
+        from liger_kernel.transformers import apply_liger_kernel_to_llama
+
+        # inside of compiled layers inductor fuses as well, and Liger's kernels made it a quarter slower (docs/results.md)
+        inside = not recipe.compile
+        # the Trainer's own option skips softpick_llama without a message
+        apply_liger_kernel_to_llama(model=model, rope=inside, rms_norm=inside, swiglu=inside)
+    if recipe.compile:
+        for layer in model.model.layers:  # one graph for all of them, so this compiles in seconds
+            layer.compile()
+    return title, parameters, model
+
+
+def _probes(recipe: Recipe, data: Data, log: _Metrics, speed: Any) -> list[Any]:
+    """The callback that measures sinks and outliers during training, if the recipe wants it."""
+    if not recipe.probe_every:
+        return []
+    batch = torch.stack([data.validation[i] for i in range(min(recipe.probe_sequences, len(data.validation)))])
+    return [_probe_callback(recipe, batch, log, speed)]
+
+
+def _finish(work: Workspace, result: dict[str, Any], export: Path, output: Path) -> None:
+    """Put the trained model and its results into the output folder, and remove the checkpoints."""
+    from softpick.training import engine
+
+    with writing(export):
+        (export / "training_args.bin").unlink(missing_ok=True)  # a pickle with paths of this machine
+        (export / "README.md").write_text(_card(result), encoding="utf-8")
+    work.finish(["model"])
+    work.ledger.add({"results.json": text_digest(json_text(result))})
+    engine.write_json(output / "results.json", result)
+    checkpoints.remove_all(output / "checkpoints")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

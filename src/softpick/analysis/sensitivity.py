@@ -58,7 +58,11 @@ class Scheme:
 
 
 SCHEMES: tuple[Scheme, ...] = (
-    *(Scheme(f"{fmt}-{scales}", fmt, scales) for fmt in ("int8", "fp8", "int4") for scales in ("tensor", "token", "group")),
+    *(
+        Scheme(f"{fmt}-{scales}", fmt, scales)
+        for fmt in ("int8", "fp8", "int4")
+        for scales in ("tensor", "token", "group")
+    ),
     Scheme("int4-weights", "int4", "none"),
 )
 """In the order of the report."""
@@ -419,7 +423,9 @@ def cost(subject: Subject, batches: Sequence[Tensor], reporter: Reporter) -> dic
     }
     groups = {layer["group"] for layer in layers}
     if groups != {GROUP}:
-        result["approximations"].append(f"Groups have {', '.join(map(str, sorted(groups)))} channels, to fit the widths.")
+        result["approximations"].append(
+            f"Groups have {', '.join(map(str, sorted(groups)))} channels, to fit the widths."
+        )
     if work.base is None:
         return result | {"perplexity": None, "schemes": [], "kv_cache": [], "keep": [], "remedies": []}
     return result | _measured(work, layers, subject.title)

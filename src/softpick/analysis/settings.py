@@ -84,7 +84,9 @@ class AuditSettings:
         "Also what rounding costs: whole model, each layer, layers to keep in 16 bits, remedies (decoders; encoders: errors "
         "of each layer).",
     )
-    cost_samples: int = setting(4, "Sequences on which that is measured: the first of the samples.")
+    cost_samples: int = setting(
+        2, "Sequences on which that is measured: the first of the samples. More take longer and are more exact."
+    )
     knockout_samples: int = setting(16, "Sequences of the knockout: the first of the samples.")
     fail_if: tuple[str, ...] = setting(
         (),

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from softpick.analysis.knockout import knockout, knockout_note, perplexity
 from softpick.analysis.settings import KNOCKOUTS, SAMPLE_TEXTS, AuditError, AuditSettings
+from softpick.analysis.verdict import failed, parse_condition, reference_rows, verdict
 from softpick.experiment.corpus import get_corpus
 from softpick.experiment.environment import chosen_device, command_line, device_line, versions
 from softpick.experiment.files import OutputError, writing
@@ -30,7 +31,7 @@ from softpick.experiment.models import (
     identity,
     load_subject,
 )
-from softpick.experiment.parts import Parts
+from softpick.experiment.parts import Parts, titles
 from softpick.experiment.progress import Reporter, Silent
 from softpick.experiment.reading import Corpus
 from softpick.experiment.resume import Workspace, scratch
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
 __all__ = ["KNOCKOUTS", "SAMPLE_TEXTS", "AuditError", "AuditSettings", "audit", "forget"]
 
 _PREFIX = "audit"
+_CLOSER = 4  # sequences whose sinks and outliers are looked at more closely
 _SAVE_SECONDS = 30.0  # between two saved states of a long measurement
 _CORPUS_CHARACTERS = 2_000_000  # of a corpus that is tokenized for measuring: far more than the samples need
 
@@ -81,24 +83,33 @@ def _audit(settings: AuditSettings, reporter: Reporter, command: str, state: Pat
     corpus = get_corpus(settings.data, settings.text_field, _CORPUS_CHARACTERS)
     reporter.say(f"data: {corpus.description}")
     runs: list[dict[str, Any]] = []
-    for name in (settings.model, *([settings.against] if settings.against else [])):
-        run = _run(name, settings, corpus, reporter, state)
+    names = (settings.model, *([settings.against] if settings.against else []))
+    for name, title in zip(names, titles(names), strict=True):
+        run = _run(name, title, settings, corpus, reporter, state)
         if any(run["normalizer"] == other["normalizer"] for other in runs):
             run["normalizer"] += " (2)"  # the report would take two models of one normalizer for seeds of one model
-        runs.append(run)
-    return {
+        if any(run["title"] == other["title"] for other in runs):
+            run["title"] += " (2)"
+        runs.append(run | {"verdict": verdict(run)})
+    report = {
         "title": f"softpick analyze: {' against '.join(run['title'] for run in runs)}",
         "meta": _meta(settings, corpus, command),
         "settings": asdict(settings),
         "notes": [note for run in runs for note in run["notes"]],
         "runs": runs,
     }
+    return report | {
+        "references": reference_rows(report),
+        "failed": failed([parse_condition(text) for text in settings.fail_if], report),
+    }
 
 
-def _run(name: str, settings: AuditSettings, corpus: Corpus, reporter: Reporter, state: Path | None) -> dict[str, Any]:
+def _run(
+    name: str, title: str, settings: AuditSettings, corpus: Corpus, reporter: Reporter, state: Path | None
+) -> dict[str, Any]:
     """One model's part of the report, from ``state`` where it is there."""
     parts = Parts(state, _PREFIX)
-    key = _key(name, settings, corpus)
+    key = _key(name, title, settings, corpus)
     if parts.has(key):
         reporter.say(f"{name}: measured before")
 
@@ -112,6 +123,7 @@ def _run(name: str, settings: AuditSettings, corpus: Corpus, reporter: Reporter,
             trust_remote_code=settings.trust_remote_code,
             visible=True,
         )
+        subject = replace(subject, label=title, bos=settings.bos)
         return _measure(subject, settings, corpus, reporter, parts.file(key, ".pt"))
 
     return parts.get(key, make)
@@ -130,11 +142,12 @@ def forget(state: str | Path) -> None:
         file.unlink()
 
 
-def _key(name: str, settings: AuditSettings, corpus: Corpus) -> dict[str, Any]:
+def _key(name: str, title: str, settings: AuditSettings, corpus: Corpus) -> dict[str, Any]:
     """Of all that the measurements of one model depend on."""
     return {
         "model": identity(name, trust_remote_code=settings.trust_remote_code),
-        "settings": {k: v for k, v in asdict(settings).items() if k not in ("model", "against")},
+        "title": title,  # the notes have it
+        "settings": {k: v for k, v in asdict(settings).items() if k not in ("model", "against", "fail_if")},
         "documents": hashlib.sha256("\0".join(corpus.documents).encode()).hexdigest(),
         "versions": versions(),
     }
@@ -147,16 +160,43 @@ def _key(name: str, settings: AuditSettings, corpus: Corpus) -> dict[str, Any]:
 def _measure(
     subject: Subject, settings: AuditSettings, corpus: Corpus, reporter: Reporter, file: Path | None
 ) -> dict[str, Any]:
-    from softpick.analysis import attention_maps, encode_maps
+    from softpick.analysis.kinds import look_closer
 
     start = time.perf_counter()
     tokens = subject.sequences(corpus, settings.samples, settings.sequence_length)
     batches = tokens.split(settings.batch_size)
     reporter.say(f"{subject.name}: {len(tokens)} sequences of {tokens.shape[1]} tokens")
-    measurements = _stream(subject, batches, reporter, file)
-    title = subject.title
+    measurements = _stream(subject, batches, settings, reporter, file)
+    measured = measurements.to_dict()
+    closer = look_closer(subject, tokens[:_CLOSER].split(1))
+    run = {
+        "normalizer": subject.normalizer,
+        "title": subject.title,
+        "seed": 0,
+        "model": subject.name,
+        "parameters": sum(p.numel() for p in subject.model.parameters()),
+        "dtype": str(next(subject.model.parameters()).dtype).removeprefix("torch."),
+        "attn_implementation": str(subject.model.config._attn_implementation),
+        "measurements": measured,
+        **closer,
+        "token_text": {str(i): subject.tokenizer.decode([i]) for i in sorted(_named_tokens(measured, closer))},
+        "samples": _maps(subject, settings, reporter),
+        "notes": [],
+    }
+    run |= _knocked(subject, settings, tokens, measured, run["notes"], reporter)
+    if settings.cost:
+        from softpick.analysis.sensitivity import cost
+
+        run["cost"] = cost(subject, tokens[: settings.cost_samples].split(settings.batch_size), reporter)
+    return run | {"seconds": time.perf_counter() - start}
+
+
+def _maps(subject: Subject, settings: AuditSettings, reporter: Reporter) -> list[dict[str, Any]]:
+    """The attention maps of the texts."""
+    from softpick.analysis import attention_maps, encode_maps
+
     samples = []
-    with reporter.progress(f"attention maps of {title}", len(settings.texts)) as progress:
+    with reporter.progress(f"attention maps of {subject.title}", len(settings.texts)) as progress:
         for text in settings.texts:
             room = min(settings.map_tokens, subject.room) - len(subject.wrapped([]))
             row = subject.wrapped(subject.ids(text)[:room])
@@ -164,46 +204,47 @@ def _measure(
             words = [subject.tokenizer.decode([token]) for token in row]
             samples.append({"text_tokens": words, "maps": encode_maps(maps)})
             progress.update(len(samples), None)
-    measured = measurements.to_dict()
-    run = {
-        "normalizer": subject.normalizer,
-        "title": title,
-        "seed": 0,
-        "model": subject.name,
-        "parameters": sum(p.numel() for p in subject.model.parameters()),
-        "dtype": str(next(subject.model.parameters()).dtype).removeprefix("torch."),
-        "attn_implementation": str(subject.model.config._attn_implementation),
-        "measurements": measured,
-        "token_text": {str(i): subject.tokenizer.decode([i]) for i in sorted(_named_tokens(measured))},
-        "samples": samples,
-        "notes": [],
-    }
-    if subject.causal and not subject.bidirectional:
-        run["perplexity"] = perplexity(subject, batches, reporter, f"{title}: perplexity")
-        run["validation_loss"] = math.log(run["perplexity"]) if run["perplexity"] else None
-        run["knockout"] = []
-        for key in settings.knockout:
-            strongest = torch.tensor(measurements.sink["strongest"]["positions"])
-            at = strongest if key == "strongest" else torch.full((len(tokens),), 0 if key == "first" else int(key))
-            label = f"{title} without key: {key}"
-            entry = {"key": key} | knockout(subject, batches, at, settings.eviction, reporter, label)
-            run["knockout"].append(entry | {"masked": _most_masked(subject, tokens, at)})
-            run["notes"].append(knockout_note(run["title"], run["knockout"][-1]))
-    elif settings.knockout:
-        what = "a model that sees the tokens after the next one" if subject.causal else "an encoder"
-        run["notes"].append(f"{title}: no knockout, because {what} has no perplexity of a next token.")
-    run["seconds"] = time.perf_counter() - start
-    return run
+    return samples
 
 
-def _stream(subject: Subject, batches: Sequence[Tensor], reporter: Reporter, file: Path | None) -> Measurements:
+def _knocked(
+    subject: Subject,
+    settings: AuditSettings,
+    tokens: Tensor,
+    measured: dict[str, Any],
+    notes: list[str],
+    reporter: Reporter,
+) -> dict[str, Any]:
+    """Perplexity and knockouts, where there is a perplexity; ``notes`` gets sentences."""
+    title = subject.title
+    if not subject.causal or subject.bidirectional:
+        if settings.knockout:
+            what = "a model that sees the tokens after the next one" if subject.causal else "an encoder"
+            notes.append(f"{title}: no knockout, because {what} has no perplexity of a next token.")
+        return {}
+    found = perplexity(subject, tokens.split(settings.batch_size), reporter, f"{title}: perplexity")
+    entries = []
+    few = tokens[: settings.knockout_samples]
+    for key in settings.knockout:
+        strongest = torch.tensor(measured["sink"]["strongest"]["positions"])[: len(few)]
+        at = strongest if key == "strongest" else torch.full((len(few),), 0 if key == "first" else int(key))
+        label = f"{title} without key: {key}"
+        entry = {"key": key} | knockout(subject, few.split(settings.batch_size), at, settings.eviction, reporter, label)
+        entries.append(entry | {"samples": len(few), "masked": _most_masked(subject, few, at)})
+        notes.append(knockout_note(title, entries[-1]))
+    return {"perplexity": found, "validation_loss": math.log(found) if found else None, "knockout": entries}
+
+
+def _stream(
+    subject: Subject, batches: Sequence[Tensor], settings: AuditSettings, reporter: Reporter, file: Path | None
+) -> Measurements:
     """All batches through the model, from where ``file`` says that an interrupted measurement stopped."""
     from softpick.analysis import Meter, measure
     from softpick.analysis.metrics import load_meter, save_meter
 
     bos = subject.model.config.bos_token_id
     opens = subject.causal and bos is not None and all(bool((batch[:, 0] == bos).all()) for batch in batches)
-    policy = "bos" if opens else "auto"
+    policy = "none" if subject.causal and not settings.bos else "bos" if opens else "auto"
     tokenizer = subject.tokenizer
     special = [tokenizer.bos_token_id, tokenizer.cls_token_id, tokenizer.sep_token_id, tokenizer.eos_token_id]
     meter, before = Meter(policy, [t for t in special if t is not None]), 0
@@ -241,13 +282,15 @@ def _stream(subject: Subject, batches: Sequence[Tensor], reporter: Reporter, fil
             raise AuditError(f"model: {subject.name}: {error}") from error
 
 
-def _named_tokens(measured: dict[str, Any]) -> set[int]:
+def _named_tokens(measured: dict[str, Any], closer: dict[str, Any]) -> set[int]:
     """Every token id that the measurements speak of."""
     hidden = measured["hidden"]
     rows = [
         *measured["sink"]["by_token"],
         *hidden["massive"]["list"],
         *(r for x in hidden["per_layer"] for r in x["top"]),
+        *closer["sinks"]["heads"],
+        *closer["outliers"]["massive"],
     ]
     return {row["token_id"] for row in rows}
 

@@ -53,6 +53,8 @@ class SeenAttention:
         visible: ``(b, 1, T, T)`` boolean, which keys a query may see.
         query: ``(b, h, T, D)``.
         key: ``(b, h or fewer, T, D)``.
+        value: ``(b, h or fewer, T, Dv)``.
+        module: the attention module.
         mask: as the attention function was given it, for these samples and heads.
         kwargs: what else it was given.
     """
@@ -66,6 +68,8 @@ class SeenAttention:
     visible: Tensor
     query: Tensor
     key: Tensor
+    value: Tensor
+    module: nn.Module
     mask: Any
     kwargs: dict[str, Any]
 
@@ -346,7 +350,9 @@ def watch(
                     if weights.dtype not in (torch.float32, torch.float64):  # rounded on the way out: once more in fp32
                         weights = _fp32_weights(function, (module, q, k, v, mask), rest)
                 on_attention(
-                    SeenAttention(layers, samples, heads, query.shape[1], weights, outputs, see, q, k, mask, rest)
+                    SeenAttention(
+                        layers, samples, heads, query.shape[1], weights, outputs, see, q, k, v, module, mask, rest
+                    )
                 )
                 del weights  # before the next are computed
             if whole is None:

@@ -121,6 +121,7 @@ def _derived_notes(report: Mapping[str, Any]) -> list[str]:
         rate
         for run in report["runs"]
         if run["normalizer"] == "softmax"
+        and run.get("curves")  # of a comparison: what a trained model has is a finding, and no advice to train longer
         and (rate := next(m for m in records.METRICS if m.key == "sink_first_0.3").value(run)) is not None
     ]
     if rates and statistics.fmean(rates) < 5:
@@ -238,6 +239,7 @@ def render(report: Mapping[str, Any]) -> str:
         "runs": runs,
         "labels": run_labels(report),
         "statements": [data_statement(run) for run in runs],
+        "references": report.get("references") or [],
         "summary": {"run": _summary(report, "run"), "normalizer": _summary(report, "normalizer")},
         "definitions": [
             {k: getattr(m, k) for k in ("key", "label", "unit", "group", "definition", "reading")}

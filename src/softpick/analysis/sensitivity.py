@@ -33,10 +33,11 @@ __all__ = ["REMEDIES", "SCHEMES", "Scheme", "cost", "group_of", "ignore_lists", 
 
 GROUP = 64  # neighbouring inputs that share a scale
 WORTH = 1.0  # percent of perplexity: what costs less needs no remedy
-HOPELESS = 10_000.0  # percent: no list of layers helps there
+HOPELESS = 1000.0  # percent: such a scheme is not to be mended by a few layers
 STEPS = (1, 2, 4, 8, 16)  # layers that are kept in 16 bits, one after the other
 CHECKED = 4  # layers at the top of a ranking that are measured, each alone
 _CACHE_BITS = (8, 4)
+_BACKWARD_TOKENS = 512  # in one backward pass: what autograd keeps of a model is much
 _OVERFLOW = 700.0
 
 
@@ -224,9 +225,12 @@ class _Local:
         x = x.detach()
         weight = _matrix(module)
         exact = x @ weight.T
+        weights: dict[tuple[str, bool], Tensor] = {}  # schemes share them
         for scheme in SCHEMES:
-            near, change = _rounder(module, scheme, self.seen[name], None)
-            error = (change(x) @ near.T - exact).float()
+            kind = scheme.fmt, scheme.scales in ("group", "none")
+            if kind not in weights:
+                weights[kind] = round_weight(weight, scheme)
+            error = (round_inputs(x, scheme, self.seen[name].largest) @ weights[kind].T - exact).float()
             into = self.sums.setdefault((name, scheme.name), _Sums())
             into.signal += float(exact.float().square().sum())
             into.noise += float(error.square().sum())
@@ -268,7 +272,7 @@ def _watch_inputs(model: Any, layers: Mapping[str, Any], batches: Sequence[Tenso
 def _local_figures(
     subject: Subject, layers: Mapping[str, Any], batches: Sequence[Tensor], seen: Mapping[str, Inputs]
 ) -> tuple[_Local, int]:
-    """SQNR and estimates of every layer, and of how many predicted tokens; one sequence at a time."""
+    """SQNR and estimates of every layer, and of how many predicted tokens."""
     model, local, tokens = subject.model, _Local(seen), 0
     device = next(model.parameters()).device
     wanted = [(p, p.requires_grad) for p in model.parameters()]
@@ -292,20 +296,21 @@ def _local_figures(
         for p, _ in wanted:
             p.requires_grad_(False)
         stack.callback(lambda: [p.requires_grad_(was) for p, was in wanted])
-        if subject.causal:
+        if subject.causal and not subject.bidirectional:
             stack.callback(model.get_input_embeddings().register_forward_hook(enters).remove)
         for name, module in layers.items():
             stack.callback(module.register_forward_hook(hook(name)).remove)
         for batch in batches:
-            for ids in batch.to(device).split(1):
-                if not subject.causal:
+            for ids in batch.to(device).split(max(1, _BACKWARD_TOKENS // batch.shape[1])):
+                if not subject.causal or subject.bidirectional:
                     with torch.no_grad():
                         model(input_ids=ids)
                     continue
                 with torch.enable_grad():
-                    logits = model(input_ids=ids, use_cache=False).logits[0, 1:-1].float()
-                    torch.nn.functional.cross_entropy(logits, ids[0, 2:], reduction="sum").backward()
-                tokens += len(logits)
+                    logits = model(input_ids=ids, use_cache=False).logits[:, 1:-1].flatten(0, 1).float()
+                    targets = ids[:, 2:].flatten()
+                    torch.nn.functional.cross_entropy(logits, targets, reduction="sum").backward()
+                tokens += len(targets)
     return local, tokens
 
 

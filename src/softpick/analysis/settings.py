@@ -78,6 +78,23 @@ class AuditSettings:
         note="Perplexities of the knockout are of what comes more than twice as far behind the key.",
         shown="16, or a quarter of the sequence",
     )
+    bos: bool = setting(True, "Start each sequence with BOS where the tokenizer or the model has one (decoders).")
+    cost: bool = setting(
+        False,
+        "Also what rounding costs: whole model, each layer, layers to keep in 16 bits, remedies (decoders; encoders: errors "
+        "of each layer).",
+    )
+    cost_samples: int = setting(
+        2, "Sequences on which that is measured: the first of the samples. More take longer and are more exact."
+    )
+    knockout_samples: int = setting(16, "Sequences of the knockout: the first of the samples.")
+    fail_if: tuple[str, ...] = setting(
+        (),
+        "End with exit code 3 where a figure is so, for example 'sink_first_0.3 > 5'; may be given again.",
+        note="Names of figures are those of the summary, and eviction_KEY, absence_KEY, cost_SCHEME.",
+        metavar="CONDITION",
+        repeated=True,
+    )
     attn_implementation: str | None = setting(
         None,
         ATTENTION,
@@ -96,6 +113,7 @@ class AuditSettings:
 
     def check(self) -> None:
         """Raise :class:`AuditError` for values that cannot work."""
+        from softpick.analysis.verdict import parse_condition
         from softpick.experiment.models import DTYPES, FUSED
         from softpick.experiment.reading import check_text
 
@@ -124,3 +142,7 @@ class AuditSettings:
             raise AuditError("texts: expected at least one text, none of them empty")
         for text in self.texts:
             check_text(text, "texts: a text", AuditError)
+        for condition in self.fail_if:
+            parse_condition(condition)
+        if not self.cost and any("cost_" in condition for condition in self.fail_if):
+            raise AuditError("fail_if: figures of cost_... need --cost")

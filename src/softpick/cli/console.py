@@ -14,13 +14,13 @@ if TYPE_CHECKING:
 __all__ = ["ConsoleReporter", "going_on", "make_console", "print_report"]
 
 
-def make_console(wide: bool = False) -> Console:
+def make_console(wide: bool = False, stderr: bool = False) -> Console:
     """Where a command prints."""
     from rich.console import Console
 
-    console = Console(highlight=False)
+    console = Console(highlight=False, stderr=stderr)
     # a log file or a pipe has no width of its own: do not fold tables at 80 columns there
-    return console if console.is_terminal else Console(highlight=False, width=160 if wide else 120)
+    return console if console.is_terminal else Console(highlight=False, stderr=stderr, width=160 if wide else 120)
 
 
 @contextmanager
@@ -40,7 +40,9 @@ def going_on(console: Console, output: str) -> Iterator[None]:
 
 def print_report(report: dict[str, Any], output: str, console: Console) -> None:
     """Print the table and the notes of a report of `softpick compare` or `analyze`, and where its files are."""
+    from rich.padding import Padding
     from rich.table import Table
+    from rich.text import Text
 
     from softpick.analysis import summary_rows
 
@@ -50,10 +52,16 @@ def print_report(report: dict[str, Any], output: str, console: Console) -> None:
     table = Table(box=None, pad_edge=False, header_style="bold", title_style="bold", title_justify="left")
     table.add_column(f"mean ± standard deviation over {seeds} seeds" if seeds > 1 else "")
     for title in titles:
-        table.add_column(title, justify="right", no_wrap=True)
+        table.add_column(title, justify="right", overflow="fold")
     for label, values in summary_rows(report, by="normalizer"):
         table.add_row(label, *values)
     console.print()
+    for run in runs:
+        if run.get("verdict"):
+            console.print(run["title"], style="bold", markup=False)
+            for sentence in run["verdict"]:
+                console.print(Padding(Text(f"- {sentence}"), (0, 0, 0, 2)))
+            console.print()
     console.print(table, markup=False)
     console.print()
     for note in report["notes"]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,13 +32,15 @@ def _either(names: Sequence[str]) -> str:
 def analyze(
     given: dict[str, Any],
     output: str = Option(
-        "softpick-analyze",
+        None,
         metavar=OUTPUT,
-        help="Folder of report.html and results.json; the same command there continues an interrupted audit.",
+        help="Folder of report.html and results.json; the same command there continues an interrupted audit.  "
+        "[default: softpick-analyze-MODEL]",
     ),
+    json: bool = Option(False, "--json", help="Print results.json to standard output, all else to standard error."),
 ) -> None:
-    """Measure attention sinks, outliers, sparsity and dead heads of any transformers model (softmax or not) and write a
-    report.
+    """Audit the attention of any transformers model (softmax or not): what is wrong with it (sinks, outliers, dead heads),
+    what that costs and what to do; and write a report.
     """
     require("transformers", "numpy", extra="analyze")
     from softpick.analysis import write_report
@@ -45,8 +48,9 @@ def analyze(
     from softpick.experiment.files import write_json, writing
     from softpick.experiment.resume import Workspace
 
-    console = make_console()
+    console = make_console(stderr=json)
     names = ("report.html", "results.json")
+    output = output or default_output("softpick-analyze", [given["model"], given["against"]])
     with going_on(console, output), Workspace(output, outputs=names, forget=forget) as work:
         report = audit(AuditSettings(**given), reporter=ConsoleReporter(console), state=work.folder)
         with writing(work.folder / "report.html"):
@@ -56,6 +60,18 @@ def analyze(
         work.finish(names)
         work.end()
     print_report(report, output, console)
+    if json:
+        print((work.folder / "results.json").read_text(encoding="utf-8"), end="")
+    if report["failed"]:
+        for sentence in report["failed"]:
+            console.print(f"failed: {sentence}", markup=False)
+        raise SystemExit(3)
+
+
+def default_output(command: str, names: Sequence[str | None]) -> str:
+    """A folder for each model, from the last two parts of its name."""
+    parts = ["-".join(re.split(r"[/\\]", name)[-2:]) for name in names if name]
+    return "-".join([command, *(re.sub(r"[^\w.+-]+", "-", part).strip("-.") for part in parts)])
 
 
 @with_settings(EvaluateSettings)

@@ -58,6 +58,8 @@ class Subject:
         tokenizer: its own.
         causal: it has the head of a model that predicts the next token; else it is an encoder.
         bidirectional: its predictions depend on the tokens after them (:func:`sees_the_future`), so that they are none.
+        label: what it is called in tables; the last part of the name if empty.
+        bos: samples of a causal model start with BOS where the tokenizer or the model has one.
     """
 
     name: str
@@ -65,15 +67,19 @@ class Subject:
     tokenizer: Any
     causal: bool
     bidirectional: bool = False
+    label: str = ""
+    bos: bool = True
 
     @property
     def title(self) -> str:
-        """The last part of the name."""
-        return Path(self.name).name or self.name
+        """What it is called in tables."""
+        return self.label or Path(self.name).name or self.name
 
     @property
     def opening(self) -> int | None:
         """The token that every sample starts with, if there is one."""
+        if self.causal and not self.bos:
+            return None
         bos = self.tokenizer.bos_token_id
         return self.model.config.bos_token_id if bos is None and self.causal else bos
 

@@ -166,6 +166,8 @@ RANGES: Mapping[str, Range] = {
     "passkey_prompts": Range(1),
     "knockout": Range(-_COUNT),  # the same
     "evict_after": Range(1),
+    "cost_samples": Range(1),
+    "knockout_samples": Range(1),
     "calibration_samples": Range(1),
     "group_size": Range(1),
     "bits": Range(1, 32),

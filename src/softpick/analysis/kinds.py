@@ -1,0 +1,220 @@
+"""What kind of sink a head has, and where outlier channels come from: a closer look at a few of the measured sequences."""
+
+from __future__ import annotations
+
+import unicodedata
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from softpick.analysis.capture import SeenAttention, watch
+from softpick.analysis.records import MASSIVE_RATIO, MASSIVE_VALUE, MIN_SINK_QUERIES
+from softpick.analysis.references import THRESHOLDS
+from softpick.experiment.models import Subject
+
+__all__ = ["KindsOfSinks", "OriginOfOutliers", "look_closer"]
+
+_SINK = 0.3  # alpha above which the strongest key of a head is a sink
+
+
+def where_of(position: int, text: str) -> str:
+    """``first``, ``delimiter`` (white space and punctuation only) or ``other``."""
+    if position == 0:
+        return "first"
+    letters = text.strip()
+    return "delimiter" if all(unicodedata.category(c)[0] in "PZCS" for c in letters) else "other"
+
+
+class KindsOfSinks:
+    """Of every head: is its strongest key a sink, and what does it add to the head's output?
+
+    Args:
+        tokens: ``(N, T)`` ids of the sequences.
+    """
+
+    def __init__(self, tokens: Tensor) -> None:
+        self.tokens = tokens
+        self.found: dict[tuple[int, int], list[dict[str, Any]]] = {}
+        self.vectors: dict[tuple[int, int], list[Tensor]] = {}
+
+    def add(self, seen: SeenAttention, first_sample: int) -> None:
+        """One layer's attention for some samples and heads; ``first_sample`` of the sequences is the batch's first."""
+        groups = seen.weights.shape[1] // seen.value.shape[1]
+        for b in range(seen.weights.shape[0]):
+            visible = seen.visible[b, 0]
+            queries = visible.sum(0)
+            enough = queries >= min(MIN_SINK_QUERIES, int(queries.max()))
+            sums = torch.where(visible, seen.weights[b], 0.0).sum(1)
+            alpha = (sums / queries.clamp(min=1)).masked_fill(~enough, -torch.inf)
+            norms = seen.value[b].float().norm(dim=-1)  # (h or fewer, T)
+            for head in range(alpha.shape[0]):
+                k = int(alpha[head].argmax())
+                size = float(alpha[head, k])
+                if size <= _SINK:
+                    continue
+                weights = seen.weights[b, head, :, k][visible[:, k]].float()
+                value = seen.value[b, head // groups, k].float()
+                at = seen.layer, seen.heads.start + head
+                self.found.setdefault(at, []).append(
+                    {
+                        "position": k,
+                        "token": int(self.tokens[first_sample + seen.samples.start + b, k]),
+                        "alpha": size,
+                        "value_ratio": float(norms[head // groups, k] / norms[head // groups].mean().clamp(min=1e-12)),
+                        "variation": float(weights.std(correction=0) / weights.mean()),
+                    }
+                )
+                self.vectors.setdefault(at, []).append((size * value).cpu())
+
+    def result(self, decode: Any) -> dict[str, Any]:
+        """``heads``: a row a head whose strongest key is a sink in at least half of the sequences."""
+        rows = []
+        for (layer, head), events in sorted(self.found.items()):
+            if 2 * len(events) < len(self.tokens):
+                continue
+            position, token = Counter((e["position"], e["token"]) for e in events).most_common(1)[0][0]
+            energies = torch.linalg.svdvals(torch.stack(self.vectors[layer, head])).square()
+            one = float(energies[0] / energies.sum()) if float(energies.sum()) > 0 else 0.0
+
+            def mean(name: str, events: list[dict[str, Any]] = events) -> float:
+                return sum(e[name] for e in events) / len(events)
+
+            ratio = mean("value_ratio")
+            kind = (
+                "no-op"
+                if ratio < THRESHOLDS["no-op"].value
+                else "broadcast"
+                if one >= THRESHOLDS["broadcast"].value
+                else "mixed"
+            )
+            rows.append(
+                {
+                    "layer": layer,
+                    "head": head,
+                    "kind": kind,
+                    "where": Counter(where_of(e["position"], decode([e["token"]])) for e in events).most_common(1)[0][
+                        0
+                    ],
+                    "position": position,
+                    "token_id": token,
+                    "alpha": mean("alpha"),
+                    "value_ratio": ratio,
+                    "one_direction": one,
+                    "variation": mean("variation"),
+                    "samples": len(events),
+                }
+            )
+        return {"samples": len(self.tokens), "heads": rows}
+
+
+class OriginOfOutliers:
+    """Of every massive channel: where it rises, who writes it, where it is cancelled, on which tokens.
+
+    Args:
+        tokens: ``(N, T)`` ids of the sequences.
+    """
+
+    def __init__(self, tokens: Tensor) -> None:
+        self.tokens = tokens
+        self.peaks: dict[int, list[Tensor]] = {}  # by layer: of each sample (3, C): |x|, where, whether it is massive
+        self.written: dict[
+            int, list[Tensor]
+        ] = {}  # by layer: of each sample (2, C): by attention, and by the rest, there
+        self._before: Tensor | None = None
+
+    def add(self, layer: int, hidden: Tensor, attention: Tensor | None) -> None:
+        """The residual stream ``(B, T, C)`` after a layer, and what its attention module returned, if that has this shape."""
+        x = hidden.float()
+        size, at = x.abs().max(1)
+        median = x.abs().flatten(1).median(1).values[:, None]
+        massive = (size > MASSIVE_VALUE) & (size >= MASSIVE_RATIO * median)
+        signed = x.gather(1, at[:, None])[:, 0]
+        self.peaks.setdefault(layer, []).append(torch.stack([signed, at.float(), massive.float()], 1).cpu())
+        if layer and self._before is not None and attention is not None and attention.shape == x.shape:
+            by_attention = attention.float().gather(1, at[:, None])[:, 0]
+            rest = signed - self._before.gather(1, at[:, None])[:, 0] - by_attention
+            self.written.setdefault(layer, []).append(torch.stack([by_attention, rest], 1).cpu())
+        self._before = x
+
+    def result(self) -> dict[str, Any]:
+        """``massive``: a row a channel, the largest first."""
+        if not self.peaks:
+            return {"samples": len(self.tokens), "massive": []}
+        layers = sorted(self.peaks)
+        peaks = torch.stack([torch.cat(self.peaks[layer]) for layer in layers])  # (L, N, 3, C)
+        massive = peaks[:, :, 2].any(1)  # (L, C)
+        rows = []
+        for channel in massive.any(0).nonzero().flatten().tolist():
+            at = massive[:, channel].nonzero().flatten().tolist()
+            sizes = peaks[:, :, 0, channel].abs()
+            top, sample = divmod(int(sizes.argmax()), sizes.shape[1])
+            positions = peaks[at, :, 1, channel].long().flatten()
+            writer = None
+            if self.written.get(layers[at[0]]):
+                by_attention, rest = torch.cat(self.written[layers[at[0]]])[:, :, channel].abs().sum(0).tolist()
+                writer = "attention" if by_attention > rest else "MLP"
+            rows.append(
+                {
+                    "channel": channel,
+                    "value": float(peaks[top, sample, 0, channel]),
+                    "layer": layers[top],
+                    "from": layers[at[0]],
+                    "to": layers[at[-1]],
+                    "rises": layers[at[0]],
+                    "module": writer,
+                    "cancelled": layers[at[-1] + 1] if at[-1] + 1 < len(layers) else None,
+                    "position": int(peaks[top, sample, 1, channel]),
+                    "token_id": int(self.tokens[sample, int(peaks[top, sample, 1, channel])]),
+                    "first_token_percent": 100.0 * float((positions == 0).float().mean()),
+                }
+            )
+        return {"samples": len(self.tokens), "massive": sorted(rows, key=lambda row: -abs(row["value"]))}
+
+
+def look_closer(subject: Subject, batches: Sequence[Tensor]) -> dict[str, Any]:
+    """Kinds of sinks and origins of outliers.
+
+    Args:
+        subject: any model that can be measured.
+        batches: ``(B, T)`` token ids; every figure is of all of them.
+
+    Returns:
+        ``sinks`` (:meth:`KindsOfSinks.result`) and ``outliers`` (:meth:`OriginOfOutliers.result`).
+    """
+    tokens = torch.cat([batch.cpu() for batch in batches])
+    sinks, outliers = KindsOfSinks(tokens), OriginOfOutliers(tokens)
+    modules: dict[int, nn.Module] = {}
+    returned: dict[int, Tensor] = {}
+    device = next(subject.model.parameters()).device
+    start = 0
+
+    def find(seen: SeenAttention) -> None:
+        modules[seen.layer] = seen.module
+
+    def on_hidden(layer: int, hidden: Tensor) -> None:
+        outliers.add(layer, hidden, returned.get(id(modules[layer])))
+
+    with watch(subject.model, find) as run:
+        run({"input_ids": batches[0][:1].to(device)})
+    handles = [module.register_forward_hook(_remember(returned)) for module in modules.values()]
+    try:
+        with watch(subject.model, lambda seen: sinks.add(seen, start), on_hidden) as run:
+            for batch in batches:
+                run({"input_ids": batch.to(device)})
+                start += len(batch)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return {"sinks": sinks.result(subject.tokenizer.decode), "outliers": outliers.result()}
+
+
+def _remember(returned: dict[int, Tensor]) -> Any:
+    def hook(module: nn.Module, inputs: Any, output: Any) -> None:
+        first = output[0] if isinstance(output, tuple) else output
+        if isinstance(first, Tensor):
+            returned[id(module)] = first.detach()
+
+    return hook

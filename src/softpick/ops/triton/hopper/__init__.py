@@ -1,7 +1,7 @@
-"""The kernels once more for Hopper GPUs, in Gluon, which comes with Triton: scheduled by hand.
+"""Kernels for Hopper GPUs (sm_90) in Gluon, which comes with Triton: explicitly scheduled.
 
-For what most training and decoding does (:func:`softpick.ops.triton.dispatch.hopper_refuses`), and for long rows; everything else
-takes the kernels of :mod:`softpick.ops.triton`. No interpreter runs Gluon.
+They take what most training and decoding does (:func:`softpick.ops.triton.dispatch.hopper_refuses` says what not), and long
+rows; everything else takes the kernels of :mod:`softpick.ops.triton`. No interpreter runs Gluon.
 """
 
 from softpick.ops.triton.hopper.backward import backward_keys, backward_queries

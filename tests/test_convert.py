@@ -74,6 +74,15 @@ def finished(home, tmp_path_factory):
     return output, convert(settings(home[0]), output)
 
 
+def held_out_loss(folder):
+    """Of a checkpoint, as it is read back."""
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    rows = make_sequences(AutoTokenizer.from_pretrained(folder), TEXT[54:], LENGTH)[:32]
+    with torch.no_grad():
+        logits = model(rows).logits[:, :-1]
+    return pytest.approx(float(F.cross_entropy(logits.flatten(0, 1), rows[:, 1:].flatten())), rel=1e-4)
+
+
 def pair(home, normalizer="softpick", **given):
     """Teacher, student, names of attention layers, settings."""
     teacher = AutoModelForCausalLM.from_pretrained(home / "teacher").requires_grad_(False)
@@ -105,6 +114,7 @@ def test_the_checkpoint_is_taken_for_nothing_else(home, finished):
     assert config["architectures"] == ["LlamaForCausalLM_with_softpick"]
     model = AutoModelForCausalLM.from_pretrained(output)
     assert normalizer_of(model) == "softpick"
+    assert finished[1]["losses"]["distil"] == held_out_loss(output)
     assert model.generation_config.to_diff_dict() == GenerationConfig.from_pretrained(teacher).to_diff_dict()
     assert (output / "tokenizer.json").read_bytes() == (teacher / "tokenizer.json").read_bytes()
     assert AutoTokenizer.from_pretrained(output)("def f").input_ids[0] == 0
@@ -157,7 +167,7 @@ def test_trained_embeddings_are_untied_and_the_third_stage_needs_no_teacher(home
     )  # fmt: skip
     result = convert(made, tmp_path / "out")
     assert set(result["losses"]) == {"teacher", "swapped", "distil", "lengthen"}
-    assert all(map(math.isfinite, result["losses"].values()))
+    assert result["losses"]["lengthen"] == held_out_loss(tmp_path / "out/model")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out/model")
     assert AutoConfig.from_pretrained(tmp_path / "out/model").tie_word_embeddings is False
     assert not torch.equal(model.lm_head.weight, model.model.embed_tokens.weight)
@@ -280,6 +290,28 @@ def test_a_penalty_on_the_sink_takes_its_mass(home, ids):
             student(input_ids=ids, use_cache=False)
         mass[weight] = float(looking.total())
     assert mass[5.0] < 0.5 * mass[0.0]
+
+
+def test_attention_layers_have_a_learning_rate_of_their_own(home):
+    teacher, student, layers, given = pair(
+        home[0], distil_learning_rate=1e-3, attention_rate=5.0, align_learning_rate=1e-2
+    )
+    penalties = stages.Penalties(given, student, layers, False)
+    aligner = stages.Aligner(teacher, student, layers, penalties)
+    (group,) = stages.parameter_groups(given, "align", layers)(aligner)
+    assert group["lr"] == 1e-2
+    assert len(group["params"]) == 2 * 4
+    models.own_weights(teacher, student, given)
+    module = stages.Distiller(teacher, student, penalties)
+    first, second = stages.parameter_groups(given, "distil", layers)(module)
+    assert {id(p) for p in first["params"]} == {id(p) for n in layers for p in student.get_submodule(n).parameters()}
+    assert (first["lr"], second["lr"]) == (5e-3, 1e-3)
+    names = {name for name, p in module.named_parameters() if p.requires_grad}
+    assert len(first["params"]) + len(second["params"]) == len(names)
+    assert names == set(module.state_dict()) == {n for n, _ in module.named_parameters() if "embed" not in n}
+    assert {p.data_ptr() for p in teacher.parameters()} & {p.data_ptr() for p in student.parameters()} == {
+        teacher.lm_head.weight.data_ptr()
+    }
 
 
 def test_generation_figures():

@@ -138,17 +138,21 @@ def attend_paged(
 def _write_pages(given: dict[str, Any], key: Tensor, value: Tensor, filled: Tensor) -> None:
     """Write one new token of each request to its place in the pages; requests without a key are padding.
 
-    Padding writes what is there already, so that nothing is read from the device to leave it out.
+    Padding writes what the first request writes, to the same place, so that nothing is read from the device to leave it out
+    and no two writes to a place differ.
     """
     table = given["block_table"]
     size = given["k_cache"].shape[1]
     last = (filled.long() - 1).clamp(min=0)
     page = table.gather(1, (last // size)[:, None]).squeeze(1).long().clamp(min=0)
     row = page * size + last % size
-    there = (filled > 0)[:, None, None]
+    there = filled > 0
+    row = torch.where(there, row, row[:1])
     for pages, new in ((given["k_cache"], key), (given["v_cache"], value)):
         flat = pages.view(-1, *pages.shape[2:])
-        flat[row] = torch.where(there, new[0].transpose(0, 1).to(flat.dtype), flat[row])
+        tokens = new[0].transpose(0, 1).to(flat.dtype)
+        instead = torch.where(there[0], tokens[:1], flat[row[:1]])  # what is there already, if all are padding
+        flat[row] = torch.where(there[:, None, None], tokens, instead)
 
 
 def _scaled(query: Tensor, score_scale: Tensor, offsets_q: Tensor, offsets_k: Tensor, window: int | None) -> Tensor:

@@ -70,7 +70,9 @@ PLANS = {
     "ops/arguments.py": [(_ATTENTION, "")],
     "ops/backends.py": [(_ATTENTION, ""), (_TRITON, "")],
     "ops/cpu.py": [(_ATTENTION, "")],
-    "ops/operators.py": [(_ATTENTION, ""), (_COMPILED, ""), (["test_ring_edges.py"], "block_"), (_TRITON, _TO_TRITON)],
+    "ops/cpu_functions.py": [(_ATTENTION, "")],
+    "ops/operators.py": [(_ATTENTION, ""), (_COMPILED, ""), (_TRITON, _TO_TRITON)],
+    "ops/blocks.py": [(["test_ring_edges.py"], "block_"), (_TRITON, _TO_TRITON)],
     "distributed.py": [
         (["test_ring_edges.py", "test_distributed.py", "-k", "not rings"], ""),
         (["test_distributed.py"], ""),

@@ -195,11 +195,13 @@ def _run(call: _Call, device: str, check: Check) -> None:
         grads = torch.autograd.grad(out, leaves, grad) if trained else ()
         _wait(device)
         check.milliseconds = 1000 * (time.perf_counter() - began)
-    exact = [x.detach().double().requires_grad_(trained) for x in leaves]
+    # Apple's GPUs have no fp64
+    exact = [x.detach().to("cpu" if device == "mps" else device).double().requires_grad_(trained) for x in leaves]
     want = _truth(call, exact[0], exact[1], exact[2], options)
     check.forward_error = _error([out], [want])
     if trained:
-        check.backward_error = _error(list(grads), list(torch.autograd.grad(want, exact, grad.double())))
+        of = torch.autograd.grad(want, exact, grad.to(want.device).double())
+        check.backward_error = _error(list(grads), list(of))
     worst = max(check.forward_error, check.backward_error or 0.0)
     if not worst <= check.limit:  # NaN is not
         check.problem = f"the relative error {worst:.1e} is above {check.limit:.0e}"
@@ -208,12 +210,17 @@ def _run(call: _Call, device: str, check: Check) -> None:
 def _wait(device: str) -> None:
     if device.startswith("cuda"):
         torch.cuda.synchronize(device)
+    elif device == "mps":
+        torch.mps.synchronize()
 
 
 def _error(got: list[Tensor], want: list[Tensor]) -> float:
-    return max(
-        float((x.detach().double() - y.detach()).norm() / y.detach().norm()) for x, y in zip(got, want, strict=True)
-    )
+    """The largest relative error."""
+
+    def relative(x: Tensor, truth: Tensor) -> float:
+        return float((x.detach().to(truth.device).double() - truth).norm() / truth.norm())
+
+    return max(relative(x, y.detach()) for x, y in zip(got, want, strict=True))
 
 
 def _arguments(call: _Call, device: str) -> tuple[Tensor, Tensor, Tensor, Callable[..., Any], dict[str, Any]]:
@@ -258,7 +265,7 @@ def _truth(call: _Call, query: Tensor, key: Tensor, value: Tensor, options: dict
         parts = [_formula(call, *(x[span].transpose(0, 1)[None] for x in (query, key, value))) for span in spans]
         return torch.cat([part[0].transpose(0, 1) for part in parts])
     if "block_table" in options:
-        table = options["block_table"].long()
+        table = options["block_table"].long().to(key.device)
         key, value = (x[table].flatten(1, 2).transpose(1, 2) for x in (key, value))
     if "cache_seqlens" not in options:
         return _formula(call, query, key, value)

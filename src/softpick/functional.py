@@ -439,9 +439,7 @@ def varlen_attention(
             stats=return_stats,
         )
     out = out[0].transpose(0, 1)
-    if not return_stats:
-        return out
-    return AttentionOutput(out, lse[0], mass[0], largest[0])
+    return AttentionOutput(out, lse[0], mass[0], largest[0]) if return_stats else out
 
 
 @overload
@@ -586,6 +584,7 @@ def decode_attention(
     if backend == "triton":
         cap = softcap or 0.0
         try:
+            name = operator_name(named, backend)
             out, lse = decode(
                 query,
                 key,
@@ -601,7 +600,7 @@ def decode_attention(
                 right,
                 True,
                 cap,
-                operator_name(named, backend),
+                name,
             )
             return (out, lse) if return_lse else AttentionOutput(out, lse) if return_stats else out
         except KernelError as failure:

@@ -33,11 +33,12 @@ import torch
 from torch import Tensor
 
 from softpick.normalizers import Normalizer
+from softpick.ops import cpu_functions
+from softpick.ops.cpu_functions import CANCELLATION_SAFE, LN2
 from softpick.ops.spec import LOG2E, AttentionSpec
 
 __all__ = ["backward", "forward", "narrow"]
 
-LN2 = math.log(2.0)
 
 # Rows and keys of a tile, and how many scores the tiles of all heads treated together may hold. Measured on 2 cores
 # with 1 MiB of second-level cache each: benchmarks/attention_cpu.py, docs/performance.md.
@@ -45,11 +46,6 @@ BLOCK_Q = 256
 BLOCK_K = 512
 TILE_SCORES = 2 * BLOCK_Q * BLOCK_K
 
-# Base-2 scores up to here are exponentiated without subtracting a maximum: 2^64 times the longest row stays in fp32.
-UNSHIFTED = 64.0
-# Rows whose largest base-2 score (forward) or log2 of the denominator (backward) is at least this have a sum of at
-# least one, against which the rounding of e^s - 1 is an error in the last place.
-CANCELLATION_SAFE = 1.0
 # Rows that see so few keys, or fewer, are computed with care.
 FEW_KEYS = 128
 
@@ -296,78 +292,6 @@ def _largest(s: Tensor, keep: Tensor | None, chunk: _Chunk, rows: int, norm: Nor
     return s.amax(-1, keepdim=True)
 
 
-class _Shift:
-    """The row constant ``m`` that exponents are taken relative to (base 2), and whether it is still zero everywhere."""
-
-    def __init__(self, norm: Normalizer, like: Tensor, sink: Tensor | None) -> None:
-        # max(anchor, largest score so far): the m of the mathematics, but that a sink stands for its anchor of 0
-        self.high = torch.full_like(like, norm.anchor) if sink is None else sink
-        self.anchor = norm.anchor
-        self.value = torch.zeros_like(like)  # the m in use
-        self.zero = True
-
-    def update(self, rowmax: Tensor) -> Tensor | None:
-        """Take a tile's row maxima in; returns the factor for what was accumulated before, if m had to move."""
-        self.high = torch.maximum(self.high, rowmax)
-        if self.zero and float(self.high.max()) <= UNSHIFTED and float(self.high.min()) >= -UNSHIFTED:
-            return None
-        fresh = torch.where(self.high == -math.inf, 0.0, self.high)
-        # Where nothing was accumulated the old m is arbitrary: the clamp keeps 0 * factor from being 0 * inf.
-        factor = torch.exp2((self.value - fresh).clamp(max=UNSHIFTED))
-        self.value, self.zero = fresh, False
-        return factor
-
-    @property
-    def final(self) -> Tensor:
-        """The m of the mathematics, finite."""
-        high = self.high.clamp(min=self.anchor)
-        return torch.where(high == -math.inf, 0.0, high)
-
-    def base(self, norm: Normalizer, s: Tensor) -> Tensor:
-        """The base function of a tile relative to ``2^m``, in place; accurate relative to the row sum."""
-        if norm.base == "exp":
-            return (s if self.zero else s.sub_(self.value)).exp2_()
-        if norm.base != "expm1":
-            return _plain_base(norm, s)
-        if self.zero and float(self.high.min()) >= CANCELLATION_SAFE:
-            return s.exp2_().sub_(1.0)
-        return _expm1(s, None if self.zero else self.value)
-
-
-def _expm1(s: Tensor, m: Tensor | None) -> Tensor:
-    """``2^(s - m) - 2^-m`` in place without cancellation or overflow; ``m`` is 0 if None."""
-    if m is None:
-        return s.mul_(LN2).expm1_()
-    small = torch.expm1(s.abs().mul_(-LN2)).neg_().copysign_(s)
-    return s.clamp_(min=0).sub_(m).exp2_().mul_(small)
-
-
-def _plain_base(norm: Normalizer, s: Tensor) -> Tensor:
-    """A base function without an exponential that could overflow, in place."""
-    if norm.base == "square":
-        return s.mul_(s)
-    return s.sigmoid_() if norm.base == "sigmoid" else s
-
-
-def _nothing_kept(norm: Normalizer, scores: Tensor) -> bool:
-    """Whether the rectification leaves none of these scores (or row maxima of scores) in the numerator."""
-    if norm.rectify == "none":
-        return False
-    largest = float(scores.amax())
-    return largest <= 0.0 if norm.rectify == "positive" else largest < 0.0
-
-
-def _keep_nonnegative(x: Tensor, s: Tensor) -> Tensor:
-    """``x`` where ``s >= 0``, else 0, in place. threshold_backward is a select that costs as much as a product."""
-    below_zero = -torch.finfo(s.dtype).smallest_normal
-    return torch.ops.aten.threshold_backward.grad_input(x, s, below_zero, grad_input=x)
-
-
-def _keep_positive(x: Tensor, s: Tensor) -> Tensor:
-    """``x`` where ``s > 0``, else 0, in place."""
-    return torch.ops.aten.threshold_backward.grad_input(x, s, 0, grad_input=x)
-
-
 def forward(
     spec: AttentionSpec,
     query: Tensor,
@@ -414,7 +338,7 @@ def forward(
             numerator = q.new_zeros(chunk.n, rows, v.shape[-1])
             top = torch.full_like(total, -math.inf) if largest is not None else None
             sink_rows = None if sink is None else _sink_rows(chunk, sink.to(dtype), i1 - i0)
-            shift = _Shift(norm, total, sink_rows)
+            shift = cpu_functions.Shift(norm, total, sink_rows)
             if sink_rows is not None:  # of a row that sees no key the sink is all there is: it must not underflow
                 shift.update(torch.full_like(total, -math.inf))
             spans = list(_ranges(*pattern.keys(i0, i1), bk))
@@ -431,7 +355,7 @@ def forward(
                     if factor is not None:
                         for carried in (total, kept_total, numerator):
                             carried.mul_(factor)
-                    if _nothing_kept(norm, rowmax):
+                    if cpu_functions.nothing_kept(norm, rowmax):
                         # Exact skip: no entry reaches the numerator, so V is not read.
                         if norm.absolute_denominator:
                             sums = shift.base(norm, s).sum(-1, keepdim=True)
@@ -477,7 +401,9 @@ def forward(
         del k, v  # before the next chunk makes its own
 
 
-def _numerators(norm: Normalizer, shift: _Shift, s: Tensor, buffers: _Buffers) -> tuple[Tensor, Tensor, Tensor]:
+def _numerators(
+    norm: Normalizer, shift: cpu_functions.Shift, s: Tensor, buffers: _Buffers
+) -> tuple[Tensor, Tensor, Tensor]:
     """``f`` of a tile (may overwrite ``s``), its row sum, and the row sum of ``g``."""
     if norm.rectify == "none":
         p = shift.base(norm, s)
@@ -487,18 +413,11 @@ def _numerators(norm: Normalizer, shift: _Shift, s: Tensor, buffers: _Buffers) -
     # where the sign of the base function does not tell what is kept, the scores do
     p = shift.base(norm, s if norm.signed else buffers.get("p", *s.shape).copy_(s))
     everything = p.sum(-1, keepdim=True) if norm.absolute_denominator else None
-    p = p.clamp_(min=0) if norm.signed else _keep(norm, p, s)
+    p = p.clamp_(min=0) if norm.signed else cpu_functions.keep(norm, p, s)
     kept = p.sum(-1, keepdim=True)
     if everything is None:
         return p, kept, kept
     return p, kept, 2.0 * kept - everything if norm.signed else everything
-
-
-def _keep(norm: Normalizer, x: Tensor, s: Tensor) -> Tensor:
-    """``x`` where the numerator keeps the score ``s``, else 0, in place."""
-    if norm.rectify == "none":
-        return x
-    return _keep_positive(x, s) if norm.rectify == "positive" else _keep_nonnegative(x, s)
 
 
 def backward(
@@ -560,18 +479,18 @@ def backward(
                 careful = len(spans) == 1 and not spec.part and (few or (mask is not None and _few_seen(keep)))
                 if keep is not None:
                     keep = keep.expand(_width(chunk), chunk.n // _width(chunk), chunk.groups, i1 - i0, j1 - j0)
-                skip = _nothing_kept(norm, s)
+                skip = cpu_functions.nothing_kept(norm, s)
                 if skip and not (norm.absolute_denominator and norm.negative_gradient):
                     continue  # neither V nor dS: all five products are zero
                 drop = _dropout(spec, s, chunk, span) if spec.dropout_p else None
-                _derivative(norm, s, e, level, inverse, zero)
+                cpu_functions.derivative(norm, s, e, level, inverse, zero)
                 if keep is not None and norm.neutral == 0.0:
                     e.view(keep.shape).mul_(keep)
                 if skip:
                     ds = (e.copysign_(s.add_(0.0)) if norm.signed else e).mul_(delta).neg_()
                 else:
                     p = buffers.get("p", *shape)
-                    _weights(norm, s, e, p, level, inverse, zero, exact)
+                    cpu_functions.weights(norm, s, e, p, level, inverse, zero, exact)
                     if drop is not None:
                         p.mul_(drop)
                     _add_product(dv[:, j0:j1], p.transpose(1, 2), do_low)
@@ -580,7 +499,7 @@ def backward(
                         delta = p.mul_(dp).sum(-1, keepdim=True)
                     if drop is not None:
                         dp.mul_(drop)
-                    ds = _score_gradient(norm, s, e, dp, delta)
+                    ds = cpu_functions.score_gradient(norm, s, e, dp, delta)
                 if dmask is not None:
                     part = chunk.mask(dmask, i0, i1, j0, j1)
                     part += ds.view(_width(chunk), -1, chunk.groups, i1 - i0, j1 - j0).sum_to_size(part.shape)
@@ -612,47 +531,3 @@ def _row_level(
     if not spec.exponential:
         return torch.zeros_like(level), torch.where(empty, 0.0, torch.exp(-level))
     return torch.where(empty, 0.0, level * LOG2E), torch.where(empty, 0.0, torch.ones_like(level))
-
-
-def _derivative(norm: Normalizer, s: Tensor, e: Tensor, level: Tensor, inverse: Tensor, zero: bool) -> None:
-    """The derivative of the base function over ``l`` of a tile into ``e``."""
-    if norm.exponential:
-        (torch.exp2(s, out=e) if zero else torch.sub(s, level, out=e).exp2_()).mul_(inverse)
-    elif norm.base == "square":
-        torch.mul(s, 2.0 * inverse, out=e)
-    elif norm.base == "sigmoid":
-        torch.sigmoid(s, out=e)
-        torch.addcmul(e, e, e, value=-1.0, out=e).mul_(inverse)
-    else:
-        e.copy_(inverse.expand_as(e))
-
-
-def _weights(
-    norm: Normalizer, s: Tensor, e: Tensor, p: Tensor, level: Tensor, inverse: Tensor, zero: bool, exact: bool
-) -> None:
-    """``f(s) / l`` of a tile into ``p``."""
-    if norm.base == "exp":
-        _keep(norm, p.copy_(e), s)
-    elif norm.base != "expm1":
-        _keep(norm, _plain_base(norm, p.copy_(s)).mul_(inverse), s)
-    elif norm.rectify == "none":
-        _expm1(p.copy_(s), None if zero else level).mul_(inverse)
-    elif exact:
-        # e^{s - lse} (1 - e^{-s}) for s > 0: no cancellation, and no overflow where e^s - 1 would
-        torch.mul(s, -LN2, out=p).expm1_().neg_().mul_(e).clamp_(min=0)
-        _keep_positive(p, s)
-    else:
-        torch.sub(e, inverse if zero else inverse * torch.exp2(-level), out=p).clamp_(min=0)
-
-
-def _score_gradient(norm: Normalizer, s: Tensor, e: Tensor, dp: Tensor, delta: Tensor) -> Tensor:
-    """``ds`` of a tile from ``dp`` (overwritten). ``step(0) = 0`` and ``sign(0) = +1``, as in paper eq. (7)."""
-    if not norm.normalized:
-        return _keep(norm, dp, s).mul_(e)
-    if not norm.absolute_denominator:
-        return _keep(norm, dp.sub_(delta), s).mul_(e)
-    if not norm.negative_gradient:
-        return _keep_positive(dp.sub_(delta), s).mul_(e)
-    _keep(norm, dp, s).mul_(e)
-    # adding 0 gives -0 the sign of 0
-    return dp.addcmul_(e.copysign_(s.add_(0.0)) if norm.signed else e, delta, value=-1.0)

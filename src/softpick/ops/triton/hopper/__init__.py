@@ -1,7 +1,7 @@
 """Kernels for Hopper GPUs (sm_90) in Gluon, which comes with Triton: explicitly scheduled.
 
-They take what most training and decoding does (:func:`softpick.ops.triton.dispatch.hopper_refuses` says what not), and long
-rows; everything else takes the kernels of :mod:`softpick.ops.triton`. No interpreter runs Gluon.
+They compute what most training and decoding needs, and long rows (:mod:`softpick.ops.triton.dispatch` has the conditions).
+Everything else takes the kernels of :mod:`softpick.ops.triton`. No interpreter runs Gluon.
 """
 
 from softpick.ops.triton.hopper.backward import backward_keys, backward_queries

@@ -1,4 +1,4 @@
-"""What the operators share: whether Triton is there, whether anything watches a call, dtypes and layouts of outputs.
+"""What the operators share: whether Triton is there, whether a call needs torch's dispatcher, layouts of outputs.
 
 Nothing but a compiler, a mode or a transform can tell an operator from the function below it, and the dispatcher takes
 longer over twenty arguments than a GPU over a short sequence: plain tensors go to the function directly (:func:`plain`).
@@ -74,7 +74,7 @@ def empty_heads_last(query: Tensor, value: Tensor) -> Tensor:
 
 
 def plain(query: Tensor, *tensors: Tensor | None) -> bool:
-    """Whether nobody watches: no compiler, dispatch mode (fake tensors, selective checkpointing), transform or subclass.
+    """True if no compiler, dispatch mode (fake tensors, selective checkpointing), transform or subclass must see this call.
 
     Tensors without values (the meta device) go through the operator as well, which knows the shapes.
     """
@@ -97,5 +97,5 @@ _ORDINARY = (Tensor, torch.nn.Parameter, type(None))
 
 
 def record_of(function: Callable[..., Any]) -> Any:
-    """A named tuple of an operator's arguments in the order of its schema, so that nobody counts positions."""
+    """A named tuple of an operator's arguments in the order of its schema, so that no code counts positions."""
     return namedtuple(function.__name__.strip("_"), list(inspect.signature(function).parameters))

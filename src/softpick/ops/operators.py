@@ -329,7 +329,7 @@ def gradients(ctx: Any, grad_out: Tensor | None, backward: Any) -> tuple[Tensor 
     mask_grad = bool(ctx.needs_input_grad[ForwardInputs._fields.index("mask")])
     inputs = BackwardInputs(grad_out=grad_out, **saved, **ctx.options, mask_grad=mask_grad)
     if backward is None:
-        # the operator knows what to say to somebody who wants the gradient of the gradient
+        # the operator raises the right error where a gradient of the gradient is asked for
         watched = torch.is_grad_enabled() or not plain(grad_out, *saved.values()) or _grads_batched()
         backward = attention_backward if watched else _attention_backward
     dquery, dkey, dvalue, dmask, dsink = backward(*inputs)

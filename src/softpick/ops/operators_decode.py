@@ -61,7 +61,7 @@ _decode_operator = torch.library.custom_op("softpick::decode", _decode, mutates_
 
 
 def decode(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    """:func:`_decode`, by the operator where somebody watches or a gradient would be asked for."""
+    """:func:`_decode`, by the operator where :func:`plain` is false or a gradient would be asked for."""
     tensors = [query, key, value, *rest[:4]]
     if transformed():
         raise NotImplementedError(

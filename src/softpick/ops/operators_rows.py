@@ -118,7 +118,7 @@ _rows_backward_operator.register_autograd(_rows_second_gradient, setup_context=_
 
 
 class _Rows(torch.autograd.Function):
-    """The operator without the dispatcher."""
+    """The operator without torch's dispatcher."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, eps: float, backend: str) -> tuple[Tensor, Tensor]:
@@ -132,7 +132,7 @@ class _Rows(torch.autograd.Function):
 
 
 def rows_forward(x: Tensor, eps: float, backend: str) -> tuple[Tensor, Tensor]:
-    """:func:`_rows_forward` with its gradient, by the operator where somebody watches."""
+    """:func:`_rows_forward` with its gradient, by the operator where :func:`plain` is false."""
     call: Any = _Rows.apply if plain(x) else _rows_operator
     return call(x, eps, backend)
 

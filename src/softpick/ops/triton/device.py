@@ -263,7 +263,7 @@ def assignment(tiles, heads, pairs, together):
     """(tile, head, sequence) of a program of a one-dimensional grid, counted so that tile 0 has the most to do.
 
     ``together`` of the ``pairs`` of head and sequence run at a time, all their first tiles before all their second ones:
-    programs that start late are short, and what they share stays in the L2 cache (``launch.together``).
+    programs that start late are short, and what they share stays in the L2 cache (``launching.pairs_together``).
     """
     tile, head, sequence = tile_at(tl.program_id(0), tiles, heads, pairs, together)
     return tile, head.to(tl.int64), sequence.to(tl.int64)

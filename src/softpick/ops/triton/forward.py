@@ -284,8 +284,10 @@ def attention_forward(
 
     Writes ``out``, ``lse`` (natural), with STATS mass and largest.
 
-    With a mask nobody knows which rows those are: they are written again, in a launch of their own. With ``redo``, an int32 a
-    query tile, those with zero have nothing to do. EARLY: may be launched while the kernel that writes ``redo`` runs.
+    With a mask those rows are not known before the launch: they are written a second time, in a launch of their own. With
+    ``redo``, an int32 a query tile, those with zero have nothing to do.
+
+    EARLY: may be launched while the kernel that writes ``redo`` runs.
     """
     at = tl.program_id(0) - few_tiles * pairs
     if redo is not None and at >= 0:

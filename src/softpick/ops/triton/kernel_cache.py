@@ -1,8 +1,8 @@
-"""Launching a kernel once more, and what a kernel that cannot be built is told as.
+"""Cache compiled kernels by their launch arguments; raise one kind of error for kernels that cannot be built.
 
 Before each launch Triton works out anew what every argument means for the compiled kernel: which integers are 1 or multiples of
 16, which pointers are aligned. That takes Python as long as small kernels take the GPU. Arguments that are equal to earlier
-ones mean the same, so their kernel is remembered.
+ones mean the same, so their kernel is kept.
 """
 
 from __future__ import annotations

@@ -97,7 +97,7 @@ def forward(
 
     if mask is None:
         launch(few, (few + tiles) * heads * b)
-    else:  # which rows see few keys is not known beforehand: they are written again
+    else:  # which rows see few keys is not known before the launch: they are written a second time
         launch(0, tiles * heads * b)
         if few:
             launch(few, few * heads * b)

@@ -75,22 +75,22 @@ def _decode(
     if for_hopper:
         rows = max(8, power_of_2(groups * tq))
         schedule = tuning.HOPPER_DECODE[widest]
-        block_n, places = schedule.n, _places(schedule.programs, query.device)
+        block_n, resident = schedule.n, _resident(schedule.programs, query.device)
         uneven = lengths is not None and b > 1
-        shared = pairs > places or (uneven and pairs * tk >= tuning.FEWEST_SHARED)
+        shared = pairs > resident or (uneven and pairs * tk >= tuning.FEWEST_SHARED)
         if shared:
-            splits = pairs // cdiv(pairs, places)
-            whole = lengths is None and pairs % splits == 0 and splits >= tuning.EVEN_SHARE * places
+            splits = pairs // cdiv(pairs, resident)
+            whole = lengths is None and pairs % splits == 0 and splits >= tuning.EVEN_SHARE * resident
             if not whole:
-                splits, fewest = places, tuning.FEWEST_TILES
+                splits, fewest = resident, tuning.FEWEST_TILES
         else:
-            splits, _ = _splits(places, tuning.FEWEST_TILES * block_n, pairs, tk, block_n)
+            splits, _ = _splits(resident, tuning.FEWEST_TILES * block_n, pairs, tk, block_n)
             whole = splits == 1
     else:
         rows = padded(groups * tq)
         tile = tuning.blocks(kind, widest, query.dtype, query.device)
-        block_n, places = tile.n, _places(tuning.PROGRAMS[kind], query.device)
-        splits, chunk = _splits(places, tuning.FEWEST_KEYS[kind], pairs, tk, block_n)
+        block_n, resident = tile.n, _resident(tuning.PROGRAMS[kind], query.device)
+        splits, chunk = _splits(resident, tuning.FEWEST_KEYS[kind], pairs, tk, block_n)
     early = dependent_launch(query)
     shape = (0 if whole else pairs + splits if shared else pairs * splits, rows)
     part_out = torch.empty(*shape, common["BLOCK_DV"], dtype=torch.float32, device=query.device)
@@ -137,7 +137,7 @@ def _decode(
             num_warps=tile.warps,
             num_stages=tile.stages,
         )  # fmt: skip
-    # several programs a row where it has many parts; where it has one or two, programs would only start late
+    # several programs a row where it has many partial results; where it has one or two, programs would only start late
     columns = min(128 if shared else 32, common["BLOCK_DV"])
     run(
         decode_merge, (tq * cdiv(value.shape[-1], columns), heads, b),
@@ -151,14 +151,14 @@ def _decode(
     return True
 
 
-def _places(programs: int, device: torch.device) -> int:
+def _resident(programs: int, device: torch.device) -> int:
     """How many programs run at a time if a multiprocessor has so many."""
     return programs * (tuning.multiprocessors(device.index or 0) if device.type == "cuda" else 2)
 
 
-def _splits(places: int, fewest: int, pairs: int, tk: int, block_n: int) -> tuple[int, int]:
-    """(programs a sequence and key head, keys of each): no more than there are places, none with too few keys."""
+def _splits(resident: int, fewest: int, pairs: int, tk: int, block_n: int) -> tuple[int, int]:
+    """(programs a sequence and key head, keys of each): no more than run at a time (``resident``), none with too few keys."""
     tiles = max(1, cdiv(tk, block_n))
-    wanted = max(1, min(tuning.MOST_PARTS, places // pairs, cdiv(tk, fewest)))
+    wanted = max(1, min(tuning.MOST_PARTS, resident // pairs, cdiv(tk, fewest)))
     chunk = cdiv(tiles, wanted) * block_n
     return max(1, cdiv(tk, chunk)), chunk

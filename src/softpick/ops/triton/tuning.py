@@ -126,8 +126,8 @@ ROWS = {
 
 
 class Parts(NamedTuple):
-    """A launch of ``hopper/rows.py``: entries of a program's part of a row and of a chunk of it, warps, parts under way, and
-    programs a multiprocessor, which all have to run at the same time.
+    """A launch of ``hopper/rows.py``: entries of a program's segment of a row and of a chunk of it, warps, segments under way,
+    and programs a multiprocessor, which all have to run at the same time.
     """
 
     entries: int
@@ -139,7 +139,7 @@ class Parts(NamedTuple):
 
 # longer ones on Hopper: (kernel, bytes of an entry) -> launch. H200, bf16 and fp32, TB/s at (2048, 131072), (8192, 32768) and
 # (2048, 128256), copy 4.25: bf16 forward 3.81, 3.78, 3.81, backward 3.92, 4.02, 3.89, fp32 forward 3.77, 3.83, 3.80, backward
-# 4.20, 4.21, 4.20 (docs/log.md has the others). Small parts leave less of a row's last one empty
+# 4.20, 4.21, 4.20 (docs/log.md has the others). Small segments leave less of a row's last one empty
 HOPPER_ROWS = {
     ("forward", 2): Parts(8192, 1024, 4, 3, 4),
     ("backward", 2): Parts(4096, 2048, 4, 3, 4),
@@ -204,7 +204,7 @@ SKIP_FROM = 2**19
 # Decoding programs a multiprocessor: as many as run at a time, so that none is left for a second round.
 PROGRAMS = {"decode": 2, "decode_skip": 4}
 
-# and the fewest keys of one, whatever the device has room for: each leaves a part for the merge
+# and the fewest keys of one, whatever the device has room for: each leaves a partial result for the merge
 FEWEST_KEYS = {"decode": 128, "decode_skip": 256}
 
 FEWEST_SCORES = 2**22

@@ -1,11 +1,11 @@
-"""The backward pass: the same formulas as :mod:`softpick.ops.triton.backward`, scheduled by hand.
+"""The backward pass: the same formulas as :mod:`softpick.ops.triton.backward`, explicitly scheduled.
 
 Triton waits for a matrix product before it goes on. Here a product runs while the results of another are worked on: of every
 tile ``S`` and ``dP`` start together, exponentials are taken while ``dP`` runs, the gradient of the scores while ``dV`` runs,
 and ``dK`` (or ``dQ``) runs into the next tile. The tensor memory accelerator fetches tiles and fills with zeros what lies
 beyond the end: a query of zeros with a weight of zero adds nothing to ``dK`` and ``dV``.
 
-For what most training does (:func:`softpick.ops.triton.dispatch.hopper_refuses`); everything else takes the other kernels.
+:func:`softpick.ops.triton.dispatch.backward_kernel` has the conditions; other calls take the kernels for every GPU.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Decoding: :func:`softpick.ops.triton.decode.decode_split` once more, scheduled by hand.
+"""Decoding: what :func:`softpick.ops.triton.decode.decode_split` computes, explicitly scheduled.
 
 The tensor memory accelerator keeps several key tiles on their way. Values are asked for when the scores of their tile are
-known, and only if one of them is kept (SKIP); their product is taken when VALUES tiles wait, so that nobody waits for memory
+known, and only if one of them is kept (SKIP); their product is taken when VALUES tiles wait, so that no warp waits for memory
 twice. Tiles are transposed, keys by queries and head dim by queries: the few queries are then the short side of a product of
 64 x 8, and a thread has four scores.
 """
@@ -123,7 +123,7 @@ def _sweep(
         if SKIP:
             top = gl.max(gl.max(gl.where(keep & rows, s, -INF), 1), 0)
             live = top > 0 if RECTIFY == POSITIVE else top >= 0
-        barrier()  # scores are read by nobody any more, weights are there for everybody
+        barrier()  # scores are not read any more, and all warps see the weights
         stage = (seen + it) % STAGES
         following = it + STAGES
         _fetch(

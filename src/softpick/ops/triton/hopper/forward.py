@@ -8,7 +8,7 @@ have barriers for "full" (the bytes have come) and "empty" (both warpgroups are 
 
 The rows of a tile leave through shared memory, so that a warpgroup is soon at the next one: with stores of its own a fifth of
 its time went there (docs/kernels.md). There is no maximum: a tile in which a sum left its range is noted, and ``forward.py``
-takes it once more.
+computes it again.
 """
 
 from __future__ import annotations
@@ -290,7 +290,7 @@ def finish(
     ``room``: shared memory for the rows, free for the whole warpgroup; the accelerator reads it until ``tma.store_wait``.
     """
     out_tiles, lse, sink, l_b, l_h, l_t = outputs
-    parts = row_parts(gl.abs(acc))  # threads look at what they hold: nobody has to be asked
+    parts = row_parts(gl.abs(acc))  # each thread reduces what it holds: no exchange between threads
     total = gl.sum(total, 1)
     sound = total < _LARGEST
     if BASE == EXP and RECTIFY == NONE and CONSTANT == 0:

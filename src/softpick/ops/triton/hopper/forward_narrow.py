@@ -46,7 +46,7 @@ def _tile_of_keys(
     BLOCK_D: gl.constexpr, STAGES: gl.constexpr, EDGE: gl.constexpr, s_layout: gl.constexpr, o_layout: gl.constexpr,
 ):  # fmt: skip
     """A key tile into both query tiles. The scores ``s`` of the first are there; on return those of the next key tile are
-    (after the last one they are of something else, and nobody looks).
+    (after the last one they are of something else, and are not used).
 
     ptxas keeps products asynchronous only if no scores are on their way around the loop (its notes C7513, C7515): hence the
     wait at the end, which has nothing to wait for but scores that were started before the exponentials.
@@ -138,7 +138,7 @@ def forward_narrow(
     shape = (tiles, heads, pairs, together, groups, tq, tk, reach)
     outputs = (out_tiles, lse, sink, l_b, l_h, l_t)
     at = gl.program_id(0)
-    barrier()  # nobody reads the queries any more
+    barrier()  # the queries are not read any more
     finish(
         acc, total, i0, head, row, at, turn, eps, shape, outputs, queries.index(0), BASE, RECTIFY, CONSTANT, o_layout
     )  # fmt: skip

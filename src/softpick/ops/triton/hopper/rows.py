@@ -1,18 +1,20 @@
-"""Softpick over rows too long for one program: programs share a row and keep a ring of parts in shared memory.
+"""Softpick over rows too long for one program: each program of a row has a segment of it, and a ring of segments
+in shared memory.
 
-All programs run at the same time (a cooperative launch) and take rows in turn. While later parts are fetched, a program sums
-up its part of one row and finishes that of the row before, both from shared memory: by then the sums of the other programs
-have arrived, and nobody waits. Nothing stays in registers from one row to the next; exponentials are taken twice, which costs
-less. What a program has to tell of its part is words in global memory: the value above, below it the anchor it is relative to,
-whose sign bit says that the word has been written. So a word is all there is to wait for: no counter and no fence. Sums are
-added in the same order every time.
+All programs run at the same time (a cooperative launch) and take rows in turn. While later segments are fetched, a program
+sums up its segment of one row and finishes that of the row before, both from shared memory: by then the sums of the other
+programs have arrived, so no program waits. Nothing stays in registers from one row to the next; exponentials are taken twice,
+which costs less. A program publishes the sum of its segment in words of global memory: the value in the upper half, in the
+lower half the anchor that the value is relative to, whose sign bit says that the word has been written. A word is all that
+other programs wait for: no counter and no fence. Sums are added in the same order every time.
 
 In bf16 the forward pass has no bytes to hide instructions behind. 16-bit inputs are therefore summed up relative to 0 and
-without a series where ``e^x - 1`` cancels; what the programs of a row were told shows them all whether that was sound, and
-where it was not, they sum up once more.
+without a series where ``e^x - 1`` cancels. The published words show all programs of a row whether that was sound; where it was
+not, they sum up a second time.
 
-A part is CHUNKS chunks ``(num_warps, WIDTH)``, a line of a chunk a warp. Beyond the end of a row a chunk has zeros, which count
-nowhere. Rows begin at multiples of 16 bytes; ``n`` and strides count in those (VEC entries), so that Triton knows.
+In the code a segment is a ``part``. It is CHUNKS chunks ``(num_warps, WIDTH)``, a line of a chunk a warp. Beyond the end of a
+row a chunk has zeros, which count nowhere. Rows begin at multiples of 16 bytes; ``n`` and strides count in those (VEC entries),
+so that Triton knows.
 """
 
 from __future__ import annotations
@@ -50,7 +52,7 @@ def _columns(LINES: gl.constexpr, WIDTH: gl.constexpr, layout: gl.constexpr):
 
 @gluon.jit
 def _share(parts, WIDTH: gl.constexpr, CHUNKS: gl.constexpr, layout: gl.constexpr, num_warps: gl.constexpr):
-    """A program's first row, its part of every row, the step from row to row, columns of the part and of its first chunk."""
+    """A program's first row, its segment's number, the step from row to row, columns of the segment and of its first chunk."""
     first, part, step = gl.program_id(0) // parts, gl.program_id(0) % parts, gl.num_programs(0) // parts
     start = part * (CHUNKS * num_warps * WIDTH)
     c = start + _columns(CHUNKS * num_warps, WIDTH, layout)
@@ -63,13 +65,13 @@ def _fetch(ring, it, x, r, rows, stride, c, n):
     """Start copying entries ``c`` of row ``r``, the ``it``-th of this program; zeros where there are none."""
     VEC: gl.constexpr = 128 // ring.dtype.primitive_bitwidth
     at = x + gl.cast(r, gl.int64) * stride * VEC + c
-    # one copy a part: with one a chunk Triton puts a barrier before each
+    # one copy a segment: with one a chunk Triton puts a barrier before each
     load_entries(ring.index(it % ring.shape[0]), at, mask=(c < n * VEC) & (r < rows))
 
 
 @gluon.jit
 def _chunk(ring, stage, chunk, layout: gl.constexpr, num_warps: gl.constexpr):
-    """A chunk of a part, ``(num_warps, WIDTH)``."""
+    """A chunk of a segment, ``(num_warps, WIDTH)``."""
     CHUNKS: gl.constexpr = ring.shape[1] // num_warps
     chunks = reinterpret(ring, ring.dtype, [ring.shape[0] * CHUNKS, num_warps, ring.shape[2]], _PLAIN)
     return chunks.index(stage * CHUNKS + chunk).load(layout)
@@ -88,7 +90,7 @@ def _wide(s):
 
 @gluon.jit
 def _high(ring, stage, num_warps: gl.constexpr):
-    """The highest positive entry of a part, or 0, for each warp: as integers such entries have the same order, and others
+    """The highest positive entry of a segment, or 0, for each warp: as integers such entries have the same order, and others
     are below 0.
     """
     CHUNKS: gl.constexpr = ring.shape[1] // num_warps
@@ -193,8 +195,8 @@ def _finishing(dtype):
 
 @gluon.jit
 def _sums(ring, stage, layout: gl.constexpr, num_warps: gl.constexpr):
-    """Sums ``(num_warps,)`` of ``|e^x - 1|`` over a part, and the anchors they are relative to: in base 2, so that exponentials
-    take one fma.
+    """Sums ``(num_warps,)`` of ``|e^x - 1|`` over a segment, and the anchors they are relative to: in base 2, so that
+    exponentials take one fma.
     """
     CHUNKS: gl.constexpr = ring.shape[1] // num_warps
     WIDTH: gl.constexpr = ring.shape[2]
@@ -242,7 +244,7 @@ def _anchor(word):
 
 @gluon.jit
 def _tell(words, part, value, anchor, WORDS: gl.constexpr):
-    """Write what the warps ``(num_warps,)`` have to tell: a word each, or one for all of them (WORDS 1)."""
+    """Publish the sums of the warps ``(num_warps,)``: a word each, or one for all of them (WORDS 1)."""
     if WORDS == 1:
         top = gl.max(anchor, 0)
         one = _word(gl.sum(value * gl.exp2(anchor - top), 0), top)
@@ -284,8 +286,8 @@ def rows_forward_ring(
 ):  # fmt: skip
     """``parts`` programs a row of ``x`` ``(rows, n)``, whose rows are ``stride`` apart; ``y`` is contiguous.
 
-    ``words``: ``(2, rows, parts * WORDS)`` zeros, WORDS ``num_warps`` or 1; the second half is for rows that are summed up once
-    more. COUNT: a power of two, at least ``parts * WORDS``.
+    ``words``: ``(2, rows, parts * WORDS)`` zeros, WORDS ``num_warps`` or 1; the second half is for rows that are summed up a
+    second time. COUNT: a power of two, at least ``parts * WORDS``.
     """
     VEC: gl.constexpr = 128 // x.dtype.element_ty.primitive_bitwidth
     EXACT: gl.constexpr = VEC == 4
@@ -309,7 +311,9 @@ def rows_forward_ring(
             else:
                 value, anchor = _quick_sums(ring, it % STAGES, layout, num_warps)
             _tell(words + r * count, part, value, anchor, WORDS)
-        if it > 0:  # told the sums of row r before waiting for those of the row before: so everybody goes on
+        if (
+            it > 0
+        ):  # the sums of row r are published before the wait for those of the row before: no program blocks another
             stage = (it + STAGES - 1) % STAGES
             found = _all_words(found, words + done * count, count, COUNT, num_warps)
             if EXACT:

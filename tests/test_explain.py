@@ -272,3 +272,31 @@ def test_launches_follow_the_choice(hopper, without, monkeypatch):
     launch.forward(call, q, k, v, None, None, None, None, None, 0, out, lse, None, None)
     launch.backward(call, q, k, v, None, None, None, None, None, 0, 0, out, lse, out, q, k, v, None)
     assert ran == ([] if without else ["forward", "backward"])
+
+
+@triton
+def test_kernels_of_a_call_are_explained(hopper):
+    """``backend="triton"`` is taken for tensors on the CPU where Triton's interpreter runs."""
+    q, k, v = (x.requires_grad_() for x in qkv(d=64, tq=32, tk=32, dtype=torch.bfloat16))
+    told = softpick.explain_backend(q, k, v, enable_gqa=True, backend="triton")
+    assert [tuple(kernel) for kernel in told.kernels] == [
+        ("forward", "hopper/forward_narrow.py", None),
+        ("backward", "hopper/backward.py", None),
+    ]
+    with torch.no_grad():
+        few = softpick.explain_backend(q[:, :, :2], k, v, enable_gqa=True, backend="triton")
+        assert [kernel.file for kernel in few.kernels] == ["hopper/decode.py"]
+        with softpick.use_backend(without=("hopper", "decode")):
+            few = softpick.explain_backend(q[:, :, :2], k, v, enable_gqa=True, backend="triton")
+        assert [kernel.file for kernel in few.kernels] == ["forward.py"]
+        assert "left out by softpick.use_backend" in str(few)
+        assert "switch: auto,-decode,-hopper" in str(few)
+        cache = softpick.explain_backend(q[:, :, :2], k, v, decode=True, backend="triton")
+        assert [kernel.file for kernel in cache.kernels] == ["hopper/decode.py"]
+    cu = torch.tensor([0, 7, 32])
+    packed = (x[0].transpose(0, 1) for x in (q, k, v))
+    told = softpick.explain_backend(*packed, cu_seqlens_q=cu, cu_seqlens_k=cu, backend="triton", normalizer="softmax")
+    assert [(kernel.file, kernel.refused) for kernel in told.kernels] == [
+        ("forward.py", "packed sequences"),
+        ("backward.py", "packed sequences"),
+    ]

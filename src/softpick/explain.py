@@ -149,66 +149,83 @@ def explain_backend(
         if given and (decode or packed):
             raise ValueError(f"{name}: packed sequences and decoding have no such argument")
     norm = get_normalizer(normalizer)
-    options = {"norm": norm, "scale": scale, "eps": eps, "softcap": softcap, "sink": sink, "window": window}
+    options: dict[str, Any] = {
+        "norm": norm,
+        "scale": scale,
+        "eps": eps,
+        "softcap": softcap,
+        "sink": sink,
+        "window": window,
+    }
     if decode:
         causal = True if is_causal is None else is_causal
         return _of_cache(query, key, value, cache_seqlens, block_table, causal, backend, options)
+    options |= {
+        "attn_mask": attn_mask,
+        "dropout_p": numbers.probability("dropout_p", dropout_p),
+        "is_causal": bool(is_causal),
+        "alignment": causal_alignment or ("bottom_right" if packed else "top_left"),
+        "return_stats": return_stats,
+        "return_weights": return_weights,
+    }
     check_backend(backend)
     query, key, value = to_autocast_dtype(check_qkv(query, key, value, packed))
-    dropout_p = numbers.probability("dropout_p", dropout_p)
-    alignment = causal_alignment or ("bottom_right" if packed else "top_left")
-    check_alignment(alignment)
-    asked = return_stats or return_weights
-    if cu_seqlens_q is not None and cu_seqlens_k is not None:
-        longest = (
-            check_offsets("cu_seqlens_q", cu_seqlens_q, query, max_seqlen_q, "max_seqlen_q"),
-            check_offsets("cu_seqlens_k", cu_seqlens_k, key, max_seqlen_k, "max_seqlen_k"),
-        )
-        query, key, value = (x.transpose(0, 1) for x in (query, key, value))
-    q, k, v, lead = canonical_shapes(query, key, value, enable_gqa or packed)
-    if not packed:
-        longest = q.shape[2], k.shape[2]
-    mask = canonical_mask(attn_mask, lead, q, k)
-    left, right = window_bounds(window, bool(is_causal))
+    if cu_seqlens_q is None or cu_seqlens_k is None:
+        return _of_attention(query, key, value, enable_gqa, None, backend, options)
+    longest = (
+        check_offsets("cu_seqlens_q", cu_seqlens_q, query, max_seqlen_q, "max_seqlen_q"),
+        check_offsets("cu_seqlens_k", cu_seqlens_k, key, max_seqlen_k, "max_seqlen_k"),
+    )
+    query, key, value = (x.transpose(0, 1) for x in (query, key, value))
+    return _of_attention(query, key, value, True, longest, backend, options)
+
+
+def _of_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    enable_gqa: bool,
+    longest: tuple[int, int] | None,
+    backend: str,
+    options: dict[str, Any],
+) -> Explanation:
+    """:func:`explain_backend` without a cache; ``longest``: queries and keys of the longest packed sequence, or None."""
+    norm, sink, is_causal, dropout_p = (options[name] for name in ("norm", "sink", "is_causal", "dropout_p"))
+    packed, rule = longest is not None, str(switch.active())
+    check_alignment(options["alignment"])
+    bottom_right = options["alignment"] == "bottom_right"
+    q, k, v, lead = canonical_shapes(query, key, value, enable_gqa)
+    mask = canonical_mask(options["attn_mask"], lead, q, k)
+    left, right = window_bounds(options["window"], is_causal)
     check_sink(sink, norm, q.shape[1], q)
-    scale, softcap, eps = default_scale(scale, q.shape[-1]), check_softcap(softcap), default_eps(eps, norm)
-    bottom_right = alignment == "bottom_right"
+    scale = default_scale(options["scale"], q.shape[-1])
+    softcap, eps = check_softcap(options["softcap"]), default_eps(options["eps"], norm)
     function = "varlen_attention" if packed else "scaled_dot_product_attention"
     refused = []
     if not packed:
-        plain = not asked and plain_softmax(
-            norm, eps, softcap, left, right, bool(is_causal), attn_mask, bottom_right, q, k
+        plain = not (options["return_stats"] or options["return_weights"]) and plain_softmax(
+            norm, eps, softcap, left, right, is_causal, options["attn_mask"], bottom_right, q, k
         )
         if plain and (backend == "sdpa" or (backend == "auto" and takes_sdpa(q, k, v, mask))):
-            return Explanation(function, "sdpa", (), (), str(switch.active()))
+            return Explanation(function, "sdpa", (), (), rule)
         if norm.name == "softmax":
-            why = (
-                "an option that torch's kernels lack"
-                if not plain
-                else "another backend is named, or a derivative is asked for"
-            )
-            refused.append(("sdpa", why))
-    if return_weights:
-        return Explanation(
-            function,
-            "reference",
-            (),
-            (("triton", "return_weights: kernels never form the weights"),),
-            str(switch.active()),
-        )
+            other = "another backend is named, or a derivative is asked for that only the reference has"
+            refused.append(("sdpa", other if plain else "an option that torch's kernels lack"))
+    if options["return_weights"]:
+        refused.append(("triton", "return_weights: kernels never form the weights"))
+        return Explanation(function, "reference", (), tuple(refused), rule)
     found = find_backend(backend, q, v, norm, "tiled", wanted=wants_reference(q, k, v, mask, sink))
     if found.reason is not None:
         refused.append(("triton", found.reason))
     kernels: tuple[KernelChoice, ...] = ()
     if found.name == "triton":
-        spec = call_spec(
-            norm.text, scale, eps, left, right, bottom_right, softcap or 0.0, dropout_p, str(switch.active())
-        )
-        if not (packed or dropout_p or return_stats) and few_queries(q, k, v, mask, sink):
+        stats = options["return_stats"]
+        spec = call_spec(norm.text, scale, eps, left, right, bottom_right, softcap or 0.0, dropout_p, rule)
+        if not (packed or dropout_p or stats) and few_queries(q, k, v, mask, sink):
             kernels = (_decode_kernel(spec, q, k, v, mask, 0, k.shape[2]),)
         else:
-            kernels = _kernels(spec, q, k, v, mask, sink, packed, return_stats, longest)
-    return Explanation(function, found.name, kernels, tuple(refused), str(switch.active()))
+            kernels = _kernels(spec, q, k, v, mask, sink, packed, stats, longest or (q.shape[2], k.shape[2]))
+    return Explanation(function, found.name, kernels, tuple(refused), rule)
 
 
 def _of_cache(

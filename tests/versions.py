@@ -82,7 +82,17 @@ def run(name: str, row: Row) -> dict[str, object]:
     result: dict[str, object] = {"python": row.python, **installed(own, *SHOWN), "date": time.strftime("%Y-%m-%d")}
     environ = {**os.environ, "PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "1"}
     environ |= {"TORCHINDUCTOR_CACHE_DIR": str(HOME / name / "inductor"), "CUDA_VISIBLE_DEVICES": ""}
-    command = [str(own), "-m", "pytest", "-q", "-p", "no:cacheprovider", "-rfE", "--no-header", "--tb=short"]
+    command = [
+        str(own),
+        "-m",
+        "pytest",
+        "-p",
+        "no:cacheprovider",
+        "-rfE",
+        "--no-header",
+        "--tb=short",
+        "--timeout=3600",
+    ]
     files = [str(Path("tests", file)) for file in row.tests]
     log = HOME / "results" / f"{name}.log"
     log.parent.mkdir(parents=True, exist_ok=True)

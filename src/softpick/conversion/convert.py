@@ -39,7 +39,7 @@ from softpick.conversion import generation, models
 from softpick.conversion.recipes import ConvertError, ConvertSettings
 from softpick.conversion.stages import Aligner, Distiller, Penalties, parameter_groups
 from softpick.experiment.corpus import get_corpus, split_documents
-from softpick.experiment.environment import command_line, hardware, versions
+from softpick.experiment.environment import command_line, device_line, hardware, versions
 from softpick.experiment.files import digest, json_text, read_json, text_digest, write_json, write_text, writing
 from softpick.experiment.models import Subject, identity
 from softpick.experiment.parts import Parts
@@ -92,7 +92,7 @@ def convert(
         ConvertError: the settings do not fit the model, the folder or the machine.
         ModelError: the model cannot be loaded.
         DataError: the data cannot be used.
-        softpick.training.engine.Interrupted: after ``stop`` was requested and the checkpoint written.
+        softpick.experiment.stopping.Interrupted: after ``stop`` was requested and the checkpoint written.
         softpick.training.engine.NonFinite: too many steps in a row without a finite gradient.
         softpick.experiment.files.OutputError: the disk refused, or a file of the run was changed.
     """
@@ -100,6 +100,7 @@ def convert(
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ConvertError("softpick convert runs in one process on one device; expected no torchrun around it")
     reporter = reporter if reporter is not None else Silent()
+    reporter.say(device_line(settings.device))
     with Workspace(output, error=ConvertError, ledger="config.json") as work:
         return _Run(settings, work, reporter, stop, command or command_line()).result()
 

@@ -12,6 +12,7 @@ import socket
 from collections.abc import Callable
 from typing import Any
 
+from softpick.experiment.environment import chosen_device, device_line
 from softpick.experiment.failures import ModelError
 from softpick.experiment.models import Subject, load_subject, positions
 from softpick.experiment.progress import Reporter
@@ -87,10 +88,12 @@ def serve(settings: ServeSettings, reporter: Reporter, ready: Callable[[Any], No
         raise ModelError(f"transformers: expected 5.20 or newer to serve, got {transformers.__version__}")
     listening = _listen(settings.host, settings.port)
     with listening:
+        device = chosen_device(settings.device)
+        reporter.say(device_line(device))
         subject = load_subject(
             settings.model,
             reporter=reporter,
-            device=settings.device,
+            device=device,
             dtype=settings.dtype,
             attn_implementation=settings.attn_implementation,
             decoder=True,

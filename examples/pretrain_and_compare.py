@@ -15,11 +15,14 @@ arguments = argparse.ArgumentParser(description=__doc__)
 arguments.add_argument("--recipe", default="tiny_cpu", help="`softpick recipes` lists the names")
 arguments.add_argument("--normalizers", nargs=2, default=["softmax", "softpick"])
 arguments.add_argument("--output", type=Path, default=Path("runs/example"))
+arguments.add_argument(
+    "overrides", nargs="*", metavar="FIELD=VALUE", help="fields of the recipe, for example steps=100"
+)
 options = arguments.parse_args()
 
 results = {}
 for normalizer in options.normalizers:
-    recipe = replace(get_recipe(options.recipe), normalizer=normalizer)
+    recipe = replace(get_recipe(options.recipe).override(options.overrides), normalizer=normalizer)
     # an interrupted run is continued, a finished one is read
     results[normalizer] = train(recipe, options.output / normalizer)
 

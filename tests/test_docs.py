@@ -74,7 +74,16 @@ def test_links_to_files_lead_somewhere(page):
 @pytest.mark.parametrize("name", ["first_model.py", "pretrain_and_compare.py"])
 def test_examples_run(name, tmp_path):
     pytest.importorskip("accelerate")
-    extra = {"first_model.py": ["--steps", "3"], "pretrain_and_compare.py": ["--output", str(tmp_path / "runs")]}[name]
+    short = [
+        "steps=40",
+        "warmup_steps=5",
+        "save_every=20",
+        "evaluate_every=20",
+        "probe_every=20",
+        "validation_sequences=64",
+    ]
+    runs = ["--output", str(tmp_path / "runs")]
+    extra = {"first_model.py": ["--steps", "3"], "pretrain_and_compare.py": [*short, *runs]}[name]
     environment = {**os.environ, "PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     environment.pop("TRITON_INTERPRET", None)
     command = [sys.executable, ROOT / "examples" / name, *extra]

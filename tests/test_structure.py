@@ -102,6 +102,46 @@ def test_imports_point_one_way(name, path):
             assert fine or target in ALLOWED[home], f"{name} imports {target}"
 
 
+LINES, FUNCTION = 600, 80
+
+# files and functions that are longer, and why; the list only shrinks
+LONG_FILES = {
+    "src/softpick/ops": "the kernels' part of issue 15 is under way",
+    "src/softpick/analysis": "being taken apart",
+    "tests/test_triton.py": "moves with ops/",
+    "tests/test_triton_gpu.py": "moves with ops/",
+}
+LONG_FUNCTIONS = {
+    "src/softpick/ops": "a kernel is one function",
+    "src/softpick/analysis": "being taken apart",
+    "src/softpick/functional.py:scaled_dot_product_attention": "moves with ops/",
+    "src/softpick/functional.py:decode_attention": "moves with ops/",
+    "tests/test_metrics.py:brute": "every metric a second time, in plain loops",
+}
+FILES = [*ROOT.rglob("*.py"), *Path(__file__).parent.glob("*.py"), *(ROOT.parents[1] / "examples").glob("*.py")]
+
+
+def exempt(name, listed):
+    return any(name == entry or name.startswith((entry + "/", entry + ":")) for entry in listed)
+
+
+@pytest.mark.parametrize("path", sorted(FILES), ids=lambda path: path.relative_to(ROOT.parents[1]).as_posix())
+def test_files_and_functions_are_short(path):
+    """A function's docstring does not count."""
+    name = path.relative_to(ROOT.parents[1]).as_posix()
+    text = path.read_text(encoding="utf-8")
+    length = len(text.splitlines())
+    assert length <= LINES or exempt(name, LONG_FILES), f"{name} has {length} lines; expected at most {LINES}"
+    for node in ast.walk(ast.parse(text)):
+        if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            continue
+        lines = node.end_lineno - node.lineno + 1
+        if ast.get_docstring(node) is not None:
+            lines -= node.body[0].end_lineno - node.body[0].lineno + 1
+        short = lines <= FUNCTION or exempt(f"{name}:{node.name}", LONG_FUNCTIONS) or exempt(name, LONG_FUNCTIONS)
+        assert short, f"{name}:{node.lineno}: {node.name} has {lines} lines; expected at most {FUNCTION}"
+
+
 def test_import_needs_only_torch():
     code = (
         "import sys, softpick; "

@@ -164,39 +164,21 @@ def attention_forward(
             and whatever :func:`softpick.scaled_dot_product_attention` rejects.
     """
     norm = normalizer if isinstance(normalizer, Normalizer) else get_normalizer(normalizer)
+    options: dict[str, Any]
     paged = is_paged(kwargs)
     _check_arguments(module, norm, without_paged(kwargs) if paged else kwargs)
     sink = _sink(module, norm, s_aux)
     config = getattr(module, "config", None)
-    if is_causal is None:
-        is_causal = getattr(module, "is_causal", KIND_OF_MASKS.get(type(config)) != "eager")
-    is_causal = bool(is_causal)
+    default = getattr(module, "is_causal", KIND_OF_MASKS.get(type(config)) != "eager")
+    is_causal = bool(default if is_causal is None else is_causal)
     output_attentions = bool(output_attentions) or _attentions_recorded()
     if paged:
-        _check_paged(
-            module,
-            output_attentions=output_attentions or None,
-            attention_mask=attention_mask,
-            position_bias=position_bias,
-        )
-        out = attend_paged(
-            module,
-            query,
-            key,
-            value,
-            kwargs,
-            cu_seq_lens_q=cu_seq_lens_q,
-            cu_seq_lens_k=cu_seq_lens_k,
-            max_length_q=max_length_q,
-            scaling=scaling,
-            normalizer=norm,
-            softcap=softcap,
-            sink=sink,
-            sliding_window=sliding_window,
-            score_scale=score_scale,
-            output_gate=output_gate,
-        )
-        return out, None
+        refused = {"output_attentions": output_attentions or None, "attention_mask": attention_mask}
+        _check_paged(module, position_bias=position_bias, **refused)
+        options = {"cu_seq_lens_q": cu_seq_lens_q, "cu_seq_lens_k": cu_seq_lens_k, "max_length_q": max_length_q}
+        options |= {"scaling": scaling, "normalizer": norm, "softcap": softcap, "sink": sink}
+        options |= {"sliding_window": sliding_window, "score_scale": score_scale, "output_gate": output_gate}
+        return attend_paged(module, query, key, value, kwargs, **options), None
     assert not isinstance(cu_seq_lens_k, dict), "offsets by type of layer come from continuous batching"
     batch, _, tq, _ = query.shape
     # Without a mask transformers means: full attention for one query (decoding), else causal from the top left, also
@@ -214,7 +196,6 @@ def attention_forward(
     if sliding_window and attention_mask is None and tq > 1 and (packed or WITH_WINDOWS.get(type(config), False)):
         window = (sliding_window - 1, 0 if is_causal else sliding_window - 1)
 
-    options: dict[str, Any]
     packing = find_packing(
         batch, tq, tk, position_ids, cu_seq_lens_q, cu_seq_lens_k, max_length_q, is_causal, attention_mask
     )
@@ -229,17 +210,21 @@ def attention_forward(
 
     if score_scale is not None:
         n = visible_keys(tq, tk, attn_mask=attention_mask, is_causal=causal, window=window, device=query.device)
-        logs = n.clamp(min=1).float().log()
-        query = (query * (score_scale.view(-1, 1, 1) * logs[..., None])).to(query.dtype)
+        query = _by_length(query, score_scale, n)
     mask = _with_bias(attention_mask, position_bias, query.dtype)
     options = {"enable_gqa": query.shape[1] != key.shape[1], "window": window, "softcap": softcap, "sink": sink}
     options |= {"normalizer": norm, "return_weights": output_attentions}
     result: Any = scaled_dot_product_attention(query, key, value, mask, dropout, causal, scaling, **options)
-    out, weights = (result.output, result.weights) if isinstance(result, AttentionOutput) else (result, None)
-    out = out.transpose(1, 2).contiguous()
-    if output_gate is not None:
-        out = out * torch.sigmoid(output_gate)
-    return out, None if weights is None else weights.to(query.dtype)
+    found = result if isinstance(result, AttentionOutput) else AttentionOutput(result)
+    out = found.output.transpose(1, 2).contiguous()
+    out = out if output_gate is None else out * torch.sigmoid(output_gate)
+    return out, None if found.weights is None else found.weights.to(query.dtype)
+
+
+def _by_length(query: Tensor, score_scale: Tensor, n: Tensor) -> Tensor:
+    """Queries times ``score_scale * log n``, ``n`` the number of keys that each may see."""
+    logs = n.clamp(min=1).float().log()
+    return (query * (score_scale.view(-1, 1, 1) * logs[..., None])).to(query.dtype)
 
 
 def _with_bias(mask: Tensor | None, bias: Tensor | None, dtype: torch.dtype) -> Tensor | None:

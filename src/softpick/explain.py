@@ -14,6 +14,7 @@ from softpick.ops.arguments import (
     canonical_shapes,
     check_alignment,
     check_cache,
+    check_heads,
     check_lengths,
     check_offsets,
     check_qkv,
@@ -76,7 +77,7 @@ def explain_backend(
     dropout_p: float = 0.0,
     is_causal: bool | None = None,
     scale: float | None = None,
-    enable_gqa: bool = False,
+    enable_gqa: bool | None = None,
     *,
     normalizer: str | Normalizer = "softpick",
     backend: str = "auto",
@@ -110,7 +111,7 @@ def explain_backend(
         dropout_p: likewise.
         is_causal: likewise; None: that function's default (True for ``decode_attention``, else False).
         scale: likewise.
-        enable_gqa: likewise; only of ``scaled_dot_product_attention``.
+        enable_gqa: likewise; None: that function's default (False for ``scaled_dot_product_attention``, else True).
         normalizer: likewise.
         backend: likewise.
         causal_alignment: likewise; None: that function's default.
@@ -144,7 +145,7 @@ def explain_backend(
     if packed and (cu_seqlens_q is None or cu_seqlens_k is None):
         missing = "cu_seqlens_q" if cu_seqlens_q is None else "cu_seqlens_k"
         raise ValueError(f"{missing}: expected the starts of the sequences, because the other one is given; got None")
-    only_plain = {"attn_mask": attn_mask is not None, "enable_gqa": enable_gqa, "return_weights": return_weights}
+    only_plain = {"attn_mask": attn_mask is not None, "return_weights": return_weights}
     for name, given in only_plain.items():
         if given and (decode or packed):
             raise ValueError(f"{name}: packed sequences and decoding have no such argument")
@@ -157,8 +158,10 @@ def explain_backend(
         "sink": sink,
         "window": window,
     }
+    grouped = (decode or packed) if enable_gqa is None else enable_gqa
     if decode:
         causal = True if is_causal is None else is_causal
+        options["enable_gqa"] = grouped
         return _of_cache(query, key, value, cache_seqlens, block_table, causal, backend, options)
     options |= {
         "attn_mask": attn_mask,
@@ -171,13 +174,13 @@ def explain_backend(
     check_backend(backend)
     query, key, value = to_autocast_dtype(check_qkv(query, key, value, packed))
     if cu_seqlens_q is None or cu_seqlens_k is None:
-        return _of_attention(query, key, value, enable_gqa, None, backend, options)
+        return _of_attention(query, key, value, grouped, None, backend, options)
     longest = (
         check_offsets("cu_seqlens_q", cu_seqlens_q, query, max_seqlen_q, "max_seqlen_q"),
         check_offsets("cu_seqlens_k", cu_seqlens_k, key, max_seqlen_k, "max_seqlen_k"),
     )
     query, key, value = (x.transpose(0, 1) for x in (query, key, value))
-    return _of_attention(query, key, value, True, longest, backend, options)
+    return _of_attention(query, key, value, grouped, longest, backend, options)
 
 
 def _of_attention(
@@ -242,6 +245,7 @@ def _of_cache(
     if backend not in ("auto", "triton", "reference"):
         raise ValueError(f"backend: expected one of auto, triton, reference for decoding; got {backend!r}")
     room = check_cache(query, key, value, table)
+    check_heads(query, key.shape[1 if table is None else 2], options["enable_gqa"])
     query, key, value = to_autocast_dtype((query, key, value))
     if lengths is not None:
         check_lengths(lengths, query, room)

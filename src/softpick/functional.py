@@ -247,22 +247,8 @@ def scaled_dot_product_attention(
         cap = softcap or 0.0
         try:
             out, _ = decode(
-                q,
-                k,
-                v,
-                mask,
-                sink,
-                None,
-                None,
-                norm.text,
-                scale,
-                eps,
-                left,
-                right,
-                bottom_right,
-                cap,
-                options["backend"],
-            )
+                q, k, v, mask, sink, None, None, norm.text, scale, eps, left, right, bottom_right, cap, options["backend"]
+            )  # fmt: skip
         except KernelError as failure:
             fall_back(failure, "the kernels for long queries compute it instead")
             out, *_ = attention(q, k, v, **options)
@@ -586,22 +572,8 @@ def decode_attention(
         try:
             name = operator_name(named, backend)
             out, lse = decode(
-                query,
-                key,
-                value,
-                None,
-                sink,
-                cache_seqlens,
-                block_table,
-                norm.text,
-                scale,
-                eps,
-                left,
-                right,
-                True,
-                cap,
-                name,
-            )
+                query, key, value, None, sink, cache_seqlens, block_table, norm.text, scale, eps, left, right, True, cap, name
+            )  # fmt: skip
             return (out, lse) if return_lse else AttentionOutput(out, lse) if return_stats else out
         except KernelError as failure:
             if named == "triton":

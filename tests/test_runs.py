@@ -7,6 +7,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,7 +20,7 @@ from softpick.analysis import audit as audit_module
 from softpick.experiment import files
 from softpick.experiment.files import OutputError
 from softpick.experiment.progress import Silent
-from softpick.training import engine
+from softpick.training import engine, prepare
 from softpick.training.compare import Settings, SettingsError, compare
 from softpick.training.pretrain import train
 from softpick.training.recipes import RecipeError, get_recipe
@@ -270,6 +271,20 @@ def test_data_that_changed_under_a_run_are_refused_and_lost_ones_are_not_needed(
         (home / "away").rename(home / "one")
     assert says.has("is not there; the run goes on with the tokens that it has")
     assert weights(run) == weights(whole)
+
+
+def test_what_lies_beside_the_texts_is_no_source(tmp_path):
+    """Checkpoints of other runs in the folder of the data, and what a command is about to write there."""
+    names = ("one.txt", "other/checkpoints/optimizer.pt", "other/run.png", "busy/.softpick/lock", "busy/metrics.jsonl")
+    for name in (*names, "own/notes.txt"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("text")
+    of = SimpleNamespace(data=str(tmp_path))
+    assert [name for name, *_ in prepare._sources(of, tmp_path / "own")] == [str(tmp_path / "one.txt")]
+    (tmp_path / "own/notes.txt").unlink()
+    (tmp_path / "one.txt").rename(tmp_path / "train.tokens")  # no text: whatever is there
+    assert len(prepare._sources(of, tmp_path / "other")) == 3
+    assert prepare._sources(SimpleNamespace(data=str(tmp_path / "none")), tmp_path) is None
 
 
 def test_a_full_disk_is_a_sentence_and_the_run_goes_on(run, whole, recipe, monkeypatch):

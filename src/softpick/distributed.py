@@ -294,9 +294,9 @@ class _Carry:
         self.norm, self.eps = norm, eps
         # eps keeps the denominator of a part from denormal numbers where no constant does
         self.part_eps = eps if norm.constant == 0 else 0.0
-        self.sink = None if sink is None else sink.to(dtype).view(1, h, 1)
+        self.sink = None if sink is None else sink.double().view(1, h, 1)
         self.numerator = query.new_zeros(b, h, t, value.shape[-1], dtype=dtype)
-        self.denominator = query.new_zeros(b, h, t, dtype=dtype)
+        self.denominator = query.new_zeros(b, h, t, dtype=torch.float64)  # fp32 has no digits behind the point at 1e7
         self.level = torch.full_like(self.denominator, -torch.inf)
         self.largest = torch.full_like(self.denominator, -torch.inf)
 
@@ -317,7 +317,7 @@ class _Carry:
         level = torch.maximum(self.level[:, :, rows], lse)
         finite = torch.where(level == -torch.inf, 0.0, level)  # rows with a denominator of 0 so far
         factor, weight = torch.exp(self.level[:, :, rows] - finite), torch.exp(lse - finite)
-        numerator.mul_(factor[..., None]).addcmul_(out, weight[..., None])
+        numerator.mul_(factor[..., None]).addcmul_(out, weight[..., None].to(out.dtype))
         denominator.mul_(factor).add_(weight - self._constant(finite, largest, self.part_eps))
         self.level[:, :, rows] = level
         self.largest[:, :, rows] = torch.maximum(self.largest[:, :, rows], largest)
@@ -327,7 +327,7 @@ class _Carry:
         level = torch.where(self.level == -torch.inf, 0.0, self.level)
         total = self.denominator + self._constant(level, self.largest, self.eps)
         inverse = torch.where(total == 0, 0.0, 1.0 / torch.where(total == 0, 1.0, total))
-        return self.numerator * inverse[..., None], level + torch.log(total)
+        return self.numerator * inverse[..., None].to(self.numerator.dtype), level + torch.log(total)
 
 
 @torch.library.custom_op("softpick::ring_forward", mutates_args=())
@@ -344,7 +344,7 @@ def _ring_forward(
     softcap: float,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Output ``(B, H, Tq, Dv)`` and lse ``(B, H, Tq)`` of this rank's queries over the keys of all ranks.
+    """Output ``(B, H, Tq, Dv)`` and lse ``(B, H, Tq)``, fp64, of this rank's queries over the keys of all ranks.
 
     The third one is what the rounding of the output to 16 bits took away (empty for other dtypes): ``D = do . out`` of a row
     that sees few keys, divided by a small denominator, needs it.
@@ -377,7 +377,7 @@ def _(query: Tensor, key: Tensor, value: Tensor, *_: Any) -> tuple[Tensor, Tenso
     out = query.new_empty(b, h, t, value.shape[-1])
     return (
         out,
-        query.new_empty(b, h, t, dtype=dtype),
+        query.new_empty(b, h, t, dtype=torch.float64),
         query.new_empty(0) if dtype == query.dtype else torch.empty_like(out),
     )
 
@@ -400,12 +400,12 @@ def _ring_backward(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of query, key and value, and this rank's part of the sink's (empty without one)."""
-    ring = _Ring(group)
+    ring, dtype = _Ring(group), accumulation_dtype(query.dtype)
     if rest.numel():
-        out = out.to(lse.dtype) + rest
-    dquery = torch.zeros(query.shape, dtype=lse.dtype, device=query.device)
+        out = out.to(dtype) + rest
+    dquery = torch.zeros(query.shape, dtype=dtype, device=query.device)
     held = _pack(key, value)
-    gradients = torch.zeros(held.shape, dtype=lse.dtype, device=held.device)  # of what is held
+    gradients = torch.zeros(held.shape, dtype=dtype, device=held.device)  # of what is held
     moving: _Exchange | None = None
     for step in range(ring.size):
         source = (ring.rank - step) % ring.size
@@ -431,7 +431,7 @@ def _ring_backward(
     dkey, dvalue = _unpack(gradients, key, value)
     dsink = query.new_empty(0)
     if sink is not None:
-        delta = (grad_out.to(lse.dtype) * out.to(lse.dtype)).sum(-1)
+        delta = (grad_out.to(dtype) * out.to(dtype)).sum(-1)
         dsink = -(delta * torch.exp(sink.to(lse.dtype).view(1, -1, 1) - lse)).sum((0, 2)).to(sink.dtype)
     return _narrow(dquery, query), _narrow(dkey, key), _narrow(dvalue, value), dsink
 

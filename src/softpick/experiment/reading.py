@@ -27,7 +27,7 @@ from typing import Any, BinaryIO
 
 from softpick.experiment.files import SCRATCH
 
-__all__ = ["Corpus", "DataError", "check_text", "json_lines", "read_corpus"]
+__all__ = ["Corpus", "DataError", "check_text", "json_lines", "read_corpus", "text_files"]
 
 _TEXT = (".txt", ".md", ".rst", ".py", ".text")
 _LINES = (".jsonl", ".ndjson")
@@ -150,6 +150,16 @@ def _left_out(found: _Found) -> str:
     if found.folders:
         parts.append(f"{found.folders} linked {'folder' if found.folders == 1 else 'folders'} left out")
     return "; ".join(parts)
+
+
+def text_files(path: Path) -> list[Path]:
+    """The files that :func:`read_corpus` reads of a file or a directory, in its order; none where there are none."""
+    if not path.is_dir():
+        return [path] if path.is_file() else []
+    try:
+        return _files_below(path, _Found())
+    except (DataError, OSError):
+        return []
 
 
 def _files_below(path: Path, found: _Found) -> list[Path]:

@@ -203,8 +203,9 @@ def check_layers(model: PreTrainedModel, name: str) -> None:
         if own:
             raise ValueError(
                 f"attn_implementation: {path} ({type(module).__name__}) of {type(model).__name__} does not use transformers' "
-                f"AttentionInterface; it would compute softmax instead of {name!r}. A part of a model with a configuration of "
-                'its own can be given another implementation: attn_implementation={"text_config": ...}'
+                f"AttentionInterface; it would compute softmax instead of {name!r}. Parts of a model with a configuration of "
+                f'their own are chosen by name: attn_implementation={{"text_config": "{name}"}} leaves the others (a vision '
+                "tower) as they are"
             )
 
 

@@ -26,7 +26,7 @@ def block_forward(
     is_causal: bool,
     softcap: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Output, lse and largest score over these keys alone, all in the accumulation dtype: parts are not rounded twice."""
+    """Output and largest score over these keys alone in the accumulation dtype (parts are not rounded twice), lse in fp64."""
     b, h, t, _ = query.shape
     dtype = accumulation_dtype(query.dtype)
     out = query.new_empty(b, h, t, value.shape[-1], dtype=dtype)
@@ -44,13 +44,14 @@ def block_forward(
                 launch.forward(
                     spec, query, key, value, None, dense(sink), None, None, None, 0, out, lse, mass, largest
                 )  # fmt: skip
-            return out, lse, largest
+            return out, lse.double(), largest
         except KernelError as failure:
             if named == "triton":
                 raise
             fall_back(failure, TILES)
-    cpu.forward(spec, query, key, value, None, sink, out, lse, mass, largest)
-    return out, lse, largest
+    saved = torch.empty_like(lse), torch.empty_like(lse)
+    cpu.forward(spec, query, key, value, None, sink, out, lse, mass, largest, saved)
+    return out, cpu.to_lse(saved, lse, sink), largest
 
 
 def block_backward(
@@ -67,7 +68,7 @@ def block_backward(
     is_causal: bool,
     softcap: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of query, key and value from these keys, given ``out`` and ``lse`` over all keys.
+    """Gradients of query, key and value from these keys, given ``out`` and ``lse`` (fp64) over all keys.
 
     Nothing else of the other keys enters: with the denominator in ``lse`` and ``D = do . out`` the gradient is a sum over
     keys. In the accumulation dtype (``backward.py`` rounds each block to the inputs' dtype first).
@@ -83,13 +84,16 @@ def block_backward(
         try:
             with on_device_of(query):
                 launch.backward(
-                    spec, query, key, value, None, None, None, None, None, 0, 0, out, lse, grad_out, dquery, dkey, dvalue,
-                    None,
+                    spec, query, key, value, None, None, None, None, None, 0, 0, out, lse.to(dtype), grad_out, dquery, dkey,
+                    dvalue, None,
                 )  # fmt: skip
             return dquery, dkey, dvalue
         except KernelError as failure:
             if named == "triton":
                 raise
             fall_back(failure, TILES)
-    cpu.backward(spec, query, key, value, None, None, out, lse, grad_out, dquery, dkey, dvalue)
+    level, inverse = (x.to(dtype) for x in cpu.from_lse(spec, lse))
+    cpu.backward(
+        spec, query, key, value, None, None, out, lse.to(dtype), grad_out, dquery, dkey, dvalue, saved=(level, inverse)
+    )  # fmt: skip
     return dquery, dkey, dvalue

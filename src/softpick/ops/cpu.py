@@ -444,7 +444,7 @@ def backward(
         dv_j += f_j / l do        ds_j = E_j ([kept] dp_j - sign(s_j) D)        dsink = -D e^{sink - lse}
 
     Shapes as in :func:`forward`; ``grad_out`` as ``out``; ``dmask`` as ``mask`` (additive) in the dtype of ``lse``. Without
-    ``saved`` its place is taken by ``lse``, which has fewer bits where scores are large.
+    ``saved`` its place is taken by ``lse`` (:func:`from_lse`).
     """
     norm, dtype = spec.norm, lse.dtype
     tq, tk = query.shape[2], key.shape[2]
@@ -526,8 +526,22 @@ def _row_level(
     if saved is not None:
         level, inverse = (chunk.rows(x, i0, i1).reshape(chunk.n, rows, 1) for x in saved)
         return level, inverse
-    level = chunk.rows(lse, i0, i1).reshape(chunk.n, rows, 1)
-    empty = level == -math.inf
-    if not spec.exponential:
-        return torch.zeros_like(level), torch.where(empty, 0.0, torch.exp(-level))
-    return torch.where(empty, 0.0, level * LOG2E), torch.where(empty, 0.0, torch.ones_like(level))
+    level, inverse = from_lse(spec, chunk.rows(lse, i0, i1).reshape(chunk.n, rows, 1).double())
+    return level.to(lse.dtype), inverse.to(lse.dtype)
+
+
+def from_lse(spec: AttentionSpec, lse: Tensor) -> tuple[Tensor, Tensor]:
+    """``saved`` of :func:`forward`, of which the first is exact in fp32, from an ``lse`` in fp64."""
+    empty = lse == -math.inf
+    lse = torch.where(empty, 0.0, lse * LOG2E)
+    level = lse.float().to(lse.dtype) if spec.exponential else torch.zeros_like(lse)
+    return level, torch.where(empty, 0.0, torch.exp2(level - lse))
+
+
+def to_lse(saved: tuple[Tensor, ...], lse: Tensor, sink: Tensor | None) -> Tensor:
+    """``lse`` of :func:`forward` in fp64, from ``saved``: its own dtype has few bits behind the point of a large number."""
+    level, inverse = (x.double() for x in saved)
+    exact = torch.where(inverse == 0, -math.inf, (level - torch.log2(inverse)) / LOG2E)
+    if sink is not None:  # which may have no base-2 form
+        exact = torch.where(exact.isfinite(), exact, lse.double())
+    return exact

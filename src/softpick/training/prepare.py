@@ -22,7 +22,7 @@ from softpick.experiment.corpus import get_corpus, split_documents
 from softpick.experiment.files import digest, json_text, text_digest, writing
 from softpick.experiment.models import load_tokenizer
 from softpick.experiment.progress import Reporter, Silent
-from softpick.experiment.reading import DataError
+from softpick.experiment.reading import DataError, text_files
 from softpick.experiment.resume import Workspace, scratch
 from softpick.training.data import SequenceDataset, fingerprint, train_tokenizer
 from softpick.training.packed import TOKEN_FILES, copy_folder, describe, unpack
@@ -184,11 +184,15 @@ def _move(known: dict[str, list[str]], staged: Path, output: Path) -> None:
 
 
 def _sources(recipe: Recipe, output: Path) -> list[Any] | None:
-    """Names, sizes and times of the files that the data come from; None where there are none, or none any more."""
+    """Names, sizes and times of the files that the data come from; None where there are none, or none any more.
+
+    Those that are read as text, not whatever else lies beside them (another run's checkpoints); of a folder without text, which
+    holds token files, all.
+    """
     if recipe.data is None or recipe.data.startswith("hub:"):
         return None
     path, own = Path(recipe.data), output.resolve()
-    files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
+    files = text_files(path) or sorted(p for p in path.rglob("*") if p.is_file())
     kept = [p for p in files if own not in p.resolve().parents]
     return [[str(p), p.stat().st_size, p.stat().st_mtime_ns] for p in kept] or None
 

@@ -107,9 +107,9 @@ def grid(
         help="Comma-separated: a normalizer, followed by any of +gate, +scale and +FIELD=VALUE, for example "
         "softpick+scale+gate or softmax+learning_rate=1e-3.",
     ),
-    seeds: str = Option("0", metavar="0,1,2", help="Each variant is trained with each of them."),
+    seeds: str = Option("0", metavar="0,1,2", help="Seeds; each variant is trained with each."),
     share: str = Option("1/1", metavar="I/N", help="Train every Nth run from the Ith on: a process for each GPU."),
-    minutes: float = Option(None, help="After them the run in progress stops at a checkpoint."),
+    minutes: float = Option(None, help="Minutes after which the run in progress stops at a checkpoint."),
     output: str = Option(None, metavar=OUTPUT, help="Folder of the grid.  [default: softpick-grid-RECIPE]"),
     device: str = Option("auto", help=DEVICES),
 ) -> None:

@@ -81,7 +81,7 @@ def convert(
         settings: what is converted, and how.
         output: folder of the run.
         command: as typed, for the report.
-        reporter: told what happens.
+        reporter: gets progress and messages.
         stop: asked during training whether to stop at a checkpoint.
 
     Returns:

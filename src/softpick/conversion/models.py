@@ -33,7 +33,7 @@ def load_teacher(settings: ConvertSettings, reporter: Reporter) -> Subject:
 
     Args:
         settings: name and device.
-        reporter: told what happens.
+        reporter: gets progress and messages.
 
     Raises:
         ModelError: no such model, or no causal language model.

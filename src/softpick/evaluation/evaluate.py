@@ -57,7 +57,7 @@ def evaluate(
 
     Args:
         settings: what and on what.
-        reporter: told what happens.
+        reporter: gets progress and messages.
         command: as typed, for the report.
         state: folder in which finished parts are left, and from which the same evaluation takes them. Only files that begin
             with ``evaluate-`` are written, and :func:`forget` removes them.

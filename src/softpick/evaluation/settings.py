@@ -54,17 +54,17 @@ class EvaluateSettings:
     )
     passkey_prompts: int = setting(50, "Prompts of each length.")
     perplexity: bool = setting(True, "Perplexity by position.")
-    data: str | None = setting(None, f"Its text. {FILES}", metavar="PATH", shown=OWN_TEXT)
+    data: str | None = setting(None, f"Text for the perplexity. {FILES}", metavar="PATH", shown=OWN_TEXT)
     text_field: str = setting("text", TEXT_FIELD)
-    samples: int = setting(32, "Its sequences.")
+    samples: int = setting(32, "Sequences for the perplexity.")
     sequence_length: int | None = setting(
         None,
-        "Tokens of one, BOS included.",
+        "Tokens of such a sequence, BOS included.",
         shown="twice the first model's positions, at most 8192; no more than it has where their embeddings are learned",
     )
-    bins: int = setting(16, "Ranges of positions.")
+    bins: int = setting(16, "Ranges of positions, each with a perplexity.")
     batch_size: int = setting(8, "Sequences a forward pass.")
-    seed: int = setting(0, "Of passkeys, few-shot examples and standard errors.")
+    seed: int = setting(0, "Seed of passkeys, few-shot examples and standard errors.")
     attn_implementation: str | None = setting(None, ATTENTION, metavar="NAME", shown="the model's own")
     device: str = setting("auto", DEVICES)
     dtype: str = setting("auto", DTYPE)

@@ -147,7 +147,7 @@ def run_tasks(
         batch_size: sequences a forward pass.
         num_fewshot: examples in front of each question; None is the task's own number, 0 for these five.
         seed: of the choice of examples and of the resampling for standard errors.
-        reporter: told what happens.
+        reporter: gets progress and messages.
 
     Returns:
         For each task the harness's numbers by plain names: ``acc`` and ``acc_norm`` (fractions), ``perplexity``,

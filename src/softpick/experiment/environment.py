@@ -1,4 +1,4 @@
-"""What a result was made with: hardware, versions, the command. It stands beside every figure that is kept."""
+"""What a result was made with (hardware, versions, the command), for every figure that is kept."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a file, a disk, a signal or a mistake does to a command, in one sentence. Needs no torch.
+"""Errors of commands (files, disks, signals, mistakes) as one sentence each. Needs no torch.
 
 :func:`told` is put around every command, :func:`process` around the whole program. ``SOFTPICK_TRACEBACK=1`` in the environment
 shows where an error came from as well.
@@ -158,7 +158,7 @@ def process() -> Iterator[None]:
 
 
 def _replace_closed_streams() -> None:
-    """Where a stream was closed before the start, nothing is read or written; its number is taken, lest a file get it."""
+    """Open the null device for a stream that was closed before the start, so that no file gets its descriptor."""
     for number, name in enumerate(("stdin", "stdout", "stderr")):
         if getattr(sys, name) is None:
             handle = os.open(os.devnull, os.O_RDWR)  # the lowest number that is free

@@ -90,7 +90,7 @@ class Subject:
 
     @property
     def normalizer(self) -> str:
-        """Its name, or that of an attention function that somebody else registered."""
+        """Name of its normalizer, or of an attention function that another package registered."""
         from softpick.integrations.transformers import normalizer_of
 
         try:
@@ -164,7 +164,7 @@ def load_subject(
 
     Args:
         name: a hub name, a directory that transformers saved, or a GGUF file.
-        reporter: told when another attention function stands in.
+        reporter: gets a message when another attention function is used.
         device: where the model runs.
         dtype: one of :data:`DTYPES`.
         attn_implementation: of transformers or softpick; None is the model's own.

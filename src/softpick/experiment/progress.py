@@ -1,4 +1,4 @@
-"""Who is told how far long work is. ``rich.progress`` and a plain log both fit."""
+"""Reporters: what shows the progress and the messages of long work, on a terminal or in a log."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class Titled:
     """A reporter whose lines and bars begin with what they are about.
 
     Args:
-        reporter: is told.
+        reporter: gets them.
         title: comes first.
         says: whether it also passes on lines, and not bars alone.
     """

@@ -1,7 +1,7 @@
 """The output folder of a command: one process owns it, and nothing in it is replaced that softpick did not write.
 
 While a command works, ``.softpick/`` in its output folder holds the lock and everything that is not finished. Outputs are
-written there, their digests are recorded, and then they are moved to their places, the one that marks the end last.
+written there, their digests are recorded, and then they are moved into the folder, the one that marks the end last.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ class Ledger:
         write_json(self.path, whole | {"files": files})
 
     def knows(self, name: str, path: Path) -> bool:
-        """Whether softpick wrote what lies at ``path`` under this name, and nobody changed it since."""
+        """True if softpick wrote the file at ``path`` under this name and it is unchanged since."""
         known = self.read().get(name, [])
         return bool(known) and digest(path) in known
 

@@ -31,7 +31,7 @@ class Job:
         group: neighbouring inputs of an output that share a scale.
         calibration: ``(N, T)`` token ids, for methods that look at activations.
         folder: a new folder in which the quantized model is saved.
-        reporter: told what happens.
+        reporter: gets progress and messages.
         trust_remote_code: Python code that comes with the model may run.
     """
 
@@ -145,7 +145,7 @@ def _bits_per_weight(job: Job, model: Any, found: Verification) -> float:
 
 @contextmanager
 def _apart(log: Path) -> Iterator[None]:
-    """What libraries print goes to a file, so that it stands in nobody's way and can still be read.
+    """Send what libraries print to a file.
 
     Also what their compilers and loggers write: those know the file descriptors only.
     """

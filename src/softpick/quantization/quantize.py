@@ -89,7 +89,7 @@ def quantize(
         settings: what, how and on what.
         output: folder in which finished cells are left (files that begin with ``quantize-``), from which the same call goes
             on, and which :func:`forget` cleans; also what the quantizers print (``*.log``) and, if kept, their models.
-        reporter: told what happens.
+        reporter: gets progress and messages.
         command: as typed, for the report.
 
     Returns:
@@ -320,7 +320,7 @@ class _Run:
 
     @contextmanager
     def _rounded(self, cell: Cell) -> Iterator[tuple[Subject, dict[str, Any | Callable[[], Any]]]]:
-        """The model rounded in the way of a cell, and what else is told of it (a function is called after evaluating)."""
+        """The model rounded in the way of a cell, and what the report adds (functions are called after the evaluation)."""
         calibration, _ = self.sequences
         subject, batches = self.subject, calibration.split(self.settings.batch_size)
         if cell.kind == "weights":

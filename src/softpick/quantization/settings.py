@@ -53,7 +53,7 @@ class QuantizeSettings:
     )
     bits: tuple[int, ...] | None = setting(
         None,
-        f"Of a weight, comma-separated; {_bits()}.",
+        f"Bits of a weight, comma-separated; {_bits()}.",
         shown="those of 2,3,4,8",
     )
     activations: tuple[str, ...] = setting(
@@ -80,7 +80,7 @@ class QuantizeSettings:
     limit: int | None = setting(None, LIMIT, shown="all")
     data: str | None = setting(
         None,
-        f"For perplexity and calibration. {FILES}",
+        f"Text for perplexity and calibration. {FILES}",
         note="Calibration uses one part of the documents, perplexity the rest.",
         metavar="PATH",
         shown=OWN_TEXT,
@@ -91,10 +91,10 @@ class QuantizeSettings:
         64, f"Sequences that {', '.join(_CALIBRATED)} and the scales of -tensor look at."
     )
     sequence_length: int | None = setting(
-        None, "Tokens of one, BOS included.", shown="the fewest positions of a model, at most 2048"
+        None, "Tokens of a sequence, BOS included.", shown="the fewest positions of a model, at most 2048"
     )
     batch_size: int = setting(8, "Sequences a forward pass.")
-    seed: int = setting(0, "Of few-shot examples and standard errors.")
+    seed: int = setting(0, "Seed of few-shot examples and standard errors.")
     attn_implementation: str | None = setting(None, ATTENTION, metavar="NAME", shown="the model's own")
     device: str = setting("auto", DEVICES)
     dtype: str = setting("auto", DTYPE)

@@ -104,7 +104,7 @@ def choose(folder: Path, run: str, say: Callable[[str], None]) -> Path | None:
     Args:
         folder: of the checkpoints.
         run: what identifies the run.
-        say: is told of newer ones that cannot be used.
+        say: called with a sentence about newer ones that cannot be used.
     """
     flaws = []
     chosen = None

@@ -79,7 +79,7 @@ def compare(
         output: folder of the run; one that holds an unfinished run of the same settings is continued.
         fresh: start anew; a run that is there is renamed, never deleted.
         command: as typed, for the report.
-        reporter: told what happens.
+        reporter: gets progress and messages.
         stop: asked during training whether to stop at a checkpoint.
 
     Returns:

@@ -515,7 +515,7 @@ def train(
         tokenizer: saved with every checkpoint.
         evaluation_data: for the evaluations during training; by default ``validation_data``.
         stop: asked after every logged step; listens to SIGINT and SIGTERM while training.
-        progress: told at every logged step.
+        progress: updated at every logged step.
         collator: items of the data into a batch.
         callbacks: more of them.
         speed: measures, for the log lines.
@@ -523,7 +523,7 @@ def train(
         export: folder for the trained weights, gathered from all ranks.
         groups: makes the optimizer's parameter groups of the model; by default the Trainer's own, with and without decay.
         run: what identifies the run; checkpoints of another one are not resumed from.
-        say: is told of checkpoints that cannot be resumed from; by default it is a warning.
+        say: called with a sentence about each checkpoint that cannot be resumed from; by default a warning.
 
     Raises:
         OutputError: the disk refuses a checkpoint or the weights; the run can be continued.

@@ -123,7 +123,7 @@ def grid(
         share: ``(i, n)`` trains only runs ``i``, ``i + n``, ... (from 1), for ``n`` processes with a GPU each.
         minutes: after them the run in progress stops at a checkpoint.
         command: as typed, for the rows.
-        reporter: told what happens.
+        reporter: gets progress and messages.
         stop: asked during training whether to stop at a checkpoint.
 
     Returns:
@@ -239,7 +239,7 @@ def _deadline(stop: StopRequest, minutes: float | None) -> Iterator[None]:
 
 
 def read_rows(output: str | Path, reporter: Reporter | None = None) -> list[dict[str, Any]]:
-    """The rows of a grid's ``results.jsonl``, one a run. A line that a kill cut short is none; ``reporter`` is told of it."""
+    """The rows of a grid's ``results.jsonl``, one a run. Lines that are cut short do not count; ``reporter`` is warned."""
     path = Path(output) / "results.jsonl"
     if not path.exists():
         return []

@@ -80,7 +80,7 @@ def write_grid_report(folder: str | Path, rows: Sequence[Mapping[str, Any]], exp
         folder: of the grid.
         rows: at least one, as ``softpick.training.grid.read_rows`` gives them.
         expected: runs of the whole grid.
-        reporter: told where matplotlib is missing.
+        reporter: gets a message where matplotlib is missing.
 
     Returns:
         The report.

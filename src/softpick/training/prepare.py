@@ -69,7 +69,7 @@ def prepare(
         work: the folder as its owner has it; None on the other ranks, for which the data are there.
         config: what ``config.json`` holds; None where there is none.
         about: what ``config.json`` says of the run besides its data.
-        reporter: told what happens.
+        reporter: gets progress and messages.
         trust_remote_code: Python code that comes with the recipe's tokenizer may run.
         tokens: folder with a tokenizer and token files of the same data, which need not be tokenised again.
 

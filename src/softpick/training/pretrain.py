@@ -81,7 +81,7 @@ def train(
         tokens: folder with ``tokenizer/``, ``train.tokens`` and ``validation.tokens`` of the same data, made by another run:
             they are used instead of tokenising the text again.
         command: as typed, for the model card.
-        reporter: told what happens; under torchrun only rank 0's is.
+        reporter: gets progress and messages; under torchrun only rank 0's is.
         stop: asked during training whether to stop at a checkpoint.
 
     Returns:
@@ -472,7 +472,7 @@ def _log_callback(log: _Metrics, parallel: str) -> Any:
 
 
 def _check_sharded(model: torch.nn.Module) -> None:
-    """Where accelerate cannot shard it falls back to DistributedDataParallel, and says nothing."""
+    """Raise where accelerate fell back to DistributedDataParallel without a message because it could not shard."""
     from torch.distributed.tensor import DTensor
 
     if not any(isinstance(parameter, DTensor) for parameter in model.parameters()):

@@ -77,18 +77,18 @@ class Settings:
     data: str | None = setting(None, FILES, metavar="PATH", shown=OWN_TEXT)
     text_field: str = setting("text", TEXT_FIELD)
     seeds: tuple[int, ...] = setting(
-        (0,), "Of initial weights and data order; each normalizer is trained once for each.", option=None
+        (0,), "Seeds of initial weights and data order; each normalizer is trained once for each.", option=None
     )
     steps: int = _of_task("steps", "Training steps.")
-    layers: int = _of_task("layers")
+    layers: int = _of_task("layers", "Decoder layers.")
     heads: int = _of_task("heads", "Attention heads a layer.")
-    width: int = _of_task("width", "Of the residual stream.")
+    width: int = _of_task("width", "Width of the residual stream.")
     sequence_length: int = _of_task("sequence_length", "Tokens a sequence, BOS included.")
     batch_size: int = _of_task("batch_size", "Sequences a step.")
-    learning_rate: float = _of_task("learning_rate", note="The largest one; a cosine takes it to 10 %.")
+    learning_rate: float = _of_task("learning_rate", "Largest learning rate; a cosine takes it to 10 %.")
     warmup_steps: int = _of_task("warmup_steps", "Steps of linear warm-up.", note="At most ``steps``.")
-    weight_decay: float = _of_task("weight_decay", note="Of AdamW.")
-    vocab_size: int = _of_task("vocab_size", "Of the byte-level BPE.")
+    weight_decay: float = _of_task("weight_decay", "Weight decay of AdamW.")
+    vocab_size: int = _of_task("vocab_size", "Entries of the byte-level BPE.")
     device: str = setting("auto", DEVICES)
 
     @classmethod

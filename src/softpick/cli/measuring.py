@@ -43,6 +43,7 @@ def analyze(
     what that costs and what to do; and write a report.
     """
     require("transformers", "numpy", extra="analyze")
+    os.environ.setdefault("TQDM_DISABLE", "1")  # bars of transformers' GGUF reader, which its own switch does not reach
     from softpick.analysis import write_report
     from softpick.analysis.audit import audit, forget
     from softpick.experiment.files import write_json, writing

@@ -6,6 +6,7 @@ of softpick must know about it. :mod:`softpick.quantization.apply` quantizes by 
 
 from __future__ import annotations
 
+import math
 import os
 import warnings
 from collections.abc import Callable, Iterator
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 
     from softpick.quantization.apply import Job
 
-__all__ = ["METHODS", "Method", "distributions", "grouping", "load_hqq", "loggers"]
+__all__ = ["METHODS", "Method", "distributions", "fitting_group", "grouping", "load_hqq", "loggers"]
 
 
 @dataclass(frozen=True)
@@ -86,6 +87,17 @@ def _inner(job: Job) -> dict[str, tuple[int, int]]:
         rows, columns = module.weight.shape
         found[name] = (columns, rows) if type(module).__name__ == "Conv1D" else (rows, columns)
     return found
+
+
+def fitting_group(model: Any) -> int:
+    """The group size that is used where none is given: 64, or the largest power of two below that divides all inputs."""
+    from softpick.quantization.verify import inner_layers
+
+    widths = (
+        module.weight.shape[0 if type(module).__name__ == "Conv1D" else 1] for module in inner_layers(model).values()
+    )
+    common = math.gcd(*widths)
+    return min(64, common & -common) or 64
 
 
 def _group_divides(job: Job) -> None:

@@ -37,7 +37,7 @@ from softpick.experiment.rounding import quantized_activations, quantized_cache
 from softpick.quantization.apply import Job
 from softpick.quantization.apply import check as check_weights
 from softpick.quantization.apply import quantize as quantize_weights
-from softpick.quantization.methods import METHODS, distributions
+from softpick.quantization.methods import METHODS, distributions, fitting_group, grouping
 from softpick.quantization.plots import figure_of
 from softpick.quantization.settings import QuantizeSettings
 from softpick.quantization.verify import QuantizationError, linear_layers, quiet_libraries
@@ -261,6 +261,7 @@ class _Run:
             "parameters": parameters,
             "vocabulary": len(subject.tokenizer),
             "dtype": str(subject.model.dtype).removeprefix("torch."),
+            "group_size": self.settings.group_size or fitting_group(subject.model),
             "linear_share": inner / max(1, parameters - sum(ends.values())),
             "sequence_length": self.length,
             "sequences": len(held),
@@ -277,7 +278,7 @@ class _Run:
                     raise QuantizationError(f"{self.title}, {cell.title}: {error}") from error
 
     def _job(self, cell: Cell, folder: Path) -> Job:
-        group = self.settings.group_size or 64
+        group = self.settings.group_size or fitting_group(self.subject.model)
         trusted = self.settings.trust_remote_code
         return Job(self.subject, cell.bits, group, self.sequences[0], folder, self.reporter, trusted)
 
@@ -493,6 +494,11 @@ def _notes(title: str, about: dict[str, Any], found: list[dict[str, Any]]) -> li
         notes.append(
             f"{title}: only {100 * about['linear_share']:.1f} % of the parameters besides the vocabulary's are in linear "
             "layers; the others (experts that are one tensor, say) are in no way rounded."
+        )
+    if about["group_size"] < 64 and any(cell["kind"] == "weights" and cell["method"] in grouping() for cell in found):
+        notes.append(
+            f"{title}: groups of {about['group_size']} weights share a scale. Without --group-size it is 64, or the largest "
+            "power of two that divides the inputs of every layer; smaller groups have more scales to store."
         )
     for cell in found:
         if cell["kind"] == "kv_cache":

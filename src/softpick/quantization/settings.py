@@ -71,7 +71,7 @@ class QuantizeSettings:
         None,
         f"Weights that share a scale ({', '.join(grouping())}).",
         note="They are neighbouring inputs of an output.",
-        shown="64",
+        shown="64, or the largest power of two that divides every layer's inputs",
     )
     tasks: tuple[str, ...] = setting(
         (), "Comma-separated, as for `softpick evaluate`.", metavar="NAMES", words={"none": ()}

@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 VLLM := .vllm
 
-.PHONY: demo test test-real lint docs bench matrix mutants versions extras vllm-test package hub-kernel clean
+.PHONY: demo test test-real lint docs bench matrix mutants versions extras serving-test vllm-test package hub-kernel clean
 
 demo: $(VENV)/.compare
 	$(BIN)/softpick compare --output runs/demo
@@ -38,6 +38,10 @@ mutants: $(VENV)/.ready
 # all kernels with four Tritons for seven GPUs, without one: about half an hour; finished cells are kept in .matrix
 matrix: $(VENV)/.ready
 	$(BIN)/python tests/matrix.py
+
+# softpick serve, with the five commands of docs/serving.md as they stand there
+serving-test: $(VENV)/.ready
+	SOFTPICK_LONG=1 $(BIN)/python -m pytest tests/test_serving.py
 
 # the tests with other versions of Python, torch, transformers and torchtitan; finished rows are kept in .environments
 versions: $(VENV)/.ready

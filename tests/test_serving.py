@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import gc
 import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
 import threading
 import time
 import urllib.error
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import torch
@@ -247,6 +253,39 @@ def test_softmax_model(folder):
         client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
         answer = client.completions.create(model=folder, prompt="def keep", max_tokens=9)
     assert answer.choices[0].text == subject.tokenizer.decode(expected, skip_special_tokens=True)
+
+
+@pytest.mark.skipif(not os.environ.get("SOFTPICK_LONG"), reason="trains a model and starts a server: make serving-test")
+def test_five_commands(tmp_path):
+    """Those of docs/serving.md, but the installation, with fewer steps, a free port and an end."""
+    if shutil.which("curl") is None:
+        pytest.skip("needs curl")
+    page = (Path(__file__).parent.parent / "docs" / "serving.md").read_text(encoding="utf-8")
+    install, train, serve, health, ask = page.split("```bash\n")[1].split("```")[0].strip().splitlines()
+    assert "softpick[serve]" in install
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    lines = [
+        train.replace("tiny_cpu ", "tiny_cpu steps=2 "),
+        serve,
+        "trap 'kill $!; wait' EXIT",
+        health,
+        "echo",
+        ask,
+    ]
+    command = tmp_path / "softpick"  # its process is the one that is ended
+    command.write_text(f'#!/bin/sh\nexec "{sys.executable}" -m softpick "$@"\n', encoding="utf-8")
+    command.chmod(0o755)
+    program = f'PATH="{tmp_path}:$PATH"\n' + "\n".join(lines).replace("8000", port)
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(
+        ["bash", "-ec", program], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    healthy, answer = done.stdout.strip().splitlines()[-2:]
+    assert json.loads(healthy) == {"status": "ok"}
+    assert 0 < json.loads(answer)["usage"]["completion_tokens"] <= 16
 
 
 def test_refused_before_serving(folder, served, monkeypatch):

@@ -51,7 +51,7 @@ def test_the_audit_says_it_first():
 
 
 def test_the_audit_does_not_need_the_trainer():
-    """The extra ``gguf`` has neither accelerate nor pyarrow."""
+    """The extra ``analyze`` has neither accelerate nor pyarrow."""
     pytest.importorskip("transformers")
     code = (
         "import sys, softpick.analysis.audit, softpick.cli.console, softpick.experiment.stopping; "

@@ -67,6 +67,31 @@ PATCHES: Mapping[str, Patch] = {
             **_TRANSFORMERS,
         ),
         Patch(
+            place="transformers.generation.continuous_batching.continuous_api:ContinuousBatchingManager.switch_to_cb_friendly_attn",
+            source="dbb1a528a7185c86",
+            why="Continuous batching keeps our implementations; transformers refuses names without 'flash', or switches "
+            "the model to FlashAttention's softmax.",
+            **_TRANSFORMERS,
+        ),
+        Patch(
+            place="transformers.generation.continuous_batching.initialization:ensure_decode_fast_path_is_available",
+            source="ed1080444ab8a449",
+            why="Our functions read a block table; transformers gives one to names with 'flash' only.",
+            **_TRANSFORMERS,
+        ),
+        Patch(
+            place="transformers.generation.continuous_batching.initialization:is_flash_attention_requested",
+            source="dcb8fd04fe328b5c",
+            why="Our functions need no mask in continuous batching, so graphs may be used; transformers asks for a name.",
+            **_TRANSFORMERS,
+        ),
+        Patch(
+            place="transformers.generation.continuous_batching.cache:is_flash_attention_requested",
+            source="dcb8fd04fe328b5c",
+            why="Our functions need no mask in continuous batching, so no memory is kept for one; transformers asks the name.",
+            **_TRANSFORMERS,
+        ),
+        Patch(
             place="transformers.masking_utils:_preprocess_mask_arguments",
             source="df23eb733c6e49fa",
             why="Packed sequences are found in position ids for our implementations, too; transformers asks for the names of "

@@ -20,12 +20,13 @@ import torch
 import transformers
 from torch import Tensor, nn
 from transformers.generation.continuous_batching import cache as cb_cache
-from transformers.generation.continuous_batching import continuous_api, initialization
+from transformers.generation.continuous_batching import initialization
 
 from softpick.functional import decode_attention, varlen_attention
+from softpick.integrations.patches import original, replace
 from softpick.normalizers import Normalizer
 
-__all__ = ["PATCHED", "attend_paged", "install", "is_paged", "without_paged"]
+__all__ = ["attend_paged", "install", "is_paged", "without_paged"]
 
 _ONLY_HERE = frozenset(
     {
@@ -175,9 +176,6 @@ def _scaled(query: Tensor, score_scale: Tensor, offsets_q: Tensor, offsets_k: Te
 # ---------------------------------------------------------------------------------------------------------------------
 # What transformers decides by names
 
-PATCHED: dict[str, Callable[..., Any]] = {}
-"""The functions of transformers that :func:`install` replaced, by name; ``tests/test_serving.py`` knows their code."""
-
 
 def install(ours: Callable[[Any], bool]) -> None:
     """Let continuous batching take our implementations as they are. Repeatable.
@@ -190,18 +188,19 @@ def install(ours: Callable[[Any], bool]) -> None:
     Args:
         ours: whether a configuration has one of our implementations.
     """
-    if PATCHED:
-        return
-    manager = continuous_api.ContinuousBatchingManager
-    PATCHED["ContinuousBatchingManager.switch_to_cb_friendly_attn"] = manager.switch_to_cb_friendly_attn
-    PATCHED["ensure_decode_fast_path_is_available"] = initialization.ensure_decode_fast_path_is_available
-    PATCHED["is_flash_attention_requested"] = initialization.is_flash_attention_requested
-    manager.switch_to_cb_friendly_attn = _kept(manager.switch_to_cb_friendly_attn, ours)
-    initialization.ensure_decode_fast_path_is_available = _with_pages(
-        initialization.ensure_decode_fast_path_is_available, ours
-    )
-    for module in (initialization, cb_cache):
-        module.is_flash_attention_requested = _needs_no_mask(module.is_flash_attention_requested, ours)
+    for place, wrap in (
+        (
+            "transformers.generation.continuous_batching.continuous_api:ContinuousBatchingManager.switch_to_cb_friendly_attn",
+            _kept,
+        ),
+        (
+            "transformers.generation.continuous_batching.initialization:ensure_decode_fast_path_is_available",
+            _with_pages,
+        ),
+        ("transformers.generation.continuous_batching.initialization:is_flash_attention_requested", _needs_no_mask),
+        ("transformers.generation.continuous_batching.cache:is_flash_attention_requested", _needs_no_mask),
+    ):
+        replace(place, wrap(original(place), ours))
 
 
 def _kept(switch: Callable[..., None], ours: Callable[[Any], bool]) -> Callable[..., None]:

@@ -59,6 +59,7 @@ _COMPILED = ["test_function.py", "test_attention.py", "-k", "compile or opcheck"
 _TO_TRITON = "triton|Triton|rows|Rows|decode|few_queries|_options|_dense|_on:|interpreted|_empty_outputs|block_"
 _TRITON = [
     "test_triton.py",
+    "test_triton_functions.py",
     "-k",
     "few or layout or half or transform or second or auto or cannot or refuse or beyond or map",
 ]

@@ -1,0 +1,230 @@
+"""Decoding by the Triton kernels on a GPU, contiguous and from pages, against the reference in fp64."""
+
+import math
+
+import pytest
+import torch
+from triton_gpu_cases import (
+    BF16,
+    DEVICE,
+    FP16,
+    FP32,
+    NAMES,
+    TOLERANCE,
+    attend,
+    exact,
+    for_hopper,
+    inputs,
+    paged,
+    relative,
+    sink_for,
+)
+
+from softpick import decode_attention
+
+pytestmark = pytest.mark.gpu
+
+
+# ------------------------------------------------------------------------------------------------------------- decoding
+
+
+@pytest.mark.parametrize("how", ["contiguous", "lengths", "static mask", "pages of 16", "pages of 64"])
+@pytest.mark.parametrize("name", NAMES)
+def test_decoding(name, how, poisoned):
+    tq = 1 + NAMES.index(name) % 3
+    q, k, v = (t.detach() for t in inputs((3, 8, 2, tq, 960, 128, 128), BF16))
+    lengths = torch.tensor([960, 517, 3], device=DEVICE, dtype=torch.int32)
+    sink = sink_for(name, 8)
+    common = {"normalizer": name, "return_lse": True}
+    with torch.no_grad():
+        true = exact(q, k, v, sink)
+        seqlens = None if how == "contiguous" else lengths
+        want, want_lse = decode_attention(*true[:3], cache_seqlens=seqlens, sink=true[3], backend="reference", **common)
+        if how == "static mask":
+            j, i = torch.arange(960, device=DEVICE), torch.arange(tq, device=DEVICE)[:, None]
+            mask = j <= lengths[:, None, None, None] - tq + i
+            got = attend(q, k, v, mask, sink, normalizer=name)
+            assert relative(got, want) < 1e-2
+            return
+        table = None
+        if how.startswith("pages"):
+            page = int(how.split()[-1])
+            (k, table), (v, _) = paged(k, page), paged(v, page)
+        got, lse = decode_attention(q, k, v, cache_seqlens=seqlens, block_table=table, sink=sink, **common)
+    assert relative(got, want) < 1e-2
+    assert relative(lse, want_lse) < 1e-3
+
+
+@pytest.mark.parametrize("page", [16, 64])
+@pytest.mark.parametrize("name", NAMES)
+def test_pages_that_do_not_exist_are_masked(name, page, monkeypatch, poisoned):
+    """By the portable kernel and (pages of 64) the one for Hopper GPUs; looked at beforehand with SOFTPICK_DEBUG=1 only."""
+    from softpick.ops.triton import launch
+
+    monkeypatch.setattr(launch, "_FEWEST_CACHED", 0)
+    q, k, v = (t.detach() for t in inputs((3, 8, 2, 2, 960, 128, 128), BF16))
+    (k, table), (v, _) = paged(k, page), paged(v, page)
+    table[0, 1], table[1, 0], table[1, 2], table[1, -1] = -1, k.shape[0], 2**31 - 1, -(2**31)
+    table[2] = -1
+    sink = sink_for(name, 8)
+    common = {"normalizer": name, "return_lse": True, "block_table": table}
+    with torch.no_grad():
+        true = exact(q, k, v, sink)
+        want, want_lse = decode_attention(*true[:3], sink=true[3], backend="reference", **common)
+        got, lse = decode_attention(q, k, v, sink=sink, backend="triton", **common)
+        assert relative(got, want) < 1e-2
+        assert relative(lse, want_lse) < 1e-3
+        monkeypatch.setenv("SOFTPICK_DEBUG", "1")
+        with pytest.raises(ValueError, match="got -1 for block 1 of sequence 0"):
+            decode_attention(q, k, v, sink=sink, backend="triton", **common)
+
+
+@pytest.mark.parametrize("width", [64, 128])
+def test_scores_and_sink_far_below_zero(width, monkeypatch, poisoned):
+    """Nothing underflows, by whichever kernels: forward, backward and decoding."""
+    from softpick.ops.triton import launch
+
+    monkeypatch.setattr(launch, "_FEWEST_CACHED", 0)
+    monkeypatch.setattr(launch, "_FEWEST_FORWARD", 0)
+    q, k, v = inputs((1, 4, 4, 300, 1024, width, width), BF16)
+    level = torch.tensor([-300.0, -200.0, -150.0, 0.0], device=DEVICE)
+    with torch.no_grad():
+        q.fill_(1.0)
+        k += level[:, None, None] / width
+    sink = (level + torch.tensor([9.0, 0.0, -70.0, 1.0], device=DEVICE)).requires_grad_()
+    options = {"normalizer": "learned_sink", "scale": 1.0, "is_causal": True, "causal_alignment": "bottom_right"}
+    grad, results = torch.randn(1, 4, 300, width, device=DEVICE), []
+    for leaves, backend in (((q, k, v, sink), "triton"), (exact(q, k, v, sink), "reference")):
+        out = attend(*leaves[:3], None, leaves[3], backend=backend, **options)
+        gradients = torch.autograd.grad(out, leaves, grad.to(out.dtype))
+        with torch.no_grad():
+            few = decode_attention(
+                leaves[0][:, :, :2], *leaves[1:3], sink=leaves[3], backend=backend, normalizer="learned_sink", scale=1.0,
+                return_lse=True,
+            )  # fmt: skip
+        results.append([out, *gradients, *few])
+    for got, want in zip(*results, strict=True):
+        assert relative(got, want) < 2e-2
+
+
+DECODED = {
+    "contiguous": {},
+    "one query": {"shape": (1, 4, 4, 1, 1, 128, 128)},
+    "group of 8": {"shape": (2, 16, 2, 3, 1000, 128, 128)},
+    "small heads": {"shape": (2, 8, 2, 2, 777, 80, 64)},
+    "window": {"window": 100},
+    "two-sided window and softcap": {"window": (70, 0), "softcap": 3.0},
+    "huge": {"scale": 100.0},
+    "all negative": {"scale": 3.0, "shift": -2.0},
+    "far below zero": {"scale": 30.0, "shift": -4.0},
+    "lengths": {"lengths": (960, 0, 333)},
+    "pages": {"lengths": (961, 65, 1), "page": 64},
+    "one a program": {"shape": (2, 8, 2, 2, 1024, 128, 128)},
+    "one a program, lengths": {"shape": (2, 8, 2, 2, 1024, 128, 128), "lengths": (960, 0)},
+    "two a program": {"shape": (4, 8, 2, 2, 1000, 128, 128)},
+    "many sequences": {
+        "shape": (150, 4, 2, 1, 192, 64, 64),
+        "lengths": tuple(37 * i % 193 * (i % 3 > 0) for i in range(150)),
+    },
+}
+
+
+@for_hopper
+@pytest.mark.parametrize("multiprocessors", [None, 2])
+@pytest.mark.parametrize("how", DECODED)
+@pytest.mark.parametrize("name", NAMES)
+def test_decoding_for_hopper(name, how, multiprocessors, monkeypatch, poisoned):
+    """The kernel in Gluon against fp64; skipping changes no bit; what lies beyond the lengths may be anything; few programs
+    take many sequences and heads.
+    """
+    from softpick.ops.triton import dispatch, launch_decode, tuning
+
+    taken = []
+    original, decode = dispatch.hopper_refuses_decode, launch_decode.decode
+    monkeypatch.setattr(tuning, "FEWEST_CACHED", 0)
+    if multiprocessors:
+        monkeypatch.setattr(tuning, "multiprocessors", lambda _: multiprocessors)
+    monkeypatch.setattr(
+        dispatch, "hopper_refuses_decode", lambda *args: (taken.append(original(*args) is None), original(*args))[1]
+    )
+    setting = {"shape": (3, 8, 2, 2, 1024, 128, 128), "scale": 1.0, "shift": 0.0, "lengths": None, "page": 0} | DECODED[
+        how
+    ]
+    q, k, v = (t.detach() for t in inputs(setting["shape"], BF16, setting["scale"]))
+    if setting["shift"]:
+        q, k = q.abs(), k + setting["shift"]
+    sink = sink_for(name, q.shape[1])
+    lengths = setting["lengths"] and torch.tensor(setting["lengths"], device=DEVICE, dtype=torch.int32)
+    common = {key: setting[key] for key in ("window", "softcap") if key in setting}
+    with torch.no_grad():
+        true = exact(q, k, v, sink)
+        want, want_lse = decode_attention(
+            *true[:3],
+            cache_seqlens=lengths,
+            sink=true[3],
+            normalizer=name,
+            backend="reference",
+            return_lse=True,
+            **common,
+        )
+        for i, length in enumerate(setting["lengths"] or ()):
+            k[i, :, length:] = v[i, :, length:] = math.nan
+        table = None
+        if setting["page"]:
+            (k, table), (v, _) = paged(k, setting["page"]), paged(v, setting["page"])
+        results = []
+        for skip in (None, False):
+            monkeypatch.setattr(
+                launch_decode, "decode", lambda spec, *rest, s=skip: decode(spec._replace(skip=s), *rest)
+            )
+            results.append(
+                decode_attention(
+                    q,
+                    k,
+                    v,
+                    cache_seqlens=lengths,
+                    block_table=table,
+                    sink=sink,
+                    normalizer=name,
+                    return_lse=True,
+                    **common,
+                )
+            )
+    assert taken == [True, True]
+    for (out, lse), again in zip(results, reversed(results), strict=True):
+        assert torch.equal(out, again[0])
+        assert relative(out, want) < 1e-2
+        assert relative(lse, want_lse) < 1e-3
+
+
+@for_hopper
+@pytest.mark.parametrize("multiprocessors", [2, 3, 100])
+def test_sums_out_of_range_are_decoded_again_for_hopper(multiprocessors, monkeypatch, poisoned):
+    """Of a sequence and head in the middle of what a program takes; the others keep their bits, as on every run."""
+    from softpick.ops.triton import tuning
+
+    monkeypatch.setattr(tuning, "FEWEST_CACHED", 0)
+    monkeypatch.setattr(tuning, "multiprocessors", lambda _: multiprocessors)
+    q, k, v = (t.detach() for t in inputs((5, 8, 2, 1, 1024, 128, 128), BF16))
+    lengths = torch.tensor([1024, 300, 0, 777, 65], device=DEVICE, dtype=torch.int32)
+    huge = q.clone()
+    huge[1, 4:] *= 100.0
+    with torch.no_grad():
+        usual = decode_attention(q, k, v, cache_seqlens=lengths)
+        runs = [decode_attention(huge, k, v, cache_seqlens=lengths) for _ in range(3)]
+        want = decode_attention(*exact(huge, k, v), cache_seqlens=lengths, backend="reference")
+    assert all(torch.equal(run, runs[0]) for run in runs)
+    assert relative(runs[0], want) < 1e-2
+    assert relative(runs[0][1, 4:], want[1, 4:]) < 1e-2
+    runs[0][1, 4:] = usual[1, 4:]
+    assert torch.equal(runs[0], usual)
+
+
+@pytest.mark.parametrize("dtype", [BF16, FP16, FP32])
+@pytest.mark.parametrize("d", [80, 256])
+def test_decoding_with_as_many_rows_as_there_may_be(d, dtype):
+    q, k, v = (t.detach() for t in inputs((1, 32, 1, 4, 300, d, d), dtype))
+    with torch.no_grad():
+        got = decode_attention(q, k, v)
+        want = decode_attention(*exact(q, k, v), backend="reference")
+    assert relative(got, want) < TOLERANCE[dtype][0]

@@ -1,0 +1,189 @@
+"""The kernels for Hopper GPUs, and rows that see few keys, against the reference in fp64."""
+
+import few_keys
+import pytest
+import torch
+from triton_gpu_cases import (
+    BF16,
+    DEVICE,
+    FP16,
+    FP32,
+    NAMES,
+    TOLERANCE,
+    attend,
+    case,
+    errors,
+    exact,
+    for_hopper,
+    inputs,
+    relative,
+    sink_for,
+)
+
+from softpick import NORMALIZERS, decode_attention, functional
+
+pytestmark = pytest.mark.gpu
+
+
+BY_HAND = {
+    f"{name}-{alignment}-{tq}x{tk}-{d}": case(
+        name,
+        b,
+        h,
+        hkv,
+        tq,
+        tk,
+        d,
+        d,
+        **({} if alignment == "none" else {"is_causal": True, "causal_alignment": alignment}),
+    )
+    for name, b, h, hkv, tq, tk, d in (
+        ("softpick", 1, 2, 2, 1, 1, 64),
+        ("softpick", 2, 4, 1, 200, 257, 64),
+        ("softpick", 1, 4, 2, 257, 200, 128),
+        ("softpick", 1, 2, 1, 1000, 1000, 128),
+        ("softpick", 1, 4, 4, 300, 300, 96),
+        ("softmax", 1, 2, 1, 300, 300, 128),
+        ("softmax_plus_one", 1, 2, 2, 300, 300, 64),
+        ("learned_sink", 1, 2, 2, 300, 300, 64),
+        ("rectified", 1, 2, 2, 300, 300, 64),
+        ("relu_softpick", 1, 2, 2, 300, 300, 128),
+        ("softpick_stop_gradient", 1, 2, 2, 300, 300, 128),
+    )
+    for alignment in ("none", "top_left", "bottom_right")
+}
+
+
+@for_hopper
+@pytest.mark.parametrize("scale", [1.0, 30.0])
+@pytest.mark.parametrize("key", BY_HAND)
+def test_forward_for_hopper(key, scale, monkeypatch, poisoned):
+    """hopper/forward.py on sizes for which it would not be chosen: error at most 1.5 times that of the other kernel."""
+    from softpick.ops.triton import launch, tuning
+
+    calls, run = [], launch._forward_for_hopper
+    monkeypatch.setattr(launch, "_forward_for_hopper", lambda *a: calls.append(1) or run(*a))
+    setting = BY_HAND[key]
+    q, k, v = (t.detach() for t in inputs(setting["shape"], BF16, scale))
+    sink = sink_for(setting["name"], q.shape[1])
+    options, softmax_scale = setting["options"], q.shape[-1] ** -0.5
+
+    def kernel():
+        return functional.attention(
+            q, k, v, backend="triton", normalizer=setting["name"], scale=softmax_scale, eps=NORMALIZERS[setting["name"]].eps,
+            sink=sink, max_seqlen_q=q.shape[2], max_seqlen_k=k.shape[2], right=0 if options else -1,
+            bottom_right=options.get("causal_alignment") == "bottom_right",
+        )[:2]  # fmt: skip
+
+    with torch.no_grad():
+        want = attend(
+            *exact(q, k, v), None, exact(sink)[0], normalizer=setting["name"], scale=softmax_scale, backend="reference",
+            return_stats=True, **options,
+        )[:2]  # fmt: skip
+        plain = kernel()
+        assert not calls
+        monkeypatch.setattr(tuning, "FEWEST_SCORES", 0)
+        monkeypatch.setattr(tuning, "FEWEST_FORWARD", 0)
+        got, again = kernel(), kernel()
+    assert calls == [1, 1], "this kernel was not used"
+    for one, other, true, least in zip(got, plain, want, (1e-3, 1e-5), strict=True):
+        assert relative(one, true) <= max(1.5 * relative(other, true), least)
+    assert torch.equal(got[0], again[0])
+    assert torch.equal(got[1], again[1])
+
+
+@for_hopper
+@pytest.mark.parametrize("key", BY_HAND)
+def test_backward_for_hopper(key, monkeypatch):
+    """hopper/backward.py, whose kernels no interpreter runs, on sizes for which they would not be chosen."""
+    from softpick.ops.triton import dispatch, launch, tuning
+
+    calls, run = [], launch._backward_for_hopper
+    monkeypatch.setattr(tuning, "FEWEST_SCORES", 0)
+    monkeypatch.setattr(launch, "_backward_for_hopper", lambda *a: calls.append(1) or run(*a))
+    setting = BY_HAND[key]
+    b, h, _, tq, _, d, _ = setting["shape"]
+    forward, backward = errors(setting)
+    assert calls, "these kernels were not used"
+    assert max(forward) < TOLERANCE[BF16][0], forward
+    # with one key the gradient of its score is 0: what is left is the rounding of the output, magnified by 1 / sum |s|
+    with monkeypatch.context() as patch:
+        patch.setattr(dispatch, "hopper_refuses", lambda *a: "not asked for")
+        plain = errors(setting)[1]
+    assert all(a < max(TOLERANCE[BF16][1], 1.3 * b) for a, b in zip(backward, plain, strict=True)), (backward, plain)
+    q, k, v = inputs(setting["shape"], BF16)
+    sink, grad = sink_for(setting["name"], h), torch.randn(b, h, tq, d, device=DEVICE, dtype=BF16)
+    # by name: auto takes torch's kernels for plain softmax, whose gradients differ from run to run
+    out = attend(q, k, v, None, sink, normalizer=setting["name"], backend="triton", **setting["options"])
+    first, second = (torch.autograd.grad(out, (q, k, v), grad, retain_graph=True) for _ in range(2))
+    assert all(torch.equal(x, y) for x, y in zip(first, second, strict=True)), "not the same on repeat"
+
+
+@pytest.mark.parametrize("dtype", [BF16, FP16, FP32], ids=str)
+@pytest.mark.parametrize("pattern", few_keys.PATTERNS)
+@pytest.mark.parametrize("name", NAMES)
+def test_rows_that_see_few_keys(name, pattern, dtype):
+    """Gradients of rows with 1, 2, 3 keys are no worse than those of torch's softmax; with one key the row is its value."""
+    for size in few_keys.SIZES:
+        dq, dk, one = few_keys.excess(name, pattern, size, dtype, DEVICE, length=200)
+        assert max(dq, dk) <= 1, (size, dq, dk)
+        assert one or dtype == FP32, size  # in fp32 the weight is off by an ulp
+
+
+@for_hopper
+@pytest.mark.parametrize("d", [64, 128])
+@pytest.mark.parametrize("name", [n for n in NAMES if n != "linear_softpick"])
+def test_rows_that_see_few_keys_for_hopper(name, d, monkeypatch):
+    from softpick.ops.triton import launch, tuning
+
+    calls, forward, backward = [], launch._forward_for_hopper, launch._backward_for_hopper
+    monkeypatch.setattr(tuning, "FEWEST_FORWARD", 0)
+    monkeypatch.setattr(launch, "_forward_for_hopper", lambda *a: calls.append(1) or forward(*a))
+    monkeypatch.setattr(launch, "_backward_for_hopper", lambda *a: calls.append(2) or backward(*a))
+    for size in few_keys.SIZES:
+        dq, dk, one = few_keys.excess(name, "causal", size, BF16, DEVICE, heads=4, length=1024, width=d)
+        assert max(dq, dk) <= 1, (size, dq, dk)
+        assert one, size
+    assert calls == [1, 2] * len(few_keys.SIZES)
+
+
+@pytest.mark.parametrize("by_hand", [False, pytest.param(True, marks=for_hopper)])
+@pytest.mark.parametrize("dtype", [BF16, FP16], ids=str)
+@pytest.mark.parametrize("name", NAMES)
+def test_one_key_is_decoded_to_its_value(name, dtype, by_hand, monkeypatch):
+    from softpick.ops.triton import tuning
+
+    monkeypatch.setattr(tuning, "FEWEST_CACHED", 0 if by_hand else 2**60)
+    q, k, v = (t.detach() for t in inputs((3, 8, 2, 1, 1024, 64, 64), dtype))
+    q = q.abs()
+    k[:, :, 0] = k[:, :, 0].abs()  # positive scores
+    sink = torch.full((8,), -60.0, device=DEVICE) if name == "learned_sink" else None
+    ones = torch.ones(3, dtype=torch.int32, device=DEVICE)
+    if NORMALIZERS[name].constant == 1:
+        q = q * 40  # so that the constant is nothing against the score
+    eps = 1e-6 if name == "linear_softpick" else None
+    out = decode_attention(q, k, v, cache_seqlens=ones, normalizer=name, sink=sink, eps=eps)
+    assert torch.equal(out, v[:, :, :1].repeat_interleave(4, 1))
+
+
+@for_hopper
+@pytest.mark.parametrize("d", [64, 128])
+def test_gradients_where_scores_are_far_below_zero_for_hopper(d, monkeypatch):
+    """Beyond the last key come zeros, whose exponential relative to such a row is infinite."""
+    from softpick.ops.triton import tuning
+
+    shape = (1, 2, 1, 200, 300, d, d)
+    q, k, v = inputs(shape, BF16, 0.1)
+    q, k = (x.detach().add(by).requires_grad_() for x, by in ((q, 4.0), (k * 0.1, -4.0)))
+    leaves, grad = (q, k, v), torch.randn(1, 2, 200, d, device=DEVICE, dtype=BF16)
+    for options in ({}, {"is_causal": True, "causal_alignment": "bottom_right"}):
+        true = exact(*leaves)
+        want = torch.autograd.grad(
+            attend(*true, normalizer="softmax", backend="reference", **options), true, grad.double()
+        )
+        found = []
+        for fewest in (0, 2**62):  # these kernels, and the others: the keys are nearly alike, so both lose digits
+            monkeypatch.setattr(tuning, "FEWEST_SCORES", fewest)
+            out = attend(*leaves, normalizer="softmax", backend="triton", **options)
+            found.append([relative(x, y) for x, y in zip(torch.autograd.grad(out, leaves, grad), want, strict=True)])
+        assert all(a <= max(1.5 * b, 2e-2) for a, b in zip(*found, strict=True)), found

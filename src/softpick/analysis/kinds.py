@@ -140,38 +140,44 @@ class OriginOfOutliers:
         self._before = x
 
     def result(self) -> dict[str, Any]:
-        """``massive``: a row a channel, the largest first."""
+        """``massive``: a row a channel and place (the first token, or another), the largest first."""
         if not self.peaks:
             return {"samples": len(self.tokens), "massive": []}
         layers = sorted(self.peaks)
         peaks = torch.stack([torch.cat(self.peaks[layer]) for layer in layers])  # (L, N, 3, C)
-        massive = peaks[:, :, 2].any(1)  # (L, C)
         rows = []
-        for channel in massive.any(0).nonzero().flatten().tolist():
-            at = massive[:, channel].nonzero().flatten().tolist()
-            sizes = peaks[:, :, 0, channel].abs()
-            top, sample = divmod(int(sizes.argmax()), sizes.shape[1])
-            positions = peaks[at, :, 1, channel].long().flatten()
-            writer = None
-            if self.written.get(layers[at[0]]):
-                by_attention, rest = torch.cat(self.written[layers[at[0]]])[:, :, channel].abs().sum(0).tolist()
-                writer = "attention" if by_attention > rest else "MLP"
-            rows.append(
-                {
-                    "channel": channel,
-                    "value": float(peaks[top, sample, 0, channel]),
-                    "layer": layers[top],
-                    "from": layers[at[0]],
-                    "to": layers[at[-1]],
-                    "rises": layers[at[0]],
-                    "module": writer,
-                    "cancelled": layers[at[-1] + 1] if at[-1] + 1 < len(layers) else None,
-                    "position": int(peaks[top, sample, 1, channel]),
-                    "token_id": int(self.tokens[sample, int(peaks[top, sample, 1, channel])]),
-                    "first_token_percent": 100.0 * float((positions == 0).float().mean()),
-                }
-            )
+        for channel in peaks[:, :, 2].any(1).any(0).nonzero().flatten().tolist():
+            values, positions, massive = peaks[:, :, :, channel].unbind(2)  # (L, N) each
+            for first in (True, False):
+                here = massive.bool() & ((positions == 0) == first)
+                if bool(here.any()):
+                    rows.append(self._row(layers, channel, values, positions.long(), here))
         return {"samples": len(self.tokens), "massive": sorted(rows, key=lambda row: -abs(row["value"]))}
+
+    def _row(self, layers: list[int], channel: int, values: Tensor, positions: Tensor, here: Tensor) -> dict[str, Any]:
+        """One channel, where it is massive: ``values``, ``positions`` and ``here`` are ``(L, N)``."""
+        at = here.any(1).nonzero().flatten().tolist()
+        top, sample = divmod(int(torch.where(here, values.abs(), -1.0).argmax()), here.shape[1])
+        rises, writer = layers[at[0]], None
+        if self.written.get(rises):
+            written = torch.cat(self.written[rises])[:, :, channel].abs()  # (N, 2)
+            by_attention, rest = written[here[at[0]]].sum(0).tolist()
+            writer = "attention" if by_attention > rest else "MLP"
+        place = int(positions[top, sample])
+        return {
+            "channel": channel,
+            "value": float(values[top, sample]),
+            "layer": layers[top],
+            "from": rises,
+            "to": layers[at[-1]],
+            "rises": rises,
+            "module": writer,
+            "cancelled": layers[at[-1] + 1] if at[-1] + 1 < len(layers) else None,
+            "position": place,
+            "token_id": int(self.tokens[sample, place]),
+            "first_token_percent": 100.0 * float((positions[here] == 0).float().mean()),
+            "samples": int(here.any(0).sum()),
+        }
 
 
 def look_closer(subject: Subject, batches: Sequence[Tensor]) -> dict[str, Any]:

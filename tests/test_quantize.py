@@ -461,7 +461,7 @@ def test_the_command(home, tmp_path):
     assert "table.md is there already; choose another --output" in refused.stderr
 
 
-@pytest.mark.parametrize(("widths", "group"), [((64, 176), 16), ((576, 1536), 64), ((96, 128), 32), ((7, 64), 1)])
+@pytest.mark.parametrize(("widths", "group"), [((64, 176), 16), ((576, 1536), 64), ((96, 128), 32), ((14, 64), 2)])
 def test_groups_fit_where_no_size_is_given(widths, group):
     config = LlamaConfig(
         vocab_size=20, hidden_size=widths[0], intermediate_size=widths[1], num_hidden_layers=1, num_attention_heads=1,

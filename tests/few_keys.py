@@ -1,4 +1,4 @@
-"""Errors of rows that see one to three keys, for test_triton_edges.py, test_triton_gpu_hopper.py and benchmarks/few_keys_gpu.py.
+"""Errors of rows that see one to three keys, for the Triton tests and benchmarks/few_keys_gpu.py.
 
 The scores of such a row have a given size. With softpick ``1 / l`` is then as large as 1 / size, and so is the gradient, unless
 the row has one key only. What a kernel may be off by is twice what torch's softmax kernel of the same dtype is off by in that

@@ -11,8 +11,6 @@ _PAPER = "Zuhri et al. 2025 (softpick), table 2"
 _PAPER_HOW = "sink rate: 1000 samples of SlimPajama; the rest: 10 texts; kurtosis pooled over all layers"
 _GU = "Gu et al. 2024, When Attention Sink Emerges in Language Models, table 1"
 _GU_HOW = "first token, threshold 0.3, natural text of T = 64: longer samples have a lower rate"
-_SUN = "Sun et al. 2024, Massive Activations in Large Language Models, table 1"
-_SUN_HOW = "largest |x| of the residual stream in the layer where it is largest"
 
 
 @dataclass(frozen=True)
@@ -56,7 +54,6 @@ REFERENCES: tuple[Reference, ...] = (
     _one("hidden_max", "softpick, 340M", 36.21, _PAPER, _PAPER_HOW),
     _one("hidden_max", "softmax, 1.8B", 371.43, _PAPER, _PAPER_HOW),
     _one("hidden_max", "softpick, 1.8B", 101.51, _PAPER, _PAPER_HOW),
-    Reference("hidden_max", "Llama-2-7B and 13B, Mixtral-8x7B", 1264, 7100, _SUN, _SUN_HOW),
     _one(
         "zero",
         "softpick, 340M",

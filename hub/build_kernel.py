@@ -20,7 +20,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 SOURCE = ROOT / "src" / "softpick"
 BACKENDS = ("cpu", "cuda", "rocm")
-PARTS = ("normalizers.py", "functional.py", "ops")
+PARTS = ("normalizers.py", "functional.py", "vector.py", "ops")
 VERSION = 1
 """Of the kernel, which the hub counts by itself; raise it where a function's arguments or results change."""
 

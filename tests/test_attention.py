@@ -497,7 +497,7 @@ def test_opcheck(pattern):
     q, k, v = make(dtype=torch.float32)
     mask, _ = arguments(pattern, 2, 4, 9, 13)
     mask = mask.detach().float() if mask is not None and mask.dtype != torch.bool else mask
-    tail = ("tiled", 0, 0, False)
+    tail = ("tiled", 0, 0)
     args = (q, k, v, mask, None, None, None, None, "softpick", 0.3, 1e-6, -1, 0, False, 0.0, 0.0, True, *tail)
     torch.library.opcheck(torch.ops.softpick.attention_forward.default, args)
     sink = torch.randn(4, requires_grad=True)

@@ -20,7 +20,7 @@ PINNED = {
     "attention_forward": ("225f6927412f", "487fa87afccb"),
     "decode": ("01453f54dd3e", "31564655b36c"),
     "ring_backward": ("90a98fd3af22", "355ff85f25c4"),
-    "ring_forward": ("d5b8952cd010", "dab7cde25d30"),
+    "ring_forward": ("c9189c6c7937", "037f7261e525"),
     "rows_backward": ("4bf270d04f0d", "d88a9449d085"),
     "rows_forward": ("70b00beeeb47", "8836c56973a9"),
 }
@@ -48,7 +48,13 @@ def calls(name):
             torch.empty(2, 4, 5, dtype=wide),
         )
         out = torch.empty(2, 4, 5, 6, dtype=dtype)
-        ring = {"group": "0", **NUMBERS, "is_causal": True, "softcap": 0.0, "backend": "tiled"}
+        ring = {
+            ("group_name" if name == "ring_forward" else "group"): "0",
+            **NUMBERS,
+            "is_causal": True,
+            "softcap": 0.0,
+            "backend": "tiled",
+        }
         for backend in ("tiled", "triton", "auto"):
             options = {**NUMBERS, **BOUNDS, "dropout_p": 0.0, "backend": backend, **LONGEST, **PACKED}
             for stats in (False, True):

@@ -207,7 +207,7 @@ def test_records_compile_to_one_graph(backend):
 
 def test_opcheck_of_a_record():
     q, k, v = inputs(torch.float32)
-    tail = ("tiled", 0, 0, False)
+    tail = ("tiled", 0, 0)
     args = (q, k, v, None, None, None, None, None, OWN.text, 0.3, 1e-6, -1, 0, False, 0.0, 0.0, True, *tail)
     torch.library.opcheck(torch.ops.softpick.attention_forward.default, args)
 

@@ -288,7 +288,7 @@ def test_what_lies_beside_the_texts_is_no_source(tmp_path):
 
 
 def test_a_full_disk_is_a_sentence_and_the_run_goes_on(run, whole, recipe, monkeypatch):
-    from softpick import cli
+    from softpick.cli import main
 
     def full(*_, **__):
         raise RuntimeError("PytorchStreamWriter failed writing file data/1: file write failed")
@@ -299,7 +299,7 @@ def test_a_full_disk_is_a_sentence_and_the_run_goes_on(run, whole, recipe, monke
             train(recipe, run, device="cpu")
         fields = [f"{key}={value}" for key, value in recipe.to_json().items() if key != "name" and value is not None]
         with pytest.raises(SystemExit, match="2"):
-            cli.told(cli._run_train)("tiny_cpu", fields, str(run), "cpu", False, False)
+            main(["train", "tiny_cpu", *fields, "--output", str(run), "--device", "cpu"])
     train(recipe, run, device="cpu")
     assert weights(run) == weights(whole)
 

@@ -119,7 +119,7 @@ def test_opcheck(pattern):
     mask = mask.detach().float() if mask is not None and mask.dtype != torch.bool else mask
     tail = ("triton", 0, 0)
     op = torch.ops.softpick.attention_forward.default
-    args = (q, k, v, mask, None, None, None, None, "softpick", 0.3, 1e-6, -1, 0, False, 0.0, 0.0, True, *tail, True)
+    args = (q, k, v, mask, None, None, None, None, "softpick", 0.3, 1e-6, -1, 0, False, 0.0, 0.0, True, *tail)
     torch.library.opcheck(op, args)
     sink = torch.randn(2, requires_grad=True)
     args = (
@@ -141,7 +141,6 @@ def test_opcheck(pattern):
         0.0,
         False,
         *tail,
-        False,
     )
     torch.library.opcheck(op, args)
 
@@ -149,16 +148,18 @@ def test_opcheck(pattern):
 def test_opcheck_of_the_other_operators():
     q, k, v = (t.detach() for t in make(tq=2, tk=13))
     lengths = torch.tensor([13, 5], dtype=torch.int32)
-    args = (q, k, v, None, None, lengths, None, "softpick", 0.3, 1e-6, -1, 0, True, 0.0)
+    args = (q, k, v, None, None, lengths, None, "softpick", 0.3, 1e-6, -1, 0, True, 0.0, "auto")
     torch.library.opcheck(torch.ops.softpick.decode.default, args)
     cu = torch.tensor([0, 5, 9], dtype=torch.int32)
     q, k, v = make(b=1, tq=9, tk=9)
-    tail = (0.3, 1e-6, -1, 0, True, 0.0, 0.0, False, "triton", 5, 5, True)
+    tail = (0.3, 1e-6, -1, 0, True, 0.0, 0.0, False, "triton", 5, 5)
     op = torch.ops.softpick.attention_forward.default
     torch.library.opcheck(op, (q, k, v, None, None, cu, cu, None, "softpick", *tail))
     x = torch.randn(3, 7, requires_grad=True)
-    torch.library.opcheck(torch.ops.softpick.rows_forward.default, (x, 1e-6))
-    torch.library.opcheck(torch.ops.softpick.rows_backward.default, (x.detach(), x.detach(), torch.zeros(3), 1e-6))
+    torch.library.opcheck(torch.ops.softpick.rows_forward.default, (x, 1e-6, "auto"))
+    torch.library.opcheck(
+        torch.ops.softpick.rows_backward.default, (x.detach(), x.detach(), torch.zeros(3), 1e-6, "auto")
+    )
 
 
 def test_compiles_to_one_graph():
@@ -200,7 +201,7 @@ def test_double_backward_is_refused():
     (g,) = torch.autograd.grad(out.sum(), q, create_graph=True)
     with pytest.raises(NotImplementedError, match="the triton backend has no gradient of gradients"):
         g.sum().backward()
-    args = (None, None, None, None, "softpick", 0.3, 1e-6, -1, 0, True, 0.0)
+    args = (None, None, None, None, "softpick", 0.3, 1e-6, -1, 0, True, 0.0, "auto")
     with pytest.raises(NotImplementedError, match="softpick::decode has no gradient"):
         torch.ops.softpick.decode(q[:, :, :1], k, v, *args)[0].sum().backward()
 

@@ -336,7 +336,7 @@ def _ring_forward(
     key: Tensor,
     value: Tensor,
     sink: Tensor | None,
-    group: str,
+    group_name: str,
     normalizer: str,
     scale: float,
     eps: float,
@@ -349,7 +349,7 @@ def _ring_forward(
     The third one is what the rounding of the output to 16 bits took away (empty for other dtypes): ``D = do . out`` of a row
     that sees few keys, divided by a small denominator, needs it.
     """
-    ring = _Ring(group)
+    ring = _Ring(group_name)
     carry = _Carry(get_normalizer(normalizer), query, value, sink, eps)
     held = _pack(key, value)
     for step in range(ring.size):

@@ -57,8 +57,7 @@ def load_teacher(settings: ConvertSettings, reporter: Reporter) -> Subject:
 def _forget_quantization(model: Any) -> None:
     """Of a GGUF file, whose weights are plain tensors once they are loaded; transformers would refuse to save them."""
     for name in ("hf_quantizer", "is_quantized", "quantization_method"):
-        with suppress(AttributeError):
-            delattr(model, name)
+        vars(model).pop(name, None)
     with suppress(AttributeError):
         del model.config.quantization_config
 

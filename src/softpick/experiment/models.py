@@ -314,6 +314,10 @@ def load_config(name: str, *, trust_remote_code: bool = False) -> tuple[Any, str
     """
     from transformers import AutoConfig, PretrainedConfig
 
+    from softpick.integrations.transformers import register
+
+    register()  # model types of ours
+
     path = Path(name)
     where: dict[str, Any] = {}
     source = name

@@ -69,6 +69,7 @@ PLANS = {
     "ops/reference.py": [(_ATTENTION, "")],
     "functional.py": [(_ATTENTION, ""), (_TRITON, _TO_TRITON)],
     "ops/arguments.py": [(_ATTENTION, "")],
+    "ops/calls.py": [(_ATTENTION, ""), (_TRITON, _TO_TRITON)],
     "ops/backends.py": [(_ATTENTION, ""), (_TRITON, "")],
     "ops/cpu.py": [(_ATTENTION, "")],
     "ops/cpu_functions.py": [(_ATTENTION, "")],

@@ -95,6 +95,24 @@ def test_explaining_checks_as_the_call_does():
     ):
         with pytest.raises(ValueError, match=message):
             softpick.explain_backend(q, k, v, **options)
+    for options, error in (
+        ({"enable_gqa": True, "is_causal": "no"}, TypeError),
+        ({"enable_gqa": True, "return_stats": 1}, TypeError),
+        ({"enable_gqa": True, "backend": "sdpa"}, ValueError),
+        ({"enable_gqa": True, "backend": "tiled", "return_weights": True}, ValueError),
+        ({"cu_seqlens_q": cu, "cu_seqlens_k": torch.tensor([0, 2, 5])}, ValueError),
+        ({"cu_seqlens_q": cu, "cu_seqlens_k": cu, "backend": "sdpa"}, ValueError),
+        ({"cache_seqlens": torch.tensor([3]), "is_causal": "no"}, TypeError),
+    ):
+        packed = "cu_seqlens_q" in options
+        tensors = [x[0].transpose(0, 1) for x in (q, k, v)] if packed else (q, k, v)
+        run = softpick.varlen_attention if packed else softpick.scaled_dot_product_attention
+        run = softpick.decode_attention if "cache_seqlens" in options else run
+        with pytest.raises(error) as expected:
+            run(*tensors, **options)
+        with pytest.raises(error) as found:
+            softpick.explain_backend(*tensors, **options)
+        assert str(found.value) == str(expected.value)
 
 
 def test_wrong_names_give_the_list(monkeypatch):

@@ -7,7 +7,7 @@ import torch
 
 import softpick
 from softpick import functional
-from softpick.ops import calling, kernel_errors, vector
+from softpick.ops import backends, calling, calls, kernel_errors, vector
 from softpick.ops.kernel_errors import KernelError
 
 pytest.importorskip("triton")
@@ -46,9 +46,12 @@ def tensors():
 
 def automatic(monkeypatch):
     """``backend="auto"`` as on a GPU."""
-    monkeypatch.setattr(
-        functional, "choose_backend", lambda backend, *_, **__: "triton" if backend == "auto" else backend
-    )
+
+    def chosen(backend, *_, **__):
+        return "triton" if backend == "auto" else backend
+
+    monkeypatch.setattr(functional, "choose_backend", chosen)
+    monkeypatch.setattr(calls, "find_backend", lambda *args, **options: backends.Backend(chosen(*args, **options)))
 
 
 ERRORS = [

@@ -109,8 +109,6 @@ LONG_FILES: dict[str, str] = {}
 LONG_FUNCTIONS = {
     "src/softpick/ops": "a kernel is one function",
     "src/softpick/analysis": "being taken apart",
-    "src/softpick/functional.py:scaled_dot_product_attention": "moves with ops/",
-    "src/softpick/functional.py:decode_attention": "moves with ops/",
     "tests/test_metrics.py:brute": "every metric a second time, in plain loops",
 }
 FILES = [*ROOT.rglob("*.py"), *Path(__file__).parent.glob("*.py"), *(ROOT.parents[1] / "examples").glob("*.py")]

@@ -7,25 +7,10 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from softpick.normalizers import Normalizer, get_normalizer
-from softpick.ops import numbers, switch
-from softpick.ops.arguments import (
-    canonical_mask,
-    canonical_shapes,
-    check_alignment,
-    check_cache,
-    check_heads,
-    check_lengths,
-    check_offsets,
-    check_qkv,
-    check_sink,
-    check_softcap,
-    default_eps,
-    default_scale,
-    to_autocast_dtype,
-    window_bounds,
-)
-from softpick.ops.backends import check_backend, few_queries, find_backend, plain_softmax, takes_sdpa
+from softpick.normalizers import Normalizer
+from softpick.ops import switch
+from softpick.ops.backends import find_backend
+from softpick.ops.calls import CacheCall, Call, attention_backend, check_cache_call, check_call, is_decoding
 from softpick.ops.operators import call_spec
 from softpick.ops.transforms import wants_reference
 
@@ -149,122 +134,64 @@ def explain_backend(
     for name, given in only_plain.items():
         if given and (decode or packed):
             raise ValueError(f"{name}: packed sequences and decoding have no such argument")
-    norm = get_normalizer(normalizer)
-    options: dict[str, Any] = {
-        "norm": norm,
-        "scale": scale,
-        "eps": eps,
-        "softcap": softcap,
-        "sink": sink,
-        "window": window,
-    }
-    grouped = (decode or packed) if enable_gqa is None else enable_gqa
+    options: Any = {"scale": scale, "normalizer": normalizer, "backend": backend, "window": window, "softcap": softcap}
+    options |= {"sink": sink, "eps": eps, "enable_gqa": (decode or packed) if enable_gqa is None else enable_gqa}
     if decode:
         causal = True if is_causal is None else is_causal
-        options["enable_gqa"] = grouped
-        return _of_cache(query, key, value, cache_seqlens, block_table, causal, backend, options)
-    options |= {
-        "attn_mask": attn_mask,
-        "dropout_p": numbers.probability("dropout_p", dropout_p),
-        "is_causal": bool(is_causal),
-        "alignment": causal_alignment or ("bottom_right" if packed else "top_left"),
-        "return_stats": return_stats,
-        "return_weights": return_weights,
-    }
-    check_backend(backend)
-    query, key, value = to_autocast_dtype(check_qkv(query, key, value, packed))
-    if cu_seqlens_q is None or cu_seqlens_k is None:
-        return _of_attention(query, key, value, grouped, None, backend, options)
-    longest = (
-        check_offsets("cu_seqlens_q", cu_seqlens_q, query, max_seqlen_q, "max_seqlen_q"),
-        check_offsets("cu_seqlens_k", cu_seqlens_k, key, max_seqlen_k, "max_seqlen_k"),
-    )
-    query, key, value = (x.transpose(0, 1) for x in (query, key, value))
-    return _of_attention(query, key, value, grouped, longest, backend, options)
-
-
-def _of_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    enable_gqa: bool,
-    longest: tuple[int, int] | None,
-    backend: str,
-    options: dict[str, Any],
-) -> Explanation:
-    """:func:`explain_backend` without a cache; ``longest``: queries and keys of the longest packed sequence, or None."""
-    norm, sink, is_causal, dropout_p = (options[name] for name in ("norm", "sink", "is_causal", "dropout_p"))
-    packed, rule = longest is not None, str(switch.active())
-    check_alignment(options["alignment"])
-    bottom_right = options["alignment"] == "bottom_right"
-    q, k, v, lead = canonical_shapes(query, key, value, enable_gqa)
-    mask = canonical_mask(options["attn_mask"], lead, q, k)
-    left, right = window_bounds(options["window"], is_causal)
-    check_sink(sink, norm, q.shape[1], q)
-    scale = default_scale(options["scale"], q.shape[-1])
-    softcap, eps = check_softcap(options["softcap"]), default_eps(options["eps"], norm)
-    function = "varlen_attention" if packed else "scaled_dot_product_attention"
-    refused = []
-    if not packed:
-        plain = not (options["return_stats"] or options["return_weights"]) and plain_softmax(
-            norm, eps, softcap, left, right, is_causal, options["attn_mask"], bottom_right, q, k
+        cache: Any = {"cache_seqlens": cache_seqlens, "block_table": block_table}
+        return _of_cache(
+            check_cache_call(query, key, value, is_causal=causal, **cache, **options), backend, block_table is not None
         )
-        if plain and (backend == "sdpa" or (backend == "auto" and takes_sdpa(q, k, v, mask))):
-            return Explanation(function, "sdpa", (), (), rule)
-        if norm.name == "softmax":
-            other = "another backend is named, or a derivative is asked for that only the reference has"
-            refused.append(("sdpa", other if plain else "an option that torch's kernels lack"))
-    if options["return_weights"]:
-        refused.append(("triton", "return_weights: kernels never form the weights"))
-        return Explanation(function, "reference", (), tuple(refused), rule)
-    found = find_backend(backend, q, v, norm, "tiled", wanted=wants_reference(q, k, v, mask, sink))
+    if cu_seqlens_q is not None and cu_seqlens_k is not None:
+        options["packed"] = cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k
+    call = check_call(
+        query, key, value, attn_mask=attn_mask, dropout_p=dropout_p, is_causal=False if is_causal is None else is_causal,
+        causal_alignment=causal_alignment or ("bottom_right" if packed else "top_left"), return_stats=return_stats,
+        return_weights=return_weights, **options,
+    )  # fmt: skip
+    return _of_attention(call, backend)
+
+
+def _of_attention(call: Call, backend: str) -> Explanation:
+    """:func:`explain_backend` without a cache."""
+    function = "scaled_dot_product_attention" if call.longest is None else "varlen_attention"
+    rule = str(switch.active())
+    found = attention_backend(call, backend)
+    if found.name == "sdpa":
+        return Explanation(function, "sdpa", (), (), rule)
+    refused = []
+    if call.longest is None and call.norm.name == "softmax":
+        other = "another backend is named, or a derivative is asked for that only the reference has"
+        refused.append(("sdpa", other if call.plain else "an option that torch's kernels lack"))
     if found.reason is not None:
         refused.append(("triton", found.reason))
     kernels: tuple[KernelChoice, ...] = ()
     if found.name == "triton":
-        stats = options["return_stats"]
-        spec = call_spec(norm.text, scale, eps, left, right, bottom_right, softcap or 0.0, dropout_p, rule)
-        if not (packed or dropout_p or stats) and few_queries(q, k, v, mask, sink):
-            kernels = (_decode_kernel(spec, q, k, v, mask, 0, k.shape[2]),)
+        spec = call_spec(
+            call.norm.text, call.scale, call.eps, call.left, call.right, call.bottom_right, call.softcap or 0.0,
+            call.dropout_p, rule,
+        )  # fmt: skip
+        if is_decoding(call):
+            kernels = (_decode_kernel(spec, call.q, call.k, call.v, call.mask, 0, call.k.shape[2]),)
         else:
-            kernels = _kernels(spec, q, k, v, mask, sink, packed, stats, longest or (q.shape[2], k.shape[2]))
+            kernels = _kernels(spec, call)
     return Explanation(function, found.name, kernels, tuple(refused), rule)
 
 
-def _of_cache(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    lengths: Tensor | None,
-    table: Tensor | None,
-    is_causal: bool,
-    backend: str,
-    options: dict[str, Any],
-) -> Explanation:
+def _of_cache(call: CacheCall, backend: str, paged: bool) -> Explanation:
     """:func:`explain_backend` for ``decode_attention``."""
-    if backend not in ("auto", "triton", "reference"):
-        raise ValueError(f"backend: expected one of auto, triton, reference for decoding; got {backend!r}")
-    room = check_cache(query, key, value, table)
-    check_heads(query, key.shape[1 if table is None else 2], options["enable_gqa"])
-    query, key, value = to_autocast_dtype((query, key, value))
-    if lengths is not None:
-        check_lengths(lengths, query, room)
-    norm, sink = options["norm"], options["sink"]
-    check_sink(sink, norm, query.shape[1], query)
-    left, right = window_bounds(options["window"], is_causal)
-    k, v = (x if table is None else x.transpose(1, 2) for x in (key, value))
-    groups = query.shape[1] // k.shape[1] if k.shape[1] else 1
-    wanted = wants_reference(query, k, v, sink)
-    found = find_backend(backend, query, v, norm, "reference", groups * query.shape[2], wanted=wanted)
+    rule = str(switch.active())
+    wanted = wants_reference(call.query, call.key, call.value, call.sink)
+    found = find_backend(backend, call.query, call.value, call.norm, "reference", call.rows, wanted=wanted)
     kernels: tuple[KernelChoice, ...] = ()
     if found.name == "triton":
         spec = call_spec(
-            norm.text, default_scale(options["scale"], query.shape[-1]), default_eps(options["eps"], norm), left, right, True,
-            check_softcap(options["softcap"]) or 0.0, 0.0, str(switch.active()),
+            call.norm.text, call.scale, call.eps, call.left, call.right, True, call.softcap or 0.0, 0.0, rule
         )  # fmt: skip
-        kernels = (_decode_kernel(spec, query, k, v, None, 0 if table is None else k.shape[2], room),)
+        page = call.key.shape[2] if paged else 0
+        kernels = (_decode_kernel(spec, call.query, call.key, call.value, None, page, call.room),)
     refused = () if found.reason is None else (("triton", found.reason),)
-    return Explanation("decode_attention", found.name, kernels, refused, str(switch.active()))
+    return Explanation("decode_attention", found.name, kernels, refused, rule)
 
 
 def _decode_kernel(
@@ -276,24 +203,16 @@ def _decode_kernel(
     return KernelChoice("forward", choice.kernel, choice.reason)
 
 
-def _kernels(
-    spec: Any,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mask: Tensor | None,
-    sink: Tensor | None,
-    packed: bool,
-    stats: bool,
-    longest: tuple[int, int],
-) -> tuple[KernelChoice, ...]:
+def _kernels(spec: Any, call: Call) -> tuple[KernelChoice, ...]:
     """Forward, and backward where a gradient is recorded."""
     from softpick.ops.triton import dispatch
 
-    forward = dispatch.forward_kernel(spec, q, k, v, mask, packed, stats, None, longest)
+    packed, longest = call.longest is not None, call.longest or (call.q.shape[2], call.k.shape[2])
+    forward = dispatch.forward_kernel(spec, call.q, call.k, call.v, call.mask, packed, call.stats, None, longest)
     kernels = [KernelChoice("forward", forward.kernel, forward.reason)]
-    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k, v, mask, sink)):
-        mask_grad = mask is not None and mask.requires_grad
-        backward = dispatch.backward_kernel(spec, q, k, v, mask, packed, mask_grad, None)
+    tensors = call.q, call.k, call.v, call.mask, call.sink
+    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors):
+        mask_grad = call.mask is not None and call.mask.requires_grad
+        backward = dispatch.backward_kernel(spec, call.q, call.k, call.v, call.mask, packed, mask_grad, None)
         kernels.append(KernelChoice("backward", backward.kernel, backward.reason))
     return tuple(kernels)

@@ -13,38 +13,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from softpick.normalizers import Normalizer, get_normalizer
+from softpick.normalizers import Normalizer
 from softpick.ops import numbers
 from softpick.ops.arguments import (
-    canonical_mask,
-    canonical_shapes,
-    check_alignment,
-    check_cache,
-    check_heads,
-    check_lengths,
-    check_offsets,
     check_pages,
-    check_qkv,
-    check_sink,
-    check_softcap,
     checkable,
-    default_eps,
-    default_scale,
     keep_and_bias,
     no_autocast,
     restore_shape,
-    to_autocast_dtype,
     used_blocks,
-    window_bounds,
 )
-from softpick.ops.backends import (
-    check_backend,
-    choose_backend,
-    few_queries,
-    operator_name,
-    plain_softmax,
-    takes_sdpa,
-)
+from softpick.ops.backends import announce, choose_backend, operator_name
+from softpick.ops.calls import Call, attention_backend, check_cache_call, check_call, is_decoding
 from softpick.ops.kernel_errors import KernelError, fall_back
 from softpick.ops.operators import attention
 from softpick.ops.operators_decode import decode
@@ -195,71 +175,62 @@ def scaled_dot_product_attention(
             that the named backend does not have.
         NotImplementedError: for a derivative that the named backend does not have.
     """
-    norm = get_normalizer(normalizer)
-    check_backend(backend)
-    query, key, value = to_autocast_dtype(check_qkv(query, key, value))
-    options: Any
-    dropout_p = numbers.probability("dropout_p", dropout_p)
-    numbers.flags(is_causal=is_causal, enable_gqa=enable_gqa, return_stats=return_stats, return_weights=return_weights)
-    check_alignment(causal_alignment)
-    q, k, v, lead = canonical_shapes(query, key, value, enable_gqa)
-    dims = max(query.dim(), key.dim(), value.dim())
-    mask = canonical_mask(attn_mask, lead, q, k)
-    left, right = window_bounds(window, is_causal)
-    check_sink(sink, norm, q.shape[1], q)
-    scale = default_scale(scale, q.shape[-1])
-    softcap = check_softcap(softcap)
-    eps = default_eps(eps, norm)
-
-    bottom_right = causal_alignment == "bottom_right"
-    asked = return_stats or return_weights
-    plain = not asked and plain_softmax(norm, eps, softcap, left, right, is_causal, attn_mask, bottom_right, q, k)
-    if backend == "sdpa" and not plain:
-        raise ValueError(
-            "backend: 'sdpa' is torch's softmax kernel; it has no other normalizer, no eps, softcap, window, mask beside "
-            "is_causal, bottom-right alignment of different lengths, statistics or weights. Choose 'triton', 'tiled' or "
-            "'reference'"
-        )
-    if plain and (backend == "sdpa" or (backend == "auto" and takes_sdpa(q, k, v, mask))):
-        options = {"dropout_p": dropout_p, "scale": scale, "enable_gqa": enable_gqa}
-        if mask is None:
-            return F.scaled_dot_product_attention(query, key, value, is_causal=is_causal, **options)
-        return restore_shape(F.scaled_dot_product_attention(q, k, v, mask, **options), lead, dims)
-    if return_weights and backend in ("tiled", "triton"):
-        raise ValueError(
-            f"return_weights: the {backend!r} backend never forms the weights; choose 'reference' or 'auto'"
-        )
-    named = backend
-    wanted = wants_reference(q, k, v, mask, sink)
-    backend = "reference" if return_weights else choose_backend(backend, q, v, norm, "tiled", wanted=wanted)
-    options = {"backend": operator_name(named, backend), "normalizer": norm.text, "scale": scale, "eps": eps}
-    options |= {"mask": mask, "sink": sink, "left": left, "right": right, "bottom_right": bottom_right}
-    options |= {"softcap": softcap, "dropout_p": dropout_p, "stats": return_stats}
-
-    if backend == "reference":
-        keep, bias = keep_and_bias(mask, q, k, left, right, bottom_right)
-        with no_autocast(q):
-            options = {"normalizer": norm, "scale": scale, "eps": eps, "keep": keep, "bias": bias, "sink": sink}
-            out, lse, mass, largest, weights = attention_reference(
-                q, k, v, softcap=softcap, dropout_p=dropout_p, **options
-            )
-    elif backend == "triton" and dropout_p == 0.0 and not return_stats and few_queries(q, k, v, mask, sink):
-        cap = softcap or 0.0
-        try:
-            out, _ = decode(
-                q, k, v, mask, sink, None, None, norm.text, scale, eps, left, right, bottom_right, cap, options["backend"]
-            )  # fmt: skip
-        except KernelError as failure:
-            fall_back(failure, "the kernels for long queries compute it instead")
-            out, *_ = attention(q, k, v, **options)
-        return restore_shape(out, lead, dims)
+    call = check_call(
+        query, key, value, attn_mask=attn_mask, dropout_p=dropout_p, is_causal=is_causal, scale=scale,
+        enable_gqa=enable_gqa, normalizer=normalizer, backend=backend, causal_alignment=causal_alignment, window=window,
+        softcap=softcap, sink=sink, eps=eps, return_stats=return_stats, return_weights=return_weights,
+    )  # fmt: skip
+    dims = max(call.query.dim(), call.key.dim(), call.value.dim())
+    found = attention_backend(call, backend)
+    announce(found)
+    if found.name == "sdpa":
+        options: Any = {"dropout_p": call.dropout_p, "scale": call.scale, "enable_gqa": enable_gqa}
+        if call.mask is None:
+            return F.scaled_dot_product_attention(call.query, call.key, call.value, is_causal=is_causal, **options)
+        out = F.scaled_dot_product_attention(call.q, call.k, call.v, call.mask, **options)
+        return restore_shape(out, call.lead, dims)
+    weights = None
+    if found.name == "reference":
+        out, lse, mass, largest, weights = _by_reference(call)
+    elif found.name == "triton" and is_decoding(call):
+        return restore_shape(_by_decoding(call, operator_name(backend, found.name)), call.lead, dims)
     else:
-        weights = None
-        out, lse, mass, largest = attention(q, k, v, **options)
+        out, lse, mass, largest = _by_operator(call, operator_name(backend, found.name))
     if not (return_stats or return_weights):
-        return restore_shape(out, lead, dims)
+        return restore_shape(out, call.lead, dims)
     stats = (lse, mass, largest) if return_stats else (None, None, None)
-    return _restored(out, stats, weights if return_weights else None, lead, dims)
+    return _restored(out, stats, weights if return_weights else None, call.lead, dims)
+
+
+def _by_reference(call: Call) -> tuple[Tensor, ...]:
+    """Output, lse, row mass, largest score and weights by the full matrix."""
+    keep, bias = keep_and_bias(call.mask, call.q, call.k, call.left, call.right, call.bottom_right)
+    with no_autocast(call.q):
+        return attention_reference(
+            call.q, call.k, call.v, normalizer=call.norm, scale=call.scale, eps=call.eps, keep=keep, bias=bias,
+            sink=call.sink, softcap=call.softcap, dropout_p=call.dropout_p,
+        )  # fmt: skip
+
+
+def _by_decoding(call: Call, backend: str) -> Tensor:
+    """Output by the kernel for few queries."""
+    try:
+        return decode(
+            call.q, call.k, call.v, call.mask, call.sink, None, None, call.norm.text, call.scale, call.eps, call.left,
+            call.right, call.bottom_right, call.softcap or 0.0, backend,
+        )[0]  # fmt: skip
+    except KernelError as failure:
+        fall_back(failure, "the kernels for long queries compute it instead")
+        return _by_operator(call, backend)[0]
+
+
+def _by_operator(call: Call, backend: str, **packed: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Output, lse, row mass and largest score by the tiled or the Triton backend; ``packed``: offsets and longest lengths."""
+    return attention(
+        call.q, call.k, call.v, backend=backend, normalizer=call.norm.text, scale=call.scale, eps=call.eps, mask=call.mask,
+        sink=call.sink, left=call.left, right=call.right, bottom_right=call.bottom_right, softcap=call.softcap,
+        dropout_p=call.dropout_p, stats=call.stats, **packed,
+    )  # fmt: skip
 
 
 def _restored(out: Tensor, stats: Any, weights: Tensor | None, lead: tuple[int, ...], dims: int) -> AttentionOutput:
@@ -376,54 +347,24 @@ def varlen_attention(
         TypeError: for wrong types and dtypes.
         ValueError: for wrong shapes, offsets that do not rise from 0 to the totals, unknown names.
     """
-    norm = get_normalizer(normalizer)
-    check_backend(backend)
-    if backend == "sdpa":
-        raise ValueError("backend: 'sdpa' has no packed sequences; choose 'triton', 'tiled' or 'reference'")
-    query, key, value = to_autocast_dtype(check_qkv(query, key, value, packed=True))
-    dropout_p = numbers.probability("dropout_p", dropout_p)
-    numbers.flags(is_causal=is_causal, enable_gqa=enable_gqa, return_stats=return_stats)
-    check_alignment(causal_alignment)
-    longest_q = check_offsets("cu_seqlens_q", cu_seqlens_q, query, max_seqlen_q, "max_seqlen_q")
-    longest_k = check_offsets("cu_seqlens_k", cu_seqlens_k, key, max_seqlen_k, "max_seqlen_k")
-    if cu_seqlens_q.shape != cu_seqlens_k.shape:
-        raise ValueError(
-            f"cu_seqlens_k: expected as many sequences as cu_seqlens_q ({cu_seqlens_q.numel() - 1}), "
-            f"got {cu_seqlens_k.numel() - 1}"
-        )
-    q, k, v, _ = canonical_shapes(query.transpose(0, 1), key.transpose(0, 1), value.transpose(0, 1), enable_gqa)
-    left, right = window_bounds(window, is_causal)
-    check_sink(sink, norm, q.shape[1], q)
-    bottom_right = causal_alignment == "bottom_right"
-    scale, softcap, eps = default_scale(scale, q.shape[-1]), check_softcap(softcap), default_eps(eps, norm)
-    named = backend
-    backend = choose_backend(backend, q, v, norm, "tiled", wanted=wants_reference(q, k, v, sink))
-    if backend == "reference":
-        options: Any = {"normalizer": norm, "scale": scale, "eps": eps, "softcap": softcap, "sink": sink}
+    call = check_call(
+        query, key, value, packed=(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k), dropout_p=dropout_p,
+        is_causal=is_causal, scale=scale, enable_gqa=enable_gqa, normalizer=normalizer, backend=backend,
+        causal_alignment=causal_alignment, window=window, softcap=softcap, sink=sink, eps=eps, return_stats=return_stats,
+    )  # fmt: skip
+    assert call.longest is not None
+    found = attention_backend(call, backend)
+    announce(found)
+    if found.name == "reference":
+        options: Any = {"normalizer": call.norm, "scale": call.scale, "eps": call.eps, "softcap": call.softcap}
         out, lse, mass, largest = packed_reference(
-            q, k, v, cu_seqlens_q, cu_seqlens_k, left, right, bottom_right, dropout_p=dropout_p, **options
-        )
+            call.q, call.k, call.v, cu_seqlens_q, cu_seqlens_k, call.left, call.right, call.bottom_right, sink=call.sink,
+            dropout_p=call.dropout_p, **options,
+        )  # fmt: skip
     else:
-        out, lse, mass, largest = attention(
-            q,
-            k,
-            v,
-            backend=operator_name(named, backend),
-            normalizer=norm.text,
-            scale=scale,
-            eps=eps,
-            sink=sink,
-            cu_seqlens_q=cu_seqlens_q,
-            cu_seqlens_k=cu_seqlens_k,
-            max_seqlen_q=longest_q,
-            max_seqlen_k=longest_k,
-            left=left,
-            right=right,
-            bottom_right=bottom_right,
-            softcap=softcap,
-            dropout_p=dropout_p,
-            stats=return_stats,
-        )
+        offsets: Any = {"cu_seqlens_q": cu_seqlens_q, "cu_seqlens_k": cu_seqlens_k}
+        offsets |= {"max_seqlen_q": call.longest[0], "max_seqlen_k": call.longest[1]}
+        out, lse, mass, largest = _by_operator(call, operator_name(backend, found.name), **offsets)
     out = out[0].transpose(0, 1)
     return AttentionOutput(out, lse[0], mass[0], largest[0]) if return_stats else out
 
@@ -533,50 +474,30 @@ def decode_attention(
         ValueError: for wrong shapes, devices, lengths, unknown names, inputs that require a gradient while gradients are
             recorded, or an input that the named backend does not take.
     """
-    norm = get_normalizer(normalizer)
-    if backend not in ("auto", "triton", "reference"):
-        raise ValueError(f"backend: expected one of auto, triton, reference for decoding; got {backend!r}")
-    is_causal = _causal_in_cache(is_causal, query)
-    numbers.flags(is_causal=is_causal, enable_gqa=enable_gqa, return_stats=return_stats, return_lse=return_lse)
+    numbers.flags(return_stats=return_stats, return_lse=return_lse)
     if return_lse:
         _deprecated("return_lse: give return_stats=True, which returns an AttentionOutput with lse")
-    room = check_cache(query, key_cache, value_cache, block_table)
-    check_heads(query, key_cache.shape[1 if block_table is None else 2], enable_gqa)
-    query, key_cache, value_cache = to_autocast_dtype((query, key_cache, value_cache))
-    if cache_seqlens is not None:
-        check_lengths(cache_seqlens, query, room)
-    left, right = window_bounds(window, is_causal)
-    heads = query.shape[1]
-    check_sink(sink, norm, heads, query)
-    for name, x in (("query", query), ("key_cache", key_cache), ("value_cache", value_cache), ("sink", sink)):
-        if torch.is_grad_enabled() and x is not None and x.requires_grad:
-            raise ValueError(
-                f"{name}: requires a gradient, which decode_attention does not have; call it under torch.no_grad(), or call "
-                "scaled_dot_product_attention"
-            )
-    scale, softcap, eps = default_scale(scale, query.shape[-1]), check_softcap(softcap), default_eps(eps, norm)
-    # views (B or num_blocks, Hkv, S or page, D)
-    key, value = (x if block_table is None else x.transpose(1, 2) for x in (key_cache, value_cache))
-    groups = heads // key.shape[1] if key.shape[1] else 1
+    call = check_cache_call(
+        query, key_cache, value_cache, cache_seqlens=cache_seqlens, block_table=block_table,
+        is_causal=_causal_in_cache(is_causal, query), scale=scale, enable_gqa=enable_gqa, normalizer=normalizer,
+        backend=backend, window=window, softcap=softcap, sink=sink, eps=eps,
+    )  # fmt: skip
+    norm, query, key, value, sink, room, left, right, scale, softcap, eps = call
     wanted = wants_reference(query, key, value, sink)
-    named, backend = (
-        backend,
-        choose_backend(backend, query, value, norm, "reference", groups * query.shape[2], wanted=wanted),
-    )
+    chosen = choose_backend(backend, query, value, norm, "reference", call.rows, wanted=wanted)
     used = None
-    if block_table is not None and (backend == "reference" or checkable(block_table)):
+    if block_table is not None and (chosen == "reference" or checkable(block_table)):
         used = used_blocks(cache_seqlens, block_table, key.shape[2], query.shape[2], left)
         check_pages(block_table, used, key.shape[0])
-    if backend == "triton":
-        cap = softcap or 0.0
+    if chosen == "triton":
+        cap, name = softcap or 0.0, operator_name(backend, chosen)
         try:
-            name = operator_name(named, backend)
             out, lse = decode(
                 query, key, value, None, sink, cache_seqlens, block_table, norm.text, scale, eps, left, right, True, cap, name
             )  # fmt: skip
             return (out, lse) if return_lse else AttentionOutput(out, lse) if return_stats else out
         except KernelError as failure:
-            if named == "triton":
+            if backend == "triton":
                 raise
             fall_back(failure, "the reference computes it instead, slowly (backend='auto')")
             if block_table is not None:

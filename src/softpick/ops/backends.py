@@ -147,14 +147,21 @@ def find_backend(
 def choose_backend(
     backend: str, q: Tensor, v: Tensor, norm: Normalizer, otherwise: str, rows: int = 0, *, wanted: bool = False
 ) -> str:
-    """The name of :func:`find_backend`, with a warning where a GPU's tensors are computed slowly."""
+    """The name of :func:`find_backend`, with :func:`announce`."""
     found = find_backend(backend, q, v, norm, otherwise, rows, wanted=wanted)
+    announce(found, 4)
+    return found.name
+
+
+def announce(found: Backend, stacklevel: int = 3) -> None:
+    """Warn where a GPU's tensors are computed slowly. ``stacklevel`` 3 is the caller of who calls this."""
     if found.warn and found.reason not in warned:
         warned.add(str(found.reason))
         warnings.warn(
-            f"{found.reason}. backend='auto' takes {found.name!r} here, which is slow", UserWarning, stacklevel=3
+            f"{found.reason}. backend='auto' takes {found.name!r} here, which is slow",
+            UserWarning,
+            stacklevel=stacklevel,
         )
-    return found.name
 
 
 def operator_name(named: str, chosen: str) -> str:

@@ -16,7 +16,7 @@ from softpick.analysis import capture, measure, metrics, write_report
 from softpick.analysis.metrics import MASSIVE_RATIO, Meter
 from softpick.evaluation.passkey import _Rows, _Sums
 from softpick.experiment.rounding import FORMATS, quantized_activations, quantized_cache, round_to
-from softpick.quantization.methods import Job, _inner, _put_back
+from softpick.quantization.methods import _inner, _put_back
 from softpick.quantization.verify import QuantizationError, linear_layers, untouched, verify, weight_of
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -66,8 +66,7 @@ def matrix(module):
 @pytest.mark.parametrize("make", [gpt2, llama])
 def test_the_matrix_of_a_layer_is_out_by_in(make):
     model = make()
-    job = Job(model_of(model), 4, 16, torch.zeros(1, 4), None, None)
-    for name, shape in _inner(job).items():
+    for name, shape in _inner(model).items():
         module = model.get_submodule(name)
         assert shape == tuple(matrix(module).shape)
         found = weight_of(module, shape[1], torch.float32, torch.device("cpu"))

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from softpick.analysis.capture import seen_keys
 from softpick.experiment.models import Subject
+from softpick.experiment.perplexity import change_percent
 from softpick.experiment.progress import Reporter
 
 __all__ = ["hidden_key", "knockout", "knockout_note", "perplexity"]
@@ -143,8 +144,7 @@ def knockout(
     means, tokens = _losses(subject, batches, at, 2 * after, hiding, reporter, label)
     result: dict[str, Any] = {name: _exp(mean) if tokens else None for name, mean in means.items()}
     for name in ("eviction", "absence"):
-        change = means[name] - means["all keys"]
-        result[f"{name}_percent"] = 100.0 * math.expm1(change) if tokens and change < _OVERFLOW else None
+        result[f"{name}_percent"] = change_percent(means[name], means["all keys"]) if tokens else None
     return result | {"tokens": tokens, "after": after, "counted_from": 2 * after}
 
 

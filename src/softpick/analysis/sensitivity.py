@@ -26,6 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from softpick.experiment.models import Subject
+from softpick.experiment.perplexity import change_percent, perplexity_by_position
 from softpick.experiment.progress import Reporter
 from softpick.experiment.rounding import FORMATS, inner_layers, quantized_cache, round_to
 
@@ -318,23 +319,10 @@ def _local_figures(
 # Measured losses
 
 
-@torch.no_grad()
 def _loss(model: Any, batches: Sequence[Tensor]) -> float:
     """Mean loss of the tokens from the third on."""
-    device = next(model.parameters()).device
-    total, tokens = 0.0, 0
-    for batch in batches:
-        for ids in batch.to(device).split(4):
-            logits = model(input_ids=ids, use_cache=False).logits
-            for row, targets in zip(logits[:, 1:-1], ids[:, 2:], strict=True):
-                total += float(torch.nn.functional.cross_entropy(row.float(), targets, reduction="sum"))
-                tokens += len(targets)
-    return total / tokens
-
-
-def percent(loss: float, base: float) -> float | None:
-    """Change of the perplexity in percent; None where it is beyond fp64."""
-    return 100.0 * math.expm1(loss - base) if loss - base < _OVERFLOW else None
+    rows = torch.cat(list(batches))
+    return float(perplexity_by_position(model, rows, [2, rows.shape[1]], batch_size=4)[0]["loss"])
 
 
 def _spearman(a: Sequence[float], b: Sequence[float]) -> float | None:
@@ -359,7 +347,7 @@ class _Measuring:
         """Percent of perplexity that rounding these layers costs."""
         assert self.base is not None
         with rounded(layers, scheme, self.seen, remedy):
-            return percent(_loss(self.model, self.batches), self.base)
+            return change_percent(_loss(self.model, self.batches), self.base)
 
     def kept(self, scheme: Scheme, whole: float, ranked: list[str], bar: Any) -> dict[str, Any]:
         """The layers at the top of a ranking in 16 bits: what is left of the cost, and which list to take."""
@@ -453,7 +441,7 @@ def _measured(work: _Measuring, layers: list[dict[str, Any]], title: str) -> dic
             bar()
         for bits in _CACHE_BITS:
             with quantized_cache(work.model, bits):
-                left = percent(_loss(work.model, work.batches), work.base)
+                left = change_percent(_loss(work.model, work.batches), work.base)
             result["kv_cache"].append({"bits": bits, "change_percent": left})
             bar()
     costly = [s for s in SCHEMES if (c := whole[s.name]) is not None and WORTH < c < HOPELESS]

@@ -12,9 +12,10 @@ from torch import Tensor, nn
 
 from softpick.experiment.models import learned_positions
 
-__all__ = ["learned_positions", "perplexity", "perplexity_by_position", "position_edges"]
+__all__ = ["change_percent", "learned_positions", "perplexity", "perplexity_by_position", "position_edges"]
 
 _LOGIT_ENTRIES = 1 << 27  # vocabulary logits of a forward pass: half a gigabyte in fp32
+_OVERFLOW = 700.0  # nats: exp() of more is beyond fp64
 
 
 def perplexity(
@@ -93,6 +94,11 @@ def perplexity_by_position(
     return found
 
 
+def change_percent(loss: float, base: float) -> float | None:
+    """By how many percent the perplexity of one mean loss (nats) is above that of another; None where it is beyond fp64."""
+    return 100.0 * math.expm1(loss - base) if loss - base < _OVERFLOW else None
+
+
 def position_edges(length: int, bins: int, trained: int | None = None) -> list[int]:
     """Edges of ``bins`` ranges of about equal width (fewer where there are fewer positions) over ``1..length - 1``.
 
@@ -142,4 +148,4 @@ def _losses(
 
 
 def _exp(loss: float) -> float:
-    return math.exp(loss) if loss < 700 else math.inf if loss == loss else math.nan
+    return math.exp(loss) if loss < _OVERFLOW else math.inf if loss == loss else math.nan

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from softpick.functional import AttentionOutput, scaled_dot_product_attention
-from softpick.nn.attention import visible_keys
+from softpick.nn.attention import scaled_by_length, visible_keys
 from softpick.normalizers import NORMALIZERS, Normalizer, get_normalizer
 
 try:
@@ -210,7 +210,7 @@ def attention_forward(
 
     if score_scale is not None:
         n = visible_keys(tq, tk, attn_mask=attention_mask, is_causal=causal, window=window, device=query.device)
-        query = _by_length(query, score_scale, n)
+        query = scaled_by_length(query, score_scale, n)
     mask = _with_bias(attention_mask, position_bias, query.dtype)
     options = {"enable_gqa": query.shape[1] != key.shape[1], "window": window, "softcap": softcap, "sink": sink}
     options |= {"normalizer": norm, "return_weights": output_attentions}
@@ -219,12 +219,6 @@ def attention_forward(
     out = found.output.transpose(1, 2).contiguous()
     out = out if output_gate is None else out * torch.sigmoid(output_gate)
     return out, None if found.weights is None else found.weights.to(query.dtype)
-
-
-def _by_length(query: Tensor, score_scale: Tensor, n: Tensor) -> Tensor:
-    """Queries times ``score_scale * log n``, ``n`` the number of keys that each may see."""
-    logs = n.clamp(min=1).float().log()
-    return (query * (score_scale.view(-1, 1, 1) * logs[..., None])).to(query.dtype)
 
 
 def _with_bias(mask: Tensor | None, bias: Tensor | None, dtype: torch.dtype) -> Tensor | None:

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from transformers.utils.import_utils import is_tracing
 
 from softpick.functional import varlen_attention
+from softpick.nn.attention import scaled_by_length
 from softpick.normalizers import NORMALIZERS, Normalizer, visible
 
 __all__ = [
@@ -268,8 +269,7 @@ def attend_packed(
         left, right = (-1, 0 if is_causal else -1) if window is None else window
         first = 0 if left < 0 else (position - left).clamp(min=0)
         last = length - 1 if right < 0 else torch.minimum(position + right, length - 1)
-        logs = (last - first + 1).clamp(min=1).float().log()[:, None]
-        query = (query * (score_scale.view(-1, 1, 1) * logs[..., None])).to(query.dtype)
+        query = scaled_by_length(query, score_scale, (last - first + 1)[:, None])
     q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (query, key, value))
     out = varlen_attention(
         q,

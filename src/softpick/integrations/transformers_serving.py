@@ -24,6 +24,7 @@ from transformers.generation.continuous_batching import initialization
 
 from softpick.functional import decode_attention, varlen_attention
 from softpick.integrations.patches import original, replace
+from softpick.nn.attention import scaled_by_length
 from softpick.normalizers import Normalizer
 
 __all__ = ["attend_paged", "install", "is_paged", "without_paged"]
@@ -169,8 +170,7 @@ def _scaled(query: Tensor, score_scale: Tensor, offsets_q: Tensor, offsets_k: Te
     seen = token - offsets_q[request + 1] + offsets_k.diff()[request] + 1
     if window:
         seen = seen.clamp(max=window)
-    logs = seen.clamp(min=1).float().log()
-    return (query * (score_scale.view(-1, 1, 1) * logs[:, None])).to(query.dtype)
+    return scaled_by_length(query, score_scale, seen)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from softpick.normalizers import Normalizer, get_normalizer, visible
 from softpick.ops import numbers
 from softpick.ops.arguments import window_bounds
 
-__all__ = ["Attention", "LinearSoftpick", "Softpick", "initial_score_scale", "visible_keys"]
+__all__ = ["Attention", "LinearSoftpick", "Softpick", "initial_score_scale", "scaled_by_length", "visible_keys"]
 
 
 class Softpick(nn.Module):
@@ -105,6 +105,21 @@ def visible_keys(
         key = torch.arange(tk, device=device)
         keep = keep & (key >= first[:, None]) & (key <= last[:, None])
     return keep.expand(*keep.shape[:-2], tq, tk).sum(-1)
+
+
+def scaled_by_length(query: Tensor, score_scale: Tensor, n: Tensor) -> Tensor:
+    """Queries times ``score_scale * log n``, so that their scores are.
+
+    Args:
+        query: ``(B, H, Tq, D)``.
+        score_scale: ``(H,)``.
+        n: how many keys each query may see; broadcastable to ``(B, H, Tq)``.
+
+    Returns:
+        The shape and dtype of ``query``; logarithms are in fp32.
+    """
+    logs = n.clamp(min=1).float().log()
+    return (query * (score_scale.view(-1, 1, 1) * logs[..., None])).to(query.dtype)
 
 
 class Attention(nn.Module):

@@ -78,12 +78,12 @@ def grouping() -> list[str]:
     return [method.name for method in METHODS.values() if method.grouped]
 
 
-def _inner(job: Job) -> dict[str, tuple[int, int]]:
+def _inner(model: Any) -> dict[str, tuple[int, int]]:
     """``(out, in)`` of the matrices of the layers."""
     from softpick.quantization.verify import inner_layers
 
     found = {}
-    for name, module in inner_layers(job.subject.model).items():
+    for name, module in inner_layers(model).items():
         rows, columns = module.weight.shape
         found[name] = (columns, rows) if type(module).__name__ == "Conv1D" else (rows, columns)
     return found
@@ -91,17 +91,12 @@ def _inner(job: Job) -> dict[str, tuple[int, int]]:
 
 def fitting_group(model: Any) -> int:
     """The group size that is used where none is given: 64, or the largest power of two below that divides all inputs."""
-    from softpick.quantization.verify import inner_layers
-
-    widths = (
-        module.weight.shape[0 if type(module).__name__ == "Conv1D" else 1] for module in inner_layers(model).values()
-    )
-    common = math.gcd(*widths)
+    common = math.gcd(*(features for _, features in _inner(model).values()))
     return min(64, common & -common) or 64
 
 
 def _group_divides(job: Job) -> None:
-    for name, (_, features) in _inner(job).items():
+    for name, (_, features) in _inner(job.subject.model).items():
         if features % job.group:
             raise QuantizationError(
                 f"group_size: expected a divisor of the inputs of every layer; {name} has {features}, got {job.group}"
@@ -215,7 +210,7 @@ _NF4_BLOCK = 64  # weights that share a scale, in the order of memory
 
 def _bnb_check(job: Job) -> None:
     if job.bits == 4 and job.device == "cpu":
-        for name, (outputs, features) in _inner(job).items():
+        for name, (outputs, features) in _inner(job.subject.model).items():
             if outputs % 32 or features % _NF4_BLOCK:
                 raise QuantizationError(
                     f"bnb: 4 bits on the CPU expect outputs in multiples of 32 and inputs of {_NF4_BLOCK}; {name} has "
@@ -242,7 +237,7 @@ def _bnb(job: Job) -> Any:
 
 def _gptq_check(job: Job) -> None:
     _group_divides(job)
-    for name, (outputs, features) in _inner(job).items():
+    for name, (outputs, features) in _inner(job.subject.model).items():
         if outputs % 32 or features % 32:
             raise QuantizationError(
                 f"gptq: expects inputs and outputs in multiples of 32; {name} has {features} and {outputs}"

@@ -6,17 +6,13 @@ VENV := .venv
 BIN := $(VENV)/bin
 VLLM := .vllm
 
-.PHONY: demo test test-long test-real lint docs bench matrix mutants versions extras serving-test vllm-test package hub-kernel clean
+.PHONY: demo test test-real lint docs bench matrix mutants versions extras serving-test vllm-test package hub-kernel clean
 
 demo: $(VENV)/.compare
 	$(BIN)/softpick compare --output runs/demo
 
 test: $(VENV)/.ready lint docs
 	$(BIN)/python -m pytest -n 2 --dist worksteal
-
-# the tests that take half a minute or more as well
-test-long: $(VENV)/.ready
-	SOFTPICK_LONG=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
 lint: $(VENV)/.ready
 	$(BIN)/ruff check .

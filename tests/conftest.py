@@ -1,4 +1,5 @@
 import os
+import signal
 
 import pytest
 import torch
@@ -6,6 +7,9 @@ import torch
 # Before anything imports Triton: without a GPU its kernels run in its interpreter, on tensors of the CPU.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
+
+# Commands under test are interrupted. Started in the background of a shell, this process ignores SIGINT, and so would they.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Many small tensors: threads would only wait for one another.
 torch.set_num_threads(int(os.environ.get("SOFTPICK_TEST_THREADS", "1")))
@@ -16,31 +20,7 @@ def _seed():
     torch.manual_seed(0)
 
 
-# Half a minute and more: `make test-long` (SOFTPICK_LONG=1) runs them too, `make test` must stay below 20 minutes.
-LONG = (
-    "test_backcopy_shows_the_phenomenon",
-    "test_weights[gptq",
-    "test_memory_of_long_texts",
-    "test_examples_run[pretrain_and_compare.py]",
-    "test_two_ranks_are_one[tensor_parallel]",
-    "test_fsdp_in_bf16_keeps_sums_in_fp32",
-    "test_what_was_asked_for_or_an_error",
-    "test_ranks_end_when_no_gradient_is_finite",
-    "test_ranks_stop_together",
-    "test_kernels_compile_and_fit[Hopper]",
-    "test_ctrl_c_leaves_a_run_that_resumes_to_the_same_figures",
-    "test_add_a_normalizer",
-    "test_killed_commands_lose_nothing",
-    "test_killed_at_any_moment",
-    "test_an_interrupt_from_outside",
-)
-
-
 def pytest_collection_modifyitems(items):
-    if not os.environ.get("SOFTPICK_LONG"):
-        for item in items:
-            if item.name.startswith(LONG):
-                item.add_marker(pytest.mark.skip(reason="takes long: make test-long"))
     if not torch.cuda.is_available():
         for item in items:
             if "gpu" in item.keywords:

@@ -48,7 +48,12 @@ _CORPUS_CHARACTERS = 2_000_000  # of a corpus that is tokenized for measuring: f
 
 
 def audit(
-    settings: AuditSettings, *, reporter: Reporter | None = None, command: str = "", state: str | Path | None = None
+    settings: AuditSettings,
+    *,
+    reporter: Reporter | None = None,
+    command: str = "",
+    state: str | Path | None = None,
+    titles: Sequence[str] | None = None,
 ) -> dict[str, Any]:
     """Measure one model or two.
 
@@ -59,6 +64,7 @@ def audit(
         state: folder in which an interrupted audit leaves what it has measured, and from which the same audit goes on: a
             finished model is not measured again, a long measurement continues at most half a minute back. Only files that
             begin with ``audit-`` are written, and :func:`forget` removes them.
+        titles: of the models; by default as much of the end of each name as tells them apart.
 
     Returns:
         The report, as for ``softpick.analysis.write_report``; a run a model, with ``perplexity`` and ``knockout`` where
@@ -76,15 +82,17 @@ def audit(
     reporter = reporter if reporter is not None else Silent()
     reporter.say(device_line(settings.device))
     with nullcontext() if state is None else Workspace(state):
-        return _audit(settings, reporter, command, None if state is None else Path(state))
+        return _audit(settings, reporter, command, None if state is None else Path(state), titles)
 
 
-def _audit(settings: AuditSettings, reporter: Reporter, command: str, state: Path | None) -> dict[str, Any]:
+def _audit(
+    settings: AuditSettings, reporter: Reporter, command: str, state: Path | None, given: Sequence[str] | None
+) -> dict[str, Any]:
     corpus = get_corpus(settings.data, settings.text_field, _CORPUS_CHARACTERS)
     reporter.say(f"data: {corpus.description}")
     runs: list[dict[str, Any]] = []
     names = (settings.model, *([settings.against] if settings.against else []))
-    for name, title in zip(names, titles(names), strict=True):
+    for name, title in zip(names, given or titles(names), strict=True):
         run = _run(name, title, settings, corpus, reporter, state)
         if any(run["normalizer"] == other["normalizer"] for other in runs):
             run["normalizer"] += " (2)"  # the report would take two models of one normalizer for seeds of one model

@@ -30,7 +30,7 @@ def convert(
         os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     from softpick.conversion.convert import convert as run
-    from softpick.training.engine import StopRequest
+    from softpick.experiment.stopping import StopRequest
 
     console = make_console()
     folder = output or f"softpick-convert-{given['normalizer']}"

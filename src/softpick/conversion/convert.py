@@ -52,7 +52,7 @@ from softpick.training.data import SequenceDataset, fingerprint
 from softpick.training.token_files import TokenFile, write_tokens
 
 if TYPE_CHECKING:
-    from softpick.training.engine import StopRequest
+    from softpick.experiment.stopping import StopRequest
 
 __all__ = ["convert"]
 
@@ -363,7 +363,7 @@ class _Run:
             }
         return found
 
-    def _analysis(self, text: _Text) -> dict[str, Any]:
+    def _analysis(self, text: _Text, titles: tuple[str, str]) -> dict[str, Any]:
         """What `softpick analyze` says of both models, side by side."""
         settings, file = self.settings, self.work.scratch / "held-out.jsonl"
         write_text(file, "".join(json.dumps({"text": document}) + "\n" for document in text.held.documents))
@@ -378,7 +378,7 @@ class _Run:
             dtype="float32",
             trust_remote_code=settings.trust_remote_code,
         )
-        return audit(asked, reporter=self.reporter, command=self.command, state=self.folder)
+        return audit(asked, reporter=self.reporter, command=self.command, state=self.folder, titles=titles)
 
     # ------------------------------------------------------------------------------------------------------------------
 
@@ -386,19 +386,19 @@ class _Run:
         self, text: _Text, losses: dict[str, float], stages: dict[str, Any], written: dict[str, Any] | None
     ) -> dict[str, Any]:
         settings = self.settings
+        name = Path(settings.model).name
+        titles = (name, f"{name}, {settings.normalizer}")
         if settings.samples:
-            report = self._analysis(text)
+            report = self._analysis(text, titles)
         else:
-            titles = (Path(settings.model).name, "model")
             report = {"runs": [{"normalizer": t, "title": t} for t in titles], "notes": [], "meta": {}}
         for run, loss in zip(report["runs"], (losses["teacher"], losses[settings.stages[-1]]), strict=True):
             run["validation_loss"] = loss
         report["runs"][1] |= {
-            "title": f"{report['runs'][0]['title']}, {settings.normalizer}",
             "model": "model",
             "curves": stages[settings.stages[-1]]["curves"],
         }
-        report["title"] = f"softpick convert: {Path(settings.model).name} to {settings.normalizer}"
+        report["title"] = f"softpick convert: {name} to {settings.normalizer}"
         report["meta"] |= {
             "models": f"{settings.model}, and what it became",
             "data": text.description,

@@ -178,17 +178,14 @@ def load_subject(
             there; with ``decoder`` also a model whose predictions depend on the tokens after them.
         ImportError: transformers is missing.
     """
-    from softpick.integrations.transformers import register  # says so where transformers is missing
-
     device = chosen_device(device)
     absent = missing_device(device)
     if absent:
         raise ModelError(f"device: cannot move {name} to {device!r}: {absent}")
-    register()  # softpick's models and attention functions
+    config, source, where = load_config(name, trust_remote_code=trust_remote_code)
     from transformers import AutoModel, AutoModelForCausalLM
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING
 
-    config, source, where = load_config(name, trust_remote_code=trust_remote_code)
     kind = type(config)
     own_class = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {}) and trust_remote_code
     causal = own_class or (
@@ -312,11 +309,10 @@ def load_config(name: str, *, trust_remote_code: bool = False) -> tuple[Any, str
     Raises:
         ModelError: there is none, it is an encoder-decoder, or it names attention that is code of the hub.
     """
+    from softpick.integrations.transformers import register  # says so where transformers is missing
+
+    register()  # softpick's model types and attention functions
     from transformers import AutoConfig, PretrainedConfig
-
-    from softpick.integrations.transformers import register
-
-    register()  # model types of ours
 
     path = Path(name)
     where: dict[str, Any] = {}

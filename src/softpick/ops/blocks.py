@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from softpick.ops import cpu, switch
+from softpick.ops import cpu
 from softpick.ops.calling import TILES, TRITON, accumulation_dtype, dense, on_device_of
 from softpick.ops.kernel_errors import KernelError, fall_back
 from softpick.ops.operators import call_spec
@@ -32,11 +32,8 @@ def block_forward(
     out = query.new_empty(b, h, t, value.shape[-1], dtype=dtype)
     lse, mass, largest = (query.new_empty(b, h, t, dtype=dtype) for _ in range(3))
     right = 0 if is_causal else -1
-    spec, named = (
-        call_spec(normalizer, scale, eps, -1, right, False, softcap, 0.0, backend),
-        switch.parse(backend).backend,
-    )
-    if named in TRITON:
+    spec = call_spec(normalizer, scale, eps, -1, right, False, softcap, 0.0, backend)
+    if spec.backend in TRITON:
         from softpick.ops.triton import launch
 
         try:
@@ -46,7 +43,7 @@ def block_forward(
                 )  # fmt: skip
             return out, lse.double(), largest
         except KernelError as failure:
-            if named == "triton":
+            if spec.backend == "triton":
                 raise
             fall_back(failure, TILES)
     saved = torch.empty_like(lse), torch.empty_like(lse)
@@ -77,8 +74,7 @@ def block_backward(
     dquery, dkey, dvalue = (torch.empty(x.shape, dtype=dtype, device=x.device) for x in (query, key, value))
     right = 0 if is_causal else -1
     spec = call_spec(normalizer, scale, 0.0, -1, right, False, softcap, 0.0, backend)._replace(part=True)
-    named = switch.parse(backend).backend
-    if named in TRITON:
+    if spec.backend in TRITON:
         from softpick.ops.triton import launch
 
         try:
@@ -89,7 +85,7 @@ def block_backward(
                 )  # fmt: skip
             return dquery, dkey, dvalue
         except KernelError as failure:
-            if named == "triton":
+            if spec.backend == "triton":
                 raise
             fall_back(failure, TILES)
     level, inverse = (x.to(dtype) for x in cpu.from_lse(spec, lse))

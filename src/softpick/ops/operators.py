@@ -48,9 +48,10 @@ def call_spec(
 ) -> AttentionSpec:
     """The record of a call from the operators' arguments."""
     left, right = min(left, 2**30), min(right, 2**30)  # the kernels add positions to them in 32 bits
+    rule = switch.parse(backend)
     return AttentionSpec(
         get_normalizer(normalizer), scale, eps, left, right, bottom_right, softcap, dropout_p,
-        without=switch.parse(backend).without,
+        backend=rule.backend, without=rule.without,
     )  # fmt: skip
 
 
@@ -100,11 +101,8 @@ def _attention_forward(
     ones only. The last one is ``saved`` of ``tiled.forward``, ``(B, 2, H, Tq)``; empty for Triton.
     """
     out, lse, mass, largest, kept = _empty_outputs(query, value, stats, backend)
-    spec, named = (
-        call_spec(normalizer, scale, eps, left, right, bottom_right, softcap, dropout_p, backend),
-        switch.parse(backend).backend,
-    )
-    if named in TRITON:
+    spec = call_spec(normalizer, scale, eps, left, right, bottom_right, softcap, dropout_p, backend)
+    if spec.backend in TRITON:
         from softpick.ops.triton import launch
 
         try:
@@ -127,7 +125,7 @@ def _attention_forward(
                 )
             return out, lse, mass, largest, kept
         except KernelError as failure:
-            if named == "triton":
+            if spec.backend == "triton":
                 raise
             fall_back(failure, TILES)
     for index, (rows, keys) in enumerate(_sequences(query, key, cu_seqlens_q, cu_seqlens_k)):
@@ -211,11 +209,8 @@ def _attention_backward(
     dmask: Tensor | None = None
     dsink: Tensor | None = None
     done = False
-    spec, named = (
-        call_spec(normalizer, scale, eps, left, right, bottom_right, softcap, dropout_p, backend),
-        switch.parse(backend).backend,
-    )
-    if named in TRITON:
+    spec = call_spec(normalizer, scale, eps, left, right, bottom_right, softcap, dropout_p, backend)
+    if spec.backend in TRITON:
         from softpick.ops.triton import launch
 
         if mask_grad and mask is not None:
@@ -245,7 +240,7 @@ def _attention_backward(
                 )
             done = True
         except KernelError as failure:
-            if named == "triton":
+            if spec.backend == "triton":
                 raise
             fall_back(failure, TILES)
         if done and dmask is not None and mask is not None:

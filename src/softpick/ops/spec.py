@@ -36,6 +36,8 @@ class AttentionSpec(NamedTuple):
     """Decoding: whether values of key tiles without a kept score are left unread; None: where it pays (``tuning.py``)."""
     seed: int = 0
     """Of dropout, on the CPU; kernels read theirs from a tensor."""
+    backend: str = ""
+    """``"tiled"``, ``"triton"``, or ``"auto"``: Triton, and the tiles where a kernel cannot be built."""
     without: frozenset[str] = frozenset()
     """Kernel families that are left out (``switch.py``)."""
 

@@ -253,15 +253,15 @@ def test_autocast():
 
 def test_opcheck():
     q, k, v = inputs((1, 2, 1, 40, 60, 64, 64), BF16)
-    tail = (0.3, 1e-6, -1, 0, False, 0.0, 0.0, True, "triton", 0, 0)
+    tail = (0.3, 1e-6, -1, 0, False, 0.0, 0.0)
     op = torch.ops.softpick.attention_forward.default
     tests = ("test_schema", "test_autograd_registration", "test_faketensor")
-    torch.library.opcheck(op, (q, k, v, *(None,) * 5, "softpick", *tail, True), test_utils=tests)
-    torch.library.opcheck(op, (q, k, v, *(None,) * 5, "softmax", *tail, False), test_utils=tests)
-    args = (q.detach()[:, :, :1], k.detach(), v.detach(), *(None,) * 4, "softpick", 0.3, 1e-6, -1, 0, True, 0.0)
+    torch.library.opcheck(op, (q, k, v, *(None,) * 5, "softpick", *tail, True, "triton", 0, 0), test_utils=tests)
+    torch.library.opcheck(op, (q, k, v, *(None,) * 5, "softmax", *tail, False, "triton", 0, 0), test_utils=tests)
+    args = (q.detach()[:, :, :1], k.detach(), v.detach(), *(None,) * 4, "softpick", 0.3, 1e-6, -1, 0, True, 0.0, "auto")
     torch.library.opcheck(torch.ops.softpick.decode.default, args)
     x = torch.randn(3, 70, device=DEVICE, requires_grad=True)
-    torch.library.opcheck(torch.ops.softpick.rows_forward.default, (x, 1e-6))
+    torch.library.opcheck(torch.ops.softpick.rows_forward.default, (x, 1e-6, "auto"))
 
 
 def test_what_triton_cannot_take_is_said_once(monkeypatch):

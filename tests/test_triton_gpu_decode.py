@@ -59,9 +59,9 @@ def test_decoding(name, how, poisoned):
 @pytest.mark.parametrize("name", NAMES)
 def test_pages_that_do_not_exist_are_masked(name, page, monkeypatch, poisoned):
     """By the portable kernel and (pages of 64) the one for Hopper GPUs; looked at beforehand with SOFTPICK_DEBUG=1 only."""
-    from softpick.ops.triton import launch
+    from softpick.ops.triton import tuning
 
-    monkeypatch.setattr(launch, "_FEWEST_CACHED", 0)
+    monkeypatch.setattr(tuning, "FEWEST_CACHED", 0)
     q, k, v = (t.detach() for t in inputs((3, 8, 2, 2, 960, 128, 128), BF16))
     (k, table), (v, _) = paged(k, page), paged(v, page)
     table[0, 1], table[1, 0], table[1, 2], table[1, -1] = -1, k.shape[0], 2**31 - 1, -(2**31)
@@ -82,10 +82,10 @@ def test_pages_that_do_not_exist_are_masked(name, page, monkeypatch, poisoned):
 @pytest.mark.parametrize("width", [64, 128])
 def test_scores_and_sink_far_below_zero(width, monkeypatch, poisoned):
     """Nothing underflows, by whichever kernels: forward, backward and decoding."""
-    from softpick.ops.triton import launch
+    from softpick.ops.triton import tuning
 
-    monkeypatch.setattr(launch, "_FEWEST_CACHED", 0)
-    monkeypatch.setattr(launch, "_FEWEST_FORWARD", 0)
+    monkeypatch.setattr(tuning, "FEWEST_CACHED", 0)
+    monkeypatch.setattr(tuning, "FEWEST_FORWARD", 0)
     q, k, v = inputs((1, 4, 4, 300, 1024, width, width), BF16)
     level = torch.tensor([-300.0, -200.0, -150.0, 0.0], device=DEVICE)
     with torch.no_grad():

@@ -125,7 +125,7 @@ def _few_tile(
                 top = tl.maximum(top, logit)
             # without eps the level may be so far below 0 that the power overflows, and 0 times infinity is NaN
             share += tl.where(eps > 0.0, eps * tl.exp2(top - level), 0.0)
-        tl.store(statistics + (i64 + i) * s_t + 2 * s_c, tl.where(share > 0, delta / share, 0.0), mask=few)
+        tl.store(statistics + (i64 + i) * s_t + 2 * s_c, tl.where(share > 0, tl.div_rn(delta, share), 0.0), mask=few)
 
 
 @triton.jit(do_not_specialize=["heads", "tq", "tk", "left", "right", "padded", "few_tiles"])

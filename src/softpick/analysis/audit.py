@@ -21,6 +21,7 @@ from torch import Tensor
 
 from softpick.analysis.knockout import knockout, knockout_note, perplexity
 from softpick.analysis.settings import KNOCKOUTS, SAMPLE_TEXTS, AuditError, AuditSettings
+from softpick.analysis.trackers import check_trackers
 from softpick.analysis.verdict import failed, parse_condition, reference_rows, verdict
 from softpick.experiment.corpus import get_corpus
 from softpick.experiment.environment import chosen_device, command_line, device_line, versions
@@ -78,6 +79,7 @@ def audit(
         ImportError: transformers is missing.
     """
     settings.check()
+    check_trackers(settings.report_to)
     settings = replace(settings, device=chosen_device(settings.device))
     reporter = reporter if reporter is not None else Silent()
     reporter.say(device_line(settings.device))
@@ -155,7 +157,9 @@ def _key(name: str, title: str, settings: AuditSettings, corpus: Corpus) -> dict
     return {
         "model": identity(name, trust_remote_code=settings.trust_remote_code),
         "title": title,  # the notes have it
-        "settings": {k: v for k, v in asdict(settings).items() if k not in ("model", "against", "fail_if")},
+        "settings": {
+            k: v for k, v in asdict(settings).items() if k not in ("model", "against", "fail_if", "report_to", "step")
+        },
         "documents": hashlib.sha256("\0".join(corpus.documents).encode()).hexdigest(),
         "versions": versions(),
     }

@@ -19,7 +19,7 @@ from softpick.experiment.settings import (
     setting,
 )
 
-__all__ = ["KNOCKOUTS", "SAMPLE_TEXTS", "AuditError", "AuditSettings"]
+__all__ = ["KNOCKOUTS", "SAMPLE_TEXTS", "TRACKERS", "AuditError", "AuditSettings"]
 
 SAMPLE_TEXTS = (
     "The lighthouse keeper wrote one line in his book every night. On the last night of the year he wrote two, and in the "
@@ -32,6 +32,7 @@ SAMPLE_TEXTS = (
 """What the attention maps of the report show unless other texts are given: prose, code, a dialogue."""
 
 KNOCKOUTS = ("first", "strongest")
+TRACKERS = ("tensorboard", "trackio", "wandb")
 
 
 class AuditError(ModelError):
@@ -95,6 +96,13 @@ class AuditSettings:
         metavar="CONDITION",
         repeated=True,
     )
+    report_to: tuple[str, ...] = setting(
+        (),
+        "Also log the figures with tensorboard (into the output folder), trackio or wandb; may be given again.",
+        metavar="TRACKER",
+        repeated=True,
+    )
+    step: int = setting(0, "Training step that the logged figures belong to.")
     attn_implementation: str | None = setting(
         None,
         ATTENTION,
@@ -117,7 +125,7 @@ class AuditSettings:
         from softpick.experiment.models import DTYPES, FUSED
         from softpick.experiment.reading import check_text
 
-        check_settings(self, AuditError, {"sequence_length": Range(4)})
+        check_settings(self, AuditError, {"sequence_length": Range(4), "step": Range(0)})
         if self.dtype not in DTYPES:
             raise AuditError(f"dtype: expected one of {', '.join(DTYPES)}; got {self.dtype!r}")
         for key in self.knockout:
@@ -144,5 +152,8 @@ class AuditSettings:
             check_text(text, "texts: a text", AuditError)
         for condition in self.fail_if:
             parse_condition(condition)
+        for name in self.report_to:
+            if name not in TRACKERS:
+                raise AuditError(f"report_to: expected one of {', '.join(TRACKERS)}; got {name!r}")
         if not self.cost and any("cost_" in condition for condition in self.fail_if):
             raise AuditError("fail_if: figures of cost_... need --cost")

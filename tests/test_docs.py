@@ -1,6 +1,9 @@
 """The pages: Python blocks run as they stand, commands exist with the options that are used, links lead somewhere."""
 
+import ast
+import fnmatch
 import os
+import pkgutil
 import re
 import shlex
 import subprocess
@@ -88,3 +91,52 @@ def test_examples_run(name, tmp_path):
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout
+
+
+# Names of files that are not in the repository: commands write them, or they are the reader's.
+ELSEWHERE = {"report.md", "table.md", "train.py"}
+
+
+def prose():
+    """File, number and text of each line of the pages, of comments and of docstrings."""
+    for page in [*PAGES, ROOT / "Makefile"]:
+        for number, line in enumerate(page.read_text(encoding="utf-8").splitlines(), 1):
+            yield page, number, line
+    for folder in ("src", "tests", "benchmarks", "examples", "hub"):
+        for file in (ROOT / folder).rglob("*.py"):
+            text = file.read_text(encoding="utf-8")
+            strings = [node.value for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Expr)]
+            strings = [node for node in strings if isinstance(node, ast.Constant)]
+            docstrings = {line for node in strings for line in range(node.lineno, node.end_lineno + 1)}
+            for number, line in enumerate(text.splitlines(), 1):
+                if number in docstrings or "#" in line:
+                    yield file, number, line if number in docstrings else line.split("#", 1)[1]
+
+
+def test_named_files_and_targets_exist():
+    """By their whole path or its end (``ops/cpu.py``), ``*`` for a part of a name; and targets of make."""
+    found = [path.relative_to(ROOT).as_posix() for path in ROOT.rglob("*") if not {".git", ".venv"} & {*path.parts}]
+    known = {name[start + 1 :] for name in found for start in [-1, *(i for i, c in enumerate(name) if c == "/")]}
+    targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
+    wrong = []
+    for file, number, line in prose():
+        names = re.findall(r"(?<![\w/.:-])(?:\.{1,2}/)*([\w./*-]*[\w*]\.(?:py|md|yml|toml))\b", line)
+        missing = [name for name in names if "*" not in name and name not in known | ELSEWHERE]
+        missing += [name for name in names if "*" in name and not fnmatch.filter(known, name)]
+        missing += [f"make {name}" for name in re.findall(r"(?:`|^)make ([a-z-]+)", line) if name not in targets]
+        wrong += [f"{file.relative_to(ROOT)}:{number}: {name}" for name in missing]
+    assert not wrong, "\n".join(wrong)
+
+
+def test_named_modules_and_functions_exist():
+    """``softpick.a.b`` in a page, a comment or a docstring is there."""
+    wrong = []
+    for file, number, line in prose():
+        for name in re.findall(r"(?<![\w/.@-])softpick(?:\.\w+)+", line):
+            if name.endswith((".py", ".md")) or name.startswith("softpick.integrations.vllm"):
+                continue  # a file; what needs vLLM
+            try:
+                pkgutil.resolve_name(name)
+            except (ImportError, AttributeError):
+                wrong.append(f"{file.relative_to(ROOT)}:{number}: {name}")
+    assert not wrong, "\n".join(wrong)

@@ -64,6 +64,11 @@ def test_commands_exist(command, parsers):
         parsers[name].make_context(name, [word for word in words if word != "..."])
 
 
+def test_the_reference_has_every_command(parsers):
+    page = (ROOT / "docs" / "reference" / "cli.md").read_text(encoding="utf-8")
+    assert {*re.findall(r"<!-- help: (\w+) -->", page)} == {"softpick", *parsers}
+
+
 @pytest.mark.parametrize("page", PAGES, ids=IDS)
 def test_links_to_files_lead_somewhere(page):
     text = re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
@@ -129,7 +134,7 @@ def test_named_files_and_targets_exist():
 
 
 def test_named_modules_and_functions_exist():
-    """``softpick.a.b`` in a page, a comment or a docstring is there."""
+    """A module, function or class that pages, comments or docstrings name by its whole path is there."""
     wrong = []
     for file, number, line in prose():
         for name in re.findall(r"(?<![\w/.@-])softpick(?:\.\w+)+", line):

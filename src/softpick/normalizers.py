@@ -12,7 +12,7 @@ A record names ``f`` and ``g`` by a few switches instead of by free-form functio
 :meth:`Normalizer.f` and its siblings; the tiled and GPU kernels read the same switches as compile-time choices. Whatever
 lists normalizers (command line, documentation, tests, the transformers adapter) iterates over :data:`NORMALIZERS`.
 
-A record of one's own is passed in the place of a name and computes what its switches say; switches that contradict each
+A record of your own is passed in the place of a name and computes what its switches say; switches that contradict each
 other are refused when the record is made. Plain ReLU attention, for example, is ``Normalizer("relu", base="linear",
 rectify="positive", eps=1e-6)``, its unnormalized form ``Normalizer("relu", base="linear", rectify="positive", constant=1,
 normalized=False)``, sigmoid attention ``Normalizer("sigmoid", base="sigmoid", constant=1, normalized=False)``.
@@ -76,7 +76,7 @@ _RECORDS: dict[str, Normalizer] = {}  # what get_normalizer finds: every record 
 
 @dataclass(frozen=True)
 class Normalizer:
-    """One row of the table, or a record of one's own.
+    """A normalizer: a row of the table, or a record of your own.
 
     Attributes:
         name: the name used everywhere (``normalizer=``, ``attn_implementation=``, command line): letters, digits, ``_.-``.
@@ -133,7 +133,7 @@ class Normalizer:
         _RECORDS.setdefault(self.text, self)
 
     def _contradiction(self) -> str | None:
-        """What is wrong with the switches together."""
+        """What is wrong with the combination of switches; None if nothing is."""
         if self.constant == "sink" and not self.exponential:
             return (
                 f"constant: expected 0 or 1 for base {self.base!r} ('sink' is the logit of an exponential), got 'sink'"
@@ -214,7 +214,7 @@ class Normalizer:
         return torch.where(m == -math.inf, 0.0, m)
 
     def exponent_shift(self, rowmax: Tensor, sink: Tensor | None = None) -> Tensor:
-        """What exponents of a row are taken relative to: ``m``, but for a row of small scores and a small sink their largest.
+        """What exponents of a row are taken relative to: ``m``; for a row of small scores and a small sink the larger of these.
 
         The function is the same with any constant. Relative to 0 all exponentials of such a row would underflow.
         """

@@ -95,10 +95,10 @@ def _attention_forward(
     max_seqlen_q: int,
     max_seqlen_k: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Output, lse, row mass, largest score (these two empty unless ``stats``), and what else the backward pass wants.
+    """Compute output, lse, row mass, largest score (these two empty unless ``stats``), and what else the backward pass needs.
 
-    Shapes as in ``tiled.forward``. ``backend`` is ``"tiled"`` or ``"triton"``; the longest sequences count for packed
-    ones only. The last one is ``saved`` of ``tiled.forward``, ``(B, 2, H, Tq)``; empty for Triton.
+    Shapes as in ``cpu.forward``. ``backend`` is ``"tiled"`` or ``"triton"``; the longest sequences count for packed
+    ones only. The last one is ``saved`` of ``cpu.forward``, ``(B, 2, H, Tq)``; empty for Triton.
     """
     out, lse, mass, largest, kept = _empty_outputs(query, value, stats, backend)
     spec = call_spec(normalizer, scale, eps, left, right, bottom_right, softcap, dropout_p, backend)
@@ -162,7 +162,7 @@ def _empty_outputs(
 
 
 def _saved(kept: Tensor, rows: slice) -> tuple[Tensor, ...] | None:
-    """The two row statistics of ``tiled.forward`` in what the operator keeps; None where it keeps none."""
+    """The two row statistics of ``cpu.forward``, in what the operator keeps for the backward pass; None where it keeps none."""
     return kept[:, :, :, rows].unbind(1) if kept.dim() == 4 else None
 
 
@@ -363,7 +363,7 @@ attention_backward.register_autograd(no_double_backward, setup_context=_setup_ba
 
 
 class _Attention(torch.autograd.Function):
-    """The operator without torch's dispatcher."""
+    """The operator as an autograd function without torch's dispatcher, which takes longer than a small call."""
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, ...]:

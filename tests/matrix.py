@@ -34,7 +34,7 @@ CASES = [
     "softpick,256,float16,none",
     "softmax,128,float32,none",
 ]
-BY_HAND = ["softpick,64,bfloat16,hopper", "softpick,128,bfloat16,hopper"]
+HOPPER_CASES = ["softpick,64,bfloat16,hopper", "softpick,128,bfloat16,hopper"]
 
 
 def source(target: str) -> str:
@@ -64,7 +64,7 @@ def cell(version: str, target: str) -> dict[str, Any]:
         **os.environ, "PYTHONPATH": os.pathsep.join(paths), "TRITON_INTERPRET": "0", "OMP_NUM_THREADS": "1",
         "TRITON_CACHE_DIR": str(CACHE / f"built-{version}"),
     }  # fmt: skip
-    cases = CASES + (BY_HAND if target == "90" else [])
+    cases = CASES + (HOPPER_CASES if target == "90" else [])
     script = str(Path(__file__).with_name("compile_kernels.py"))
     done = subprocess.run([sys.executable, script, target, *cases], env=environment, capture_output=True, text=True)
     results = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]

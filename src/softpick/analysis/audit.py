@@ -59,7 +59,7 @@ def audit(
 
     Args:
         settings: what and on what.
-        reporter: told what happens.
+        reporter: shows what happens.
         command: as typed, for the report.
         state: folder in which an interrupted audit leaves what it has measured, and from which the same audit goes on: a
             finished model is not measured again, a long measurement continues at most half a minute back. Only files that

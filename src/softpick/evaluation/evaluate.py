@@ -195,7 +195,7 @@ class _Run:
         ]
         if todo and settings.data_dir is None:
             check_hub(todo, settings.num_fewshot)
-        perplexity = None  # first, so that too short a text is told at once
+        perplexity = None  # first, so that too short a text is an error at once
         if length is not None:
             assert self.corpus is not None
             depends = {

@@ -166,13 +166,14 @@ def ring_attention(
             position in the whole sequence. Without it every query sees every key, and the shards may be of any length.
         scale: factor on the scores; ``1 / sqrt(D)`` if None.
         enable_gqa: allow fewer key than query heads; nothing is repeated in memory or sent twice.
-        normalizer: a name of ``softpick.NORMALIZERS`` or a record of it.
+        normalizer: a name of ``softpick.NORMALIZERS``, or a :class:`softpick.Normalizer`.
         backend: ``"tiled"`` (any device), ``"triton"`` (CUDA tensors in fp32, bf16 or fp16), or ``"auto"``: Triton on a GPU
-            (tiles, with a warning, for what it cannot take), tiles on the CPU.
+            (``"tiled"``, with a warning, for calls that Triton cannot take), ``"tiled"`` on the CPU.
         softcap: scores become ``softcap * tanh(scores / softcap)``.
         sink: ``(H,)`` logits, the same on every rank; required by ``learned_sink`` and by no other. Its gradient is that of
             this rank's queries: sum it over the group, as FSDP and DDP do with every parameter.
-        eps: added once to the denominator relative to ``m = max(0, max_j s_j)`` over all keys; the table's value if None.
+        eps: added to the denominator once that was divided by ``e^m``, ``m = max(0, max_j s_j)`` over all keys; the table's
+            value if None.
 
     Returns:
         ``(..., H, Tq, Dv)`` in the query's dtype: the outputs of this rank's queries.

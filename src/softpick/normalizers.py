@@ -89,11 +89,11 @@ class Normalizer:
         rectify: which entries the numerator keeps: ``"none"`` keeps all, ``"positive"`` those with ``s > 0``,
             ``"nonnegative"`` those with ``s >= 0`` (for the bases that are not 0 at 0).
         absolute_denominator: ``g = |base|`` of all entries if true, else ``g = f``.
-        constant: ``c`` of the denominator: 0, 1, or ``"sink"`` for ``e^b`` with one learned logit ``b`` a head (for the bases
+        constant: ``c`` of the denominator: 0, 1, or ``"sink"`` for ``e^b`` with one learned logit ``b`` per head (for the bases
             with an exponential, ``"exp"`` and ``"expm1"``).
         negative_gradient: false stops the gradient of the entries with ``s <= 0`` (they still count forward).
         normalized: false leaves the sum out of the denominator (``g = 0``), which is then ``constant``.
-        eps: added once to ``l`` relative to ``m``; paper eq. (2).
+        eps: added once to ``l / e^m``; paper eq. (2).
         text: the record in one string, by which operators, modules and configurations know it: the name for a record of the
             table, else name and switches, from which :func:`get_normalizer` makes the record again.
 

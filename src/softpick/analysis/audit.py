@@ -151,7 +151,7 @@ def forget(state: str | Path) -> None:
 
 
 def _key(name: str, title: str, settings: AuditSettings, corpus: Corpus) -> dict[str, Any]:
-    """Of all that the measurements of one model depend on."""
+    """A key made of everything that the measurements of one model depend on."""
     return {
         "model": identity(name, trust_remote_code=settings.trust_remote_code),
         "title": title,  # the notes have it

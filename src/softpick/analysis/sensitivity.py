@@ -171,7 +171,7 @@ def _rounder(
 def rounded(
     layers: Mapping[str, Any], scheme: Scheme, seen: Mapping[str, Inputs], remedy: str | None = None
 ) -> Iterator[None]:
-    """Inside, these linear layers multiply rounded inputs by rounded weights. Afterwards they are what they were.
+    """Within the block these linear layers multiply rounded inputs by rounded weights. Afterwards they are unchanged.
 
     Args:
         layers: ``nn.Linear`` or ``Conv1D``, by name.
@@ -206,7 +206,7 @@ def rounded(
 
 @dataclass
 class _Sums:
-    """Of one layer and scheme."""
+    """Sums of one layer and scheme."""
 
     signal: float = 0.0
     noise: float = 0.0

@@ -24,7 +24,7 @@ __all__ = ["analyze", "evaluate", "quantize"]
 
 
 def _either(names: Sequence[str]) -> str:
-    """One of them, in words."""
+    """A choice of names in words, joined by "or"."""
     return " or ".join(filter(None, (", ".join(names[:-1]), names[-1])))
 
 

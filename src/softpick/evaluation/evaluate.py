@@ -156,7 +156,7 @@ def summary_rows(report: dict[str, Any]) -> list[tuple[str, list[str]]]:
 
 
 class _Run:
-    """One model's part of the report. It is loaded when the first part that is not there yet needs it."""
+    """One model's part of the report. The model is loaded when a result that is not kept yet needs it."""
 
     def __init__(
         self,

@@ -192,7 +192,7 @@ def _files_below(path: Path, found: _Found) -> list[Path]:
 
 
 def _kind(file: Path) -> tuple[str, str]:
-    """How the name ends, and with which compression behind that (or none)."""
+    """The ending of a file's name without that of a compression, and the compression's (or none)."""
     last = file.suffix.lower()
     return (file.with_suffix("").suffix.lower(), last) if last in _COMPRESSED else (last, "")
 

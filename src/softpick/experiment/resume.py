@@ -171,7 +171,7 @@ class Workspace:
                 os.replace(self.scratch / name, target)
 
     def end(self) -> None:
-        """After the last output: what was kept for going on is not needed any more."""
+        """Remove what was kept for continuing; called after the last output."""
         if self.forget is not None:
             self.forget(self.folder)
         if self._ledger is None:

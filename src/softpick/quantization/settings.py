@@ -28,7 +28,7 @@ _GGUF = [method.name for method in METHODS.values() if method.gguf]
 
 
 def _bits() -> str:
-    """Of each method, for the help text."""
+    """The bits of each method, for the help text."""
     (first, *others) = [(method.name, ",".join(map(str, method.bits))) for method in METHODS.values()]
     return "; ".join([f"{first[0]} has {first[1]}", *(f"{name} {bits}" for name, bits in others)])
 
@@ -107,7 +107,7 @@ class QuantizeSettings:
         return (self.model, *self.against)
 
     def bits_of(self, method: str) -> list[int]:
-        """With which a method is run, ascending."""
+        """The bits with which a method is run, ascending."""
         return sorted(set(METHODS[method].bits) & set((2, 3, 4, 8) if self.bits is None else self.bits))
 
     def check(self) -> None:

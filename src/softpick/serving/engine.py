@@ -167,7 +167,7 @@ class State(GenerationState):
 
 
 class _Checked:
-    """In front of a handler of transformers: requests that would be ignored in part, or fail, are refused."""
+    """A handler of transformers behind a check: requests that would be ignored in part, or fail, are refused."""
 
     _unused_fields: Any
     model_manager: Any

@@ -1,7 +1,9 @@
 """The pages: Python blocks run as they stand, commands exist with the options that are used, links lead somewhere."""
 
 import ast
+import builtins
 import fnmatch
+import importlib
 import os
 import pkgutil
 import re
@@ -144,4 +146,38 @@ def test_named_modules_and_functions_exist():
                 pkgutil.resolve_name(name)
             except (ImportError, AttributeError):
                 wrong.append(f"{file.relative_to(ROOT)}:{number}: {name}")
+    assert not wrong, "\n".join(wrong)
+
+
+def named_by_roles():
+    """File, module and name of each ``:func:`` and its like in the package."""
+    for file in sorted((ROOT / "src").rglob("*.py")):
+        module = ".".join(file.relative_to(ROOT / "src").with_suffix("").parts).removesuffix(".__init__")
+        if module.startswith("softpick.integrations.vllm"):
+            continue  # needs vLLM
+        for name in re.findall(r":(?:func|class|data|meth|attr|mod|exc):`([\w.]+)`", file.read_text(encoding="utf-8")):
+            yield file, module, name
+
+
+def test_roles_lead_somewhere():
+    """By the whole path, or in the module, one of its classes, or among Python's own names."""
+    pytest.importorskip("triton")
+    pytest.importorskip("torchtitan")
+    wrong = []
+    for file, module, name in named_by_roles():
+        if name.startswith("."):
+            name = module + name if file.name == "__init__.py" else module.rpartition(".")[0] + name
+        if name.startswith("softpick."):
+            try:
+                pkgutil.resolve_name(name)
+            except (ImportError, AttributeError):
+                wrong.append(f"{file.name}: {name}")
+            continue
+        home = importlib.import_module(module)
+        owners = [home, builtins, *(x for x in vars(home).values() if isinstance(x, type))]
+        first, _, rest = name.partition(".")
+        found = [x for x in owners if hasattr(x, first) or first in getattr(x, "__annotations__", {})]
+        there = found or f"self.{first}" in file.read_text(encoding="utf-8")
+        if not there or (rest and not any(hasattr(getattr(x, first, None), rest) for x in found)):
+            wrong.append(f"{file.name}: {name}")
     assert not wrong, "\n".join(wrong)

@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from extras import MODEL
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -98,6 +99,19 @@ def test_examples_run(name, tmp_path):
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout
+
+
+def test_the_example_of_quantization_runs(tmp_path):
+    """On a tiny model with random weights: its own takes minutes of training."""
+    pytest.importorskip("accelerate")
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    environment.pop("TRITON_INTERPRET", None)
+    script = [str(ROOT / "examples" / "quantizes_badly.py"), "model", "--samples", "8"]
+    for command in (["-c", MODEL, "softpick"], script):
+        done = subprocess.run([sys.executable, *command], cwd=tmp_path, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-2000:]
+    for words in ("perplexity", "one scale per tensor", "one scale per token", "kurtosis", "layer 0: largest |x|"):
+        assert words in done.stdout
 
 
 # Names of files that are not in the repository: commands write them, or they are the reader's.

@@ -44,7 +44,7 @@ def _is_linear(module: nn.Module) -> bool:
 
 
 GRANULARITIES = ("tensor", "token")
-"""``tensor``: one scale an activation, set beforehand on calibration text. ``token``: a scale a token, from the token."""
+"""``tensor``: one scale per activation, set beforehand on calibration text. ``token``: one scale per token, from the token."""
 
 
 @dataclass(frozen=True)

@@ -63,7 +63,7 @@ class Cell:
             return f"{METHODS[self.method].title} {self.bits} bits"
         if self.kind == "activations":
             name, _, granularity = self.method.partition("-")
-            return f"W+A {name}, a scale a {granularity}"
+            return f"W+A {name}, one scale per {granularity}"
         return f"KV cache int{self.bits}" if self.kind == "kv_cache" else "unquantized"
 
 

@@ -58,9 +58,9 @@ class QuantizeSettings:
     )
     activations: tuple[str, ...] = setting(
         ("int8-tensor", "int8-token", "fp8-tensor", "fp8-token"),
-        "Simulated weights and activations, comma-separated: int8, int6, int4 or fp8, and -tensor (a scale an "
+        "Simulated weights and activations, comma-separated: int8, int6, int4 or fp8, and -tensor (one scale per "
         "activation, from calibration) or -token; none leaves them out.",
-        note="Weights are rounded to the same format, with a scale an output.",
+        note="Weights are rounded to the same format, with one scale per output.",
         metavar="NAMES",
         words={"none": ()},
     )

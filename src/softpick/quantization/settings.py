@@ -93,7 +93,7 @@ class QuantizeSettings:
     sequence_length: int | None = setting(
         None, "Tokens of a sequence, BOS included.", shown="the fewest positions of a model, at most 2048"
     )
-    batch_size: int = setting(8, "Sequences a forward pass.")
+    batch_size: int = setting(8, "Sequences per forward pass.")
     seed: int = setting(0, "Seed of few-shot examples and standard errors.")
     attn_implementation: str | None = setting(None, ATTENTION, metavar="NAME", shown="the model's own")
     device: str = setting("auto", DEVICES)

@@ -112,7 +112,7 @@ def quantize(
     ),
 ) -> None:
     """Quantize language models (weights by {quantizers}; activations and the key-value cache simulated), check
-    that it happened, and evaluate them before and after, side by side. Running the same command again continues an
+    that the weights changed, and evaluate them before and after, side by side. Running the same command again continues an
     interrupted run.
     """
     needed = ("lm_eval", "datasets") if given["tasks"] else ()

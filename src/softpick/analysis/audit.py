@@ -60,7 +60,7 @@ def audit(
 
     Args:
         settings: what and on what.
-        reporter: told what happens.
+        reporter: shows what happens.
         command: as typed, for the report.
         state: folder in which an interrupted audit leaves what it has measured, and from which the same audit goes on: a
             finished model is not measured again, a long measurement continues at most half a minute back. Only files that
@@ -153,7 +153,7 @@ def forget(state: str | Path) -> None:
 
 
 def _key(name: str, title: str, settings: AuditSettings, corpus: Corpus) -> dict[str, Any]:
-    """Of all that the measurements of one model depend on."""
+    """A key made of everything that the measurements of one model depend on."""
     return {
         "model": identity(name, trust_remote_code=settings.trust_remote_code),
         "title": title,  # the notes have it

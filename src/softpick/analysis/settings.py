@@ -45,7 +45,7 @@ class AuditSettings:
     """What is audited, and on what."""
 
     model: str = setting(help="Hub name, directory, or GGUF file.", positional=True)
-    against: str | None = setting(None, "A second model, put beside it.", metavar="MODEL")
+    against: str | None = setting(None, "A second model to compare with.", metavar="MODEL")
     data: str | None = setting(None, FILES, metavar="PATH", shown=OWN_TEXT)
     text_field: str = setting("text", TEXT_FIELD)
     texts: tuple[str, ...] = setting(
@@ -56,8 +56,8 @@ class AuditSettings:
         shown="three samples",
     )
     samples: int = setting(64, "Sequences that are measured.")
-    sequence_length: int = setting(256, "Tokens a sequence, special tokens included.")
-    batch_size: int = setting(8, "Sequences a forward pass.")
+    sequence_length: int = setting(256, "Tokens of a sequence, special tokens included.")
+    batch_size: int = setting(8, "Sequences per forward pass.")
     map_tokens: int = setting(
         64,
         note="At most this many tokens of a text, special ones included, in an attention map; fewer where the model has room "
@@ -75,7 +75,7 @@ class AuditSettings:
     )
     evict_after: int | None = setting(
         None,
-        "Eviction: queries so many tokens behind the key and later do not see it.",
+        "Tokens after which a key is evicted: queries so far behind it and later do not see it.",
         note="Perplexities of the knockout are of what comes more than twice as far behind the key.",
         shown="16, or a quarter of the sequence",
     )
@@ -86,12 +86,12 @@ class AuditSettings:
         "of each layer).",
     )
     cost_samples: int = setting(
-        2, "Sequences on which that is measured: the first of the samples. More take longer and are more exact."
+        2, "Sequences on which --cost is measured: the first of the samples. More take longer and are more exact."
     )
     knockout_samples: int = setting(16, "Sequences of the knockout: the first of the samples.")
     fail_if: tuple[str, ...] = setting(
         (),
-        "End with exit code 3 where a figure is so, for example 'sink_first_0.3 > 5'; may be given again.",
+        "End with exit code 3 if this holds for a model, for example 'sink_first_0.3 > 5'; may be given again.",
         note="Names of figures are those of the summary, and eviction_KEY, absence_KEY, cost_SCHEME.",
         metavar="CONDITION",
         repeated=True,

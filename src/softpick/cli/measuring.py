@@ -24,7 +24,7 @@ __all__ = ["analyze", "evaluate", "quantize"]
 
 
 def _either(names: Sequence[str]) -> str:
-    """One of them, in words."""
+    """A choice of names in words, joined by "or"."""
     return " or ".join(filter(None, (", ".join(names[:-1]), names[-1])))
 
 
@@ -115,7 +115,7 @@ def quantize(
     ),
 ) -> None:
     """Quantize language models (weights by {quantizers}; activations and the key-value cache simulated), check
-    that it happened, and evaluate them before and after, side by side. Running the same command again continues an
+    that the weights changed, and evaluate them before and after, side by side. Running the same command again continues an
     interrupted run.
     """
     needed = ("lm_eval", "datasets") if given["tasks"] else ()

@@ -55,7 +55,7 @@ def load_teacher(settings: ConvertSettings, reporter: Reporter) -> Subject:
 
 
 def _forget_quantization(model: Any) -> None:
-    """Of a GGUF file, whose weights are plain tensors once they are loaded; transformers would refuse to save them."""
+    """Remove a GGUF file's quantization from the configuration: its weights are plain once loaded, but would not be saved."""
     for name in ("hf_quantizer", "is_quantized", "quantization_method"):
         vars(model).pop(name, None)
     with suppress(AttributeError):

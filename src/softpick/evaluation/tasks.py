@@ -396,7 +396,7 @@ class _WithBos(_ANY):
 
 @contextlib.contextmanager
 def _reachable_or_cached(tasks: Sequence[str], num_fewshot: int | None) -> Iterator[Exception | None]:
-    """Ask the hub once. Where it does not answer, the libraries are told so, and take what was downloaded before.
+    """Ask the hub once. Where it does not answer, the libraries are set offline, and take what was downloaded before.
 
     Without this they would try again and again, for half a minute a task.
     """

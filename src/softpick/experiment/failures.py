@@ -1,7 +1,7 @@
 """Errors of commands (files, disks, signals, mistakes) as one sentence each. Needs no torch.
 
-:func:`told` is put around every command, :func:`process` around the whole program. ``SOFTPICK_TRACEBACK=1`` in the environment
-shows where an error came from as well.
+:func:`in_one_sentence` is put around every command, :func:`process` around the whole program. ``SOFTPICK_TRACEBACK=1`` in the
+environment shows where an error came from as well.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import Any, NoReturn
 
-__all__ = ["ModelError", "QuantizationError", "fail", "process", "sentence", "told"]
+__all__ = ["ModelError", "QuantizationError", "fail", "in_one_sentence", "process", "sentence"]
 
 _DAMAGED = {
     "BadZipFile", "EOFError", "JSONDecodeError", "SafetensorError", "UnicodeDecodeError", "UnpicklingError", "PanicException",
@@ -52,8 +52,8 @@ def fail(message: str, code: int = 2) -> NoReturn:
     raise SystemExit(code)
 
 
-def told(command: Callable[..., Any]) -> Callable[..., Any]:
-    """The same command, which ends with one sentence and exit code 2 (130 after Ctrl-C, 1 for a mistake of softpick's)."""
+def in_one_sentence(command: Callable[..., Any]) -> Callable[..., Any]:
+    """The same command, whose errors become one sentence and exit code 2 (130 after Ctrl-C, 1 for a mistake of softpick)."""
 
     @functools.wraps(command)
     def wrapper(*args: Any, **kwargs: Any) -> Any:

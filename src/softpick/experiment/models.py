@@ -103,7 +103,7 @@ class Subject:
         return token_ids(self.tokenizer, [text])[0]
 
     def wrapped(self, ids: Sequence[int]) -> list[int]:
-        """With BOS before it, or an encoder's special tokens around it."""
+        """Put BOS before token ids, or an encoder's special tokens around them."""
         if not self.causal:
             cls, sep = self.tokenizer.cls_token_id, self.tokenizer.sep_token_id
             return [*([] if cls is None else [cls]), *ids, *([] if sep is None else [sep])]
@@ -452,7 +452,7 @@ def sees_the_future(model: Any, ids: Tensor) -> bool:
 
 
 def first_line(error: BaseException) -> str:
-    """Of an error's words, or its kind."""
+    """The first line of an error's text, or the name of its class."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 

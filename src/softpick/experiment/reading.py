@@ -88,7 +88,7 @@ def read_corpus(path: str | Path, text_field: str = "text", characters: int | No
         raise DataError("data: expected a path, got ''")
     path = Path(path)
     found = _Found()
-    with _told(path):
+    with _file_errors(path):
         if not path.exists():
             raise DataError(f"data: {path} does not exist")
         _check_kind(path)
@@ -192,7 +192,7 @@ def _files_below(path: Path, found: _Found) -> list[Path]:
 
 
 def _kind(file: Path) -> tuple[str, str]:
-    """How the name ends, and with which compression behind that (or none)."""
+    """The ending of a file's name without that of a compression, and the compression's (or none)."""
     last = file.suffix.lower()
     return (file.with_suffix("").suffix.lower(), last) if last in _COMPRESSED else (last, "")
 
@@ -202,8 +202,8 @@ def _kind(file: Path) -> tuple[str, str]:
 
 
 @contextmanager
-def _told(file: Path, error_class: type[ValueError] = DataError, what: str = "data") -> Iterator[None]:
-    """Whatever a disk or a damaged archive does, in a sentence with the file."""
+def _file_errors(file: Path, error_class: type[ValueError] = DataError, what: str = "data") -> Iterator[None]:
+    """Within the block, errors of disks and damaged archives become one sentence that names the file."""
     try:
         yield
     except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
@@ -226,7 +226,7 @@ def _open(file: Path) -> BinaryIO:
 
 def _read_file(file: Path, name: str, found: _Found, characters: int | None) -> Iterator[str]:
     kind = _kind(file)[0]
-    with _told(file):
+    with _file_errors(file):
         if kind in _LINES:
             yield from _texts(json_lines(file), file, name, found)
         elif kind == ".json":
@@ -325,7 +325,7 @@ def json_lines(
     Raises:
         DataError: a file that cannot be read, a line that is not UTF-8 or not JSON.
     """
-    with _told(file, error_class, what), _open(file) as stream:
+    with _file_errors(file, error_class, what), _open(file) as stream:
         lines = (_decoded(line, str(file), number, error_class, what) for number, line in enumerate(stream, 1))
         yield from _records(lines, file, wanted, error_class, what)
 

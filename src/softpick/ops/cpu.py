@@ -86,7 +86,7 @@ class _Pattern:
         return low, max(low, high)
 
     def few(self, i0: int, i1: int) -> bool:
-        """Whether some query of [i0, i1) sees few keys: the number rises, stays and falls, so the outer two decide."""
+        """Whether some query of [i0, i1) sees ``FEW_KEYS`` or fewer: numbers rise, stay, fall, so the outer two decide."""
         counts = [high - low for low, high in (self.keys(i, i + 1) for i in (i0, i1 - 1))]
         return min(counts) <= FEW_KEYS
 
@@ -235,7 +235,7 @@ def narrow(x: Tensor, into: Tensor) -> None:
 
 
 def _few_seen(keep: Tensor | None) -> bool:
-    """Whether a tile's 0/1 mask leaves few keys to some query, but not none."""
+    """Whether a tile's 0/1 mask leaves between 1 and ``FEW_KEYS`` keys to some query."""
     if keep is None:
         return False
     counts = keep.sum(-1)

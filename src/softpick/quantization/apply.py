@@ -45,7 +45,7 @@ class Job:
 
     @property
     def dtype(self) -> torch.dtype:
-        """In which the model computes."""
+        """The dtype in which the model computes."""
         return self.subject.model.dtype
 
     @property

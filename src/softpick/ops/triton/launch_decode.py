@@ -152,12 +152,12 @@ def _decode(
 
 
 def _resident(programs: int, device: torch.device) -> int:
-    """How many programs run at a time if a multiprocessor has so many."""
+    """How many programs run at a time if each multiprocessor runs so many."""
     return programs * (tuning.multiprocessors(device.index or 0) if device.type == "cuda" else 2)
 
 
 def _splits(resident: int, fewest: int, pairs: int, tk: int, block_n: int) -> tuple[int, int]:
-    """(programs a sequence and key head, keys of each): no more than run at a time (``resident``), none with too few keys."""
+    """How many programs share a sequence and key head, and the keys of each: no more than run at a time, none too small."""
     tiles = max(1, cdiv(tk, block_n))
     wanted = max(1, min(tuning.MOST_PARTS, resident // pairs, cdiv(tk, fewest)))
     chunk = cdiv(tiles, wanted) * block_n

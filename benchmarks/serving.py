@@ -3,10 +3,11 @@
     python benchmarks/serving.py [--device cpu] [--model small] [--requests 64] [--new 128] [--output benchmarks/results]
 
 Prompts have 16 to 512 tokens, answers 128; all requests are there from the start. Weights are random and the same for both.
-The correctness gate runs first: the first requests must get the tokens that ``generate`` gives to each alone (in fp32;
-in bf16, where sums in another order choose another token, the share of equal tokens is stored and must be at least 0.5). The
-engine is made once for each contestant and warmed by a few requests; then contestants alternate, and the best of the
-repetitions counts. On a shared CPU only the ratio means anything.
+The correctness gate runs first, in fp32: requests must get the tokens that ``generate`` gives to each alone. (On a GPU sums in
+another order may choose another token even so; there 0.9 of the tokens must be equal. In bf16, with random weights, the best
+two tokens are often a rounding apart: the share of equal tokens is then 0.4 for softmax, too.) The engine is made once for each
+contestant and warmed by a few requests; then contestants alternate, and the best of the repetitions counts. On a shared CPU
+only the ratio means anything.
 """
 
 from __future__ import annotations
@@ -56,8 +57,8 @@ def run(manager, prompts, new: int) -> tuple[float, list[list[int]]]:
     return time.perf_counter() - start, [found[name] for name in names]
 
 
-def gate(model, manager, prompts, exact: bool) -> float:
-    """The share of tokens that are those of ``generate``; raises where it is too small."""
+def gate(model, manager, prompts, least: float) -> float:
+    """The share of tokens that are those of ``generate``; raises where it is below ``least``."""
     _, answers = run(manager, prompts, 16)
     equal = []
     for prompt, answer in zip(prompts, answers, strict=True):
@@ -67,7 +68,7 @@ def gate(model, manager, prompts, exact: bool) -> float:
         ].tolist()
         equal += [a == b for a, b in zip(answer, alone, strict=True)]
     share = sum(equal) / len(equal)
-    if share < (1.0 if exact else 0.5):
+    if share < least:
         raise SystemExit(f"{model.config._attn_implementation}: {share:.3f} of the tokens are those of generate")
     return share
 
@@ -93,24 +94,41 @@ def main() -> None:
     config.eos_token_id = -1  # answers have the length that was asked for
     pages = -(-options.requests * (512 + options.new) // 256) + 2 * options.requests
     managers, shares, seconds = {}, {}, {}
-    for name in (options.normalizer, options.against):
+    start = time.perf_counter()
+
+    def engine(name: str, dtype: torch.dtype):
         model = make(options.model, name, options.device, dtype)
         blocks = 0 if name == options.normalizer and not options.block_table else None
         batching = ContinuousBatchingConfig(
             num_blocks=pages, max_batch_tokens=2048, auto_switch_to_flash=False, max_blocks_per_request=blocks
         )
         with torch.no_grad():
-            manager = managers[name] = model.init_continuous_batching(config, continuous_batching_config=batching)
+            manager = model.init_continuous_batching(config, continuous_batching_config=batching)
             manager.warmup()
             manager.start()
-        short = sorted(prompts, key=len)[:: max(1, len(prompts) // 4)][:4]
-        shares[name] = gate(model, manager, short, dtype == torch.float32)
-        seconds[name] = []
-    for _ in range(options.repetitions):
-        for name, manager in managers.items():
-            seconds[name].append(run(manager, prompts, options.new)[0])
-    for manager in managers.values():
-        manager.stop(hard_stop=True)
+        return model, manager
+
+    def report(text: str) -> None:
+        print(f"{time.perf_counter() - start:6.1f} s  {text}", flush=True)
+
+    short = sorted(prompts, key=len)[:: max(1, len(prompts) // 4)][:4]
+    try:
+        for name in (options.normalizer, options.against):
+            model, managers[name] = engine(name, torch.float32)
+            shares[name] = gate(model, managers[name], short, 0.9 if options.device == "cuda" else 1.0)
+            report(f"{name}: {shares[name]:.3f} of the tokens are those of generate")
+            if dtype != torch.float32:
+                managers.pop(name).stop(hard_stop=True)
+                _, managers[name] = engine(name, dtype)
+                run(managers[name], short, 16)
+            seconds[name] = []
+        for _ in range(options.repetitions):
+            for name, manager in managers.items():
+                seconds[name].append(run(manager, prompts, options.new)[0])
+                report(f"{name}: {seconds[name][-1]:.2f} s")
+    finally:  # the threads of the engines would keep the process
+        for manager in managers.values():
+            manager.stop(hard_stop=True)
     rate = {name: options.requests * options.new / min(times) for name, times in seconds.items()}
     ours, theirs = rate[options.normalizer], rate[options.against]
     machine = torch.cuda.get_device_name() if options.device == "cuda" else platform.machine()

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import torch
 
+import softpick
+
 __all__ = ["chosen_device", "command_line", "device_line", "hardware", "missing_device", "versions"]
 
 
@@ -59,13 +61,12 @@ def missing_device(name: str) -> str | None:
 
 def versions(*packages: str) -> str:
     """Versions of softpick, torch, transformers and further packages (those that are installed), and of Python."""
-    found = [("torch", str(torch.__version__))]  # with what it was built for
-    for name in ("softpick", "transformers", *packages):
+    found = [("softpick", softpick.__version__), ("torch", str(torch.__version__))]  # with what it was built for
+    for name in ("transformers", *packages):
         try:
             found.append((name, version(name)))
         except PackageNotFoundError:
             continue
-    found.sort(key=lambda pair: pair[0] != "softpick")
     return ", ".join(f"{name} {number}" for name, number in [*found, ("Python", platform.python_version())])
 
 

@@ -60,18 +60,24 @@ def _slopes(s, e, inverse, BASE: tl.constexpr, EXACT: tl.constexpr, EDGE: tl.con
 
 @triton.jit
 def _score_gradient(
-    s, e, dp, delta,
-    BASE: tl.constexpr, RECTIFY: tl.constexpr, ABSOLUTE: tl.constexpr, NEGATIVE_GRADIENT: tl.constexpr,
+    s, e, dp, delta, low,
+    BASE: tl.constexpr, RECTIFY: tl.constexpr, ABSOLUTE: tl.constexpr, NEGATIVE_GRADIENT: tl.constexpr, TWO: tl.constexpr,
 ):  # fmt: skip
-    """``ds`` of a tile, with ``e`` of :func:`_slopes`."""
+    """``ds`` of a tile, with ``e`` of :func:`_slopes`. With TWO, ``D`` is the sum of ``delta`` and ``low``."""
+    above = dp - delta
+    if TWO:
+        above -= low
     if BASE == EXPM1 and ABSOLUTE and NEGATIVE_GRADIENT:
-        return tl.maximum(e, 0.0) * dp - e * delta
+        if TWO:
+            return e * tl.where(e > 0, above, -delta - low)
+        else:
+            return tl.maximum(e, 0.0) * dp - e * delta
     elif BASE == EXPM1:
-        return tl.maximum(e, 0.0) * (dp - delta)
+        return tl.maximum(e, 0.0) * above
     elif BASE == LINEAR:
-        return e * (dp - tl.where(s > 0, delta, -delta))
+        return e * tl.where(s > 0, above, dp + (delta + low) if TWO else dp + delta)
     else:
-        return e * kept_scores(dp - delta, s, RECTIFY)
+        return e * kept_scores(above, s, RECTIFY)
 
 
 @triton.jit
@@ -109,7 +115,10 @@ def _sweep_keys(
         dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
         if DROPOUT:
             dp *= drop
-        ds = _score_gradient(s, e, dp, delta[:, None], BASE, RECTIFY, ABSOLUTE, NEGATIVE_GRADIENT)
+        ds = _score_gradient(
+            s, e, dp, delta[:, None], shrink[:, None],
+            BASE, RECTIFY, ABSOLUTE, NEGATIVE_GRADIENT, k.dtype == tl.float32,
+        )  # fmt: skip
         if BIAS_GRADIENT:
             at = dbias + i2.to(tl.int64) * tk + j2
             tl.store(at, ds.to(dbias.dtype.element_ty), mask=(i2 < tq) & (j2 < tk))
@@ -264,7 +273,10 @@ def _sweep_queries(
         dp = tl.dot(v, tl.trans(do), input_precision=PRECISION)
         if DROPOUT:
             dp *= drop
-        ds = _score_gradient(s, e, dp, delta[None, :], BASE, RECTIFY, ABSOLUTE, NEGATIVE_GRADIENT)
+        ds = _score_gradient(
+            s, e, dp, delta[None, :], shrink[None, :],
+            BASE, RECTIFY, ABSOLUTE, NEGATIVE_GRADIENT, q.dtype == tl.float32,
+        )  # fmt: skip
         dv_acc = tl.dot(narrow(p, do, RELU, RELU_ASM and RELU), do, dv_acc, input_precision=PRECISION)
         if SOFTCAP:
             ds *= slope

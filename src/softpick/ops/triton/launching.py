@@ -102,7 +102,7 @@ def pairs_together(pairs: int, sharing: int, read: int, tiles: int) -> int:
 
 
 def few_programs(spec: AttentionSpec, query: Tensor, tq: int, tk: int, mask: Tensor | None, packed: bool) -> int:
-    """How many programs of a head take the rows that see few keys (``rows_with_few``); 0 if there are none or in fp32."""
+    """How many programs of a head take the rows that see few keys (``rows_with_few``); 0 if there are none."""
     if mask is not None and mask.shape[2] == 1 and spec.left < 0:
         return tuning.MASK_PROGRAMS
     offset = tk - tq if spec.bottom_right else 0

@@ -2,7 +2,8 @@
 
 With one visible key the weight is 1 and the gradient of the score 0, with few it is still a difference of nearly equal
 numbers, ``dp - D``, times ``1 / l``, which is large where scores are small. ``D = do . out`` is off by the rounding of ``out``
-and of the weights in it, 2^-9 of ``dp`` in bf16. Here ``D`` is the sum of weights times the same products ``dp``.
+and of the weights in it, 2^-9 of ``dp`` in bf16. Here ``D`` is the sum of weights times the same products ``dp``. In fp32 the
+rounding of ``D`` itself would be the largest error that is left, so there ``D`` is the sum of two numbers.
 """
 
 from __future__ import annotations
@@ -38,15 +39,15 @@ __all__ = ["row_statistics"]
 
 @triton.jit
 def _products(
-    q, do, level, inverse, key, value, mask, i2, lo, hi, tq, tk, width, v_width, offset, left, right, unit, softcap, dropout_p,
-    seed, start, k_t, k_d, v_t, v_d, m_q, m_k,
+    q, do, level, inverse, minus, key, value, mask, i2, lo, hi, tq, tk, width, v_width, offset, left, right, unit, softcap,
+    dropout_p, seed, start, k_t, k_d, v_t, v_d, m_q, m_k,
     BASE: tl.constexpr, RECTIFY: tl.constexpr, ABSOLUTE: tl.constexpr, CONSTANT: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, PAD_D: tl.constexpr, PAD_DV: tl.constexpr, MASK: tl.constexpr,
     MASK_ROWS: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, SOFTCAP: tl.constexpr, DROPOUT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Of rows of queries: the sum of weights times ``dp``, the share of the keys in the denominator, the largest score (of
-    anchored normalizers at least 0).
+    """Of rows of queries: the sum of weights times ``dp``, less ``minus`` times the share of the keys in the denominator; that
+    share; the largest score (of anchored normalizers at least 0).
     """
     d, dv, n = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV), tl.arange(0, BLOCK_N)
     LOWEST: tl.constexpr = -INF if BASE == EXP and RECTIFY == NONE and CONSTANT == 0 else 0.0
@@ -71,10 +72,12 @@ def _products(
             p = signed(tl.exp2(tl.maximum(s, 0.0) - level[:, None]) * -expm1_exp2(-tl.abs(s)), s)
         p = tl.where(keep, p, 0.0)
         kept = p if BASE == LINEAR else kept_scores(p, s, RECTIFY)
-        share += tl.sum(tl.abs(p) if ABSOLUTE else kept, 1)
+        size = tl.abs(p) if ABSOLUTE else kept
+        share += tl.sum(size, 1)
         if DROPOUT:
             dp *= dropout_factor(seed, start, i2, j2, tk, dropout_p)
-        delta += tl.sum(kept * tl.where(keep, dp, 0.0), 1)
+        dp = tl.where(keep & (kept != 0), tl.where(kept < 0, -dp, dp), 0.0)
+        delta += tl.sum(size * (dp - minus[:, None]), 1)
     return delta, share, top
 
 
@@ -107,25 +110,38 @@ def _few_tile(
         do = load_rows(grad_out + i64 * g_t, i, tl.arange(0, BLOCK_DV), g_t, g_d, tq - i0, v_width, True, PAD_DV)
         level = _level(lse + (i64 + i) * l_t, few)
         inverse = tl.exp2(-level)
+        zero = tl.zeros_like(level)
         delta, share, top = _products(
-            q, do, level, inverse, key, value, mask, i2, lo, hi, tq, tk, width, v_width, offset, left, right, unit, softcap,
-            dropout_p, seed, start, k_t, k_d, v_t, v_d, m_q, m_k,
+            q, do, level, inverse, zero, key, value, mask, i2, lo, hi, tq, tk, width, v_width, offset, left, right, unit,
+            softcap, dropout_p, seed, start, k_t, k_d, v_t, v_d, m_q, m_k,
             BASE, RECTIFY, ABSOLUTE, CONSTANT, FEW_KEYS, BLOCK_D, BLOCK_DV, PAD_D, PAD_DV, MASK, MASK_ROWS, LEFT, RIGHT,
             SOFTCAP, DROPOUT, PRECISION,
         )  # fmt: skip
-        # with what the constant and eps have of the denominator the shares add up to 1, but for the rounding of the level
+        rest = zero  # what the constant and eps have of the denominator
         if BASE == LINEAR:
-            share += (eps + (1.0 if CONSTANT == ONE else 0.0)) * inverse
+            rest += (eps + (1.0 if CONSTANT == ONE else 0.0)) * inverse
         else:
             if CONSTANT == ONE:
-                share += inverse
+                rest += inverse
             elif CONSTANT == SINK:
                 logit = tl.load(sink).to(tl.float32) * LOG2E
-                share += tl.exp2(logit - level)
+                rest += tl.exp2(logit - level)
                 top = tl.maximum(top, logit)
             # without eps the level may be so far below 0 that the power overflows, and 0 times infinity is NaN
-            share += tl.where(eps > 0.0, eps * tl.exp2(top - level), 0.0)
-        tl.store(statistics + (i64 + i) * s_t + 2 * s_c, tl.where(share > 0, tl.div_rn(delta, share), 0.0), mask=few)
+            rest += tl.where(eps > 0.0, eps * tl.exp2(top - level), 0.0)
+        share += rest  # 1, but for the rounding of the level
+        delta = tl.where(share > 0, tl.div_rn(delta, share), 0.0)
+        at = statistics + (i64 + i) * s_t + 2 * s_c
+        tl.store(at, delta, mask=few)
+        if q.dtype == tl.float32:
+            low, _share, _top = _products(
+                q, do, level, inverse, delta, key, value, mask, i2, lo, hi, tq, tk, width, v_width, offset, left, right, unit,
+                softcap, dropout_p, seed, start, k_t, k_d, v_t, v_d, m_q, m_k,
+                BASE, RECTIFY, ABSOLUTE, CONSTANT, FEW_KEYS, BLOCK_D, BLOCK_DV, PAD_D, PAD_DV, MASK, MASK_ROWS, LEFT, RIGHT,
+                SOFTCAP, DROPOUT, PRECISION,
+            )  # fmt: skip
+            low -= rest * delta
+            tl.store(at + s_c, tl.where(share > 0, tl.div_rn(low, share), 0.0), mask=few)
 
 
 @triton.jit(do_not_specialize=["heads", "tq", "tk", "left", "right", "padded", "few_tiles"])
@@ -143,8 +159,9 @@ def row_statistics(
     """What the backward kernels need of a row: ``statistics`` is ``(B, H, Tq, 4)`` in memory (they are loaded together), or
     ``(B, H, 4, padded)`` for :mod:`softpick.ops.triton.hopper`, where rows of no query come after the last one.
 
-    The lse in the tiles' units (plus infinity for an empty row), ``1 / l``, ``delta = do . out``, and a power of two that keeps
-    ``ds`` of the row, which may reach ``dp / l``, in the range of fp16. Grid: (programs, heads, batch). The first ``few_tiles``
+    The lse in the tiles' units (plus infinity for an empty row), ``1 / l``, ``delta = do . out``, and for inputs in 16 bits a
+    power of two that keeps ``ds`` of the row, which may reach ``dp / l``, in the range of fp16, for those in fp32 what is to be
+    added to ``delta``. Grid: (programs, heads, batch). The first ``few_tiles``
     programs write ``delta`` of the rows that see few keys, the others take BLOCK_M rows each. With a mask and with packed
     sequences, where those do not know which rows the first write, the first come in a launch of their own. With ``PART`` the
     keys are some of those that ``out`` is of, so ``delta`` is ``do . out`` for every row, and there are no first programs.
@@ -162,9 +179,10 @@ def row_statistics(
         wanted = rows < padded
         tl.store(at, level, mask=wanted)
         tl.store(at + s_c, tl.exp2(-level) * (1.0 + 1.1920929e-07), mask=wanted)  # an ulp more: see _slopes
-        # at most 2^10: query times its inverse should fit as well; e of the plain exponential is at most 1
-        excess = tl.zeros_like(level) if BASE == EXP else tl.minimum(tl.maximum(tl.ceil(-level), 0.0), 10.0)
-        tl.store(at + 3 * s_c, tl.exp2(-excess), mask=wanted)
+        if query.dtype.element_ty != tl.float32:
+            # at most 2^10: query times its inverse should fit as well; e of the plain exponential is at most 1
+            excess = tl.zeros_like(level) if BASE == EXP else tl.minimum(tl.maximum(tl.ceil(-level), 0.0), 10.0)
+            tl.store(at + 3 * s_c, tl.exp2(-excess), mask=wanted)
         if MASK == 0 and not VARLEN and not PART:
             offset = 0
             if BOTTOM_RIGHT:
@@ -172,6 +190,8 @@ def row_statistics(
             seen = keys_seen(tile * BLOCK_M + tl.arange(0, BLOCK_M), tk, offset, left, right, LEFT, RIGHT)
             wanted = wanted & ((seen == 0) | (seen > FEW) | (rows >= tq))
         tl.store(at + 2 * s_c, tl.sum(o.to(tl.float32) * g.to(tl.float32), 1), mask=wanted)
+        if query.dtype.element_ty == tl.float32:
+            tl.store(at + 3 * s_c, tl.zeros_like(level), mask=wanted)
     else:
         start = (b * heads + h) * 1_000_003
         statistics += (b * heads + h) * s_h

@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 VLLM := .vllm
 
-.PHONY: demo test test-real lint docs bench matrix mutants versions extras serving-test vllm-test package hub-kernel clean
+.PHONY: demo test test-real lint docs bench matrix mutants versions extras serving-test vllm-test gguf-test package hub-kernel clean
 
 demo: $(VENV)/.compare
 	$(BIN)/softpick compare --output runs/demo
@@ -57,6 +57,10 @@ vllm-test: $(VENV)/.ready $(VLLM)/.ready
 	rm -rf build/vllm && mkdir -p build/vllm
 	$(BIN)/python tests/vllm_serves.py --make build/vllm
 	$(VLLM)/bin/python tests/vllm_serves.py build/vllm
+
+# models of ours in llama.cpp's converter, which is in the sources of llama-cpp-python (77 MB): refused
+gguf-test: $(VENV)/.ready
+	$(BIN)/python tests/gguf_refuses.py
 
 # wheel and sdist, as an index would take them, into dist
 package: $(VENV)/.ready

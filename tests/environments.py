@@ -22,10 +22,15 @@ class InstallError(RuntimeError):
 
 
 def interpreter(version: str) -> str | None:
-    """A Python of this version ("3.12"), or None where there is none."""
+    """A Python of this version ("3.12"), of the path or of pyenv, or None where there is none."""
     if sys.version_info[:2] == tuple(map(int, version.split("."))):
         return sys.executable
-    return shutil.which(f"python{version}")
+    pyenv = Path(os.environ.get("PYENV_ROOT", Path.home() / ".pyenv"), "versions")
+    for found in (shutil.which(f"python{version}"), *pyenv.glob(f"{version}.*/bin/python{version}")):
+        # pyenv puts a script of every version into the path, which only works where that version is chosen
+        if found and not subprocess.run([found, "-c", ""], capture_output=True).returncode:
+            return str(found)
+    return None
 
 
 def environment(

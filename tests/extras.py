@@ -54,6 +54,16 @@ from transformers import AutoModelForCausalLM
 model = AutoModelForCausalLM.from_pretrained("model"); print(model.config._attn_implementation)
 print(model.generate(torch.ones(1, 4, dtype=torch.long), max_new_tokens=3, do_sample=False).shape)
 """
+SERVE = """
+import json, re, subprocess, sys, urllib.request
+server = subprocess.Popen([sys.argv[1], "serve", "model", "--port", "0"], stdout=subprocess.PIPE, stderr=2, text=True)
+address = next(found[0] for line in server.stdout if (found := re.search("http://[0-9.:]+/v1", line)))
+body = json.dumps({"model": "model", "prompt": "the", "max_tokens": 3}).encode()
+request = urllib.request.Request(address + "/completions", body, {"Content-Type": "application/json"})
+print(json.load(urllib.request.urlopen(request, timeout=120)))
+server.terminate()
+server.wait()
+"""
 TEXT = "The sea was calm in the morning and nobody had seen the boat. " * 2000
 SCIQ = {
     "question": "what",
@@ -87,6 +97,7 @@ COMMANDS: dict[str, list[list[str]]] = {
         ["{python}", "-c", MODEL, "softpick"],
         ["{softpick}", "quantize", "model", *SMALL, "--method", "hqq,bnb", "--bits", "4", "--kv-cache", "none"],
     ],
+    "serve": [["{python}", "-c", MODEL, "softpick"], ["{python}", "-c", SERVE, "{softpick}"]],
     "torchtitan": [
         ["{python}", "-m", "pip", "install", "-q", "triton==3.7.1"],  # torch for CUDA brings it, torch for the CPU does not
         ["{python}", "-c", MODEL, "softpick_llama"],

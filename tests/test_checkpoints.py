@@ -99,8 +99,12 @@ def test_what_needs_no_mark_has_none(tmp_path):
 def test_a_part_of_a_composite_model_marks_the_whole():
     entries = {"model_type": "gemma3", "architectures": ["Gemma3ForConditionalGeneration"]}
     parts = {"": None, "text_config": "softpick", "vision_config": None}
+    entries["text_config"] = {"model_type": "gemma3_text", "architectures": ["Gemma3ForCausalLM"]}
     result = checkpoints.marked({**entries, "attn_implementation": parts})
     assert result["model_type"] == "gemma3" + checkpoints.MARK
+    # llama.cpp's converter reads this one
+    assert result["text_config"]["architectures"] == ["Gemma3ForCausalLM" + checkpoints.MARK]
+    assert checkpoints.marked(result) == result
     assert checkpoints.unmarked(result, architectures=True) == {**entries, "attn_implementation": parts}
     assert (
         checkpoints.marked({**entries, "attn_implementation": {"": "softmax", "text_config": None}})["model_type"]

@@ -31,7 +31,15 @@ def test_a_sound_installation_is_fine():
     done = run()
     assert done.exit_code == 0, done.output
     assert "calls, all right" in done.output
+    assert next(line for line in done.output.splitlines() if not line.startswith("running")).startswith("device: cpu (")
     assert "not 'triton': query is on cpu" in done.output
+
+
+@pytest.mark.parametrize(("gpu", "said"), [(True, "and this is cpu"), (False, "and torch finds none")])
+def test_without_a_gpu_it_says_whether_there_is_one(gpu, said, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    monkeypatch.setattr(doctor, "HAS_TRITON", True)
+    assert doctor._support("cpu")[-1].endswith(said)
 
 
 def broken_forward(monkeypatch):

@@ -102,6 +102,26 @@ def test_models_of_which_a_part_computes_softmax_are_refused_by_layer(layer):
         model.set_attn_implementation("relu_softpick")
 
 
+def implementations(model):
+    parts = [module for module in model.modules() if isinstance(module, transformers.PreTrainedModel)]
+    return {part.config._attn_implementation for part in parts}
+
+
+def test_every_part_gets_another_implementation_or_none_does():
+    """Encoder and decoder of T5 have copies of the model's configuration."""
+    model = transformers.T5ForConditionalGeneration._from_config(
+        transformers.T5Config(**T5), attn_implementation="eager"
+    )
+    for name in ("softpick", "relu_softpick", "eager"):
+        model.set_attn_implementation(name)
+        assert implementations(model) == {name}
+    name, config = PARTLY["LongT5LocalAttention"]
+    model = getattr(transformers, name)._from_config(config(), attn_implementation="eager")
+    with pytest.raises(ValueError, match="LongT5LocalAttention"):
+        model.set_attn_implementation("softpick")
+    assert implementations(model) == {"eager"}
+
+
 @pytest.mark.parametrize(
     ("name", "config"),
     [

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 import softpick
-from softpick.experiment.environment import hardware, versions
+from softpick.experiment.environment import device_line, hardware, versions
 from softpick.ops import switch
 from softpick.ops.calling import HAS_TRITON
 
@@ -68,7 +68,7 @@ class Report:
         return {"fine": self.fine, **asdict(self)}
 
     def __str__(self) -> str:
-        lines = [self.versions, self.hardware, *self.support, ""]
+        lines = [device_line(self.device), self.versions, *self.support, ""]
         for check in self.checks:
             lines.append(f"{'ok   ' if check.problem is None else 'WRONG'} {check.name}, {check.dtype}, {check.shape}")
             lines.append(f"      {check.backend}{': ' if check.kernels else ''}{', '.join(check.kernels)}")
@@ -141,7 +141,7 @@ def examine(device: str = "cpu", progress: Callable[[str], None] = lambda name: 
 def _support(device: str) -> list[str]:
     """What is there, in sentences."""
     rule = str(switch.active())
-    lines = [f"device: {device}", f"{switch.VARIABLE}: {rule}"]
+    lines = [f"{switch.VARIABLE}: {rule}"]
     if device.startswith("cuda"):
         major, minor = torch.cuda.get_device_capability(device)
         lines.append(f"compute capability: {major}.{minor}")
@@ -149,7 +149,8 @@ def _support(device: str) -> list[str]:
         lines.append("Triton: not installed, so there are no GPU kernels")
         return lines
     if not device.startswith("cuda"):
-        lines.append("Triton: installed; its kernels need a GPU, which torch does not find here")
+        why = f"and this is {device}" if torch.cuda.is_available() else "and torch finds none"
+        lines.append(f"Triton: installed; its kernels need a GPU of CUDA or ROCm, {why}")
         return lines
     from softpick.ops.triton import dispatch
 

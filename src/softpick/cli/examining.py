@@ -7,12 +7,13 @@ import json as encoder
 import typer
 
 from softpick.experiment.failures import fail
+from softpick.experiment.settings import DEVICES
 
 __all__ = ["doctor"]
 
 
 def doctor(
-    device: str = typer.Option("auto", help="cpu, cuda, cuda:N or auto: a GPU if torch finds one."),
+    device: str = typer.Option("auto", help=DEVICES),
     json: bool = typer.Option(False, "--json", help="Print the report as JSON."),
 ) -> None:
     """Print versions, the kernels that typical calls take and why, and run each against fp64; exit code 1 if one is wrong. A

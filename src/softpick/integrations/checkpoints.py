@@ -51,7 +51,18 @@ def marked(config: dict[str, Any]) -> dict[str, Any]:
     config["model_type"] += MARK
     # an engine that finds no architecture at all may guess one
     config["architectures"] = [name + MARK for name in config.get("architectures") or ["Model"]]
-    return config
+    # llama.cpp's converter goes by what a part says of itself, if it says something
+    return {key: _marked_part(value) for key, value in config.items()}
+
+
+def _marked_part(value: Any) -> Any:
+    """An entry of a configuration; if it is that of a part, with marked architectures, its own parts' included."""
+    if not isinstance(value, dict):
+        return value
+    part = {key: _marked_part(entry) for key, entry in value.items()}
+    if part.get("architectures"):
+        part["architectures"] = [name + MARK for name in part["architectures"]]
+    return part
 
 
 def unmarked(config: dict[str, Any], architectures: bool = False) -> dict[str, Any]:
@@ -59,8 +70,12 @@ def unmarked(config: dict[str, Any], architectures: bool = False) -> dict[str, A
     config = dict(config)
     if isinstance(config.get("model_type"), str):
         config["model_type"] = config["model_type"].removesuffix(MARK)
-    if architectures and config.get("architectures"):
-        config["architectures"] = [name.removesuffix(MARK) for name in config["architectures"]]
+    if architectures:
+        if config.get("architectures"):
+            config["architectures"] = [name.removesuffix(MARK) for name in config["architectures"]]
+        for key, part in config.items():
+            if isinstance(part, dict):
+                config[key] = unmarked(part, architectures=True)
     return config
 
 

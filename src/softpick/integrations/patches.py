@@ -61,6 +61,13 @@ PATCHES: Mapping[str, Patch] = {
             **_TRANSFORMERS,
         ),
         Patch(
+            place="transformers:PreTrainedModel.set_attn_implementation",
+            source="d3ff8558d37ecbf5",
+            why="Every part of a model gets the implementation, or none; transformers before 5.20 leaves out parts whose "
+            "configuration is a copy, and stops in the middle where a part refuses.",
+            **_TRANSFORMERS,
+        ),
+        Patch(
             place="transformers:PreTrainedModel.post_init",
             source="7e71a8ab677d5dc8",
             why="The layers of a model are looked at as soon as they exist; there is no event for it.",

@@ -32,6 +32,7 @@ try:
         AutoModelForCausalLM,
         AutoModelForSequenceClassification,
         PreTrainedConfig,
+        PreTrainedModel,
     )
     from transformers.utils import output_capturing
 except ImportError as error:
@@ -321,6 +322,7 @@ def register() -> None:
         for place, wrap in (
             ("transformers:PreTrainedConfig.to_dict", _remember_choice),
             ("transformers:PreTrainedModel.get_correct_attn_implementation", _never_softmax_silently),
+            ("transformers:PreTrainedModel.set_attn_implementation", _in_every_part),
             ("transformers:PreTrainedModel.post_init", _checked_when_built),
             ("transformers.masking_utils:_preprocess_mask_arguments", _packed_in_masks),
         ):
@@ -407,6 +409,31 @@ def _never_softmax_silently(check: Callable[..., str]) -> Callable[..., str]:
         if requested_attention is not None and requested_attention in NORMALIZERS:
             prepare(self, requested_attention)
         return check(self, requested_attention, *args, **kwargs)
+
+    return wrapper
+
+
+def _in_every_part(set_implementation: Callable[..., None]) -> Callable[..., None]:
+    """``PreTrainedModel.set_attn_implementation`` that reaches all parts of a model, or none where one refuses.
+
+    transformers before 5.20 leaves out parts whose configuration is a copy of the model's (encoder and decoder of T5).
+    """
+
+    @functools.wraps(set_implementation)
+    def wrapper(self: Any, attn_implementation: Any, *args: Any, **kwargs: Any) -> None:
+        parts = [module for module in self.modules() if isinstance(module, PreTrainedModel)]
+        before = [(part.config, part.config._attn_implementation) for part in parts]
+        try:
+            set_implementation(self, attn_implementation, *args, **kwargs)
+            name = self.config._attn_implementation
+            for part in parts:
+                own = part.config._attn_implementation
+                if type(part.config) is type(self.config) and own != name and not {own, name}.isdisjoint(NORMALIZERS):
+                    part.config._attn_implementation_internal = part.get_correct_attn_implementation(name)
+        except Exception:
+            for config, name in before:
+                config._attn_implementation_internal = name
+            raise
 
     return wrapper
 

@@ -257,11 +257,23 @@ def _kind_of_masks(kind: type[PreTrainedModel]) -> str:
         )
         for n in ast.walk(tree)
     )
+    by_name |= tree is not None and "create_causal_mask" in _names(tree) and _keeps_causality(tree)
     if kind._supports_sdpa and not by_name:
         return "sdpa"
     if kind._supports_flash_attn and kind._supports_attention_backend and not by_name:
         return "flash"
     return "eager"
+
+
+def _keeps_causality(tree: ast.AST) -> bool:
+    """Whether a file has a layer that is causal only if it is told so, and tells no layer (UMT5 before transformers 5.18)."""
+    makers = [n for n in ast.walk(tree) if isinstance(n, ast.FunctionDef) and n.name == "__init__"]
+    asks = any(
+        argument.arg == "is_causal" and isinstance(default, ast.Constant) and default.value is False
+        for made in makers
+        for argument, default in zip(reversed(made.args.args), reversed(made.args.defaults), strict=False)
+    )
+    return asks and not any(k.arg == "is_causal" for n in ast.walk(tree) if isinstance(n, ast.Call) for k in n.keywords)
 
 
 WITH_WINDOWS: dict[type, bool] = {}

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, masking_utils
 from transformers.utils.import_utils import is_tracing
 
 from softpick.functional import varlen_attention
@@ -369,10 +369,12 @@ def packed_in_masks(
     ) -> tuple[Any, ...]:
         found = preprocess(config, inputs_embeds, attention_mask, past_key_values, position_ids, *args, **kwargs)
         early, padding, packed, q_length, kv_length, q_offset = found[:6]
+        if packed is not None and not early and ours(config):
+            _refuse_wrong_chunks(config, position_ids)
         if early or packed is not None or position_ids is None or not ours(config) or q_length == 1 or runs_paged():
             return found
         batch = inputs_embeds.shape[0]
-        chunks = "chunked_attention" in (getattr(config, "layer_types", None) or ())
+        chunks = _has_chunks(config)
         if torch.compiler.is_compiling() or is_tracing(position_ids):
             if tuple(position_ids.shape) not in ((1, q_length), (batch, q_length)):
                 return found
@@ -398,9 +400,37 @@ def packed_in_masks(
                 f"position_ids: packed sequences of a {config.model_type} model, which has chunked attention, need padding on "
                 "the right; got an attention_mask with padding on the left"
             )
+        else:
+            _refuse_wrong_chunks(config, position_ids)
         return (*found[:2], (position_ids == 0).cumsum(-1).expand(batch, -1), *found[3:])
 
     return wrapper
+
+
+# older transformers count the tokens of a chunk from the start of the row, and give their layers no positions to do better
+_CHUNKS_FROM_THE_ROW = not hasattr(masking_utils, "packed_sequence_compatibility_function")
+
+
+def _has_chunks(config: Any) -> bool:
+    return "chunked_attention" in (getattr(config, "layer_types", None) or ())
+
+
+def _refuse_wrong_chunks(config: Any, position_ids: Tensor | None) -> None:
+    """Refuse packed sequences by positions where transformers cuts their chunks in wrong places.
+
+    Raises:
+        ValueError: a model with chunked attention is given them.
+    """
+    if not _CHUNKS_FROM_THE_ROW or position_ids is None or not _has_chunks(config):
+        return
+    message = (
+        f"position_ids: packed sequences of a {config.model_type} model, which has chunked attention, need transformers 5.23 "
+        "or newer; pass cu_seq_lens_q and cu_seq_lens_k with them"
+    )
+    if torch.compiler.is_compiling() or is_tracing(position_ids):
+        torch._assert_async(~(position_ids[:, 1:] == 0).any(), message)
+    elif not _running.given and _restarts(position_ids):
+        raise ValueError(message)
 
 
 def _starts_behind_tokens(position_ids: Tensor, padding: Tensor | None, q_offset: Any) -> Tensor:

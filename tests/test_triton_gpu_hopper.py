@@ -160,7 +160,9 @@ def test_one_key_is_decoded_to_its_value(name, dtype, by_hand, monkeypatch):
     sink = torch.full((8,), -60.0, device=DEVICE) if name == "learned_sink" else None
     ones = torch.ones(3, dtype=torch.int32, device=DEVICE)
     if NORMALIZERS[name].constant == 1:
-        q = q * (4000 if NORMALIZERS[name].base == "linear" else 40)  # so that the constant is nothing against the score
+        q = q * (
+            4000 if NORMALIZERS[name].base == "linear" else 40
+        )  # so that the constant is nothing against the score
     out = decode_attention(q, k, v, cache_seqlens=ones, normalizer=name, sink=sink)
     assert torch.equal(out, v[:, :, :1].repeat_interleave(4, 1))
 

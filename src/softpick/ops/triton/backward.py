@@ -71,7 +71,8 @@ def _score_gradient(
     elif BASE == LINEAR:
         return e * (dp - tl.where(s > 0, delta, -delta))
     else:
-        return e * kept_scores(dp - delta, s, RECTIFY)
+        # the product first: below a sink that is all there is, e of what is not kept may be infinite
+        return kept_scores(e * (dp - delta), s, RECTIFY)
 
 
 @triton.jit

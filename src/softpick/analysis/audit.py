@@ -25,10 +25,10 @@ from softpick.analysis.trackers import check_trackers
 from softpick.analysis.verdict import failed, parse_condition, reference_rows, verdict
 from softpick.experiment.corpus import get_corpus
 from softpick.experiment.environment import chosen_device, command_line, device_line, versions
+from softpick.experiment.failures import first_line
 from softpick.experiment.files import OutputError, writing
 from softpick.experiment.models import (
     Subject,
-    first_line,
     identity,
     load_subject,
 )

@@ -8,7 +8,7 @@ from typing import Any
 
 from softpick.analysis.settings import AuditError
 from softpick.analysis.verdict import figures
-from softpick.experiment.models import first_line
+from softpick.experiment.failures import first_line
 
 __all__ = ["check_trackers", "log_figures"]
 

@@ -12,7 +12,8 @@ import torch
 from torch import nn
 
 from softpick.conversion.recipes import ConvertError, ConvertSettings
-from softpick.experiment.models import DTYPES, Subject, first_line, load_config, load_subject
+from softpick.experiment.failures import first_line
+from softpick.experiment.models import DTYPES, Subject, load_config, load_subject
 from softpick.experiment.progress import Reporter
 from softpick.integrations.transformers import intercept_attention, normalizer_of
 from softpick.normalizers import get_normalizer

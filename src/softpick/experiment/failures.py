@@ -19,7 +19,7 @@ from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import Any, NoReturn
 
-__all__ = ["ModelError", "QuantizationError", "fail", "in_one_sentence", "process", "sentence"]
+__all__ = ["ModelError", "QuantizationError", "fail", "first_line", "in_one_sentence", "process", "sentence"]
 
 _DAMAGED = {
     "BadZipFile", "EOFError", "JSONDecodeError", "SafetensorError", "UnicodeDecodeError", "UnpicklingError", "PanicException",
@@ -42,6 +42,12 @@ class ModelError(ValueError):
 
 class QuantizationError(RuntimeError):
     """A model that should have been quantized and was not, or not as asked for."""
+
+
+def first_line(error: BaseException) -> str:
+    """Of an error's words, or its kind; with the next line where the first one only announces it."""
+    lines = (str(error).strip() or type(error).__name__).splitlines()
+    return " ".join(line.strip() for line in lines[: 2 if lines[0].rstrip().endswith(":") else 1])
 
 
 def fail(message: str, code: int = 2) -> NoReturn:
@@ -83,8 +89,7 @@ def end(error: BaseException) -> NoReturn:
 
 def sentence(error: BaseException) -> tuple[str, int]:
     """What went wrong in one line, and the exit code: 2 where a user can do something about it, else 1."""
-    words = (str(error).strip() or type(error).__name__).splitlines()[0]
-    kind = type(error).__name__
+    words, kind = first_line(error), type(error).__name__
     if type(error).__module__.startswith("softpick."):
         return words, 2
     if isinstance(error, BrokenPipeError):

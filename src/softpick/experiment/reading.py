@@ -25,6 +25,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from softpick.experiment.failures import first_line
 from softpick.experiment.files import SCRATCH
 
 __all__ = ["Corpus", "DataError", "check_text", "json_lines", "read_corpus", "text_files"]
@@ -404,7 +405,7 @@ def _read_parquet(file: Path, name: str, found: _Found) -> Iterator[str]:
         try:
             table = pq.ParquetFile(stream if _kind(file)[1] == "" else io.BytesIO(stream.read()))
         except (pa.ArrowException, OSError) as error:
-            raise DataError(f"data: {file} is not a parquet file ({_first_line(error)})") from None
+            raise DataError(f"data: {file} is not a parquet file ({first_line(error)})") from None
         if name not in table.schema_arrow.names:
             columns = ", ".join(map(repr, table.schema_arrow.names))
             raise DataError(f"data: {file}: no column {name!r} (found {columns}); see text_field")
@@ -414,7 +415,7 @@ def _read_parquet(file: Path, name: str, found: _Found) -> Iterator[str]:
                 batch = next(batches, None)
                 values = [] if batch is None else batch.column(0).to_pylist()
             except (pa.ArrowException, OSError, ValueError) as error:
-                reason = "text that is not UTF-8" if isinstance(error, UnicodeDecodeError) else _first_line(error)
+                reason = "text that is not UTF-8" if isinstance(error, UnicodeDecodeError) else first_line(error)
                 raise DataError(f"data: {file}: cannot be read after row {row} ({reason})") from None
             if batch is None:
                 return
@@ -424,7 +425,3 @@ def _read_parquet(file: Path, name: str, found: _Found) -> Iterator[str]:
                     found.nulls += 1
                 else:
                     yield check_text(value, f"data: {file}, row {row}: column {name!r}")
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -77,7 +77,8 @@ def _score_gradient(
     elif BASE == LINEAR:
         return e * tl.where(s > 0, above, dp + (delta + low) if TWO else dp + delta)
     else:
-        return e * kept_scores(above, s, RECTIFY)
+        # the product first: below a sink that is all there is, e of what is not kept may be infinite
+        return kept_scores(e * above, s, RECTIFY)
 
 
 @triton.jit

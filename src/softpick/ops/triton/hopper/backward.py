@@ -116,7 +116,7 @@ def _tile_of_keys(
     dv = warpgroup_mma(p, do, dv, is_async=True)
     delta = statistics.slice(2, 1).load(s_layout)
     dp = warpgroup_mma_wait(num_outstanding=1, deps=[dp])
-    ds = _score_gradient(s, e, dp, delta, BASE, RECTIFY, ABSOLUTE, NEGATIVE_GRADIENT)
+    ds = _score_gradient(s, e, dp, delta, 0.0, BASE, RECTIFY, ABSOLUTE, NEGATIVE_GRADIENT, False)
     ds = gl.convert_layout(ds.to(gl.bfloat16), gl.DotOperandLayout(0, o_layout, 2))
     dk = warpgroup_mma(ds, q, dk, is_async=True)
     return dk, dv, next_n, next_h
@@ -218,7 +218,7 @@ def _tile_of_queries(
         below = delta if ABSOLUTE and NEGATIVE_GRADIENT else 0.0
         ds = e * gl.where(s > 0, dp - delta, below)
     else:
-        ds = _score_gradient(s, e, dp, delta, BASE, RECTIFY, ABSOLUTE, NEGATIVE_GRADIENT)
+        ds = _score_gradient(s, e, dp, delta, 0.0, BASE, RECTIFY, ABSOLUTE, NEGATIVE_GRADIENT, False)
     ds = gl.convert_layout(ds.to(gl.bfloat16), gl.DotOperandLayout(0, o_layout, 2))
     return warpgroup_mma(ds, k, dq, is_async=True)
 

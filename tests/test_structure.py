@@ -109,7 +109,6 @@ LONG_FILES: dict[str, str] = {}
 LONG_FUNCTIONS = {
     "src/softpick/ops/cpu.py:forward": "the kernel of the CPU backend",
     "src/softpick/ops/cpu.py:backward": "the kernel of the CPU backend",
-    "src/softpick/ops/triton/launch_decode.py:_decode": "launches of one plan: every size goes into three kernels",
     "tests/test_metrics.py:brute": "every metric a second time, in plain loops",
 }
 FILES = [*ROOT.rglob("*.py"), *Path(__file__).parent.glob("*.py"), *(ROOT.parents[1] / "examples").glob("*.py")]

@@ -231,7 +231,7 @@ def _sweep_queries(
     DROPOUT: tl.constexpr, EDGE: tl.constexpr, EXACT: tl.constexpr, RELU_ASM: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Query tiles from ``lo`` to ``hi``; tiles are transposed, keys by queries."""
+    """Add the query tiles from ``lo`` to ``hi``; tiles are transposed, keys by queries."""
     d, dv, m = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV), tl.arange(0, BLOCK_M)
     query += tl.cast(lo, tl.int64) * q_t
     grad_out += tl.cast(lo, tl.int64) * g_t

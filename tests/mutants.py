@@ -67,7 +67,7 @@ _TRITON = [
 _OPERATORS = ["test_functional_transforms.py", "test_operator_layouts.py", "test_kernel_failures.py", *_QUICK]
 _FAILURES = ["test_kernel_failures.py", "-k", "rows or memory"]
 _ROWS = ["-k", "rows and not compile and not 20000"]
-_GRAPHS = ["test_triton_functions.py", "-k", "compile or opcheck"]
+_GRAPHS = ["test_triton_functions.py", "-k", "compile or opcheck or refused"]
 
 PLANS = {
     "normalizers.py": [(_ATTENTION, "")],

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 transformers = pytest.importorskip("transformers")
 
@@ -159,6 +160,48 @@ def test_a_merged_adapter_is_saved_marked(tmp_path):
     assert normalizer_of(loaded) == "softpick"
     with torch.no_grad():
         torch.testing.assert_close(loaded(IDS)[0], merged(IDS)[0])
+
+
+ADAPTERS = {
+    "LoraConfig": {"r": 2, "target_modules": ["q_proj", "v_proj"]},
+    "IA3Config": {"target_modules": ["k_proj", "v_proj", "down_proj"], "feedforward_modules": ["down_proj"]},
+    "PromptTuningConfig": {"num_virtual_tokens": 3},
+    "PrefixTuningConfig": {"num_virtual_tokens": 3},
+}
+
+
+@pytest.mark.parametrize("adapter", ADAPTERS)
+def test_adapters_leave_the_normalizer(tmp_path, adapter):
+    """No softmax is computed, saving and loading give the same, and the cache is that of a model without one."""
+    peft = pytest.importorskip("peft")
+    config = getattr(peft, adapter)(task_type="CAUSAL_LM", **ADAPTERS[adapter])
+    model, auto = build("llama", "softpick")
+    model.save_pretrained(tmp_path / "base")
+    adapted = peft.get_peft_model(model, config).eval()
+    for parameter in adapted.parameters():
+        if parameter.requires_grad:
+            torch.nn.init.normal_(parameter, std=0.2)
+    seen = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            seen.append(str(function))
+            return function(*args, **(kwargs or {}))
+
+    with torch.no_grad(), Watch():
+        want = adapted(input_ids=IDS).logits
+    assert not any("softmax" in name or "scaled_dot" in name for name in seen)
+    assert normalizer_of(adapted) == "softpick"
+    adapted.save_pretrained(tmp_path / "adapter")
+    loaded = peft.PeftModel.from_pretrained(auto.from_pretrained(tmp_path / "base"), tmp_path / "adapter").eval()
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(input_ids=IDS).logits, want)
+        tokens = loaded.generate(input_ids=IDS, max_new_tokens=3, do_sample=False, eos_token_id=None, pad_token_id=0)
+        grown = IDS
+        for _ in range(3):
+            logits = loaded(input_ids=grown, use_cache=False).logits
+            grown = torch.cat([grown, logits[:, -1].argmax(-1, keepdim=True)], 1)
+    assert torch.equal(tokens, grown)
 
 
 def test_an_interrupted_write_leaves_the_old_file(tmp_path, monkeypatch):

@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import softpick
 from softpick import NORMALIZERS, decode_attention, scaled_dot_product_attention, varlen_attention
+from softpick.ops import calling
 from softpick.ops.calling import plain
 
 NAMES = list(NORMALIZERS)
@@ -443,26 +444,32 @@ def _by_watching(f):
         return f(torch.zeros(3))
 
 
-@pytest.mark.parametrize(
-    ("call", "wanted"),
-    {
-        "tensors": (lambda f: f(torch.zeros(3)), True),
-        "a parameter": (lambda f: f(torch.nn.Parameter(torch.zeros(3))), True),
-        "a subclass": (lambda f: f(torch.zeros(3).as_subclass(Marked)), False),
-        "the meta device": (lambda f: f(torch.zeros(3, device="meta")), False),
-        "fake tensors": (_by_mode, False),
-        "a dispatch mode": (_by_watching, False),
-        "vmap": (_by_vmap, False),
-        "dual numbers": (_by_dual, False),
-    }.values(),
-)
-def test_what_goes_around_the_dispatcher(call, wanted):
+ROUND = {
+    "tensors": (lambda f: f(torch.zeros(3)), True),
+    "a parameter": (lambda f: f(torch.nn.Parameter(torch.zeros(3))), True),
+    "a subclass": (lambda f: f(torch.zeros(3).as_subclass(Marked)), False),
+    "the meta device": (lambda f: f(torch.zeros(3, device="meta")), False),
+    "fake tensors": (_by_mode, False),
+    "a dispatch mode": (_by_watching, False),
+    "vmap": (_by_vmap, False),
+    "dual numbers": (_by_dual, False),
+}
+
+
+@pytest.mark.parametrize("name", ROUND)
+def test_what_goes_around_the_dispatcher(name):
     """Plain tensors only, whichever argument is not."""
+    call, wanted = ROUND[name]
     x = torch.zeros(3)
     assert call(lambda one: plain(one)) == wanted
     assert call(lambda one: plain(one, None, x)) == wanted
-    if wanted or call(lambda one: type(one) is Marked):
+    if name != "the meta device":  # of which the query tells
         assert call(lambda one: plain(x, None, one)) == wanted
+
+
+def test_without_triton_nothing_is_interpreted(monkeypatch):
+    monkeypatch.setattr(calling, "HAS_TRITON", False)
+    assert not calling.interpreted()
 
 
 def test_operators_see_what_is_not_plain():

@@ -21,6 +21,7 @@ from transformers import (
     CamembertConfig,
     Gemma3TextConfig,
     GPT2Config,
+    IBertConfig,
     LlamaConfig,
     LlamaForCausalLM,
     MPNetConfig,
@@ -100,6 +101,7 @@ POSITIONS = {
     "xlm-roberta": (XLMRobertaConfig(**BERT), 38, 2),
     "padding at 5": (RobertaConfig(**BERT, pad_token_id=5), 34, 6),
     "mpnet": (MPNetConfig(**BERT), 38, 2),
+    "ibert": (IBertConfig(**BERT), 38, 2),
     "gpt2": (GPT2Config(vocab_size=300, n_positions=40, n_embd=16, n_layer=1, n_head=2), 40, 0),
     "opt": (OPTConfig(**OPT), 40, 0),
 }

@@ -310,7 +310,8 @@ def test_packed_sequences_equal_separate_ones(name, causal, poisoned):
 def test_rows_beyond_the_last_sequence_get_no_gradient():
     q, k, v = make(b=1, tq=30, tk=30)
     cu = torch.tensor([0, 9, 20], dtype=torch.int32)
-    options = {"normalizer": "softpick", "scale": 1.0, "eps": 1e-6, "cu_seqlens_q": cu, "cu_seqlens_k": cu}
+    options = {"normalizer": "softpick", "scale": 1.0, "eps": 1e-6, "left": -1, "right": -1}
+    options |= {"cu_seqlens_q": cu, "cu_seqlens_k": cu}
     out = attention(q, k, v, backend="triton", max_seqlen_q=30, max_seqlen_k=30, **options)[0]
     grads = torch.autograd.grad(out[:, :, :20].sum(), (q, k, v))
     for g in grads:

@@ -375,7 +375,7 @@ def learned_positions(model: Any) -> int | None:
     if table is None:
         return None
     longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    rows = table.num_embeddings - first_position(model)
+    rows = len(table.weight) - first_position(model)
     return min(longest, rows) if isinstance(longest, int) and longest > 0 else rows
 
 
@@ -426,10 +426,13 @@ def saved_positions(name: str, *, trust_remote_code: bool = False) -> int | None
 
 
 def _position_table(model: Any) -> Any:
+    """The module of position embeddings; also one of a class of its own, as I-BERT's, which is known by its weight."""
     words = model.get_input_embeddings()
     for name, module in model.named_modules():
         last = name.rpartition(".")[2]
-        if isinstance(module, nn.Embedding) and module is not words and ("pos" in last or last == "wpe"):
+        embeds = isinstance(module, nn.Embedding) or type(module).__name__.endswith("Embedding")
+        weight = getattr(module, "weight", None)
+        if embeds and weight is not None and module is not words and ("pos" in last or last == "wpe"):
             return module
     return None
 

@@ -38,7 +38,7 @@ def torch_softmax(q, k, v):
 
 
 def contestant(name: str):
-    sink = torch.zeros(HEADS) if name == "learned_sink" else None
+    sink = torch.zeros(HEADS) if softpick.NORMALIZERS[name].needs_sink else None
 
     def call(q, k, v, backend="tiled"):
         s = None if sink is None else sink[: q.shape[1]].to(q.dtype)

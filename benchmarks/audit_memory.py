@@ -27,8 +27,9 @@ def measure(args: argparse.Namespace) -> None:
     import torch
     import transformers
 
-    from softpick.analysis import audit
     from softpick.analysis import measure as measure_model
+    from softpick.analysis.knockout import knockout
+    from softpick.experiment.models import Subject
     from softpick.experiment.progress import Silent
     from softpick.integrations.transformers import register
 
@@ -55,8 +56,8 @@ def measure(args: argparse.Namespace) -> None:
     found = measure_model(model, [{"input_ids": ids}], bos_policy="bos", largest_score=True)
     seconds = time.perf_counter() - start
     if args.knockout:
-        subject = audit.Subject("model", model, None, True)
-        audit._perplexity(subject, [ids], torch.zeros(len(ids), dtype=torch.long), Silent(), "", hide=True)
+        first = torch.zeros(len(ids), dtype=torch.long)
+        knockout(Subject("model", model, None, True), [ids], first, 1, Silent(), "")
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     row = {
         "layers": args.layers,
@@ -94,7 +95,7 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=4096)
     parser.add_argument("--samples", type=int, default=1)
     parser.add_argument("--implementation", default="sdpa")
-    parser.add_argument("--knockout", action="store_true", help="the two forward passes for the perplexity as well")
+    parser.add_argument("--knockout", action="store_true", help="the three forward passes of a knockout as well")
     parser.add_argument("--result", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.result:

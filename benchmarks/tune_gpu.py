@@ -224,11 +224,10 @@ def run_rows(job, x, lse, g, y) -> None:
     from softpick.ops.triton import launch_rows, tuning
 
     kind, dtype, n, chosen = job
-    if n <= 16384:
-        tuning.rows = lambda *_: tuning.Rows(*chosen)
-    elif chosen:
+    tuning.rows = lambda *_: tuning.Rows(*chosen) if n <= 16384 else None
+    if n > 16384 and chosen:
         tuning.HOPPER_ROWS[kind, dtype.itemsize] = tuning.Parts(*chosen)
-    else:
+    elif n > 16384:
         tuning.HOPPER_ROWS.pop((kind, dtype.itemsize), None)
     if kind == "forward":
         launch_rows.softpick_forward(x, 1e-6, y, lse)

@@ -46,15 +46,15 @@ def symptom(models: list[str], folder: Path) -> None:
         folder,
     )
     for run in report["runs"]:
-        base = run["cells"][0]["perplexity"]["perplexity"]
+        base = run["cells"][0]["perplexity"]
         print(f"\n{run['title']}: perplexity {base:.2f}")
         for cell in run["cells"][1:]:
-            rounded = cell["perplexity"]["perplexity"]
+            rounded = cell["perplexity"]
             print(f"  {cell['title']:45s} {rounded:8.2f} ({100 * (rounded / base - 1):+.2f} %)")
 
 
 def cause(models: list[str]) -> None:
-    """Which number is so large that the others lose their bits, on which token, and do heads rest there?"""
+    """Which number is so large that the others lose their bits, on which token, and do heads put their weight there?"""
     settings = AuditSettings(
         model=models[0],
         against=models[1] if len(models) > 1 else None,

@@ -71,6 +71,14 @@ def environment(
     return own
 
 
+def keep(file: Path, result: object) -> None:
+    """Write a result as JSON, which appears complete or not at all."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    temporary = file.with_suffix(".tmp")
+    temporary.write_text(json.dumps(result))
+    temporary.replace(file)
+
+
 def remove(name: str) -> None:
     """Delete an environment."""
     shutil.rmtree(HOME / name, ignore_errors=True)

@@ -19,7 +19,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from environments import HOME, ROOT, TORCH, InstallError, environment, installed, megabytes, remove
+from environments import HOME, ROOT, TORCH, InstallError, environment, installed, keep, megabytes, remove
 
 # a tiny Llama with a tokenizer, and the same as a GGUF file
 MODEL = """
@@ -151,10 +151,7 @@ def run(name: str, package: Path, of: str) -> dict[str, Any]:
     result = {"megabytes": megabytes(python.parents[1] / "lib")} | commands(python, name)
     result |= {"versions": installed(python, "torch", "transformers"), "date": time.strftime("%Y-%m-%d")}
     if not result["failed"]:
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        temporary = kept.with_suffix(".tmp")
-        temporary.write_text(json.dumps({"of": of, "result": result}))
-        temporary.replace(kept)
+        keep(kept, {"of": of, "result": result})
     return result
 
 

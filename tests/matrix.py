@@ -21,9 +21,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from environments import ROOT, keep
 from kernel_resources import REGISTERS
 
-ROOT = Path(__file__).parents[1]
 CACHE = ROOT / ".matrix"
 TRITONS = ("3.9.0", "3.8.0", "3.7.1", "3.6.0")
 # KiB of shared memory a program may have
@@ -34,7 +34,7 @@ CASES = [
     "softpick,256,float16,none",
     "softmax,128,float32,none",
 ]
-BY_HAND = ["softpick,64,bfloat16,hopper", "softpick,128,bfloat16,hopper"]
+HOPPER_CASES = ["softpick,64,bfloat16,hopper", "softpick,128,bfloat16,hopper"]
 
 
 def source(target: str) -> str:
@@ -64,7 +64,7 @@ def cell(version: str, target: str) -> dict[str, Any]:
         **os.environ, "PYTHONPATH": os.pathsep.join(paths), "TRITON_INTERPRET": "0", "OMP_NUM_THREADS": "1",
         "TRITON_CACHE_DIR": str(CACHE / f"built-{version}"),
     }  # fmt: skip
-    cases = CASES + (BY_HAND if target == "90" else [])
+    cases = CASES + (HOPPER_CASES if target == "90" else [])
     script = str(Path(__file__).with_name("compile_kernels.py"))
     done = subprocess.run([sys.executable, script, target, *cases], env=environment, capture_output=True, text=True)
     results = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
@@ -75,10 +75,7 @@ def cell(version: str, target: str) -> dict[str, Any]:
     failed += [f"{case}: {name}: {problem}" for case, name, k in taken for problem in too_much(k, target)]
     most = {key: max((k[key] for _, _, k in taken), default=0) for key in ("shared", "registers", "spilled")}
     result = {"of": of, "date": time.strftime("%Y-%m-%d"), "kernels": len(taken), **most, "failed": failed}
-    kept.parent.mkdir(parents=True, exist_ok=True)
-    temporary = kept.with_suffix(".tmp")
-    temporary.write_text(json.dumps(result))
-    temporary.replace(kept)
+    keep(kept, result)
     return result
 
 

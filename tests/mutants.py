@@ -64,6 +64,11 @@ _TRITON = [
     "few or layout or half or transform or second or auto or cannot or refuse or beyond or map",
 ]
 
+_OPERATORS = ["test_functional_transforms.py", "test_operator_layouts.py", "test_kernel_failures.py", *_QUICK]
+_FAILURES = ["test_kernel_failures.py", "-k", "rows or memory"]
+_ROWS = ["-k", "rows and not compile and not 20000"]
+_GRAPHS = ["test_triton_functions.py", "-k", "compile or opcheck"]
+
 PLANS = {
     "normalizers.py": [(_ATTENTION, "")],
     "ops/reference.py": [(_ATTENTION, "")],
@@ -73,7 +78,14 @@ PLANS = {
     "ops/backends.py": [(_ATTENTION, ""), (_TRITON, "")],
     "ops/cpu.py": [(_ATTENTION, "")],
     "ops/cpu_functions.py": [(_ATTENTION, "")],
-    "ops/operators.py": [(_ATTENTION, ""), (_COMPILED, ""), (_TRITON, _TO_TRITON)],
+    "ops/operators.py": [(_ATTENTION, ""), (_OPERATORS, ""), (_COMPILED, ""), (_TRITON, _TO_TRITON)],
+    "ops/operators_decode.py": [(_FAILURES, ""), (["test_decode.py", *_QUICK], ""), (_GRAPHS, "")],
+    "ops/operators_rows.py": [(["test_triton_functions.py", *_ROWS], ""), (_FAILURES, ""), (_GRAPHS, "")],
+    "ops/calling.py": [
+        (["test_operator_layouts.py", *_FAILURES], ""),
+        (["test_functional_transforms.py", *_QUICK], ""),
+    ],
+    "ops/switch.py": [(["test_explain.py", *_QUICK], ""), (["test_explain.py"], "")],
     "ops/blocks.py": [(["test_ring_edges.py"], "block_"), (_TRITON, _TO_TRITON)],
     "distributed.py": [
         (["test_ring_edges.py", "test_distributed.py", "-k", "not rings"], ""),

@@ -69,8 +69,8 @@ def unreleased(tag: str) -> Iterator[str]:
         yield f"CHANGELOG.md: has no section [{version()}]"
     if f"version: {version()}" not in (ROOT / "CITATION.cff").read_text(encoding="utf-8"):
         yield f"CITATION.cff: its version is not {version()}"
-    if "not on an index yet" in (ROOT / "docs/install.md").read_text(encoding="utf-8"):
-        yield "docs/install.md and README.md: say how to install from the index"
+    if "not on PyPI yet" in (ROOT / "docs/install.md").read_text(encoding="utf-8"):
+        yield "docs/install.md and README.md: say how to install from PyPI"
 
 
 def main() -> int:

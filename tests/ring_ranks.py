@@ -72,7 +72,7 @@ def inputs(seed, options):
     if options.get("negative"):  # every score below zero but those of the first key
         q, k = q.abs() * 8, -k.abs()
         k[:, :, 0] *= -1
-    sink = draw(s["h"]) if options["name"] == "learned_sink" else None
+    sink = draw(s["h"]) if NORMALIZERS[options["name"]].needs_sink else None
     dtype = getattr(torch, options["dtype"])
     made = [q * options.get("factor", 1.0), k, v, grad, sink]
     return [None if x is None else x.to(dtype) for x in made]

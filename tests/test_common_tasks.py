@@ -102,3 +102,92 @@ def test_add_a_normalizer(copy):
     )
     done = copy.run("-c", code)
     assert "relu(e^{s_i} - 1) / (1 + Σ_j |e^{s_j} - 1|)" in done.stdout, done.stderr
+
+
+# a fault in each kind of file that a wrong result can come from: file below ops/triton, what stands there, what is wrong
+FAULTS = {
+    "shared by kernels": ("device.py", "return tl.where(s < 0, -magnitude, magnitude)", "return magnitude"),
+    "a kernel": ("backward.py", "return p, tl.where(s > 0, e, -e)", "return p, e"),
+    "statistics": ("statistics.py", "tl.sum(o.to(tl.float32) * g.to(tl.float32), 1)", "tl.sum(o.to(tl.float32), 1)"),
+    "what a launch gives": (
+        "launching.py",
+        "return spec.scale if spec.softcap",
+        "return 2 * spec.scale if spec.softcap",
+    ),
+}
+COMPARE = """
+import softpick, torch
+from softpick import explain_backend, scaled_dot_product_attention
+torch.manual_seed(0)
+leaves = [torch.randn(1, 2, 40, 16).requires_grad_() for _ in range(3)]
+wrong = []
+for softcap in (None, 1.0):
+    found = {}
+    for backend in ("triton", "reference"):
+        out = scaled_dot_product_attention(*leaves, is_causal=True, softcap=softcap, backend=backend)
+        found[backend] = [out, *torch.autograd.grad(out.square().sum(), leaves)]
+    pairs = zip(found["triton"], found["reference"], strict=True)
+    wrong += [not torch.allclose(a, b, rtol=1e-3, atol=1e-4) for a, b in pairs]
+print(*(kernel.file for kernel in explain_backend(*leaves, is_causal=True, backend="triton").kernels), any(wrong))
+"""
+
+
+@pytest.mark.parametrize("fault", [None, *FAULTS])
+def test_mend_a_wrong_gpu_result(copy, fault):
+    """Triton's interpreter shows a fault, and its file is one of those that the task and explain_backend name."""
+    pytest.importorskip("triton")
+    if fault is not None:
+        name, right, wrong = FAULTS[fault]
+        copy.edit(f"src/softpick/ops/triton/{name}", right, wrong)
+    done = copy.run("-c", COMPARE, TRITON_INTERPRET="1")
+    assert done.returncode == 0, done.stderr[-2000:]
+    *named, differs = done.stdout.split()
+    assert named == ["forward.py", "backward.py"]
+    assert differs == str(fault is not None)
+    assert len(copy.files) <= stated("mend a wrong GPU result")
+    text = (HOME / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    (row,) = [line for line in text.splitlines() if line.startswith("| mend a wrong GPU result |")]
+    for file in copy.files:
+        assert file.removeprefix("ops/triton/") in named or f"`{file.removeprefix('ops/triton/')}`" in row
+
+
+CUBE = """
+import softpick as sp, torch
+cube = sp.Normalizer("cube", base="cube", rectify="positive", eps=1e-3)
+leaves = [torch.randn(1, 2, 7, 4, dtype=torch.float64).requires_grad_() for _ in range(3)]
+hidden = torch.ones(7, 7).triu(1).bool()
+weights = (leaves[0] @ leaves[1].mT / 2).masked_fill(hidden, 0.0).relu() ** 3
+want = weights / (weights.sum(-1, keepdim=True) + 1e-3) @ leaves[2]
+for backend in ("reference", "tiled"):
+    got = sp.scaled_dot_product_attention(*leaves, is_causal=True, normalizer=cube, backend=backend)
+    torch.testing.assert_close(got, want)
+    grads = [torch.autograd.grad(out.square().sum(), leaves, retain_graph=True) for out in (got, want)]
+    for one, other in zip(*grads, strict=True):
+        torch.testing.assert_close(one, other)
+"""
+
+
+BASE = [
+    ("normalizers.py", '    "base": (', '"cube", '),
+    ("normalizers.py", "            return s * s\n", '        if self.base == "cube":\n            return s**3\n'),
+    (
+        "normalizers.py",
+        "            return 2.0 * s\n",
+        '        if self.base == "cube":\n            return 3 * s**2\n',
+    ),
+    ("ops/cpu_functions.py", "        return s.mul_(s)\n", '    if norm.base == "cube":\n        return s.pow_(3)\n'),
+    (
+        "ops/cpu_functions.py",
+        "        torch.mul(s, 2.0 * inverse, out=e)\n",
+        '    elif norm.base == "cube":\n        torch.mul(s * s, 3 * inverse, out=e)\n',
+    ),
+]
+
+
+def test_add_a_base_function(copy):
+    """Its value and its derivative, in the reference and in the CPU backend."""
+    for name, place, added in BASE:
+        copy.edit(f"src/softpick/{name}", place, place + added)
+    assert len(copy.files) <= stated("add a normalizer")
+    done = copy.run("-c", CUBE)
+    assert done.returncode == 0, done.stderr[-2000:]

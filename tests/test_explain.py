@@ -7,7 +7,7 @@ import torch
 
 import softpick
 from softpick import NORMALIZERS, functional
-from softpick.ops import switch
+from softpick.ops import switch, vector
 from softpick.ops.calling import HAS_TRITON
 from softpick.ops.spec import AttentionSpec
 
@@ -160,6 +160,51 @@ def test_threads_have_switches_of_their_own():
         assert switch.TRACED == "reference"
     thread.join()
     assert seen == ["auto", ("tiled", "conflict")]
+
+
+@pytest.mark.parametrize("first", ["outer", "inner"])
+def test_blocks_of_threads_may_close_in_any_order(first):
+    """Compiled code sees the block that is left, also where two threads have equal ones."""
+    opened, ends = {}, {name: threading.Event() for name in ("outer", "inner")}
+
+    def block(name):
+        with softpick.use_backend("reference"), softpick.use_backend("tiled"):
+            opened[name].set()
+            ends[name].wait(10)
+
+    threads = {}
+    for name in ends:
+        opened[name] = threading.Event()
+        threads[name] = threading.Thread(target=block, args=(name,))
+        threads[name].start()
+        assert opened[name].wait(10)
+    for name in (first, *(set(ends) - {first})):
+        assert switch.TRACED == "tiled"
+        ends[name].set()
+        threads[name].join()
+    assert not switch.TRACED
+    assert not switch._open
+
+
+@pytest.mark.parametrize(
+    ("rule", "kernel"),
+    [
+        ({}, True),
+        ({"backend": "triton"}, True),
+        ({"without": ("hopper", "decode")}, True),
+        ({"without": "triton"}, False),
+        ({"backend": "triton", "without": "triton"}, False),
+        ({"backend": "tiled"}, False),
+        ({"backend": "reference"}, False),
+    ],
+    ids=str,
+)
+def test_the_switch_holds_for_softpick_over_rows(rule, kernel, monkeypatch):
+    monkeypatch.setattr(vector, "_on_gpu", lambda x: True)
+    monkeypatch.setattr(vector, "HAS_TRITON", True)
+    monkeypatch.setattr(vector, "rows_forward", lambda x, eps, backend: (torch.zeros_like(x), None))
+    with softpick.use_backend(**rule):
+        assert bool((softpick.softpick(torch.ones(2, 3)) == 0).all()) == kernel
 
 
 def test_compiled_code_sees_the_switch():

@@ -13,7 +13,7 @@ import pytest
 pytest.importorskip("typer")
 
 from softpick import __version__
-from softpick.experiment.failures import _file_of, sentence, told
+from softpick.experiment.failures import _file_of, in_one_sentence, sentence
 from softpick.experiment.files import DamagedFileError, parse_json, read_json
 from softpick.experiment.settings import RANGES
 
@@ -244,7 +244,7 @@ def test_sentences(tmp_path, make, words, code, capsys):
     assert "\n" not in message
     assert found == code
     with pytest.raises(SystemExit) as stopped:
-        told(function)()
+        in_one_sentence(function)()
     assert stopped.value.code == code
     assert capsys.readouterr().err == f"softpick: error: {sentence(raised(function))[0]}\n"
 
@@ -312,11 +312,11 @@ def test_data_without_a_name(data):
         get_recipe("tiny_cpu").override([f"data={data}"])
 
 
-def test_every_command_is_told():
+def test_errors_of_every_command_are_sentences():
     from softpick.cli import build_app
 
     for command in build_app().registered_commands:
-        assert command.callback.__code__ is told(print).__code__, command.name
+        assert command.callback.__code__ is in_one_sentence(print).__code__, command.name
 
 
 def test_the_file_nearest_to_the_error(tmp_path):

@@ -13,9 +13,11 @@ from oracle import attention as oracle
 from oracle import weights_of_row
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import softpick
 from softpick import NORMALIZERS, decode_attention, scaled_dot_product_attention, varlen_attention
+from softpick.ops.calling import plain
 
 NAMES = list(NORMALIZERS)
 SMOOTH = [name for name in NAMES if name != "softpick_stop_gradient"]  # whose gradient is by design not the derivative
@@ -410,3 +412,73 @@ def test_modules_on_the_meta_device():
         assert layer(torch.empty(2, 7, 16)).shape == (2, 7, 16)
         assert softpick.nn.SequenceEncoder(7, 16, num_layers=1)(torch.empty(2, 5, 7)).shape == (2, 16)
         assert softpick.nn.Softpick()(torch.empty(3, 4)).device.type == "meta"
+
+
+class Marked(torch.Tensor):
+    """A subclass, which must see the operators."""
+
+
+def _by_vmap(f):
+    seen = []
+    torch.vmap(lambda x: seen.append(f(x)) or x)(torch.zeros(2, 3))
+    return seen[0]
+
+
+def _by_dual(f):
+    with forward_ad.dual_level():
+        return f(torch.zeros(3))
+
+
+def _by_mode(f):
+    with FakeTensorMode():
+        return f(torch.zeros(3))
+
+
+def _by_watching(f):
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            return function(*args, **(kwargs or {}))
+
+    with Watch():
+        return f(torch.zeros(3))
+
+
+@pytest.mark.parametrize(
+    ("call", "wanted"),
+    {
+        "tensors": (lambda f: f(torch.zeros(3)), True),
+        "a parameter": (lambda f: f(torch.nn.Parameter(torch.zeros(3))), True),
+        "a subclass": (lambda f: f(torch.zeros(3).as_subclass(Marked)), False),
+        "the meta device": (lambda f: f(torch.zeros(3, device="meta")), False),
+        "fake tensors": (_by_mode, False),
+        "a dispatch mode": (_by_watching, False),
+        "vmap": (_by_vmap, False),
+        "dual numbers": (_by_dual, False),
+    }.values(),
+)
+def test_what_goes_around_the_dispatcher(call, wanted):
+    """Plain tensors only, whichever argument is not."""
+    x = torch.zeros(3)
+    assert call(lambda one: plain(one)) == wanted
+    assert call(lambda one: plain(one, None, x)) == wanted
+    if wanted or call(lambda one: type(one) is Marked):
+        assert call(lambda one: plain(x, None, one)) == wanted
+
+
+def test_operators_see_what_is_not_plain():
+    """Under a dispatch mode a call is one operator, forward and backward; without one there is none."""
+    q, k, v = make(2)
+    q.requires_grad_()
+    seen = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            seen.append(str(function))
+            return function(*args, **(kwargs or {}))
+
+    with Watch():
+        dense("softpick", "tiled")(q, k, v).sum().backward()
+    assert [name for name in seen if "softpick" in name] == [
+        "softpick.attention_forward.default",
+        "softpick.attention_backward.default",
+    ]

@@ -80,7 +80,7 @@ def model_of(model):
 
 
 class Other(nn.Module):
-    """A quantized layer: the weight rounded to 4 bits, a scale an output."""
+    """A quantized layer: the weight rounded to 4 bits, one scale per output."""
 
     def __init__(self, module):
         super().__init__()

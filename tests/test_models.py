@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import shutil
 import subprocess
 import sys
@@ -363,11 +364,19 @@ FIELDS = {
     "other shapes": {"hidden_size": 32},
     "negative": {"num_hidden_layers": -1, "vocab_size": -3},
     "more layers": {"num_hidden_layers": 3},
+    "heads that do not divide": {"num_attention_heads": 3},
 }
+PLAIN = {
+    "a string for a number": "hidden_size.*'abc'",
+    "other shapes": "other shapes than config.json says",
+    "heads that do not divide": "not a multiple",
+    "pickle": "pickle of more than tensors, which could run code",
+}
+"""What is said where transformers' own first line says too little, or advises what is unsafe."""
 
 
-@pytest.mark.parametrize("name", [*CONFIG, *FIELDS, "cut weights", "header", "no weights", "tokenizer", "cut tokenizer",
-                                  "tokens without embeddings", "nan", "no tokenizer"])  # fmt: skip
+@pytest.mark.parametrize("name", [*CONFIG, *FIELDS, "cut weights", "header", "no weights", "pickle", "tokenizer",
+                                  "cut tokenizer", "tokens without embeddings", "nan", "no tokenizer"])  # fmt: skip
 def test_a_damaged_folder_is_one_sentence(home, tmp_path, name):
     folder = tmp_path / "model"
     shutil.copytree(home / "llama", folder)
@@ -382,6 +391,9 @@ def test_a_damaged_folder_is_one_sentence(home, tmp_path, name):
         weights.write_bytes(b"\xff" * 8 + weights.read_bytes()[8:])
     elif name == "no weights":
         weights.unlink()
+    elif name == "pickle":
+        weights.unlink()
+        (folder / "pytorch_model.bin").write_bytes(b"cos\nsystem\n(S'touch " + bytes(tmp_path / "ran") + b"'\ntR.")
     elif name == "tokenizer":
         (folder / "tokenizer.json").write_text("{}")
     elif name == "cut tokenizer":
@@ -403,3 +415,6 @@ def test_a_damaged_folder_is_one_sentence(home, tmp_path, name):
         audit(AuditSettings(**given(tmp_path, "model", data=data)))
     assert str(folder) in str(raised.value)
     assert "\n" not in str(raised.value)
+    assert not str(raised.value).endswith(":")
+    assert re.search(PLAIN.get(name, ""), str(raised.value))
+    assert not (tmp_path / "ran").exists()

@@ -322,7 +322,12 @@ def test_two_models_side_by_side(home, tmp_path):
     assert plan == [("none", 0), ("activations", 4), ("kv_cache", 2), ("kv_cache", 8)]
     assert columns(report) == ["softmax", "softpick", "Δ"]
     rows = summary_rows(report)
-    assert [how for _, how, _ in rows] == ["unquantized", "W+A int4, a scale a token", "KV cache int2", "KV cache int8"]
+    assert [how for _, how, _ in rows] == [
+        "unquantized",
+        "W+A int4, one scale per token",
+        "KV cache int2",
+        "KV cache int8",
+    ]
     for (_, _, texts), one, two in zip(rows, *(run["cells"] for run in report["runs"]), strict=True):
         a, b = one["perplexity"], two["perplexity"]
         assert float(texts[0].split()[0]) == pytest.approx(a, rel=1e-3)
@@ -446,7 +451,7 @@ def test_the_command(home, tmp_path):
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "160"}
     done = subprocess.run([str(w) for w in words], capture_output=True, text=True, env=environment, timeout=300)
     assert done.returncode == 0, done.stderr
-    for text in ("HQQ 3 bits", "W+A fp8, a scale a token", "% of parameters, error", "results.json", "Δ"):
+    for text in ("HQQ 3 bits", "W+A fp8, one scale per token", "% of parameters, error", "results.json", "Δ"):
         assert text in done.stdout
     assert not done.stderr.strip()
     names = {p.name for p in out.iterdir()}

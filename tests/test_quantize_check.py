@@ -173,7 +173,7 @@ def by_hand(x, largest, steps):
 
 
 class Rounded(nn.Module):
-    """A linear layer with int4 weights (a scale an output) and int4 inputs."""
+    """A linear layer with int4 weights (one scale per output) and int4 inputs."""
 
     def __init__(self, linear, largest=None):
         super().__init__()

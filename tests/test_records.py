@@ -58,6 +58,26 @@ def test_every_record_computes_what_it_says(text, backend):
     check(record, out, leaves, sink, torch.randn_like(out), tolerance=2.0**-53)
 
 
+@pytest.mark.parametrize(("level", "sink"), [(-95.0, -200.0), (-200.0, -95.0)])
+@pytest.mark.parametrize("text", [text for text, record in TEXTS.items() if record.exponential])
+def test_rows_whose_exponentials_underflow(text, level, sink):
+    """In fp32 ``e^s`` has no reciprocal from s = -88.7 on, and is 0 from -104 on."""
+    record = TEXTS[text]
+    leaves = inputs(torch.float32, d=16)
+    with torch.no_grad():
+        leaves[0][..., 0], leaves[1][..., 0] = level, 1.0
+        leaves[0][..., 1:] *= 0.1
+    logits = torch.full((4,), sink, requires_grad=True) if record.needs_sink else None
+    options = {"is_causal": True, "scale": 1.0, "enable_gqa": True, "sink": logits, "normalizer": record, "eps": 0.0}
+    for backend in (
+        "reference",
+        "tiled",
+        *(["triton"] if interpreted() and record.has_kernels and record.needs_sink else []),
+    ):
+        out = scaled_dot_product_attention(*leaves, **options, backend=backend)
+        check(record, out, leaves, logits, torch.randn_like(out), tolerance=2.0**-20)
+
+
 @pytest.mark.skipif(not interpreted(), reason="runs the GPU kernels in Triton's interpreter")
 @pytest.mark.parametrize("text", TEXTS)
 def test_every_record_in_the_kernels(text):

@@ -26,7 +26,7 @@ def test_gradients_are_finite_and_saturate(name, dtype, size):
     """Near zero a gradient of softpick reaches 1 / eps, beyond fp16's range: the largest number there, never infinite."""
     q, k, v = (torch.randn(1, 2, 6, 4, dtype=torch.float64) for _ in range(3))
     grad = 10 * torch.randn(1, 2, 6, 4, dtype=torch.float64)
-    sink = torch.randn(2, dtype=dtype) if name == "learned_sink" else None
+    sink = torch.randn(2, dtype=dtype) if NORMALIZERS[name].needs_sink else None
     leaves = [x.to(dtype).requires_grad_() for x in (q * size, k, v)]
     truth = [x.detach().double().requires_grad_() for x in leaves]
     out = ring_attention(*leaves, normalizer=name, sink=sink)
@@ -50,7 +50,7 @@ def test_gradients_are_finite_and_saturate(name, dtype, size):
 def test_large_scores_of_parts_that_are_merged(name, size):
     """A natural lse in fp32 has no digits behind the point there: every weight of a row would be off by 4e-4 to 4e-2."""
     q, k, v, grad = torch.ones(1, 2, 9, 4), torch.randn(1, 2, 9, 4), torch.randn(1, 2, 9, 4), torch.randn(1, 2, 9, 4)
-    sink = torch.tensor([0.5, size]) if name == "learned_sink" else None
+    sink = torch.tensor([0.5, size]) if NORMALIZERS[name].needs_sink else None
     k = k * size  # one key takes nearly all
     norm = get_normalizer(name)
     carry = _Carry(norm, q, v, sink, norm.eps)

@@ -47,7 +47,7 @@ def by_hand(x, largest_number, largest, integer=True):
 
 @pytest.mark.parametrize("make", [llama, gpt2])
 def test_rounded_layers_by_hand(make):
-    """int8 with a scale a tensor and a token, int4 in groups: the layer's output from loops over rows and groups."""
+    """int8 with one scale per tensor and per token, int4 in groups: the layer's output from loops over rows and groups."""
     model, ids = make(), tokens()
     layers = inner_layers(model)
     seen = sensitivity._watch_inputs(model, layers, [ids])

@@ -226,7 +226,7 @@ def causal(tq, tk):
 @pytest.mark.parametrize("name", NORMALIZERS)
 def test_function_is_heads_by_positions(name):
     q, k, v = qkv()
-    sinks = torch.randn(4) if name == "learned_sink" else None
+    sinks = torch.randn(4) if NORMALIZERS[name].needs_sink else None
     out, weights = st.make_attention_function(name)(Layer(), q, k, v, None, s_aux=sinks)
     expected, _ = oracle_for(name)(Layer(), q, k, v, additive(causal(5, 5)), s_aux=sinks)
     assert out.shape == (2, 5, 4, 8)  # (batch, positions, heads, dim)

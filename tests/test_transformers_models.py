@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from dataclasses import replace
 
@@ -386,13 +385,6 @@ def test_models_without_memory(family, padded):
             config = transformers.T5Config(**T5)
             model = transformers.T5ForConditionalGeneration._from_config(config, attn_implementation="softpick")
             more["decoder_input_ids"] = ids
-    if padded:
-        eager = copy.deepcopy(model)
-        eager.set_attn_implementation("sdpa")
-        try:
-            eager(ids, **more)
-        except Exception:
-            pytest.skip("transformers' masks cannot be made without values")
     out = model(ids, **more)
     assert out[0].is_meta
     assert out[0].shape[:2] == (2, 7)

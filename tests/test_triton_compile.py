@@ -53,9 +53,9 @@ def test_kernels_compile_and_fit(target, tmp_path):
     for result in results:
         assert "error" not in result, result
         forward = "forward_queries" if ",128," in result["case"] else "forward_narrow"
-        by_hand = {forward, "backward_keys", "backward_queries", "decode_keys"}
+        for_hopper = {forward, "backward_keys", "backward_queries", "decode_keys"}
         others = {"attention_forward", "attention_backward_keys", "attention_backward_queries", "decode_split"}
-        wanted = by_hand if result["case"].endswith("hopper") else others
+        wanted = for_hopper if result["case"].endswith("hopper") else others
         assert {"decode_merge", "row_statistics"} | wanted <= set(result["kernels"])
         for name, taken in result["kernels"].items():
             assert taken["cubin"] > 0

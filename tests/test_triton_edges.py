@@ -56,7 +56,7 @@ def test_rows_of_few_keys_at_any_level(name, level, eps):
     q = torch.ones(1, 2, 6, 16)
     k = level / 16 + 0.05 * torch.randn(1, 2, 6, 16)
     v, grad = torch.randn(1, 2, 6, 16), torch.randn(1, 2, 6, 16)
-    sink = torch.full((2,), level) if name == "learned_sink" else None
+    sink = torch.full((2,), level) if NORMALIZERS[name].needs_sink else None
     options = {"is_causal": True, "scale": 1.0, "normalizer": name, "eps": eps}
     results = []
     for backend, dtype in (("triton", torch.float32), ("reference", torch.float64)):
@@ -94,7 +94,7 @@ def test_scores_and_sink_far_below_zero(how, monkeypatch):
     tq, tk = (2, 150) if decoded else (40, 40)
     q, v = torch.ones(1, 4, tq, 16), torch.randn(1, 4, tk, 16)
     k = level[:, None, None] / 16 + torch.randn(1, 4, tk, 16)
-    sink = level + torch.tensor([9.0, 0.0, -70.0, 1.0]) if name == "learned_sink" else None
+    sink = level + torch.tensor([9.0, 0.0, -70.0, 1.0]) if NORMALIZERS[name].needs_sink else None
     options = {"normalizer": name, "eps": eps, "scale": 1.0}
     results = []
     for backend, of in (("triton", dtype), ("reference", torch.float64)):
@@ -131,7 +131,7 @@ def test_pages_that_do_not_exist_are_masked(name, monkeypatch):
     table = torch.tensor([[0, -1, 2], [2**31 - 1, 1, -(2**31)], [-1, 3, -1]], dtype=torch.int32)
     lengths = torch.tensor([3 * page, 2 * page + 1, page + 1])
     query = torch.randn(3, 2, 2, 16)
-    sink = torch.randn(2) if name == "learned_sink" else None
+    sink = torch.randn(2) if NORMALIZERS[name].needs_sink else None
     window = 2 * page if name in ("softmax", "softpick_abs") else None
     monkeypatch.setattr(functional, "check_pages", lambda *_: None)
     got = decode_attention(

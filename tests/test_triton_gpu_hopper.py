@@ -25,7 +25,7 @@ from softpick import NORMALIZERS, decode_attention, functional
 pytestmark = pytest.mark.gpu
 
 
-BY_HAND = {
+SIZES = {
     f"{name}-{alignment}-{tq}x{tk}-{d}": case(
         name,
         b,
@@ -56,14 +56,14 @@ BY_HAND = {
 
 @for_hopper
 @pytest.mark.parametrize("scale", [1.0, 30.0])
-@pytest.mark.parametrize("key", BY_HAND)
+@pytest.mark.parametrize("key", SIZES)
 def test_forward_for_hopper(key, scale, monkeypatch, poisoned):
     """hopper/forward.py on sizes for which it would not be chosen: error at most 1.5 times that of the other kernel."""
     from softpick.ops.triton import launch, tuning
 
     calls, run = [], launch._forward_for_hopper
     monkeypatch.setattr(launch, "_forward_for_hopper", lambda *a: calls.append(1) or run(*a))
-    setting = BY_HAND[key]
+    setting = SIZES[key]
     q, k, v = (t.detach() for t in inputs(setting["shape"], BF16, scale))
     sink = sink_for(setting["name"], q.shape[1])
     options, softmax_scale = setting["options"], q.shape[-1] ** -0.5
@@ -93,7 +93,7 @@ def test_forward_for_hopper(key, scale, monkeypatch, poisoned):
 
 
 @for_hopper
-@pytest.mark.parametrize("key", BY_HAND)
+@pytest.mark.parametrize("key", SIZES)
 def test_backward_for_hopper(key, monkeypatch):
     """hopper/backward.py, whose kernels no interpreter runs, on sizes for which they would not be chosen."""
     from softpick.ops.triton import dispatch, launch, tuning
@@ -101,7 +101,7 @@ def test_backward_for_hopper(key, monkeypatch):
     calls, run = [], launch._backward_for_hopper
     monkeypatch.setattr(tuning, "FEWEST_SCORES", 0)
     monkeypatch.setattr(launch, "_backward_for_hopper", lambda *a: calls.append(1) or run(*a))
-    setting = BY_HAND[key]
+    setting = SIZES[key]
     b, h, _, tq, _, d, _ = setting["shape"]
     forward, backward = errors(setting)
     assert calls, "these kernels were not used"
@@ -132,7 +132,7 @@ def test_rows_that_see_few_keys(name, pattern, dtype):
 
 @for_hopper
 @pytest.mark.parametrize("d", [64, 128])
-@pytest.mark.parametrize("name", [n for n in NAMES if n != "linear_softpick"])
+@pytest.mark.parametrize("name", [n for n in NAMES if NORMALIZERS[n].exponential])
 def test_rows_that_see_few_keys_for_hopper(name, d, monkeypatch):
     from softpick.ops.triton import launch, tuning
 
@@ -147,17 +147,17 @@ def test_rows_that_see_few_keys_for_hopper(name, d, monkeypatch):
     assert calls == [1, 2] * len(few_keys.SIZES)
 
 
-@pytest.mark.parametrize("by_hand", [False, pytest.param(True, marks=for_hopper)])
+@pytest.mark.parametrize("hopper", [False, pytest.param(True, marks=for_hopper)])
 @pytest.mark.parametrize("dtype", [BF16, FP16], ids=str)
 @pytest.mark.parametrize("name", NAMES)
-def test_one_key_is_decoded_to_its_value(name, dtype, by_hand, monkeypatch):
+def test_one_key_is_decoded_to_its_value(name, dtype, hopper, monkeypatch):
     from softpick.ops.triton import tuning
 
-    monkeypatch.setattr(tuning, "FEWEST_CACHED", 0 if by_hand else 2**60)
+    monkeypatch.setattr(tuning, "FEWEST_CACHED", 0 if hopper else 2**60)
     q, k, v = (t.detach() for t in inputs((3, 8, 2, 1, 1024, 64, 64), dtype))
     q = q.abs()
     k[:, :, 0] = k[:, :, 0].abs()  # positive scores
-    sink = torch.full((8,), -60.0, device=DEVICE) if name == "learned_sink" else None
+    sink = torch.full((8,), -60.0, device=DEVICE) if NORMALIZERS[name].needs_sink else None
     ones = torch.ones(3, dtype=torch.int32, device=DEVICE)
     if NORMALIZERS[name].constant == 1:
         q = q * (

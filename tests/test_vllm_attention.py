@@ -89,7 +89,7 @@ def test_batches(attention, monkeypatch, device, name, options, lengths):
     """Requests as (new tokens, keys): decodes, a whole prompt, a piece of one; with padding behind, as graphs need it."""
     torch.manual_seed(0)
     impl = made(attention, monkeypatch, name, **options)
-    sink = torch.randn(4, device=device) if name == "learned_sink" else None
+    sink = torch.randn(4, device=device) if softpick.NORMALIZERS[name].needs_sink else None
     impl.sinks, impl.score_scale = sink, torch.rand(4, device=device) + 0.5
     starts = torch.tensor([0, *(q for q, _ in lengths)], device=device).cumsum(0).int()
     tokens, requests = int(starts[-1]), len(lengths)

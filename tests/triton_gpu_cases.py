@@ -66,7 +66,7 @@ def exact(*tensors):
 
 
 def sink_for(name, heads):
-    return torch.randn(heads, device=DEVICE).requires_grad_() if name == "learned_sink" else None
+    return torch.randn(heads, device=DEVICE).requires_grad_() if NORMALIZERS[name].needs_sink else None
 
 
 def mask_for(kind, shape, dtype):

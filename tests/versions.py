@@ -20,7 +20,7 @@ import sys
 import time
 from pathlib import Path
 
-from environments import HOME, ROOT, TESTS, TORCH, InstallError, environment, installed, interpreter, remove
+from environments import HOME, ROOT, TESTS, TORCH, InstallError, environment, installed, interpreter, keep, remove
 
 CORE = (
     "test_attention.py", "test_arguments.py", "test_decode.py", "test_edges.py", "test_function.py", "test_numerics.py",
@@ -100,9 +100,7 @@ def run(name: str, row: Row) -> dict[str, object]:
     counts = {kind: int(n) for n, kind in re.findall(r"(\d+) (passed|failed|error|skipped|xfailed)", text[-400:])}
     result |= {"passed": 0} | counts | {"failures": re.findall(r"^(?:FAILED|ERROR) (\S+)", text, re.MULTILINE)}
     if counts.get("passed") and not result["failures"]:
-        temporary = kept.with_suffix(".tmp")
-        temporary.write_text(json.dumps({"of": wanted, "result": result}))
-        temporary.replace(kept)
+        keep(kept, {"of": wanted, "result": result})
     return result
 
 

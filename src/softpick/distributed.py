@@ -1,11 +1,11 @@
 """Attention over a sequence that is shared among ranks: ring attention for every normalizer.
 
-Each rank holds a part of the queries, keys and values. Keys and values travel around the ring while the rank computes with
-those it holds; a part of the keys gives an output, its lse and its largest score, and parts are merged into the numerator
-and the denominator relative to the largest lse so far. What belongs to the row and not to a key (the constant of the
-denominator and eps, which is relative to the row's largest score over all keys) is taken out of each part and added once.
-The backward pass has the lse over all keys, so that each part's gradient needs nothing of the others; the gradients of keys
-and values travel with them.
+Each rank holds a shard of the queries, keys and values. Keys and values travel around the ring while the rank computes with
+those it holds. A shard of the keys gives a partial result: an output, its lse and its largest score. Partial results are
+merged into the numerator and the denominator relative to the largest lse so far. What belongs to the row and not to a key (the
+constant of the denominator and eps, which is relative to the row's largest score over all keys) is taken out of each partial
+result and added once. The backward pass has the lse over all keys, so that the gradient of each shard needs nothing of the
+others; the gradients of keys and values travel with them.
 
 Under a causal mask the sequence is cut into ``2 R`` chunks and rank ``r`` of ``R`` holds the chunks ``r`` and
 ``2 R - 1 - r`` (:func:`shard_sequence`): then all ranks have equally much to do at every step.
@@ -42,7 +42,7 @@ __all__ = ["ring_attention", "sequence_positions", "shard_sequence", "unshard_se
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The sequence and its parts
+# The sequence and its shards
 
 
 def _group(group: dist.ProcessGroup | None) -> dist.ProcessGroup:
@@ -87,7 +87,7 @@ def sequence_positions(
 
 
 def shard_sequence(x: Tensor, dim: int, *, group: dist.ProcessGroup | None = None) -> Tensor:
-    """Take this rank's part of a sequence that every rank has whole. Differentiable.
+    """Take this rank's shard of a sequence that every rank has whole. Differentiable.
 
     Args:
         x: any shape and dtype; dimension ``dim`` is the sequence, a multiple of twice the number of ranks long.
@@ -107,10 +107,10 @@ def shard_sequence(x: Tensor, dim: int, *, group: dist.ProcessGroup | None = Non
 
 
 def unshard_sequence(x: Tensor, dim: int, *, group: dist.ProcessGroup | None = None) -> Tensor:
-    """The whole sequence from the parts of all ranks; undoes :func:`shard_sequence`. Carries no gradient.
+    """Gather the whole sequence from the shards of all ranks; undoes :func:`shard_sequence`. Carries no gradient.
 
     Args:
-        x: this rank's part, of the same shape and dtype on every rank.
+        x: this rank's shard, of the same shape and dtype on every rank.
         dim: the dimension of the sequence.
         group: the ranks that share the sequence; all if None.
 
@@ -118,7 +118,7 @@ def unshard_sequence(x: Tensor, dim: int, *, group: dist.ProcessGroup | None = N
         As ``x`` with the positions of all ranks, on every rank.
 
     Raises:
-        ValueError: for a part of odd length.
+        ValueError: for a shard of odd length.
         TypeError: for a ``group`` that is no process group.
         IndexError: for a ``dim`` out of range.
     """
@@ -152,27 +152,28 @@ def ring_attention(
     sink: Tensor | None = None,
     eps: float | None = None,
 ) -> Tensor:
-    """:func:`softpick.scaled_dot_product_attention` over a sequence of which each rank of ``group`` holds a part.
+    """:func:`softpick.scaled_dot_product_attention` over a sequence of which each rank of ``group`` holds a shard.
 
     A collective: every rank of the group calls it, with the same shapes, dtype and options, forward and backward. Memory is
-    linear in the rank's part. Parts are added up in the same order in every run.
+    linear in the length of the shard. Partial results are added up in the same order in every run.
 
     Args:
         query: ``(..., H, Tq, D)``, this rank's queries; fp64, fp32, bf16 or fp16.
         key: ``(..., Hkv, Tk, D)``, this rank's keys. Leading dimensions broadcast.
         value: ``(..., Hkv, Tk, Dv)``.
         group: the ranks that share the sequence; all if None.
-        is_causal: the parts are those of :func:`shard_sequence` (``Tq = Tk``, even), and a query sees keys up to its own
-            position in the whole sequence. Without it every query sees every key, and the parts may be any.
+        is_causal: the shards are those of :func:`shard_sequence` (``Tq = Tk``, even), and a query sees keys up to its own
+            position in the whole sequence. Without it every query sees every key, and the shards may be of any length.
         scale: factor on the scores; ``1 / sqrt(D)`` if None.
         enable_gqa: allow fewer key than query heads; nothing is repeated in memory or sent twice.
-        normalizer: a name of ``softpick.NORMALIZERS`` or a record of it.
+        normalizer: a name of ``softpick.NORMALIZERS``, or a :class:`softpick.Normalizer`.
         backend: ``"tiled"`` (any device), ``"triton"`` (CUDA tensors in fp32, bf16 or fp16), or ``"auto"``: Triton on a GPU
-            (tiles, with a warning, for what it cannot take), tiles on the CPU.
+            (``"tiled"``, with a warning, for calls that Triton cannot take), ``"tiled"`` on the CPU.
         softcap: scores become ``softcap * tanh(scores / softcap)``.
         sink: ``(H,)`` logits, the same on every rank; required by ``learned_sink`` and by no other. Its gradient is that of
             this rank's queries: sum it over the group, as FSDP and DDP do with every parameter.
-        eps: added once to the denominator relative to ``m = max(0, max_j s_j)`` over all keys; the table's value if None.
+        eps: added to the denominator once that was divided by ``e^m``, ``m = max(0, max_j s_j)`` over all keys; the table's
+            value if None.
 
     Returns:
         ``(..., H, Tq, Dv)`` in the query's dtype: the outputs of this rank's queries.
@@ -180,7 +181,7 @@ def ring_attention(
     Raises:
         TypeError: for wrong types and dtypes.
         ValueError: for wrong shapes, devices, unknown names, an odd or unequal length under ``is_causal``, a backend that
-            has no parts to merge, or without torch.distributed.
+            has no partial results to merge, or without torch.distributed.
     """
     group = _group(group)
     norm = get_normalizer(normalizer)
@@ -190,8 +191,8 @@ def ring_attention(
     numbers.flags(is_causal=is_causal, enable_gqa=enable_gqa)
     if norm.signed_denominator:
         raise ValueError(
-            "normalizer: expected a denominator that is never negative, for ring attention merges parts by its logarithm; got "
-            f"{norm.text}"
+            "normalizer: expected a denominator that is never negative, for ring attention merges partial results by its "
+            f"logarithm; got {norm.text}"
         )
     query, key, value = to_autocast_dtype(check_qkv(query, key, value))
     if torch._C._are_functorch_transforms_active() or has_tangent(query, key, value, sink):
@@ -284,7 +285,7 @@ def _unpack(packed: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]
 class _Carry:
     """Numerator and denominator of every row, relative to ``e^level``, and the largest score.
 
-    ``level`` is the largest lse of the parts so far. Every exponent below is at most 0: the constant and eps e^m of a part
+    ``level`` is the largest lse so far. Every exponent below is at most 0: the constant and eps e^m of a partial result
     are in its denominator.
     """
 
@@ -292,7 +293,7 @@ class _Carry:
         b, h, t, _ = query.shape
         dtype = accumulation_dtype(query.dtype)
         self.norm, self.eps = norm, eps
-        # eps keeps the denominator of a part from denormal numbers where no constant does
+        # eps keeps the denominator of a partial result from denormal numbers where no constant does
         self.part_eps = eps if norm.constant == 0 else 0.0
         self.sink = None if sink is None else sink.double().view(1, h, 1)
         self.numerator = query.new_zeros(b, h, t, value.shape[-1], dtype=dtype)
@@ -312,7 +313,7 @@ class _Carry:
         return total
 
     def add(self, rows: slice, out: Tensor, lse: Tensor, largest: Tensor) -> None:
-        """Take in the output, lse and largest score of some rows over a part of the keys."""
+        """Add the output, lse and largest score of some rows over a shard of the keys."""
         numerator, denominator = self.numerator[:, :, rows], self.denominator[:, :, rows]
         level = torch.maximum(self.level[:, :, rows], lse)
         finite = torch.where(level == -torch.inf, 0.0, level)  # rows with a denominator of 0 so far
@@ -323,7 +324,7 @@ class _Carry:
         self.largest[:, :, rows] = torch.maximum(self.largest[:, :, rows], largest)
 
     def finish(self) -> tuple[Tensor, Tensor]:
-        """Output and lse over all parts."""
+        """Output and lse over all shards."""
         level = torch.where(self.level == -torch.inf, 0.0, self.level)
         total = self.denominator + self._constant(level, self.largest, self.eps)
         inverse = torch.where(total == 0, 0.0, 1.0 / torch.where(total == 0, 1.0, total))
@@ -399,7 +400,7 @@ def _ring_backward(
     softcap: float,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of query, key and value, and this rank's part of the sink's (empty without one)."""
+    """Gradients of query, key and value, and this rank's share of the sink's (empty without one)."""
     ring, dtype = _Ring(group), accumulation_dtype(query.dtype)
     if rest.numel():
         out = out.to(dtype) + rest

@@ -81,7 +81,7 @@ def explain_backend(
     cache_seqlens: Tensor | None = None,
     block_table: Tensor | None = None,
 ) -> Explanation:
-    """Which backend and kernels a call takes, and why not faster ones. Nothing is computed.
+    """Say which backend and kernels a call takes, and why not faster ones, without computing it.
 
     The arguments are those of :func:`softpick.scaled_dot_product_attention`; with ``cu_seqlens_q`` those of
     :func:`softpick.varlen_attention`; with ``decode=True``, ``cache_seqlens`` or ``block_table`` those of

@@ -54,7 +54,7 @@ class AttentionOutput(NamedTuple):
     lse: Tensor | None = None
     """``(..., H, Tq)`` (packed: ``(H, total_q)``): log of the denominator, its constant and eps included."""
     row_mass: Tensor | None = None
-    """As ``lse``: sum of the weights of a row (1 for softmax, at most 1 for softpick); not by the kernels for caches."""
+    """As ``lse``: sum of the weights of a row (1 for softmax, at most 1 for softpick). The kernels for caches leave it None."""
     max_score: Tensor | None = None
     """As ``row_mass``: largest score of a row that is not masked, minus infinity where there is none."""
     weights: Tensor | None = None
@@ -147,20 +147,20 @@ def scaled_dot_product_attention(
         is_causal: query ``i`` sees keys up to ``i`` (see ``causal_alignment``). May be combined with ``attn_mask``.
         scale: factor on the scores; ``1 / sqrt(D)`` if None.
         enable_gqa: allow fewer key than query heads (grouped-query attention); nothing is repeated in memory.
-        normalizer: a name of ``softpick.NORMALIZERS`` or a record of it.
-        backend: ``"auto"``, or exactly this one or an error: ``"reference"`` (full matrix, differentiable twice),
-            ``"tiled"`` (O(T) memory, for the CPU), ``"triton"`` (GPU kernels: CUDA tensors in fp32, bf16 or fp16, head
-            dimensions up to 256), ``"sdpa"`` (torch's own kernels; softmax only). Auto takes the reference where
-            weights are asked for, and forward-mode derivatives or derivatives of derivatives in ``torch.func``, which no
-            other backend has; torch's kernels for plain softmax, Triton on a GPU (the tiles, with a warning, for what it
-            cannot take) and the tiles on the CPU.
+        normalizer: a name of ``softpick.NORMALIZERS``, or a :class:`softpick.Normalizer`.
+        backend: ``"reference"`` (full matrix, differentiable twice), ``"tiled"`` (O(T) memory, for the CPU), ``"triton"`` (GPU
+            kernels: CUDA tensors in fp32, bf16 or fp16, head dimensions up to 256), ``"sdpa"`` (torch's own kernels; softmax
+            only), or ``"auto"``. A named backend runs or raises. ``"auto"`` takes the reference where weights, forward-mode
+            derivatives or (in ``torch.func``) derivatives of derivatives are asked for, since no other backend has them;
+            torch's kernels for plain softmax; else Triton on a GPU and ``"tiled"`` on the CPU. For a call that Triton cannot
+            take, ``"auto"`` warns and takes ``"tiled"``.
         causal_alignment: for ``Tq != Tk``: ``"top_left"`` as torch has it, or ``"bottom_right"``: the last query sees the
             last key, as decoding with a cache needs it. Also places ``window``.
         window: sliding window: ``(left, right)`` keys around the query's own position (-1: unbounded), or an integer ``w``
             for ``|i - j| < w``.
         softcap: scores become ``softcap * tanh(scores / softcap)`` (Gemma).
         sink: ``(H,)`` logits; required by ``learned_sink`` and by no other. Receives a gradient.
-        eps: added to the denominator relative to ``m = max(0, max_j s_j)``; the table's value if None.
+        eps: added to the denominator once that was divided by ``e^m``, ``m = max(0, max_j s_j)``; the table's value if None.
         return_stats: also return lse, row mass and largest score.
         return_weights: also return the weights (reference backend).
 
@@ -322,16 +322,16 @@ def varlen_attention(
         value: ``(total_k, Hkv, Dv)``.
         cu_seqlens_q: ``(N + 1,)`` int32 or int64: starts of the sequences and their end, from 0.
         cu_seqlens_k: the same for the keys.
-        max_seqlen_q: longest query sequence. If None it is taken from ``cu_seqlens_q``; inside ``torch.compile`` and CUDA
-            graphs, where that cannot be read, ``total_q``: right, but give it there for speed. If given it is checked on
-            the CPU, and so are the offsets; on a GPU, where looking would wait for it, both are if the environment variable
+        max_seqlen_q: longest query sequence. If None it is read from ``cu_seqlens_q``; inside ``torch.compile`` and CUDA
+            graphs, where it cannot be read, ``total_q`` stands in: right, but slower. The number and the offsets are checked
+            on the CPU. On a GPU a check would wait for the GPU, so both are checked only if the environment variable
             ``SOFTPICK_DEBUG`` is ``1``.
         max_seqlen_k: longest key sequence; likewise.
         dropout_p: probability with which a weight is dropped.
         scale: factor on the scores; ``1 / sqrt(D)`` if None.
         is_causal: causal within each sequence.
         enable_gqa: allow fewer key than query heads (grouped-query attention).
-        normalizer: a name of ``softpick.NORMALIZERS`` or a record of it.
+        normalizer: a name of ``softpick.NORMALIZERS``, or a :class:`softpick.Normalizer`.
         backend: ``"auto"``, ``"triton"``, ``"tiled"`` or ``"reference"``, as in :func:`scaled_dot_product_attention`.
         causal_alignment: ``"bottom_right"`` as FlashAttention has it, or ``"top_left"``.
         window: as in :func:`scaled_dot_product_attention`.
@@ -442,22 +442,23 @@ def decode_attention(
         key_cache: ``(B, Hkv, S, D)``; with ``block_table`` pages ``(num_blocks, page_size, Hkv, D)``, FlashAttention's
             layout. Any strides: slices and transposed views are not copied.
         value_cache: as ``key_cache``, with ``Dv`` for ``D``.
-        cache_seqlens: ``(B,)`` int32 or int64: how many positions are filled, the new ones included; all if None. What
-            lies beyond is never read. On the CPU checked against the room in the cache; on a GPU, where looking would wait
-            for it, and inside ``torch.compile`` lengths beyond the room count as the room.
+        cache_seqlens: ``(B,)`` int32 or int64: how many positions are filled, the new ones included; all if None. Positions
+            beyond are never read. On the CPU a length beyond the room in the cache is an error. On a GPU, where a check
+            would wait for the GPU, and inside ``torch.compile`` such a length counts as the room.
         block_table: ``(B, max_blocks)`` int32: the pages of each sequence in order. Entries without a filled position within
-            reach of a query may be anything. The others are checked on the CPU, and on a GPU, where looking would wait for
-            it, if the environment variable ``SOFTPICK_DEBUG`` is ``1`` (then ``cache_seqlens`` as well). Where nobody looks,
-            nothing is read of a page that does not exist, and its keys count as masked.
+            reach of a query may be anything. The others are checked on the CPU, and on a GPU if the environment variable
+            ``SOFTPICK_DEBUG`` is ``1`` (then ``cache_seqlens`` as well). Without a check, nothing is read of a page that does
+            not exist, and its keys count as masked.
         is_causal: each query sees keys up to its own position; False lets every query see all filled positions. Give it
             where there is more than one query: None is True, with a DeprecationWarning, and will be False as in the other
             functions.
         scale: factor on the scores; ``1 / sqrt(D)`` if None.
         enable_gqa: allow fewer key than query heads (grouped-query attention).
-        normalizer: a name of ``softpick.NORMALIZERS`` or a record of it.
-        backend: ``"auto"``, or exactly this one or an error: ``"triton"`` (CUDA tensors in fp32, bf16 or fp16, head
-            dimensions up to 256, ``H / Hkv * Tq`` up to 128), ``"reference"`` (copies the cache; any device). Auto takes
-            Triton on a GPU (the reference, with a warning, for what it cannot take) and the reference on the CPU.
+        normalizer: a name of ``softpick.NORMALIZERS``, or a :class:`softpick.Normalizer`.
+        backend: ``"triton"`` (CUDA tensors in fp32, bf16 or fp16, head dimensions up to 256, ``H / Hkv * Tq`` up to 128),
+            ``"reference"`` (copies the cache; any device), or ``"auto"``. A named backend runs or raises. ``"auto"`` takes
+            Triton on a GPU and the reference on the CPU. For a call that Triton cannot take, ``"auto"`` warns and takes the
+            reference.
         window: as in :func:`scaled_dot_product_attention`, around each query's position.
         softcap: as in :func:`scaled_dot_product_attention`.
         sink: as in :func:`scaled_dot_product_attention`.
@@ -510,7 +511,7 @@ def decode_attention(
 
 
 def _causal_in_cache(is_causal: bool | None, query: Tensor) -> bool:
-    """The default of ``is_causal`` in decoding, with a warning where it matters and will be another."""
+    """``is_causal`` of a decoding call; warns where the default matters, because it will change."""
     if is_causal is None and isinstance(query, Tensor) and query.dim() == 4 and query.shape[2] > 1:
         _deprecated("is_causal: give is_causal=True for several queries; the default will be False, as in attention")
     return True if is_causal is None else is_causal

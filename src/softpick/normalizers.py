@@ -12,7 +12,7 @@ A record names ``f`` and ``g`` by a few switches instead of by free-form functio
 :meth:`Normalizer.f` and its siblings; the tiled and GPU kernels read the same switches as compile-time choices. Whatever
 lists normalizers (command line, documentation, tests, the transformers adapter) iterates over :data:`NORMALIZERS`.
 
-A record of one's own is passed in the place of a name and computes what its switches say; switches that contradict each
+A record of your own is passed in the place of a name and computes what its switches say; switches that contradict each
 other are refused when the record is made. Plain ReLU attention, for example, is ``Normalizer("relu", base="linear",
 rectify="positive", eps=1e-6)``, its unnormalized form ``Normalizer("relu", base="linear", rectify="positive", constant=1,
 normalized=False)``, sigmoid attention ``Normalizer("sigmoid", base="sigmoid", constant=1, normalized=False)``.
@@ -76,7 +76,7 @@ _RECORDS: dict[str, Normalizer] = {}  # what get_normalizer finds: every record 
 
 @dataclass(frozen=True)
 class Normalizer:
-    """One row of the table, or a record of one's own.
+    """A normalizer: a row of the table, or a record of your own.
 
     Attributes:
         name: the name used everywhere (``normalizer=``, ``attn_implementation=``, command line): letters, digits, ``_.-``.
@@ -89,11 +89,11 @@ class Normalizer:
         rectify: which entries the numerator keeps: ``"none"`` keeps all, ``"positive"`` those with ``s > 0``,
             ``"nonnegative"`` those with ``s >= 0`` (for the bases that are not 0 at 0).
         absolute_denominator: ``g = |base|`` of all entries if true, else ``g = f``.
-        constant: ``c`` of the denominator: 0, 1, or ``"sink"`` for ``e^b`` with one learned logit ``b`` a head (for the bases
+        constant: ``c`` of the denominator: 0, 1, or ``"sink"`` for ``e^b`` with one learned logit ``b`` per head (for the bases
             with an exponential, ``"exp"`` and ``"expm1"``).
         negative_gradient: false stops the gradient of the entries with ``s <= 0`` (they still count forward).
         normalized: false leaves the sum out of the denominator (``g = 0``), which is then ``constant``.
-        eps: added once to ``l`` relative to ``m``; paper eq. (2).
+        eps: added once to ``l / e^m``; paper eq. (2).
         text: the record in one string, by which operators, modules and configurations know it: the name for a record of the
             table, else name and switches, from which :func:`get_normalizer` makes the record again.
 
@@ -133,7 +133,7 @@ class Normalizer:
         _RECORDS.setdefault(self.text, self)
 
     def _contradiction(self) -> str | None:
-        """What is wrong with the switches together."""
+        """What is wrong with the combination of switches; None if nothing is."""
         if self.constant == "sink" and not self.exponential:
             return (
                 f"constant: expected 0 or 1 for base {self.base!r} ('sink' is the logit of an exponential), got 'sink'"
@@ -214,7 +214,7 @@ class Normalizer:
         return torch.where(m == -math.inf, 0.0, m)
 
     def exponent_shift(self, rowmax: Tensor, sink: Tensor | None = None) -> Tensor:
-        """What exponents of a row are taken relative to: ``m``, but for a row of small scores and a small sink their largest.
+        """What exponents of a row are taken relative to: ``m``; for a row of small scores and a small sink the larger of these.
 
         The function is the same with any constant. Relative to 0 all exponentials of such a row would underflow.
         """

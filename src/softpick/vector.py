@@ -21,7 +21,7 @@ def softpick(
     Args:
         x: any shape, floating point. Entries of minus infinity are excluded, as masks for softmax expect.
         dim: dimension to normalize over.
-        eps: added to the denominator relative to ``m``.
+        eps: added to the denominator once that was divided by ``e^m``.
         where: boolean, broadcastable to ``x``; False excludes an entry: its output is 0 and it counts nowhere.
         dtype: dtype of the result (and of the input before anything else), as in ``torch.softmax``.
 

@@ -21,13 +21,14 @@ from torch import Tensor
 
 from softpick.analysis.knockout import knockout, knockout_note, perplexity
 from softpick.analysis.settings import KNOCKOUTS, SAMPLE_TEXTS, AuditError, AuditSettings
+from softpick.analysis.trackers import check_trackers
 from softpick.analysis.verdict import failed, parse_condition, reference_rows, verdict
 from softpick.experiment.corpus import get_corpus
 from softpick.experiment.environment import chosen_device, command_line, device_line, versions
+from softpick.experiment.failures import first_line
 from softpick.experiment.files import OutputError, writing
 from softpick.experiment.models import (
     Subject,
-    first_line,
     identity,
     load_subject,
 )
@@ -59,7 +60,7 @@ def audit(
 
     Args:
         settings: what and on what.
-        reporter: told what happens.
+        reporter: shows what happens.
         command: as typed, for the report.
         state: folder in which an interrupted audit leaves what it has measured, and from which the same audit goes on: a
             finished model is not measured again, a long measurement continues at most half a minute back. Only files that
@@ -78,6 +79,7 @@ def audit(
         ImportError: transformers is missing.
     """
     settings.check()
+    check_trackers(settings.report_to)
     settings = replace(settings, device=chosen_device(settings.device))
     reporter = reporter if reporter is not None else Silent()
     reporter.say(device_line(settings.device))
@@ -151,11 +153,13 @@ def forget(state: str | Path) -> None:
 
 
 def _key(name: str, title: str, settings: AuditSettings, corpus: Corpus) -> dict[str, Any]:
-    """Of all that the measurements of one model depend on."""
+    """A key made of everything that the measurements of one model depend on."""
     return {
         "model": identity(name, trust_remote_code=settings.trust_remote_code),
         "title": title,  # the notes have it
-        "settings": {k: v for k, v in asdict(settings).items() if k not in ("model", "against", "fail_if")},
+        "settings": {
+            k: v for k, v in asdict(settings).items() if k not in ("model", "against", "fail_if", "report_to", "step")
+        },
         "documents": hashlib.sha256("\0".join(corpus.documents).encode()).hexdigest(),
         "versions": versions(),
     }

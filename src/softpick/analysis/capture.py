@@ -19,7 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -289,6 +289,154 @@ def _part(x: Any, samples: slice, heads: slice, batch: int, total_heads: int) ->
     return x[samples] if x.shape[0] == batch else x
 
 
+@dataclass(frozen=True)
+class _Call:
+    """A call of an attention function by an attention module of the model."""
+
+    name: str
+    """The function's name in ``AttentionInterface``."""
+    function: Callable[..., Any]
+    eager: Callable[..., Any]
+    """The eager function of the same model file."""
+    module: nn.Module
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    mask: Any
+    kwargs: dict[str, Any]
+
+    def __post_init__(self) -> None:
+        if self.name.startswith(_FUSED):
+            raise ValueError(f"attn_implementation {self.name!r} cannot show its weights: load the model with 'sdpa'")
+
+    @property
+    def arguments(self) -> tuple[nn.Module, Tensor, Tensor, Tensor, Any]:
+        return self.module, self.query, self.key, self.value, self.mask
+
+    @property
+    def asking(self) -> dict[str, Any]:
+        """The keyword arguments with which the function returns its weights, if it can."""
+        return self.kwargs if self.name in ("eager", "sdpa") else self.kwargs | {"output_attentions": True}
+
+    def part(self, samples: slice, heads: slice, key_heads: slice, mask: Any) -> _Call:
+        """The call for some samples and heads, asking for weights."""
+        kwargs = {k: _part(v, samples, heads, *self.query.shape[:2]) for k, v in self.asking.items()}
+        if self.kwargs.get(_GATE) is not None:
+            kwargs[_GATE] = self.kwargs[_GATE][samples, :, heads]
+        query, key, value = self.query[samples, heads], self.key[samples, key_heads], self.value[samples, key_heads]
+        return replace(self, query=query, key=key, value=value, mask=mask, kwargs=kwargs)
+
+    def weighed(self) -> tuple[Tensor, Tensor]:
+        """Outputs ``(b, T, h, Dv)`` and weights in fp32 (or fp64) of a call that asks for weights."""
+        outputs, weights = self.function(*self.arguments, **self.kwargs)[:2]
+        if weights is None:
+            raise ValueError(f"attn_implementation {self.name!r} returned no weights for output_attentions=True")
+        if weights.dtype not in (torch.float32, torch.float64):  # rounded on the way out: once more in fp32
+            weights = _fp32_weights(self.function, self.arguments, self.kwargs)
+        return outputs, weights
+
+
+def _report(call: _Call, layer: int, on_attention: Callable[[SeenAttention], None]) -> Tensor:
+    """Make a layer's call, and report it for some samples and heads after others; returns the layer's output."""
+    batch, total, _, _ = call.query.shape
+    seen = seen_keys(call.mask, call.name, call.module, call.query, call.key, call.kwargs).expand(batch, -1, -1, -1)
+    whole = call.function(*call.arguments, **call.kwargs)[0] if call.name == "sdpa" else None
+    group = total // call.key.shape[1]
+    rows: dict[int, list[Tensor]] = {}
+    mask: Any = None
+    for samples, key_heads in _pieces(call.name, call.module, call.query, call.key, call.kwargs):
+        heads = slice(key_heads.start * group, key_heads.stop * group)
+        see = seen[samples]
+        if call.name == "sdpa" and not _is_additive(call.mask):  # eager functions add their mask
+            if heads.start == 0:
+                mask = torch.zeros(see.shape, device=call.query.device).masked_fill_(~see, _LOWEST)
+        else:
+            mask = _part(call.mask, samples, heads, batch, total)
+        part = call.part(samples, heads, key_heads, mask)
+        if whole is not None:
+            outputs, weights = whole[samples, :, heads], _fp32_weights(part.eager, part.arguments, part.kwargs)
+        else:
+            outputs, weights = part.weighed()
+            rows.setdefault(samples.start, []).append(outputs)
+        on_attention(
+            SeenAttention(
+                layer, samples, heads, total, weights, outputs, see, part.query, part.key, part.value, call.module,
+                mask, part.kwargs,
+            )
+        )  # fmt: skip
+        del weights  # before the next are computed
+    if whole is not None:
+        return whole
+    return torch.cat([torch.cat(heads, 2) if len(heads) > 1 else heads[0] for heads in rows.values()])
+
+
+class _Watch:
+    """The hooks of :func:`watch`, and how far they are in a forward pass.
+
+    A layer is what a ModuleList holds and an attention module runs in; the outermost such list counts.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        body: nn.Module,
+        on_attention: Callable[[SeenAttention], None],
+        on_hidden: Callable[[int, Tensor], None],
+    ) -> None:
+        self.name = name
+        self.body, self.on_attention, self.on_hidden = body, on_attention, on_hidden
+        self.depth = self.attentions_in_layer = self.layers = self.hidden_seen = 0
+
+    def around(self, name: str, function: Callable[..., Any], eager: Callable[..., Any]) -> Callable[..., Any]:
+        """The attention function that a module of the model calls instead of ``function``."""
+
+        def attention(
+            module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any = None, **kwargs: Any
+        ) -> Any:
+            call = _Call(name, function, eager, module, query, key, value, attention_mask, kwargs)
+            output = _report(call, self.layers, self.on_attention)
+            self.layers += 1
+            self.attentions_in_layer += 1
+            return output, None
+
+        return attention
+
+    def enter(self, module: nn.Module, inputs: Any) -> None:
+        """Before a module of a list runs."""
+        self.depth += 1
+        if self.depth == 1:
+            self.attentions_in_layer = 0
+
+    def leave(self, module: nn.Module, inputs: Any, output: Any) -> None:
+        """After a module of a list: report the residual stream behind a layer."""
+        self.depth -= 1
+        if self.depth or not self.attentions_in_layer:
+            return
+        if self.attentions_in_layer > 1:
+            raise ValueError(
+                f"{type(module).__name__}: expected one self-attention a layer, saw {self.attentions_in_layer}"
+            )
+        self.on_hidden(self.layers - 1, output if isinstance(output, Tensor) else output[0])
+        self.hidden_seen += 1
+
+    def run(self, inputs: dict[str, Tensor]) -> None:
+        """One forward pass."""
+        self.depth = self.layers = self.hidden_seen = 0
+        with torch.no_grad():
+            self.body(**inputs)
+        if self.layers and self.hidden_seen == self.layers:
+            return
+        what = (
+            f"{self.hidden_seen} layers for {self.layers} attentions"
+            if self.layers
+            else "no attention layers were seen"
+        )
+        raise ValueError(
+            f"model: {what} in {self.name}: expected a transformers model whose attention goes through "
+            "AttentionInterface, in layers held by a ModuleList"
+        )
+
+
 @contextmanager
 def watch(
     model: nn.Module,
@@ -299,8 +447,8 @@ def watch(
 
     Args:
         model: as for :func:`measure`.
-        on_attention: told what the attention of a layer did, once or for some samples and heads after others.
-        on_hidden: told the residual stream ``(B, T, C)`` after a layer.
+        on_attention: called with what the attention of a layer did, once or for some samples and heads after others.
+        on_hidden: called with the layer (from 0) and the residual stream ``(B, T, C)`` behind it.
 
     Everything is restored on leaving.
     """
@@ -313,101 +461,44 @@ def watch(
 
     model = getattr(model, "_orig_mod", model)  # of torch.compile
     body = model.base_model if isinstance(model, PreTrainedModel) else model  # no vocabulary logits needed
-    # A layer is what a ModuleList holds and an attention module runs in; the outermost such list counts.
-    depth = attentions_in_layer = layers = hidden_seen = 0
-
-    def wrapped(name: str, function: Callable[..., Any], eager: Callable[..., Any]) -> Callable[..., Any]:
-        def attention(
-            module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any = None, **kwargs: Any
-        ) -> Any:
-            nonlocal layers, attentions_in_layer
-            if any(name.startswith(prefix) for prefix in _FUSED):
-                raise ValueError(f"attn_implementation {name!r} cannot show its weights: load the model with 'sdpa'")
-            visible = seen_keys(attention_mask, name, module, query, key, kwargs).expand(query.shape[0], -1, -1, -1)
-            given = kwargs if name in ("eager", "sdpa") else kwargs | {"output_attentions": True}
-            whole = function(module, query, key, value, attention_mask, **kwargs)[0] if name == "sdpa" else None
-            group = query.shape[1] // key.shape[1]
-            rows: dict[int, list[Tensor]] = {}
-            mask: Any = None
-            for samples, key_heads in _pieces(name, module, query, key, kwargs):
-                heads = slice(key_heads.start * group, key_heads.stop * group)
-                see = visible[samples]
-                if name == "sdpa" and not _is_additive(attention_mask):  # eager functions add their mask
-                    if heads.start == 0:
-                        mask = torch.zeros(see.shape, device=query.device).masked_fill_(~see, _LOWEST)
-                else:
-                    mask = _part(attention_mask, samples, heads, *query.shape[:2])
-                rest = {k: _part(v, samples, heads, *query.shape[:2]) for k, v in given.items()}
-                if given.get(_GATE) is not None:
-                    rest[_GATE] = given[_GATE][samples, :, heads]
-                q, k, v = query[samples, heads], key[samples, key_heads], value[samples, key_heads]
-                if whole is not None:
-                    outputs = whole[samples, :, heads]
-                    weights = _fp32_weights(eager, (module, q, k, v, mask), rest)
-                else:
-                    outputs, weights = function(module, q, k, v, mask, **rest)[:2]
-                    rows.setdefault(samples.start, []).append(outputs)
-                    if weights is None:
-                        raise ValueError(f"attn_implementation {name!r} returned no weights for output_attentions=True")
-                    if weights.dtype not in (torch.float32, torch.float64):  # rounded on the way out: once more in fp32
-                        weights = _fp32_weights(function, (module, q, k, v, mask), rest)
-                on_attention(
-                    SeenAttention(
-                        layers, samples, heads, query.shape[1], weights, outputs, see, q, k, v, module, mask, rest
-                    )
-                )
-                del weights  # before the next are computed
-            if whole is None:
-                whole = torch.cat([torch.cat(heads, 2) if len(heads) > 1 else heads[0] for heads in rows.values()])
-            layers += 1
-            attentions_in_layer += 1
-            return whole, None
-
-        return attention
-
-    def enter(module: nn.Module, inputs: Any) -> None:
-        nonlocal depth, attentions_in_layer
-        depth += 1
-        if depth == 1:
-            attentions_in_layer = 0
-
-    def leave(module: nn.Module, inputs: Any, output: Any) -> None:
-        nonlocal depth, hidden_seen
-        depth -= 1
-        if depth == 0 and attentions_in_layer:
-            if attentions_in_layer > 1:
-                raise ValueError(
-                    f"{type(module).__name__}: expected one self-attention a layer, saw {attentions_in_layer}"
-                )
-            on_hidden(layers - 1, output if isinstance(output, Tensor) else output[0])
-            hidden_seen += 1
-
-    def run(inputs: dict[str, Tensor]) -> None:
-        nonlocal depth, layers, hidden_seen
-        depth = layers = hidden_seen = 0
-        with torch.no_grad():
-            body(**inputs)
-        if layers == 0 or hidden_seen != layers:
-            what = "no attention layers were seen" if layers == 0 else f"{hidden_seen} layers for {layers} attentions"
-            raise ValueError(
-                f"model: {what} in {type(model).__name__}: expected a transformers model whose attention goes through "
-                "AttentionInterface, in layers held by a ModuleList"
-            )
-
+    watching = _Watch(type(model).__name__, body, on_attention, on_hidden)
     training = [(m, m.training) for m in model.modules()]
     held = {id(child): child for m in body.modules() if isinstance(m, nn.ModuleList) for child in m}
     handles: list[Any] = []
     try:
         for child in held.values():
-            handles += [child.register_forward_pre_hook(enter), child.register_forward_hook(leave)]
+            handles += [child.register_forward_pre_hook(watching.enter), child.register_forward_hook(watching.leave)]
         model.eval()
-        with intercept_attention(model, wrapped):
-            yield run
+        with intercept_attention(model, watching.around):
+            yield watching.run
     finally:
         for handle in handles:
             handle.remove()
         for module, mode in training:
             module.training = mode
+
+
+def _last_row(call: _Call) -> Tensor:
+    """The weights ``(B, H, Tk)`` of a call's last query, fp32, 0 where masked."""
+    query, key, mask = call.query, call.key, call.mask
+    see = None
+    if mask is not None:
+        if not isinstance(mask, Tensor) or mask.dim() != 4:
+            raise ValueError(f"expected a mask (B, 1, Tq, Tk) or none, got {type(mask).__name__}")
+        mask = mask[..., -1:, : key.shape[2]]
+        see = visible(mask)
+        if call.name == "sdpa" and mask.dtype == torch.bool:  # eager functions add their mask
+            mask = torch.zeros(mask.shape, device=query.device).masked_fill_(~mask, _LOWEST)
+    elif query.shape[2] not in (1, key.shape[2]):
+        raise ValueError(f"expected a mask for {query.shape[2]} queries and {key.shape[2]} keys")
+    # one query without a mask sees every key; a gate and positions change no weights
+    kwargs = {k: v for k, v in call.asking.items() if k not in (_GATE, "position_ids")}
+    function = call.eager if call.name == "sdpa" else call.function
+    weights = _fp32_weights(function, (call.module, query[:, :, -1:], key, call.value, mask), kwargs)
+    if weights is None:
+        raise ValueError(f"attn_implementation {call.name!r} returned no weights for output_attentions=True")
+    weights = weights[:, :, 0, : key.shape[2]]
+    return weights if see is None else torch.where(see[:, :, 0], weights, 0.0)
 
 
 @contextmanager
@@ -419,7 +510,8 @@ def watch_last_query(model: nn.Module, on_row: Callable[[int, Tensor], None]) ->
 
     Args:
         model: as for :func:`measure`.
-        on_row: told the layer (from 0, counting layers with attention) and the weights ``(B, H, Tk)`` fp32, 0 where masked.
+        on_row: called with the layer (from 0, counting layers with attention) and the weights ``(B, H, Tk)`` fp32, 0 where
+            masked.
 
     Raises:
         ValueError: inside, for an implementation that shows no weights; on leaving, where no attention was seen.
@@ -429,37 +521,14 @@ def watch_last_query(model: nn.Module, on_row: Callable[[int, Tensor], None]) ->
     model = getattr(model, "_orig_mod", model)  # of torch.compile
     layers = seen = 0
 
-    def wrapped(name: str, function: Callable[..., Any], eager: Callable[..., Any]) -> Callable[..., Any]:
+    def around(name: str, function: Callable[..., Any], eager: Callable[..., Any]) -> Callable[..., Any]:
         def attention(
             module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any = None, **kwargs: Any
         ) -> Any:
             nonlocal layers, seen
             result = function(module, query, key, value, attention_mask, **kwargs)
-            if any(name.startswith(prefix) for prefix in _FUSED):
-                raise ValueError(f"attn_implementation {name!r} cannot show its weights: load the model with 'sdpa'")
-            mask = attention_mask
-            if mask is not None:
-                if not isinstance(mask, Tensor) or mask.dim() != 4:
-                    raise ValueError(f"expected a mask (B, 1, Tq, Tk) or none, got {type(mask).__name__}")
-                mask = mask[..., -1:, : key.shape[2]]
-            elif query.shape[2] not in (1, key.shape[2]):
-                raise ValueError(f"expected a mask for {query.shape[2]} queries and {key.shape[2]} keys")
-            see = None
-            if mask is not None:
-                see = visible(mask)
-                if name == "sdpa" and mask.dtype == torch.bool:  # eager functions add their mask
-                    mask = torch.zeros(mask.shape, device=query.device).masked_fill_(~mask, _LOWEST)
-            # one query without a mask sees every key; a gate and positions change no weights
-            rest = {k: v for k, v in kwargs.items() if k not in (_GATE, "position_ids")}
-            if name not in ("eager", "sdpa"):
-                rest["output_attentions"] = True
-            weights = _fp32_weights(
-                eager if name == "sdpa" else function, (module, query[:, :, -1:], key, value, mask), rest
-            )
-            if weights is None:
-                raise ValueError(f"attn_implementation {name!r} returned no weights for output_attentions=True")
-            weights = weights[:, :, 0, : key.shape[2]]
-            on_row(layers, weights if see is None else torch.where(see[:, :, 0], weights, 0.0))
+            call = _Call(name, function, eager, module, query, key, value, attention_mask, kwargs)
+            on_row(layers, _last_row(call))
             layers += 1
             seen += 1
             return result
@@ -472,7 +541,7 @@ def watch_last_query(model: nn.Module, on_row: Callable[[int, Tensor], None]) ->
 
     handle = model.register_forward_pre_hook(begin)
     try:
-        with intercept_attention(model, wrapped):
+        with intercept_attention(model, around):
             yield
     finally:
         handle.remove()

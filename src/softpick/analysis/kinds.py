@@ -29,7 +29,7 @@ def where_of(position: int, text: str) -> str:
 
 
 class KindsOfSinks:
-    """Of every head: is its strongest key a sink, and what does it add to the head's output?
+    """For every head: whether its strongest key is a sink, and what that key adds to the head's output.
 
     Args:
         tokens: ``(N, T)`` ids of the sequences.
@@ -111,7 +111,7 @@ class KindsOfSinks:
 
 
 class OriginOfOutliers:
-    """Of every massive channel: where it rises, who writes it, where it is cancelled, on which tokens.
+    """For every massive channel: where it rises, which module writes it, where it is cancelled, on which tokens.
 
     Args:
         tokens: ``(N, T)`` ids of the sequences.

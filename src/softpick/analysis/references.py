@@ -74,7 +74,7 @@ REFERENCES: tuple[Reference, ...] = (
 
 @dataclass(frozen=True)
 class Threshold:
-    """From where on the verdict calls a figure what it is.
+    """A limit beyond which the verdict names a figure as a finding.
 
     Attributes:
         value: in the unit of the figure.

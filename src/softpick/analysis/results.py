@@ -160,7 +160,7 @@ def sparsity_result(layers: list[AttentionLayer]) -> dict[str, Any]:
 
 
 def hidden_result(states: Mapping[int, HiddenLayer], positions: int) -> dict[str, Any]:
-    """Of the residual stream; ``positions`` is how many tokens were seen."""
+    """The results about the residual stream; ``positions`` is how many tokens were seen."""
     pooled = Moments()
     per_layer, massive = [], []
     massive_count = 0

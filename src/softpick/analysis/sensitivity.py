@@ -51,7 +51,7 @@ class Scheme:
         fmt: a key of ``FORMATS``, of weights and inputs.
         scales: of the inputs. ``tensor``: one scale a layer, its largest input on the same text; ``token``: one a token;
             ``group``: one a token and group of neighbouring channels (also of the weights); ``none``: inputs stay.
-            Weights have a scale an output, with ``group`` and ``none`` one an output and group.
+            Weights have one scale per output, with ``group`` and ``none`` one per output and group.
     """
 
     name: str
@@ -120,7 +120,7 @@ def round_weight(weight: Tensor, scheme: Scheme) -> Tensor:
 
 
 def round_inputs(x: Tensor, scheme: Scheme, largest: Tensor) -> Tensor:
-    """``x (..., in)``, rounded; ``largest`` is the layer's for a scale a tensor."""
+    """``x (..., in)``, rounded; ``largest`` is the layer's for one scale per tensor."""
     if scheme.scales == "none":
         return x
     if scheme.scales == "group":
@@ -171,7 +171,7 @@ def _rounder(
 def rounded(
     layers: Mapping[str, Any], scheme: Scheme, seen: Mapping[str, Inputs], remedy: str | None = None
 ) -> Iterator[None]:
-    """Inside, these linear layers multiply rounded inputs by rounded weights. Afterwards they are what they were.
+    """Within the block these linear layers multiply rounded inputs by rounded weights. Afterwards they are unchanged.
 
     Args:
         layers: ``nn.Linear`` or ``Conv1D``, by name.
@@ -206,7 +206,7 @@ def rounded(
 
 @dataclass
 class _Sums:
-    """Of one layer and scheme."""
+    """Sums of one layer and scheme."""
 
     signal: float = 0.0
     noise: float = 0.0
@@ -411,7 +411,7 @@ def cost(subject: Subject, batches: Sequence[Tensor], reporter: Reporter) -> dic
         "layers": layers,
         "approximations": [
             "Rounding is simulated: numbers are rounded to the format and computed with in the model's own.",
-            "A scale a tensor is the largest input on the measured text itself.",
+            "One scale per tensor is from the largest input on the measured text itself.",
         ],
     }
     groups = {layer["group"] for layer in layers}

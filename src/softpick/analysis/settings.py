@@ -19,7 +19,7 @@ from softpick.experiment.settings import (
     setting,
 )
 
-__all__ = ["KNOCKOUTS", "SAMPLE_TEXTS", "AuditError", "AuditSettings"]
+__all__ = ["KNOCKOUTS", "SAMPLE_TEXTS", "TRACKERS", "AuditError", "AuditSettings"]
 
 SAMPLE_TEXTS = (
     "The lighthouse keeper wrote one line in his book every night. On the last night of the year he wrote two, and in the "
@@ -32,6 +32,7 @@ SAMPLE_TEXTS = (
 """What the attention maps of the report show unless other texts are given: prose, code, a dialogue."""
 
 KNOCKOUTS = ("first", "strongest")
+TRACKERS = ("tensorboard", "trackio", "wandb")
 
 
 class AuditError(ModelError):
@@ -44,7 +45,7 @@ class AuditSettings:
     """What is audited, and on what."""
 
     model: str = setting(help="Hub name, directory, or GGUF file.", positional=True)
-    against: str | None = setting(None, "A second model, put beside it.", metavar="MODEL")
+    against: str | None = setting(None, "A second model to compare with.", metavar="MODEL")
     data: str | None = setting(None, FILES, metavar="PATH", shown=OWN_TEXT)
     text_field: str = setting("text", TEXT_FIELD)
     texts: tuple[str, ...] = setting(
@@ -55,8 +56,8 @@ class AuditSettings:
         shown="three samples",
     )
     samples: int = setting(64, "Sequences that are measured.")
-    sequence_length: int = setting(256, "Tokens a sequence, special tokens included.")
-    batch_size: int = setting(8, "Sequences a forward pass.")
+    sequence_length: int = setting(256, "Tokens of a sequence, special tokens included.")
+    batch_size: int = setting(8, "Sequences per forward pass.")
     map_tokens: int = setting(
         64,
         note="At most this many tokens of a text, special ones included, in an attention map; fewer where the model has room "
@@ -74,7 +75,7 @@ class AuditSettings:
     )
     evict_after: int | None = setting(
         None,
-        "Eviction: queries so many tokens behind the key and later do not see it.",
+        "Tokens after which a key is evicted: queries so far behind it and later do not see it.",
         note="Perplexities of the knockout are of what comes more than twice as far behind the key.",
         shown="16, or a quarter of the sequence",
     )
@@ -85,16 +86,23 @@ class AuditSettings:
         "of each layer).",
     )
     cost_samples: int = setting(
-        2, "Sequences on which that is measured: the first of the samples. More take longer and are more exact."
+        2, "Sequences on which --cost is measured: the first of the samples. More take longer and are more exact."
     )
     knockout_samples: int = setting(16, "Sequences of the knockout: the first of the samples.")
     fail_if: tuple[str, ...] = setting(
         (),
-        "End with exit code 3 where a figure is so, for example 'sink_first_0.3 > 5'; may be given again.",
+        "End with exit code 3 if this holds for a model, for example 'sink_first_0.3 > 5'; may be given again.",
         note="Names of figures are those of the summary, and eviction_KEY, absence_KEY, cost_SCHEME.",
         metavar="CONDITION",
         repeated=True,
     )
+    report_to: tuple[str, ...] = setting(
+        (),
+        "Also log the figures with tensorboard (into the output folder), trackio or wandb; may be given again.",
+        metavar="TRACKER",
+        repeated=True,
+    )
+    step: int = setting(0, "Training step that the logged figures belong to.")
     attn_implementation: str | None = setting(
         None,
         ATTENTION,
@@ -117,7 +125,7 @@ class AuditSettings:
         from softpick.experiment.models import DTYPES, FUSED
         from softpick.experiment.reading import check_text
 
-        check_settings(self, AuditError, {"sequence_length": Range(4)})
+        check_settings(self, AuditError, {"sequence_length": Range(4), "step": Range(0)})
         if self.dtype not in DTYPES:
             raise AuditError(f"dtype: expected one of {', '.join(DTYPES)}; got {self.dtype!r}")
         for key in self.knockout:
@@ -144,5 +152,8 @@ class AuditSettings:
             check_text(text, "texts: a text", AuditError)
         for condition in self.fail_if:
             parse_condition(condition)
+        for name in self.report_to:
+            if name not in TRACKERS:
+                raise AuditError(f"report_to: expected one of {', '.join(TRACKERS)}; got {name!r}")
         if not self.cost and any("cost_" in condition for condition in self.fail_if):
             raise AuditError("fail_if: figures of cost_... need --cost")

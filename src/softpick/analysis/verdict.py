@@ -253,8 +253,8 @@ def _cost(run: Mapping[str, Any]) -> list[str]:
         return "beyond measure" if value is None else f"{value:+.1f} %"
 
     sentences = [
-        f"Rounding weights and inputs to int8 costs {text('int8-tensor')} of perplexity with a scale a tensor and "
-        f"{text('int8-token')} with a scale a token; fp8 costs {text('fp8-tensor')}; weights alone in int4 cost "
+        f"Rounding weights and inputs to int8 costs {text('int8-tensor')} of perplexity with one scale per tensor and "
+        f"{text('int8-token')} with one scale per token; fp8 costs {text('fp8-tensor')}; weights alone in int4 cost "
         f"{text('int4-weights')}. [Cost of rounding]"
     ]
     keep = {entry["scheme"]: entry for entry in cost["keep"]}

@@ -10,7 +10,7 @@ from typing import Any
 import typer
 
 from softpick.cli import checkpoints, converting, examining, lists, measuring, serving, training
-from softpick.experiment.failures import fail, told
+from softpick.experiment.failures import fail, in_one_sentence
 
 __all__ = ["COMMANDS", "make_app"]
 
@@ -48,7 +48,7 @@ def make_app() -> typer.Typer:
     )(_root)
     for command in COMMANDS:
         text = " ".join((command.__doc__ or "").split())
-        app.command(command.__name__.strip("_"), help=text)(told(_with_paths(command)))
+        app.command(command.__name__.strip("_"), help=text)(in_one_sentence(_with_paths(command)))
     return app
 
 

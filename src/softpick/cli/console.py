@@ -25,7 +25,7 @@ def make_console(wide: bool = False, stderr: bool = False) -> Console:
 
 @contextmanager
 def going_on(console: Console, output: str) -> Iterator[None]:
-    """After Ctrl-C, how to go on. And nothing of transformers' log but errors."""
+    """Within the block Ctrl-C prints how to continue, and transformers logs errors only."""
     from softpick.experiment.quiet import quiet_transformers
     from softpick.experiment.stopping import Interrupted
 

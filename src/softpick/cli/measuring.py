@@ -24,7 +24,7 @@ __all__ = ["analyze", "evaluate", "quantize"]
 
 
 def _either(names: Sequence[str]) -> str:
-    """One of them, in words."""
+    """A choice of names in words, joined by "or"."""
     return " or ".join(filter(None, (", ".join(names[:-1]), names[-1])))
 
 
@@ -46,6 +46,7 @@ def analyze(
     os.environ.setdefault("TQDM_DISABLE", "1")  # bars of transformers' GGUF reader, which its own switch does not reach
     from softpick.analysis import write_report
     from softpick.analysis.audit import audit, forget
+    from softpick.analysis.trackers import log_figures
     from softpick.experiment.files import write_json, writing
     from softpick.experiment.resume import Workspace
 
@@ -53,7 +54,9 @@ def analyze(
     names = ("report.html", "results.json")
     output = output or default_output("softpick-analyze", [given["model"], given["against"]])
     with going_on(console, output), Workspace(output, outputs=names, forget=forget) as work:
-        report = audit(AuditSettings(**given), reporter=ConsoleReporter(console), state=work.folder)
+        settings = AuditSettings(**given)
+        report = audit(settings, reporter=ConsoleReporter(console), state=work.folder)
+        log_figures(report, settings.report_to, work.folder, settings.step)
         with writing(work.folder / "report.html"):
             write_report(work.scratch / "report.html", report)
         bare = [{key: value for key, value in run.items() if key != "samples"} for run in report["runs"]]
@@ -112,7 +115,7 @@ def quantize(
     ),
 ) -> None:
     """Quantize language models (weights by {quantizers}; activations and the key-value cache simulated), check
-    that it happened, and evaluate them before and after, side by side. Running the same command again continues an
+    that the weights changed, and evaluate them before and after, side by side. Running the same command again continues an
     interrupted run.
     """
     needed = ("lm_eval", "datasets") if given["tasks"] else ()

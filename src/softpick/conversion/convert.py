@@ -219,7 +219,7 @@ class _Run:
         return _Text(other, validation, description, key)
 
     def _shuffled(self, documents: list[str]) -> list[str]:
-        """As many documents, in a random order, as the longest stage needs."""
+        """Documents in a random order, as many as the longest stage needs."""
         settings = self.settings
         needed = _CHARACTERS * max(
             math.prod(getattr(settings, f"{stage}_{what}") for what in ("steps", "batch_size", "sequence_length"))

@@ -12,7 +12,8 @@ import torch
 from torch import nn
 
 from softpick.conversion.recipes import ConvertError, ConvertSettings
-from softpick.experiment.models import DTYPES, Subject, first_line, load_config, load_subject
+from softpick.experiment.failures import first_line
+from softpick.experiment.models import DTYPES, Subject, load_config, load_subject
 from softpick.experiment.progress import Reporter
 from softpick.integrations.transformers import intercept_attention, normalizer_of
 from softpick.normalizers import get_normalizer
@@ -55,7 +56,7 @@ def load_teacher(settings: ConvertSettings, reporter: Reporter) -> Subject:
 
 
 def _forget_quantization(model: Any) -> None:
-    """Of a GGUF file, whose weights are plain tensors once they are loaded; transformers would refuse to save them."""
+    """Remove a GGUF file's quantization from the configuration: its weights are plain once loaded, but would not be saved."""
     for name in ("hf_quantizer", "is_quantized", "quantization_method"):
         vars(model).pop(name, None)
     with suppress(AttributeError):

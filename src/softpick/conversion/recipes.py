@@ -57,7 +57,7 @@ class ConvertSettings:
     """All that determines a conversion. :meth:`of_recipe` fills in a recipe's values."""
 
     model: str = setting(help="Hub name, directory, or GGUF file of the model that is converted.", positional=True)
-    normalizer: str = setting("softpick", "What it gets; `softpick normalizers` lists them.")
+    normalizer: str = setting("softpick", "Normalizer that the model gets; `softpick normalizers` lists them.")
     recipe: str = setting("quick_cpu", "quick_cpu, radlads_small or radlads_8b (docs/convert.md).")
     data: str | None = setting(None, FILES, metavar="PATH", shown=OWN_TEXT)
     validation_data: str | None = setting(
@@ -65,23 +65,23 @@ class ConvertSettings:
     )
     text_field: str = setting("text", TEXT_FIELD)
     align_steps: int = _of_recipe("Steps of stage 1 (outputs of attention layers); 0 leaves it out.")
-    align_sequence_length: int = _of_recipe("Tokens a sequence of stage 1.")
-    align_batch_size: int = _of_recipe("Sequences a step of stage 1.")
+    align_sequence_length: int = _of_recipe("Tokens of a sequence in stage 1.")
+    align_batch_size: int = _of_recipe("Sequences per step of stage 1.")
     align_learning_rate: float = _of_recipe("Largest learning rate of stage 1.")
     distil_steps: int = _of_recipe("Steps of stage 2 (KL divergence of the logits); 0 leaves it out.")
-    distil_sequence_length: int = _of_recipe("Tokens a sequence of stage 2.")
-    distil_batch_size: int = _of_recipe("Sequences a step of stage 2.")
+    distil_sequence_length: int = _of_recipe("Tokens of a sequence in stage 2.")
+    distil_batch_size: int = _of_recipe("Sequences per step of stage 2.")
     distil_learning_rate: float = _of_recipe("Largest learning rate of stage 2.")
     attention_rate: float = _of_recipe(
         "Learning rate of attention layers in stages 2 and 3, as a multiple of the others'."
     )
     lengthen_steps: int = _of_recipe("Steps of stage 3 (next token, longer sequences, no teacher); 0 leaves it out.")
-    lengthen_sequence_length: int = _of_recipe("Tokens a sequence of stage 3.")
-    lengthen_batch_size: int = _of_recipe("Sequences a step of stage 3.")
+    lengthen_sequence_length: int = _of_recipe("Tokens of a sequence in stage 3.")
+    lengthen_batch_size: int = _of_recipe("Sequences per step of stage 3.")
     lengthen_learning_rate: float = _of_recipe("Largest learning rate of stage 3.")
-    final_rate: float = _of_recipe("What a cosine takes a learning rate to, as a share of the largest.")
+    final_rate: float = _of_recipe("Learning rate at the end of the cosine, as a share of the largest.")
     warmup_steps: int = _of_recipe("Steps of linear warm-up, in each stage.")
-    micro_batch_size: int = _of_recipe("Sequences a forward pass.")
+    micro_batch_size: int = _of_recipe("Sequences per forward pass.")
     embeddings: str = _of_recipe(
         "frozen, or trained in stages 2 and 3.",
         note="Frozen ones are the teacher's tensors, so that tied ones stay tied. Trained ones are untied, and saved so.",
@@ -105,7 +105,9 @@ class ConvertSettings:
         20.0, "Where an activation becomes massive, as a multiple of the median token's root mean square."
     )
     dtype: str = _of_recipe("float32, or bfloat16 (autocast, fp32 weights).")
-    export_dtype: str = setting("auto", "Of the converted model: auto (the teacher's), float32, bfloat16 or float16.")
+    export_dtype: str = setting(
+        "auto", "Format of the converted model: auto (the teacher's), float32, bfloat16 or float16."
+    )
     gradient_checkpointing: bool = _of_recipe("Recompute layers in the backward pass of stages 2 and 3.", option=None)
     optimizer: str = _of_recipe(
         "A name that the transformers Trainer knows, for example adamw_bnb_8bit.", metavar="NAME"
@@ -113,10 +115,10 @@ class ConvertSettings:
     save_every: int = _of_recipe("Steps between checkpoints.")
     validation_sequences: int = _of_recipe("Held-out sequences for the losses.")
     samples: int = _of_recipe("Held-out sequences that are analyzed; 0 leaves the analysis out.")
-    prompts: int = _of_recipe("Held-out prompts that both models continue; 0 leaves it out.")
+    prompts: int = _of_recipe("Held-out prompts that both models continue; 0 leaves generation out.")
     prompt_tokens: int = setting(32, "Tokens of a prompt.", option=None)
     continuation_tokens: int = setting(64, "Tokens of a continuation.", option=None)
-    seed: int = setting(0, "Of the order of the data.")
+    seed: int = setting(0, "Seed of the order of the data.")
     device: str = setting("auto", DEVICES)
     trust_remote_code: bool = setting(False, TRUST)
 

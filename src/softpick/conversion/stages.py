@@ -102,7 +102,7 @@ def first_share(
 
 
 def excess(states: Tensor, limit: float) -> Tensor:
-    """By how much entries exceed ``limit`` times the median token's root mean square, in logarithms.
+    """The logarithm by which entries exceed ``limit`` times the median token's root mean square, in logarithms.
 
     Args:
         states: ``(B, T, C)``.

@@ -156,7 +156,7 @@ def summary_rows(report: dict[str, Any]) -> list[tuple[str, list[str]]]:
 
 
 class _Run:
-    """One model's part of the report. It is loaded when the first part that is not there yet needs it."""
+    """One model's part of the report. The model is loaded when a result that is not kept yet needs it."""
 
     def __init__(
         self,
@@ -195,7 +195,7 @@ class _Run:
         ]
         if todo and settings.data_dir is None:
             check_hub(todo, settings.num_fewshot)
-        perplexity = None  # first, so that too short a text is told at once
+        perplexity = None  # first, so that too short a text is an error at once
         if length is not None:
             assert self.corpus is not None
             depends = {

@@ -328,7 +328,7 @@ _FIGURES = ("key_weight", "key_share", "mass", "largest")
 
 
 class _Sums:
-    """Of the figures over rows: for each layer ``(H, 4)``, of the first query and of all queries of the answers."""
+    """Sums of the figures over rows: for each layer ``(H, 4)``, of the first query and of all queries of the answers."""
 
     def __init__(self) -> None:
         self.sums: dict[str, dict[int, Tensor]] = {"first": {}, "answer": {}}

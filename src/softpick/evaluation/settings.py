@@ -21,7 +21,7 @@ from softpick.experiment.settings import (
 __all__ = ["AGAINST", "DATA_DIR", "LIMIT", "EvaluateSettings"]
 
 # Help texts that `softpick quantize` has, too.
-AGAINST = "A further model, put beside it; may be given again."
+AGAINST = "A further model to compare with; may be given again."
 DATA_DIR = "TASK.jsonl for each task (docs/evaluation.md)."
 LIMIT = "Examples of each task."
 
@@ -59,11 +59,11 @@ class EvaluateSettings:
     samples: int = setting(32, "Sequences for the perplexity.")
     sequence_length: int | None = setting(
         None,
-        "Tokens of such a sequence, BOS included.",
+        "Tokens of a sequence for the perplexity, BOS included.",
         shown="twice the first model's positions, at most 8192; no more than it has where their embeddings are learned",
     )
     bins: int = setting(16, "Ranges of positions, each with a perplexity.")
-    batch_size: int = setting(8, "Sequences a forward pass.")
+    batch_size: int = setting(8, "Sequences per forward pass.")
     seed: int = setting(0, "Seed of passkeys, few-shot examples and standard errors.")
     attn_implementation: str | None = setting(None, ATTENTION, metavar="NAME", shown="the model's own")
     device: str = setting("auto", DEVICES)

@@ -22,7 +22,8 @@ from typing import Any
 
 from softpick.evaluation.benchmarks import HEADLINES, RECORDS, TASKS, EvaluationError, Task
 from softpick.experiment.corpus import token_ids
-from softpick.experiment.models import first_line, positions
+from softpick.experiment.failures import first_line
+from softpick.experiment.models import positions
 from softpick.experiment.progress import Reporter, Silent
 from softpick.experiment.reading import check_text, json_lines
 from softpick.integrations.patches import replaced
@@ -396,7 +397,7 @@ class _WithBos(_ANY):
 
 @contextlib.contextmanager
 def _reachable_or_cached(tasks: Sequence[str], num_fewshot: int | None) -> Iterator[Exception | None]:
-    """Ask the hub once. Where it does not answer, the libraries are told so, and take what was downloaded before.
+    """Ask the hub once. Where it does not answer, the libraries are set offline, and take what was downloaded before.
 
     Without this they would try again and again, for half a minute a task.
     """

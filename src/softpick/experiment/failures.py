@@ -1,7 +1,7 @@
 """Errors of commands (files, disks, signals, mistakes) as one sentence each. Needs no torch.
 
-:func:`told` is put around every command, :func:`process` around the whole program. ``SOFTPICK_TRACEBACK=1`` in the environment
-shows where an error came from as well.
+:func:`in_one_sentence` is put around every command, :func:`process` around the whole program. ``SOFTPICK_TRACEBACK=1`` in the
+environment shows where an error came from as well.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import Any, NoReturn
 
-__all__ = ["ModelError", "QuantizationError", "fail", "process", "sentence", "told"]
+__all__ = ["ModelError", "QuantizationError", "fail", "first_line", "in_one_sentence", "process", "sentence"]
 
 _DAMAGED = {
     "BadZipFile", "EOFError", "JSONDecodeError", "SafetensorError", "UnicodeDecodeError", "UnpicklingError", "PanicException",
@@ -44,6 +44,12 @@ class QuantizationError(RuntimeError):
     """A model that should have been quantized and was not, or not as asked for."""
 
 
+def first_line(error: BaseException) -> str:
+    """Of an error's words, or its kind; with the next line where the first one only announces it."""
+    lines = (str(error).strip() or type(error).__name__).splitlines()
+    return " ".join(line.strip() for line in lines[: 2 if lines[0].rstrip().endswith(":") else 1])
+
+
 def fail(message: str, code: int = 2) -> NoReturn:
     """Say what is wrong on stderr, and end."""
     with suppress(OSError, ValueError):  # stderr may be closed or full as well
@@ -52,8 +58,8 @@ def fail(message: str, code: int = 2) -> NoReturn:
     raise SystemExit(code)
 
 
-def told(command: Callable[..., Any]) -> Callable[..., Any]:
-    """The same command, which ends with one sentence and exit code 2 (130 after Ctrl-C, 1 for a mistake of softpick's)."""
+def in_one_sentence(command: Callable[..., Any]) -> Callable[..., Any]:
+    """The same command, whose errors become one sentence and exit code 2 (130 after Ctrl-C, 1 for a mistake of softpick)."""
 
     @functools.wraps(command)
     def wrapper(*args: Any, **kwargs: Any) -> Any:
@@ -83,8 +89,7 @@ def end(error: BaseException) -> NoReturn:
 
 def sentence(error: BaseException) -> tuple[str, int]:
     """What went wrong in one line, and the exit code: 2 where a user can do something about it, else 1."""
-    words = (str(error).strip() or type(error).__name__).splitlines()[0]
-    kind = type(error).__name__
+    words, kind = first_line(error), type(error).__name__
     if type(error).__module__.startswith("softpick."):
         return words, 2
     if isinstance(error, BrokenPipeError):

@@ -149,7 +149,7 @@ def text_digest(text: str) -> str:
 
 
 def digest(path: Path) -> str:
-    """By what a file, or a folder with all that is in it, is known again.
+    """A digest of a file, or of a folder with everything in it.
 
     Files of up to 16 MiB by all of their bytes, longer ones by their length and 64 KiB at each end.
 

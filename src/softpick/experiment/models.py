@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from softpick.experiment.corpus import token_ids
 from softpick.experiment.environment import chosen_device, missing_device
-from softpick.experiment.failures import ModelError
+from softpick.experiment.failures import ModelError, first_line
 from softpick.experiment.parts import stamps
 from softpick.experiment.progress import Reporter
 from softpick.experiment.reading import Corpus, DataError
@@ -29,7 +29,6 @@ __all__ = [
     "FUSED",
     "ModelError",
     "Subject",
-    "first_line",
     "first_position",
     "identity",
     "learned_positions",
@@ -103,7 +102,7 @@ class Subject:
         return token_ids(self.tokenizer, [text])[0]
 
     def wrapped(self, ids: Sequence[int]) -> list[int]:
-        """With BOS before it, or an encoder's special tokens around it."""
+        """Put BOS before token ids, or an encoder's special tokens around them."""
         if not self.causal:
             cls, sep = self.tokenizer.cls_token_id, self.tokenizer.sep_token_id
             return [*([] if cls is None else [cls]), *ids, *([] if sep is None else [sep])]
@@ -268,7 +267,15 @@ def _loading(message: str, name: str, error_class: type[ValueError] = ModelError
         if "trust_remote_code" in str(error):
             what = message.partition(":")[0]
             raise error_class(f"{what}: {name} comes with Python code of its own, {_NOT_RUN}") from error
-        raise error_class(f"{message}: {first_line(error)}") from error
+        words = next((plain for mark, plain in _PLAINER.items() if mark in str(error)), first_line(error))
+        raise error_class(f"{message}: {words}") from error
+
+
+_PLAINER = {
+    "ignore_mismatched_sizes": "its weights have other shapes than config.json says",
+    "weights_only": "its weights are a pickle of more than tensors, which could run code; expected safetensors",
+}
+"""What stands in errors that speak of a report that nobody sees, or that advise what is unsafe, and what is said instead."""
 
 
 def load_tokenizer(
@@ -449,11 +456,6 @@ def sees_the_future(model: Any, ids: Tensor) -> bool:
     spread = float(first.std())
     precise = next(model.parameters()).dtype in (torch.float32, torch.float64)
     return float((first - second).abs().max()) > (1e-4 if precise else 0.1) * spread
-
-
-def first_line(error: BaseException) -> str:
-    """Of an error's words, or its kind."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def identity(name: str, *, trust_remote_code: bool = False) -> list[Any]:

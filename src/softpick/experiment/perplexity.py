@@ -50,7 +50,7 @@ def perplexity_by_position(
     batch_size: int = 8,
     progress: Callable[[int], None] | None = None,
 ) -> list[dict[str, Any]]:
-    """The same, apart for the tokens of each range of positions.
+    """The perplexity of the tokens of each range of positions.
 
     Args:
         model: as for :func:`perplexity`.

@@ -12,7 +12,7 @@ __all__ = ["quiet_transformers"]
 
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """Only errors of transformers' own log, and no bars: progress is ours."""
+    """Let transformers log errors only and show no bars: softpick shows the progress."""
     level, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()

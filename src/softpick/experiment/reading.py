@@ -25,6 +25,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from softpick.experiment.failures import first_line
 from softpick.experiment.files import SCRATCH
 
 __all__ = ["Corpus", "DataError", "check_text", "json_lines", "read_corpus", "text_files"]
@@ -88,7 +89,7 @@ def read_corpus(path: str | Path, text_field: str = "text", characters: int | No
         raise DataError("data: expected a path, got ''")
     path = Path(path)
     found = _Found()
-    with _told(path):
+    with _file_errors(path):
         if not path.exists():
             raise DataError(f"data: {path} does not exist")
         _check_kind(path)
@@ -192,7 +193,7 @@ def _files_below(path: Path, found: _Found) -> list[Path]:
 
 
 def _kind(file: Path) -> tuple[str, str]:
-    """How the name ends, and with which compression behind that (or none)."""
+    """The ending of a file's name without that of a compression, and the compression's (or none)."""
     last = file.suffix.lower()
     return (file.with_suffix("").suffix.lower(), last) if last in _COMPRESSED else (last, "")
 
@@ -202,8 +203,8 @@ def _kind(file: Path) -> tuple[str, str]:
 
 
 @contextmanager
-def _told(file: Path, error_class: type[ValueError] = DataError, what: str = "data") -> Iterator[None]:
-    """Whatever a disk or a damaged archive does, in a sentence with the file."""
+def _file_errors(file: Path, error_class: type[ValueError] = DataError, what: str = "data") -> Iterator[None]:
+    """Within the block, errors of disks and damaged archives become one sentence that names the file."""
     try:
         yield
     except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
@@ -226,7 +227,7 @@ def _open(file: Path) -> BinaryIO:
 
 def _read_file(file: Path, name: str, found: _Found, characters: int | None) -> Iterator[str]:
     kind = _kind(file)[0]
-    with _told(file):
+    with _file_errors(file):
         if kind in _LINES:
             yield from _texts(json_lines(file), file, name, found)
         elif kind == ".json":
@@ -325,7 +326,7 @@ def json_lines(
     Raises:
         DataError: a file that cannot be read, a line that is not UTF-8 or not JSON.
     """
-    with _told(file, error_class, what), _open(file) as stream:
+    with _file_errors(file, error_class, what), _open(file) as stream:
         lines = (_decoded(line, str(file), number, error_class, what) for number, line in enumerate(stream, 1))
         yield from _records(lines, file, wanted, error_class, what)
 
@@ -404,7 +405,7 @@ def _read_parquet(file: Path, name: str, found: _Found) -> Iterator[str]:
         try:
             table = pq.ParquetFile(stream if _kind(file)[1] == "" else io.BytesIO(stream.read()))
         except (pa.ArrowException, OSError) as error:
-            raise DataError(f"data: {file} is not a parquet file ({_first_line(error)})") from None
+            raise DataError(f"data: {file} is not a parquet file ({first_line(error)})") from None
         if name not in table.schema_arrow.names:
             columns = ", ".join(map(repr, table.schema_arrow.names))
             raise DataError(f"data: {file}: no column {name!r} (found {columns}); see text_field")
@@ -414,7 +415,7 @@ def _read_parquet(file: Path, name: str, found: _Found) -> Iterator[str]:
                 batch = next(batches, None)
                 values = [] if batch is None else batch.column(0).to_pylist()
             except (pa.ArrowException, OSError, ValueError) as error:
-                reason = "text that is not UTF-8" if isinstance(error, UnicodeDecodeError) else _first_line(error)
+                reason = "text that is not UTF-8" if isinstance(error, UnicodeDecodeError) else first_line(error)
                 raise DataError(f"data: {file}: cannot be read after row {row} ({reason})") from None
             if batch is None:
                 return
@@ -424,7 +425,3 @@ def _read_parquet(file: Path, name: str, found: _Found) -> Iterator[str]:
                     found.nulls += 1
                 else:
                     yield check_text(value, f"data: {file}, row {row}: column {name!r}")
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

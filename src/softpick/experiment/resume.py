@@ -148,7 +148,8 @@ class Workspace:
 
         Args:
             names: of files or folders in :attr:`scratch`.
-            say: where an output was changed since softpick wrote it, is told that it stays as it is; None makes that an error.
+            say: called with a sentence where an output stays as it is, because it was changed since softpick wrote it; None
+                makes that an error.
 
         Raises:
             OutputError: something that softpick did not write lies at one of the places, or the disk refused.
@@ -170,7 +171,7 @@ class Workspace:
                 os.replace(self.scratch / name, target)
 
     def end(self) -> None:
-        """After the last output: what was kept for going on is not needed any more."""
+        """Remove what was kept for continuing; called after the last output."""
         if self.forget is not None:
             self.forget(self.folder)
         if self._ledger is None:

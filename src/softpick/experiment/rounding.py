@@ -34,7 +34,7 @@ def linear_layers(model: nn.Module) -> dict[str, Any]:
 
 
 def inner_layers(model: Any) -> dict[str, Any]:
-    """The same without the vocabulary's projection: what quantizers quantize."""
+    """The linear layers without the vocabulary's projection: what quantizers quantize."""
     head = model.get_output_embeddings()
     return {name: module for name, module in linear_layers(model).items() if module is not head}
 
@@ -44,7 +44,7 @@ def _is_linear(module: nn.Module) -> bool:
 
 
 GRANULARITIES = ("tensor", "token")
-"""``tensor``: one scale an activation, set beforehand on calibration text. ``token``: a scale a token, from the token."""
+"""``tensor``: one scale per activation, set beforehand on calibration text. ``token``: one scale per token, from the token."""
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,7 @@ class Errors:
         entry[1] += float(x.float().square().sum())
 
     def relative(self) -> dict[str, float]:
-        """By name, in the order in which they came."""
+        """Relative errors by name, in the order in which the names were added."""
         return {name: (e / n) ** 0.5 if n else 0.0 for name, (e, n) in self._squares.items()}
 
 
@@ -114,7 +114,7 @@ class Errors:
 def quantized_activations(
     model: Any, format_name: str, granularity: str, calibration: Sequence[Tensor]
 ) -> Iterator[Errors]:
-    """Inside, every matrix of the layers has rounded weights (a scale an output) and rounded inputs.
+    """Within the block every matrix of the layers has rounded weights (one scale per output) and rounded inputs.
 
     The vocabulary's matrices stay as they are. Afterwards the model is what it was.
 
@@ -197,7 +197,7 @@ def _largest_inputs(model: nn.Module, layers: Mapping[str, Any], calibration: Se
 
 @contextmanager
 def quantized_cache(model: nn.Module, bits: int) -> Iterator[list[Errors]]:
-    """Inside, attention sees keys and values as a cache of few bits would give them back.
+    """Within the block attention sees keys and values as rounded by a cache of few bits.
 
     Each head of each token has a scale and an offset of its own (asymmetric, from its smallest to its largest entry), keys
     after rotary embedding, as transformers' quantized caches keep them; no recent tokens are spared.

@@ -190,7 +190,7 @@ SIZES: dict[str, SoftpickModelArgs] = {
 
 
 class _Flavors(Mapping[str, SoftpickModelArgs]):
-    """From the name of a flavor to its arguments, made anew each time: torchtitan writes the sequence length into them."""
+    """The arguments of a flavor by its name, made anew each time: torchtitan writes the sequence length into them."""
 
     def __getitem__(self, flavor: str) -> SoftpickModelArgs:
         name, _, rest = flavor.partition("-")

@@ -290,6 +290,9 @@ def attention_mask(*args: Any, config: Any = None, dtype: torch.dtype = torch.fl
     if runs_paged():
         return None
     kind = KIND_OF_MASKS.get(type(config), "sdpa")
+    padding = kwargs.get("attention_mask")
+    if padding is not None and padding.is_meta:  # which has no values that could make a mask superfluous
+        kwargs |= {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
     if kind == "eager":
         kwargs["allow_is_causal_skip"] = False
     elif _only_a_window(config, **kwargs):

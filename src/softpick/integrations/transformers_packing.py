@@ -107,7 +107,7 @@ def _packed(position_ids: Tensor | None, batch: int, tq: int) -> bool:
 
 
 class _Running(threading.local):
-    """Of the models that run in this thread: whether one of them was given offsets, and those of continuous batching."""
+    """What the models that run in this thread were given: whether offsets, and those of continuous batching."""
 
     given = False
     paged = False

@@ -4,9 +4,9 @@ transformers runs many requests as one row of tokens: prompts, pieces of long pr
 with keys and values in pages that requests share. The attention function gets the new tokens of all requests, and either
 reads the keys of each request through the cache or, where every request has one new token, is given the pages themselves.
 
-transformers 5.20 to 5.24 has no hook for an attention function of somebody else here: whatever is not called ``sdpa`` or
-``eager``, and has no ``flash`` in its name, is refused, and a model may be switched to FlashAttention's softmax.
-:func:`install` replaces those decisions, for our implementations only.
+transformers 5.17 to 5.24 has no hook for an attention function of somebody else here: whatever is not called ``sdpa`` or
+``eager``, and has no ``flash`` in its name, is refused or runs as ``paged|sdpa``, and a model may be switched to
+FlashAttention's softmax. :func:`install` replaces those decisions, for our implementations only.
 """
 
 from __future__ import annotations
@@ -37,6 +37,8 @@ _ONLY_HERE = frozenset(
         "logits_indices",
         "logits_processor_args",
         "max_length_k",
+        "max_seqlen_k",
+        "max_seqlen_q",
         "read_index",
         "v_cache",
         "write_index",
@@ -44,8 +46,8 @@ _ONLY_HERE = frozenset(
 )
 """What continuous batching gives to every layer."""
 
-_NEW_ENOUGH = "kwargs" in inspect.signature(cb_cache.PagedAttentionCache.update).parameters
-"""From transformers 5.20: the cache chooses the offsets and pages of a layer."""
+_CACHE_CHOOSES = "kwargs" in inspect.signature(cb_cache.PagedAttentionCache.update).parameters
+"""From transformers 5.19: the cache chooses the offsets and pages of a layer. Before, no pages are handed to a function."""
 
 
 def is_paged(given: dict[str, Any]) -> bool:
@@ -68,7 +70,7 @@ def attend_paged(
     *,
     cu_seq_lens_q: Tensor,
     cu_seq_lens_k: Tensor | dict[str, Tensor],
-    max_length_q: int,
+    max_length_q: int | None,
     scaling: float | None,
     normalizer: Normalizer,
     softcap: float | None,
@@ -89,7 +91,7 @@ def attend_paged(
             layer has not called it (up to transformers 5.23), else what the cache answered (``k_cache``, ``v_cache``).
         cu_seq_lens_q: ``(N + 1,)`` starts and end of the requests among the queries. Queries behind the last are padding.
         cu_seq_lens_k: the same among the keys; by type of layer where the layer has not called the cache.
-        max_length_q: the most new tokens of a request.
+        max_length_q: the most new tokens of a request; up to transformers 5.18 ``given["max_seqlen_q"]``.
         scaling: factor on the scores; ``1 / sqrt(D)`` if None.
         normalizer: the record.
         softcap: as in :func:`softpick.scaled_dot_product_attention`.
@@ -103,7 +105,10 @@ def attend_paged(
     """
     given = {**given, "cu_seq_lens_k": cu_seq_lens_k}
     cache = given.pop("cache", None)
-    if cache is not None:
+    if not _CACHE_CHOOSES:
+        key, value = _gathered(module, cache, key, value, given, sliding_window)
+        max_length_q = given["max_seqlen_q"]
+    elif cache is not None:
         layer: Any = module.layer_idx
         # also fills in the offsets of this layer and, with a block table, its pages
         key, value = cache.update(key_states=key, value_states=value, layer_idx=layer, kwargs=given)
@@ -140,6 +145,20 @@ def attend_paged(
         out = varlen
     out = out[None]
     return out if output_gate is None else out * torch.sigmoid(output_gate)
+
+
+def _gathered(
+    module: nn.Module, cache: Any, key: Tensor, value: Tensor, given: dict[str, Any], sliding_window: int | None
+) -> tuple[Tensor, Tensor]:
+    """Up to transformers 5.18: keys and values of all tokens, from the cache; the offsets of this layer go into ``given``."""
+    layer: Any = module.layer_idx
+    where = {name: given[name] for name in ("read_index", "write_index")}
+    tokens = cache.update(key_states=key, value_states=value, layer_idx=layer, **where)
+    kind = "sliding_attention" if sliding_window else "full_attention"
+    for name, old in (("cu_seq_lens_k", "cu_seq_lens_k"), ("max_length_k", "max_seqlen_k")):
+        given[name] = given[old][kind] if isinstance(given[old], dict) else given[old]
+    key, value = (x.transpose(0, 1)[None] for x in tokens)
+    return key, value
 
 
 def _write_pages(given: dict[str, Any], key: Tensor, value: Tensor, filled: Tensor) -> None:
@@ -180,10 +199,10 @@ def _scaled(query: Tensor, score_scale: Tensor, offsets_q: Tensor, offsets_k: Te
 def install(ours: Callable[[Any], bool]) -> None:
     """Let continuous batching take our implementations as they are. Repeatable.
 
-    Written for transformers 5.20 to 5.24; older ones are refused when a manager is made. Four decisions are replaced, all
-    for our implementations alone: the manager keeps the model's implementation instead of switching it to FlashAttention or
-    refusing it; memory is not planned for masks, and graphs are used, as for a function that needs no mask; the block table
-    is used wherever the cache has one on a GPU, and elsewhere if ``max_blocks_per_request`` is given.
+    Written for transformers 5.17 to 5.24. Four decisions are replaced, all for our implementations alone: the manager keeps
+    the model's implementation instead of switching it to FlashAttention or refusing it; memory is not planned for masks, and
+    graphs are used, as for a function that needs no mask; the block table is used wherever the cache has one on a GPU, and
+    elsewhere if ``max_blocks_per_request`` is given.
 
     Args:
         ours: whether a configuration has one of our implementations.
@@ -210,11 +229,6 @@ def _kept(switch: Callable[..., None], ours: Callable[[Any], bool]) -> Callable[
     def switch_to_cb_friendly_attn(self: Any, model: Any, *args: Any, **kwargs: Any) -> None:
         if not ours(model.config):
             switch(self, model, *args, **kwargs)
-        elif not _NEW_ENOUGH:
-            raise ImportError(
-                f"continuous batching with attn_implementation={model.config._attn_implementation!r} needs transformers 5.20 "
-                f"or newer, got {transformers.__version__}; call model.generate, or pip install -U transformers"
-            )
 
     return switch_to_cb_friendly_attn
 
@@ -227,8 +241,10 @@ def _with_pages(ensure: Callable[..., None], ours: Callable[[Any], bool]) -> Cal
         if not ours(config):
             ensure(config, cb_config, user_requested)
             return
-        types = initialization.group_layers_by_attn_type(config)
-        pages = all(initialization.ATTN_TYPE_TO_ALLOCATOR[kind].supports_block_table for kind in types)
+        pages = _CACHE_CHOOSES
+        if pages:
+            types = initialization.group_layers_by_attn_type(config)
+            pages = all(initialization.ATTN_TYPE_TO_ALLOCATOR[kind].supports_block_table for kind in types)
         if not pages and cb_config.max_blocks_per_request and user_requested:
             raise ValueError(
                 f"max_blocks_per_request: expected 0 or None: transformers {transformers.__version__} has no block table "

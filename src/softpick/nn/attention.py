@@ -57,7 +57,7 @@ class LinearSoftpick(nn.Module):
 
 
 def initial_score_scale(length: int = 1024) -> float:
-    """Start of the factor ``s_h`` of scalable softpick, for every module that has one.
+    """The value at which the factor ``s_h`` of scalable softpick starts.
 
     ``s_h log n`` is 1 on average over the rows ``n = 1..length`` of a causal sequence of ``length`` tokens.
 
@@ -108,7 +108,7 @@ def visible_keys(
 
 
 def scaled_by_length(query: Tensor, score_scale: Tensor, n: Tensor) -> Tensor:
-    """Queries times ``score_scale * log n``, so that their scores are.
+    """Multiply queries, and so their scores, by ``score_scale * log n``.
 
     Args:
         query: ``(B, H, Tq, D)``.
@@ -130,15 +130,15 @@ class Attention(nn.Module):
         num_heads: query heads.
         num_kv_heads: key and value heads; ``num_heads`` if None.
         head_dim: ``embed_dim // num_heads`` if None.
-        normalizer: a name of ``softpick.NORMALIZERS`` or a record; ``learned_sink`` adds the parameter ``sink`` ``(H,)``,
-            started at 0 (softmax plus one).
+        normalizer: a name of ``softpick.NORMALIZERS``, or a :class:`softpick.Normalizer`; ``learned_sink`` adds the
+            parameter ``sink`` ``(H,)``, started at 0 (softmax plus one).
         is_causal: causal attention. With fewer queries than keys the last query stands at the last key.
         window: sliding window, as in :func:`softpick.scaled_dot_product_attention`.
         dropout: dropout on the weights while training.
         bias: biases in the projections.
         output_gate: multiply the heads' outputs elementwise by ``sigmoid(x W_g)`` before the output projection (gated
             attention, Qiu et al. 2025).
-        score_scale: multiply the scores by ``s_h log n``, with ``s_h`` learned a head and ``n`` the number of keys the
+        score_scale: multiply the scores by ``s_h log n``, with a learned ``s_h`` per head and ``n`` the number of keys the
             query may see (scalable softpick, paper eq. 8-9). A query that sees one key has ``log n = 0``: its scores are 0,
             and softpick then outputs 0.
         backend: as in :func:`softpick.scaled_dot_product_attention`.

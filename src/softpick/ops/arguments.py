@@ -103,7 +103,7 @@ def canonical_shapes(
 
 
 def check_heads(query: Tensor, got: int, enable_gqa: bool) -> None:
-    """Raise where a cache has fewer heads than the query and that was not allowed."""
+    """Raise where a cache has fewer heads than the query and ``enable_gqa`` is false."""
     if not enable_gqa and got != query.shape[1]:
         raise ValueError(
             f"key_cache: expected the query's {query.shape[1]} heads, got {got}. For grouped-query attention pass "
@@ -236,7 +236,7 @@ def check_sink(sink: Tensor | None, norm: Normalizer, heads: int, query: Tensor)
 
 
 def check_cache(query: Tensor, key: Tensor, value: Tensor, table: Tensor | None) -> int:
-    """How many positions of a sequence the cache has room for."""
+    """Check the cache's shapes; returns how many positions of a sequence it has room for."""
     layout = "(B, Hkv, S, D)" if table is None else "pages (num_blocks, page_size, Hkv, D)"
     for name, x in (("query", query), ("key_cache", key), ("value_cache", value)):
         if not isinstance(x, Tensor):
@@ -305,7 +305,7 @@ def used_blocks(lengths: Tensor | None, table: Tensor, page: int, tq: int, left:
 
 
 def check_pages(table: Tensor, used: Tensor, pages: int) -> None:
-    """``used``: which entries are those of positions that a query may see."""
+    """Raise for a page that does not exist; ``used``: which entries are those of positions that a query may see."""
     if not checkable(table):
         return
     wrong = used & ((table < 0) | (table >= pages))
@@ -318,7 +318,7 @@ def check_pages(table: Tensor, used: Tensor, pages: int) -> None:
 
 
 def checkable(x: Tensor) -> bool:
-    """Whether to look at lengths and pages: reading them from a GPU would wait for it in every step of a generation."""
+    """Whether to check lengths and pages: reading them from a GPU would wait for the GPU in every step of a generation."""
     return (not x.is_cuda or os.environ.get("SOFTPICK_DEBUG", "0") not in ("", "0")) and readable(x)
 
 
@@ -341,7 +341,7 @@ def batched_by_transform(x: Tensor) -> bool:
 
 
 def check_offsets(name: str, offsets: Tensor, packed: Tensor, longest: int | None, longest_name: str) -> int:
-    """The longest sequence, or what is said to be that; where it can be neither read nor was given, the total.
+    """Check the offsets of packed sequences; returns the longest length: as given, else read from them, else the total.
 
     On a GPU, where reading offsets would wait for it, they are not looked at if the longest sequence is given.
     """

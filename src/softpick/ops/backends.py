@@ -112,7 +112,7 @@ class Backend(NamedTuple):
 def find_backend(
     backend: str, q: Tensor, v: Tensor, norm: Normalizer, otherwise: str, rows: int = 0, *, wanted: bool = False
 ) -> Backend:
-    """The backend that runs: what was named or an error; for ``"auto"`` Triton on a GPU, else ``otherwise``.
+    """The backend that runs: the named one, or an error; for ``"auto"`` Triton on a GPU, else ``otherwise``.
 
     ``wanted``: a derivative is taken that only the reference has.
     """
@@ -147,14 +147,14 @@ def find_backend(
 def choose_backend(
     backend: str, q: Tensor, v: Tensor, norm: Normalizer, otherwise: str, rows: int = 0, *, wanted: bool = False
 ) -> str:
-    """The name of :func:`find_backend`, with :func:`announce`."""
+    """The name of the backend that :func:`find_backend` finds, after :func:`announce`."""
     found = find_backend(backend, q, v, norm, otherwise, rows, wanted=wanted)
     announce(found, 4)
     return found.name
 
 
 def announce(found: Backend, stacklevel: int = 3) -> None:
-    """Warn where a GPU's tensors are computed slowly. ``stacklevel`` 3 is the caller of who calls this."""
+    """Warn where tensors of a GPU are computed by a slow backend. ``stacklevel`` 3: the warning names the caller's caller."""
     if found.warn and found.reason not in warned:
         warned.add(str(found.reason))
         warnings.warn(

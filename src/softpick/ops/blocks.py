@@ -26,7 +26,7 @@ def block_forward(
     is_causal: bool,
     softcap: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Output and largest score over these keys alone in the accumulation dtype (parts are not rounded twice), lse in fp64."""
+    """Output and largest score over these keys alone in the accumulation dtype (not rounded before the merge), lse in fp64."""
     b, h, t, _ = query.shape
     dtype = accumulation_dtype(query.dtype)
     out = query.new_empty(b, h, t, value.shape[-1], dtype=dtype)

@@ -49,12 +49,12 @@ TILES = "tiles of torch compute it instead, slowly (backend='auto')"
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    """In which sums over inputs of a dtype are kept, and lse."""
+    """The dtype in which sums over inputs of ``dtype``, and the lse, are kept."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def on_device_of(x: Tensor) -> Any:
-    """Triton launches on the current device, which need not be the tensor's."""
+    """Make the tensor's device the current one within a block: Triton launches on the current device."""
     if x.is_cuda:
         return torch.cuda.device(x.get_device())
     if not interpreted():  # the public functions say so earlier, except in compiled code
@@ -63,12 +63,12 @@ def on_device_of(x: Tensor) -> Any:
 
 
 def dense(x: Tensor | None) -> Tensor | None:
-    """The kernels step through vectors by one."""
+    """The vector with stride 1, as the kernels read it; None stays None."""
     return None if x is None else x.contiguous()
 
 
 def empty_heads_last(query: Tensor, value: Tensor) -> Tensor:
-    """``(B, H, T, Dv)``, but (B, T, H, Dv) in memory: what models reshape to, and contiguous for packed sequences."""
+    """An empty ``(B, H, T, Dv)``, (B, T, H, Dv) in memory: what models reshape to, and contiguous for packed sequences."""
     b, h, t, _ = query.shape
     return query.new_empty(b, t, h, value.shape[-1]).transpose(1, 2)
 

@@ -1,4 +1,4 @@
-"""A call of attention with its arguments checked, and the backend that takes it: for the call, and for who explains it."""
+"""A call of attention with its arguments checked, and its backend; for the public functions and ``explain_backend``."""
 
 from __future__ import annotations
 
@@ -180,7 +180,7 @@ class CacheCall(NamedTuple):
 
     @property
     def rows(self) -> int:
-        """Queries of a key head."""
+        """How many rows of queries share a key head."""
         heads = self.key.shape[1]
         return (self.query.shape[1] // heads if heads else 1) * self.query.shape[2]
 

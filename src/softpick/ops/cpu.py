@@ -25,6 +25,7 @@ and ``D`` is summed from the same products as the rest of the gradient.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -35,6 +36,7 @@ from torch import Tensor
 from softpick.normalizers import Normalizer
 from softpick.ops import cpu_functions
 from softpick.ops.cpu_functions import CANCELLATION_SAFE, LN2
+from softpick.ops.reference import reciprocal
 from softpick.ops.spec import LOG2E, AttentionSpec
 
 __all__ = ["backward", "forward", "narrow"]
@@ -86,7 +88,7 @@ class _Pattern:
         return low, max(low, high)
 
     def few(self, i0: int, i1: int) -> bool:
-        """Whether some query of [i0, i1) sees few keys: the number rises, stays and falls, so the outer two decide."""
+        """Whether some query of [i0, i1) sees ``FEW_KEYS`` or fewer: numbers rise, stay, fall, so the outer two decide."""
         counts = [high - low for low, high in (self.keys(i, i + 1) for i in (i0, i1 - 1))]
         return min(counts) <= FEW_KEYS
 
@@ -235,7 +237,7 @@ def narrow(x: Tensor, into: Tensor) -> None:
 
 
 def _few_seen(keep: Tensor | None) -> bool:
-    """Whether a tile's 0/1 mask leaves few keys to some query, but not none."""
+    """Whether a tile's 0/1 mask leaves between 1 and ``FEW_KEYS`` keys to some query."""
     if keep is None:
         return False
     counts = keep.sum(-1)
@@ -264,7 +266,7 @@ def _sink_rows(chunk: _Chunk, sink: Tensor, rows: int, unit: float = LOG2E) -> T
 
 
 def _add_product(acc: Tensor, a: Tensor, b: Tensor) -> None:
-    """``acc += a @ b``; if ``b`` is bf16 the product is taken in bf16 (twice the speed) and summed in ``acc``'s dtype.
+    """``acc += a @ b``; if ``b`` is bf16 the product is taken in bf16 (:func:`_product_dtype`) and summed in ``acc``'s dtype.
 
     Only for products whose left factor is a tile of weights or score gradients: rounding those to bf16 is what every
     bf16 attention does. Scores and ``dp`` stay in fp32.
@@ -275,9 +277,15 @@ def _add_product(acc: Tensor, a: Tensor, b: Tensor) -> None:
         acc.add_(torch.bmm(a.to(b.dtype), b))
 
 
+@functools.cache
+def _multiplies_bf16() -> bool:
+    """Whether torch multiplies bf16 matrices by instructions of this CPU: twice the speed of fp32, else a 25th of it."""
+    return torch.backends.mkldnn.is_available() and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
 def _product_dtype(query: Tensor, work: torch.dtype) -> torch.dtype:
-    """The dtype of the factors in :func:`_add_product`."""
-    return query.dtype if query.dtype == torch.bfloat16 else work
+    """The dtype of the factors in :func:`_add_product`: bf16 where it is the query's and the CPU is fast with it."""
+    return query.dtype if query.dtype == torch.bfloat16 and _multiplies_bf16() else work
 
 
 def _ranges(start: int, stop: int, step: int) -> Iterator[tuple[int, int]]:
@@ -379,10 +387,9 @@ def forward(
                 total += torch.exp2(sink_rows - shift.value)
             if spec.eps:  # relative to the final m of the mathematics, not to the one in use
                 total += spec.eps * (torch.exp2(shift.final - shift.value) if spec.exponential else 1.0)
-            divisor = torch.where(total == 0, 1.0, total)
-            inverse = torch.where(total == 0, 0.0, 1.0 / divisor)
+            divisor, inverse = torch.where(total == 0, 1.0, total), reciprocal(total)
             if held is None:
-                numerator.mul_(inverse)
+                numerator.div_(divisor)
             else:  # x / x is 1, so one key alone has exactly its value
                 numerator = torch.bmm(held[0].div_(divisor), held[1])
             shape = (_width(chunk), -1, chunk.groups, i1 - i0)
@@ -535,7 +542,7 @@ def from_lse(spec: AttentionSpec, lse: Tensor) -> tuple[Tensor, Tensor]:
     empty = lse == -math.inf
     lse = torch.where(empty, 0.0, lse * LOG2E)
     level = lse.float().to(lse.dtype) if spec.exponential else torch.zeros_like(lse)
-    return level, torch.where(empty, 0.0, torch.exp2(level - lse))
+    return level, torch.where(empty, 0.0, torch.exp2(level - lse)).clamp(max=torch.finfo(torch.float32).max)
 
 
 def to_lse(saved: tuple[Tensor, ...], lse: Tensor, sink: Tensor | None) -> Tensor:

@@ -36,8 +36,10 @@ class Shift:
     """The row constant ``m`` that exponents are taken relative to (base 2), and whether it is still zero everywhere."""
 
     def __init__(self, norm: Normalizer, like: Tensor, sink: Tensor | None) -> None:
-        # max(anchor, largest score so far): the m of the mathematics, but that a sink stands for its anchor of 0
-        self.high = torch.full_like(like, norm.anchor) if sink is None else sink
+        # max(anchor, largest score so far): the m of the mathematics. Among plain exponentials a sink stands for its anchor of
+        # 0; elsewhere f holds 2^-m by itself or a row may keep nothing, so m is no less than 0
+        low = -math.inf if sink is not None and norm.base == "exp" and norm.rectify == "none" else norm.anchor
+        self.high = torch.full_like(like, low) if sink is None else sink.clamp(min=low)
         self.anchor = norm.anchor
         self.value = torch.zeros_like(like)  # the m in use
         self.zero = True

@@ -59,14 +59,14 @@ def integer(name: str, x: Any, low: int | None = None) -> Any:
 
 
 def flags(**arguments: Any) -> None:
-    """An error for the first argument that is no boolean."""
+    """Raise for the first argument that is no boolean."""
     for name, x in arguments.items():
         if type(x) is not bool and not isinstance(x, torch.SymBool) and type(x).__name__ not in ("bool", "bool_"):
             raise TypeError(f"{name}: expected True or False, got {_described(x)}")
 
 
 def _plain(name: str, x: Any, expected: str) -> Any:
-    """A number of Python, or what a compiler has in its place."""
+    """Whether ``x`` is a number of Python, or what a compiler puts in the place of one."""
     if (
         isinstance(x, Tensor)
         and x.numel() == 1

@@ -95,10 +95,10 @@ def _attention_forward(
     max_seqlen_q: int,
     max_seqlen_k: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Output, lse, row mass, largest score (these two empty unless ``stats``), and what else the backward pass wants.
+    """Compute output, lse, row mass, largest score (these two empty unless ``stats``), and what else the backward pass needs.
 
-    Shapes as in ``tiled.forward``. ``backend`` is ``"tiled"`` or ``"triton"``; the longest sequences count for packed
-    ones only. The last one is ``saved`` of ``tiled.forward``, ``(B, 2, H, Tq)``; empty for Triton.
+    Shapes as in ``cpu.forward``. ``backend`` is ``"tiled"`` or ``"triton"``; the longest sequences count for packed
+    ones only. The last one is ``saved`` of ``cpu.forward``, ``(B, 2, H, Tq)``; empty for Triton.
     """
     out, lse, mass, largest, kept = _empty_outputs(query, value, stats, backend)
     spec = call_spec(normalizer, scale, eps, left, right, bottom_right, softcap, dropout_p, backend)
@@ -162,7 +162,7 @@ def _empty_outputs(
 
 
 def _saved(kept: Tensor, rows: slice) -> tuple[Tensor, ...] | None:
-    """The two row statistics of ``tiled.forward`` in what the operator keeps; None where it keeps none."""
+    """The two row statistics of ``cpu.forward``, in what the operator keeps for the backward pass; None where it keeps none."""
     return kept[:, :, :, rows].unbind(1) if kept.dim() == 4 else None
 
 
@@ -173,6 +173,47 @@ ForwardInputs = record_of(_attention_forward)
 def _(*inputs: Any) -> tuple[Tensor, ...]:
     call = ForwardInputs(*inputs)
     return _empty_outputs(call.query, call.value, call.stats, call.backend)
+
+
+def _backward_by_triton(
+    spec: AttentionSpec, call: Any, grads: list[Tensor]
+) -> tuple[Tensor | None, Tensor | None] | None:
+    """Write ``grads`` of query, key and value by the kernels; returns dmask and dsink, or None where no kernel can be built."""
+    from softpick.ops.triton import launch
+
+    dquery, dkey, dvalue = grads
+    dmask: Tensor | None = None
+    if call.mask_grad and call.mask is not None:
+        full = (*call.query.shape[:3], call.key.shape[2])
+        dmask = torch.zeros(full, dtype=torch.float32, device=call.query.device)
+    try:
+        with on_device_of(call.query):
+            dsink = launch.backward(
+                spec, call.query, call.key, call.value, call.mask, dense(call.sink), dense(call.cu_seqlens_q),
+                dense(call.cu_seqlens_k), call.seed, call.max_seqlen_q, call.max_seqlen_k, call.out, call.lse, call.grad_out,
+                dquery, dkey, dvalue, dmask,
+            )  # fmt: skip
+    except KernelError as failure:
+        if spec.backend == "triton":
+            raise
+        fall_back(failure, TILES)
+        return None
+    return None if dmask is None else dmask.sum_to_size(call.mask.shape), dsink
+
+
+def _backward_by_tiles(spec: AttentionSpec, call: Any, grads: list[Tensor]) -> tuple[Tensor | None, Tensor | None]:
+    """Write ``grads`` of query, key and value by the CPU backend, sequence by sequence; returns dmask and dsink."""
+    dquery, dkey, dvalue = grads
+    wanted = call.mask_grad and call.mask is not None
+    dmask = torch.zeros_like(call.mask, dtype=call.lse.dtype) if wanted else None
+    dsink = torch.zeros_like(call.sink, dtype=call.lse.dtype) if call.sink is not None else None
+    for index, (rows, keys) in enumerate(_sequences(call.query, call.key, call.cu_seqlens_q, call.cu_seqlens_k)):
+        cpu.backward(
+            _seeded(spec, call.seed, index), call.query[:, :, rows], call.key[:, :, keys], call.value[:, :, keys],
+            call.mask, call.sink, call.out[:, :, rows], call.lse[:, :, rows], call.grad_out[:, :, rows],
+            dquery[:, :, rows], dkey[:, :, keys], dvalue[:, :, keys], dmask, dsink, _saved(call.kept, rows),
+        )  # fmt: skip
+    return dmask, dsink
 
 
 def _attention_backward(
@@ -202,72 +243,23 @@ def _attention_backward(
     mask_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of query, key, value, mask (empty unless ``mask_grad``) and sink (empty without one)."""
-    dquery, dkey, dvalue = (torch.empty_like(x) for x in (query, key, value))
-    if cu_seqlens_q is not None:
-        for grad in (dquery, dkey, dvalue):  # rows beyond the last sequence belong to none
-            grad.zero_()
-    dmask: Tensor | None = None
-    dsink: Tensor | None = None
-    done = False
+    call = BackwardInputs(
+        grad_out, query, key, value, mask, sink, cu_seqlens_q, cu_seqlens_k, seed, out, lse, kept, normalizer, scale, eps, left,
+        right, bottom_right, softcap, dropout_p, backend, max_seqlen_q, max_seqlen_k, mask_grad,
+    )  # fmt: skip
     spec = call_spec(normalizer, scale, eps, left, right, bottom_right, softcap, dropout_p, backend)
-    if spec.backend in TRITON:
-        from softpick.ops.triton import launch
+    grads = [torch.empty_like(x) for x in (query, key, value)]
 
-        if mask_grad and mask is not None:
-            full = (*query.shape[:3], key.shape[2])
-            dmask = torch.zeros(full, dtype=torch.float32, device=query.device)
-        try:
-            with on_device_of(query):
-                dsink = launch.backward(
-                    spec,
-                    query,
-                    key,
-                    value,
-                    mask,
-                    dense(sink),
-                    dense(cu_seqlens_q),
-                    dense(cu_seqlens_k),
-                    seed,
-                    max_seqlen_q,
-                    max_seqlen_k,
-                    out,
-                    lse,
-                    grad_out,
-                    dquery,
-                    dkey,
-                    dvalue,
-                    dmask,
-                )
-            done = True
-        except KernelError as failure:
-            if spec.backend == "triton":
-                raise
-            fall_back(failure, TILES)
-        if done and dmask is not None and mask is not None:
-            dmask = dmask.sum_to_size(mask.shape)
-    if not done:
-        for grad in (dquery, dkey, dvalue) if cu_seqlens_q is not None else ():
-            grad.zero_()  # whatever a kernel left
-        dmask = torch.zeros_like(mask, dtype=lse.dtype) if mask_grad and mask is not None else None
-        dsink = torch.zeros_like(sink, dtype=lse.dtype) if sink is not None else None
-        for index, (rows, keys) in enumerate(_sequences(query, key, cu_seqlens_q, cu_seqlens_k)):
-            cpu.backward(
-                _seeded(spec, seed, index),
-                query[:, :, rows],
-                key[:, :, keys],
-                value[:, :, keys],
-                mask,
-                sink,
-                out[:, :, rows],
-                lse[:, :, rows],
-                grad_out[:, :, rows],
-                dquery[:, :, rows],
-                dkey[:, :, keys],
-                dvalue[:, :, keys],
-                dmask,
-                dsink,
-                _saved(kept, rows),
-            )
+    def clear() -> None:
+        for grad in grads if cu_seqlens_q is not None else ():  # rows beyond the last sequence belong to none
+            grad.zero_()
+
+    clear()
+    found = _backward_by_triton(spec, call, grads) if spec.backend in TRITON else None
+    if found is None:
+        clear()  # whatever a kernel left
+        found = _backward_by_tiles(spec, call, grads)
+    dmask, dsink = found
     # the gradients get the layout of their inputs, as the fake kernel says
     mask_out = torch.empty_like(mask) if dmask is not None and mask is not None else query.new_empty(0)
     sink_out = torch.empty_like(sink) if sink is not None else query.new_empty(0)
@@ -275,7 +267,7 @@ def _attention_backward(
         cpu.narrow(dmask, mask_out)
     if dsink is not None:
         cpu.narrow(dsink, sink_out)
-    return dquery, dkey, dvalue, mask_out, sink_out
+    return grads[0], grads[1], grads[2], mask_out, sink_out
 
 
 attention_backward = torch.library.custom_op("softpick::attention_backward", _attention_backward, mutates_args=())
@@ -363,7 +355,7 @@ attention_backward.register_autograd(no_double_backward, setup_context=_setup_ba
 
 
 class _Attention(torch.autograd.Function):
-    """The operator without torch's dispatcher."""
+    """The operator as an autograd function without torch's dispatcher, which takes longer than a small call."""
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, ...]:

@@ -104,7 +104,7 @@ def _setup_rows_backward(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor, float, 
 
 
 def _rows_second_gradient(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
-    """The gradient of the gradient, in torch operations: it is asked for too rarely to be worth a kernel."""
+    """The gradient of the gradient, in torch operations: too few programs need it for a kernel."""
     with torch.enable_grad():
         first, x = (t.detach().requires_grad_() for t in ctx.saved_tensors)
         y, _ = _rows_by_torch(x, ctx.eps)
@@ -118,7 +118,7 @@ _rows_backward_operator.register_autograd(_rows_second_gradient, setup_context=_
 
 
 class _Rows(torch.autograd.Function):
-    """The operator without torch's dispatcher."""
+    """The operator as an autograd function without torch's dispatcher, which takes longer than a small call."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, eps: float, backend: str) -> tuple[Tensor, Tensor]:

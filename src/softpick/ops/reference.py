@@ -61,7 +61,7 @@ class _Normalize(torch.autograd.Function):
         f = _excluded(norm.f(s, m), keep)
         g = _excluded(norm.g(s, m), keep)
         total = g.sum(-1, keepdim=True) + norm.c(m, sink) + _eps(eps, norm, m, rowmax, sink)
-        weights = f * _reciprocal(total)
+        weights = f * reciprocal(total)
         lse = (m + torch.log(total.abs() if norm.signed_denominator else total)).squeeze(-1)
         return weights, lse, weights.sum(-1), rowmax.squeeze(-1)
 
@@ -81,7 +81,7 @@ class _Normalize(torch.autograd.Function):
         m = norm.exponent_shift(rowmax, sink).detach()
         f = _excluded(norm.f(s, m), keep)
         g = _excluded(norm.g(s, m), keep)
-        inverse = _reciprocal(g.sum(-1, keepdim=True) + norm.c(m, sink) + _eps(ctx.eps, norm, m, rowmax, sink))
+        inverse = reciprocal(g.sum(-1, keepdim=True) + norm.c(m, sink) + _eps(ctx.eps, norm, m, rowmax, sink))
         inner = (grad * f).sum(-1, keepdim=True) * inverse  # D of the design notes: sum_i grad_i a_i
         ds = _excluded((norm.df(s, m) * grad - norm.dg(s, m) * inner) * inverse, keep)
         dsink = None
@@ -117,7 +117,7 @@ def _normalize_in_operations(
 
     f, g = part(norm.f(s, m), norm.df(s, m)), part(norm.g(s, m), norm.dg(s, m))
     total = g.sum(-1, keepdim=True) + norm.c(m, sink) + _eps(eps, norm, m, rowmax, sink)
-    weights = f * _reciprocal(total)
+    weights = f * reciprocal(total)
     lse = (m + torch.log(total.abs() if norm.signed_denominator else total)).squeeze(-1)
     return weights, lse.detach(), weights.sum(-1).detach(), rowmax.squeeze(-1)
 
@@ -141,10 +141,13 @@ def _excluded(x: Tensor, keep: Tensor | None) -> Tensor:
     return x if keep is None else torch.where(keep, x, 0.0)
 
 
-def _reciprocal(total: Tensor) -> Tensor:
-    """``1 / total``, and 0 where the total is 0 (an empty row has output 0)."""
-    empty = total == 0
-    return torch.where(empty, 0.0, 1.0 / torch.where(empty, 1.0, total))
+def reciprocal(total: Tensor) -> Tensor:
+    """``1 / total``, 0 where the total is 0 (an empty row has output 0), and finite where it is nearly 0.
+
+    Infinity would turn the zeros of a row whose exponentials all but underflow into NaN.
+    """
+    empty, limit = total == 0, torch.finfo(total.dtype).max
+    return torch.where(empty, 0.0, (1.0 / torch.where(empty, 1.0, total)).clamp(-limit, limit))
 
 
 def normalize(

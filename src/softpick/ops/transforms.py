@@ -132,7 +132,7 @@ def _one_by_one(
     tensors: tuple[Tensor | None, ...],
     options: tuple[Any, ...],
 ) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
-    """A call a sample, and the samples at dimension 0 of every output."""
+    """Call the operator once per sample, and stack the samples at dimension 0 of every output."""
     each = [[x] * n if x is None or dim is None else x.unbind(dim) for x, dim in zip(tensors, dims, strict=True)]
     outputs = [function.apply(*sample, *options) for sample in zip(*each, strict=True)]
     stacked = tuple(torch.stack(parts) for parts in zip(*outputs, strict=True))
@@ -140,7 +140,7 @@ def _one_by_one(
 
 
 def _batch(query: Tensor, dim: int | None) -> int:
-    """B of a sample."""
+    """The batch size of one sample."""
     return query.shape[1 if dim == 0 else 0]
 
 

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from softpick.experiment.models import DTYPES, ModelError, Subject, first_line, load_subject
+from softpick.experiment.failures import first_line
+from softpick.experiment.models import DTYPES, ModelError, Subject, load_subject
 from softpick.experiment.progress import Reporter
 from softpick.quantization.methods import METHODS
 from softpick.quantization.verify import QuantizationError, Verification, untouched, verify
@@ -45,7 +46,7 @@ class Job:
 
     @property
     def dtype(self) -> torch.dtype:
-        """In which the model computes."""
+        """The dtype in which the model computes."""
         return self.subject.model.dtype
 
     @property

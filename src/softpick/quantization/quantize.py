@@ -63,7 +63,7 @@ class Cell:
             return f"{METHODS[self.method].title} {self.bits} bits"
         if self.kind == "activations":
             name, _, granularity = self.method.partition("-")
-            return f"W+A {name}, a scale a {granularity}"
+            return f"W+A {name}, one scale per {granularity}"
         return f"KV cache int{self.bits}" if self.kind == "kv_cache" else "unquantized"
 
 
@@ -171,7 +171,7 @@ def forget(output: str | Path) -> None:
 
 
 class _Run:
-    """One model, through all cells. It is loaded when the first cell that is not there yet needs it."""
+    """One model, through all cells. The model is loaded when a cell that is not kept yet needs it."""
 
     def __init__(
         self,
@@ -297,7 +297,7 @@ class _Run:
 
     @property
     def sequences(self) -> tuple[Tensor, Tensor]:
-        """For calibration and for the perplexity."""
+        """Sequences for calibration, and sequences for the perplexity."""
         if self._sequences is None:
             settings, subject = self.settings, self.subject
             calibration, held = self.texts
@@ -458,7 +458,7 @@ def _with_change(value: float | None, base: float | None, factor: int, quantized
 
 
 def weight_rows(report: dict[str, Any]) -> list[tuple[str, list[str]]]:
-    """For every way of quantizing weights: share of the parameters, weight error, bits on disk, by model."""
+    """Rows for every way of quantizing weights: share of the parameters, weight error, bits on disk, by model."""
     rows = []
     for index, cell in enumerate(report["runs"][0]["cells"]):
         if cell["kind"] == "weights":

@@ -28,7 +28,7 @@ _GGUF = [method.name for method in METHODS.values() if method.gguf]
 
 
 def _bits() -> str:
-    """Of each method, for the help text."""
+    """The bits of each method, for the help text."""
     (first, *others) = [(method.name, ",".join(map(str, method.bits))) for method in METHODS.values()]
     return "; ".join([f"{first[0]} has {first[1]}", *(f"{name} {bits}" for name, bits in others)])
 
@@ -58,9 +58,9 @@ class QuantizeSettings:
     )
     activations: tuple[str, ...] = setting(
         ("int8-tensor", "int8-token", "fp8-tensor", "fp8-token"),
-        "Simulated weights and activations, comma-separated: int8, int6, int4 or fp8, and -tensor (a scale an "
+        "Simulated weights and activations, comma-separated: int8, int6, int4 or fp8, and -tensor (one scale per "
         "activation, from calibration) or -token; none leaves them out.",
-        note="Weights are rounded to the same format, with a scale an output.",
+        note="Weights are rounded to the same format, with one scale per output.",
         metavar="NAMES",
         words={"none": ()},
     )
@@ -93,7 +93,7 @@ class QuantizeSettings:
     sequence_length: int | None = setting(
         None, "Tokens of a sequence, BOS included.", shown="the fewest positions of a model, at most 2048"
     )
-    batch_size: int = setting(8, "Sequences a forward pass.")
+    batch_size: int = setting(8, "Sequences per forward pass.")
     seed: int = setting(0, "Seed of few-shot examples and standard errors.")
     attn_implementation: str | None = setting(None, ATTENTION, metavar="NAME", shown="the model's own")
     device: str = setting("auto", DEVICES)
@@ -107,7 +107,7 @@ class QuantizeSettings:
         return (self.model, *self.against)
 
     def bits_of(self, method: str) -> list[int]:
-        """With which a method is run, ascending."""
+        """The bits with which a method is run, ascending."""
         return sorted(set(METHODS[method].bits) & set((2, 3, 4, 8) if self.bits is None else self.bits))
 
     def check(self) -> None:

@@ -187,7 +187,7 @@ def _levels(weight: Tensor, group: int | None) -> int:
 
 @contextmanager
 def quiet_libraries() -> Iterator[None]:
-    """Only errors of the libraries' own logs: some warn at every product of every forward pass."""
+    """Let the libraries log errors only: some warn at every product of every forward pass."""
     names = [*loggers(), "torchao", "torch.utils._pytree"]
     found = [logging.getLogger(name) for name in names]
     levels = [logger.level for logger in found]

@@ -119,7 +119,7 @@ class _OneByOne(GenerateManager):
 
 
 class State(GenerationState):
-    """The generation of a server: batched from the start, so that a model that cannot be is told before anybody asks."""
+    """The generation of a server: batched from the start, so that a model that cannot be is an error before any request."""
 
     def __init__(self, subject: Subject, cb_config: ContinuousBatchingConfig | None) -> None:
         super().__init__(continuous_batching=cb_config is not None, cb_config=cb_config)
@@ -167,7 +167,7 @@ class State(GenerationState):
 
 
 class _Checked:
-    """In front of a handler of transformers: requests that would be ignored in part, or fail, are refused."""
+    """A handler of transformers behind a check: requests that would be ignored in part, or fail, are refused."""
 
     _unused_fields: Any
     model_manager: Any

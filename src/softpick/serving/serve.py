@@ -71,11 +71,11 @@ def make_app(subject: Subject, config: Any = None) -> tuple[Any, Any]:
 
 
 def serve(settings: ServeSettings, reporter: Reporter, ready: Callable[[Any], None] | None = None) -> None:
-    """Load a model and serve it until the process is told to stop.
+    """Load a model and serve it until the process gets a signal to stop.
 
     Args:
         settings: what is served, and where.
-        reporter: told the address when requests are taken.
+        reporter: shows the address when requests are taken.
         ready: called with uvicorn's server before it runs; setting its ``should_exit`` ends it.
 
     Raises:
@@ -115,7 +115,7 @@ def serve(settings: ServeSettings, reporter: Reporter, ready: Callable[[Any], No
 
 
 def _listen(host: str, port: int) -> socket.socket:
-    """A socket that listens, before the model is loaded: an address that is taken is told at once."""
+    """A socket that listens, before the model is loaded: an address that is in use is an error at once."""
     try:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
         listening = socket.socket(family, socket.SOCK_STREAM)

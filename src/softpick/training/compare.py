@@ -362,7 +362,7 @@ def _train_one(
 
 @contextmanager
 def _threads(settings: Settings) -> Iterator[None]:
-    """As many threads as the tensors are worth.
+    """Set the number of threads that pays for tensors of this size.
 
     At the default sizes a second thread gains a quarter on an idle machine; on a busy one its waiting at every barrier
     made training ten times slower.

@@ -322,7 +322,7 @@ class Speed:
         self.pause += time.perf_counter() - start
 
     def read(self, step: int) -> dict[str, float]:
-        """Since the last call. The first tells nothing: it has the compilation in it."""
+        """The figures since the last call. The first call gives nothing: its time includes the compilation."""
         now = time.perf_counter()
         seconds, steps = now - self.start - self.pause, step - self.steps
         first = self.steps == 0
@@ -345,7 +345,7 @@ class Guard:
         self.limit, self.skipped, self.row, self.largest = limit, 0, 0, 0.0
 
     def suspects(self, model: torch.nn.Module) -> list[str]:
-        """Before clipping, which spreads a NaN: some parameters without a finite gradient, if this step may be the last."""
+        """Some parameters without a finite gradient, if this step may be the last; before clipping, which spreads a NaN."""
         if self.row + 1 < self.limit:
             return []
         named = model.named_parameters()
@@ -414,7 +414,7 @@ class _Trainer(Trainer):
             return super().evaluate(*args, **kwargs)
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
-        """Nothing after the last step: from a checkpoint of that step the Trainer would go one step beyond it."""
+        """Do nothing after the last step: from a checkpoint of that step the Trainer would go one step beyond it."""
         if self.state.global_step >= self.state.max_steps:
             self.control.should_training_stop = True
             return

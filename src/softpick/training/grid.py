@@ -52,7 +52,7 @@ class Run:
 
     @property
     def name(self) -> str:
-        """Of its folder and in messages."""
+        """The run's name: of its folder, and in messages."""
         return f"{self.variant}-s{self.recipe.seed}"
 
 

@@ -129,7 +129,7 @@ def share_tokens(source: Path, target: Path) -> None:
 
 
 def data_digest(recipe: Recipe, output: Path) -> str:
-    """Of all that a run's tokens depend on: the same for runs that may share them."""
+    """A digest of everything that a run's tokens depend on: the same for runs that may share them."""
     parts = [
         recipe.data,
         recipe.data_config,
@@ -200,7 +200,7 @@ def _sources(recipe: Recipe, output: Path) -> list[Any] | None:
 def _tokens(
     recipe: Recipe, folder: Path, description: str | None, reporter: Reporter, *, trust_remote_code: bool
 ) -> Data:
-    """From the token files in a folder, or tokenised into it where it has none."""
+    """The sequences of the token files in a folder, which are made where it has none."""
     files = {name: folder / f"{name}.tokens" for name in ("train", "validation")}
     packed = describe(recipe.data)
     if packed is not None and recipe.data is not None:

@@ -175,7 +175,7 @@ class Recipe:
         return self.steps * self.batch_size * self.sequence_length
 
     def override(self, assignments: Sequence[str]) -> Recipe:
-        """With ``field=value`` strings applied.
+        """The recipe with ``field=value`` strings applied.
 
         Raises:
             RecipeError: for an unknown field or a value of another type.

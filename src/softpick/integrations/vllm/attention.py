@@ -290,7 +290,7 @@ class _Backend(AttentionBackend):
 
 
 class CPUBackend(_Backend):
-    """In the place of vLLM's CPU backend, which its platform asks for whatever was chosen."""
+    """Takes the place of vLLM's CPU backend, which vLLM's CPU platform asks for whatever was chosen."""
 
     @staticmethod
     def get_name() -> str:

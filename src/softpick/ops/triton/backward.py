@@ -77,7 +77,8 @@ def _score_gradient(
     elif BASE == LINEAR:
         return e * tl.where(s > 0, above, dp + (delta + low) if TWO else dp + delta)
     else:
-        return e * kept_scores(above, s, RECTIFY)
+        # the product first: below a sink that is all there is, e of what is not kept may be infinite
+        return kept_scores(e * above, s, RECTIFY)
 
 
 @triton.jit
@@ -230,7 +231,7 @@ def _sweep_queries(
     DROPOUT: tl.constexpr, EDGE: tl.constexpr, EXACT: tl.constexpr, RELU_ASM: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Query tiles from ``lo`` to ``hi``; tiles are transposed, keys by queries."""
+    """Add the query tiles from ``lo`` to ``hi``; tiles are transposed, keys by queries."""
     d, dv, m = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV), tl.arange(0, BLOCK_M)
     query += tl.cast(lo, tl.int64) * q_t
     grad_out += tl.cast(lo, tl.int64) * g_t

@@ -289,7 +289,7 @@ def sequence_at(
 
 @triton.jit
 def share_of(tiles, programs, fewest):
-    """How many key tiles of all a program takes."""
+    """How many of all key tiles a program takes."""
     return tl.maximum(fewest, (tiles + programs - 1) // programs)
 
 
@@ -297,7 +297,7 @@ def share_of(tiles, programs, fewest):
 def _add_parts(
     high, one, o, p, first, parts, r, dv, part_out, part_total, part_m, BLOCK_M: tl.constexpr, BLOCK_DV: tl.constexpr
 ):
-    """Parts ``p`` of row ``r`` into the sum ``one`` and the numerator ``o``, all relative to the largest anchor ``high``."""
+    """Add partial results ``p`` of row ``r`` to the sum ``one`` and the numerator ``o``, relative to the highest anchor."""
     part = (first + p) * BLOCK_M + r
     m = tl.load(part_m + part, mask=p < parts, other=-INF)
     total = tl.load(part_total + part, mask=p < parts, other=0.0)
@@ -328,7 +328,7 @@ def decode_merge(
     COLUMNS: tl.constexpr, PARTS: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, BOTTOM_RIGHT: tl.constexpr,
     LENGTHS: tl.constexpr, SHARED: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    """Partial results relative to their ``m`` into one, in the order of the keys.
+    """Merge partial results, each relative to its ``m``, in the order of the keys.
 
     Every sequence and key head has ``splits`` of them, PARTS or fewer; with SHARED, ``splits`` programs shared all key tiles
     (``hopper/decode.py``), and what they left is added PARTS at a time. Grid: (queries times blocks of COLUMNS, heads, B).

@@ -43,7 +43,6 @@ if not triton.knobs.runtime.interpret:  # Gluon has no interpreter
 
 PORTABLE_TAKES = "the Triton kernels for every GPU take its place: up to twice the time of those for Hopper GPUs"
 LEFT_OUT = "left out by softpick.use_backend or SOFTPICK_BACKEND"
-LONGEST_ROW = 16384  # elements of a row that one program holds in registers
 
 
 class Choice(NamedTuple):
@@ -56,7 +55,7 @@ class Choice(NamedTuple):
 
     @property
     def hopper(self) -> bool:
-        """Whether it is a kernel for Hopper GPUs."""
+        """Whether the kernel is one for Hopper GPUs."""
         return self.reason is None
 
 
@@ -71,9 +70,9 @@ def forward_kernel(
     out: Tensor | None,
     longest: tuple[int, int],
 ) -> Choice:
-    """For the forward pass of ``(B, H, T, D)`` tensors; ``longest``: queries and keys of the longest sequence.
+    """Choose the kernel of the forward pass of ``(B, H, T, D)`` tensors; ``longest``: queries and keys of the longest sequence.
 
-    ``out`` is what is written; None: something that the tensor memory accelerator takes.
+    ``out`` is the tensor that is written; None: one that the tensor memory accelerator takes.
     """
     reason = None
     if packed:
@@ -100,7 +99,7 @@ def backward_kernel(
     mask_grad: bool,
     grad_out: Tensor | None,
 ) -> Choice:
-    """For the backward pass; ``grad_out`` None: something that the tensor memory accelerator takes."""
+    """Choose the kernels of the backward pass; ``grad_out`` None: a gradient that the tensor memory accelerator takes."""
     reason = "the gradient of a mask is asked for" if mask_grad else "packed sequences" if packed else None
     reason = reason or hopper_refuses(spec, query, key, value, mask, *(() if grad_out is None else (grad_out,)))
     return Choice("hopper/backward.py" if reason is None else "backward.py", reason)
@@ -109,14 +108,14 @@ def backward_kernel(
 def decode_kernel(
     spec: AttentionSpec, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, page: int, keys: int
 ) -> Choice:
-    """For few queries against a cache in pages of ``page`` positions (0: none); ``keys``: of all sequences and key heads."""
+    """Choose the kernel for few queries against a cache; ``page``: positions of a page, or 0; ``keys``: of all heads."""
     reason = hopper_refuses_decode(spec, query, key, value, mask, page, keys)
     return Choice("hopper/decode.py" if reason is None else "decode.py", reason)
 
 
 def rows_kernel(kind: str, x: Tensor, more: tuple[Tensor, ...], without: frozenset[str]) -> Choice:
-    """For softpick over the rows of ``x`` ``(rows, n)``; ``kind``: ``forward`` or ``backward``."""
-    if x.shape[1] <= LONGEST_ROW:
+    """Choose the kernel of softpick over the rows of ``x`` ``(rows, n)``; ``kind``: ``forward`` or ``backward``."""
+    if tuning.rows(kind, x.shape[1], x.element_size()) is not None:
         return Choice("rows.py", "rows are short enough for a program to hold")
     reason = None
     launch = tuning.HOPPER_ROWS.get((kind, x.element_size()))
@@ -201,7 +200,7 @@ _NOT_FETCHABLE = (
 
 
 def optimistic(dtype: torch.dtype, spec: AttentionSpec) -> bool:
-    """Whether to try without a running maximum: not in fp16, whose range is small, nor in fp32, which is for precision."""
+    """Whether a kernel first tries without a running maximum: not in fp16 (small range), nor in fp32 (``eps`` would show)."""
     return dtype == torch.bfloat16 and spec.norm.base != "linear" and spec.eps <= tuning.LARGEST_OPTIMISTIC_EPS
 
 

@@ -56,7 +56,7 @@ def _sweep(
     EDGE: tl.constexpr, SHIFT: tl.constexpr, EXACT: tl.constexpr, RELU_ASM: tl.constexpr,
     PRECISION: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
-    """Take the key tiles from ``lo`` to ``hi`` into the accumulators."""
+    """Add the key tiles from ``lo`` to ``hi`` to the accumulators."""
     d, dv, n = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV), tl.arange(0, BLOCK_N)
     key += tl.cast(lo, tl.int64) * k_t
     value += tl.cast(lo, tl.int64) * v_t
@@ -125,7 +125,7 @@ def _phases(
     SHIFT: tl.constexpr, EXACT: tl.constexpr, RELU_ASM: tl.constexpr, PRECISION: tl.constexpr,
     SPLIT: tl.constexpr,
 ):  # fmt: skip
-    """The edge before (window), the full tiles, the edge behind (diagonal, end)."""
+    """Add all key tiles: the edge before (window), the full tiles, the edge behind (diagonal, end)."""
     if LEFT:
         acc, total, kept, m, top = _sweep(
             acc, total, kept, m, top, q, key, value, mask, i2, lo, full_lo, tq, tk, width, v_width, offset, left, right,
@@ -223,7 +223,7 @@ def _few_tile(
     LEFT: tl.constexpr, RIGHT: tl.constexpr, SOFTCAP: tl.constexpr, DROPOUT: tl.constexpr, STATS: tl.constexpr,
     RELU_ASM: tl.constexpr, PRECISION: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    """Those of FEW_ROWS queries from ``i0`` on that see few keys, with care; pointers to the head."""
+    """Write those of FEW_ROWS rows from ``i0`` on that see 1 to FEW keys, with care; pointers are to the head."""
     i = tl.arange(0, FEW_ROWS)
     i2 = (i0 + i)[:, None]
     lo, _, _, hi = keys_of_queries(

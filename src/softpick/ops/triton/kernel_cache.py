@@ -57,7 +57,7 @@ def run(kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> Non
 
 
 def _first(kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], constants: dict[str, Any]) -> Any:
-    """A launch that may have to compile first."""
+    """Launch a kernel that may have to be compiled first, and remember it."""
     try:
         return kernel[grid](*args, **constants)
     except (KernelError, torch.OutOfMemoryError):
@@ -78,13 +78,13 @@ def _name(kernel: Any) -> str:
 
 
 def _variant(kernel: Any, args: tuple[Any, ...], constants: dict[str, Any]) -> tuple[Any, ...]:
-    """What decides how a kernel is built, as far as its failing is concerned."""
+    """A key of the kernel variant: builds that agree in it fail or succeed alike."""
     dtypes = tuple(x.dtype for x in args if isinstance(x, Tensor))
     return _name(kernel), dtypes, *((name, str(value)) for name, value in constants.items())
 
 
 def _meaning(x: Any) -> Any:
-    """What an argument means for the compiled kernel, or something that says more."""
+    """What of an argument decides which compiled kernel takes it (or more than that)."""
     kind = type(x)
     if kind is int:
         return x

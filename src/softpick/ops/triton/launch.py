@@ -113,7 +113,7 @@ def _forward_for_hopper(
     out: Tensor,
     lse: Tensor,
 ) -> Tensor:
-    """A kernel of ``hopper/``; returns which tiles have to be taken again, an int32 each."""
+    """Launch a forward kernel of ``hopper/``; returns which tiles have to be computed again, an int32 each."""
     (b, heads, tq, _), groups, tk = query.shape, query.shape[1] // key.shape[1], key.shape[2]
     tiles = cdiv(tq, tuning.HOPPER_QUERIES)
     together = pairs_together(heads * b, groups, row_bytes(key, value) * tk, tiles)
@@ -211,7 +211,7 @@ def _row_statistics(
     grad_out: Tensor,
     statistics: Tensor,
 ) -> None:
-    """Into ``statistics`` ``(B, H, Tq or more, 4)``."""
+    """Launch ``row_statistics``, which writes ``statistics`` ``(B, H, Tq or more, 4)``."""
     (rows, heads, total_q, _), padded = query.shape, statistics.shape[2]
     few = 0
     if not spec.part:
@@ -258,7 +258,7 @@ def _backward_kernels(
     dvalue: Tensor,
     dmask: Tensor | None,
 ) -> None:
-    """The kernels of ``backward.py``."""
+    """Launch the kernels of ``backward.py``."""
     heads, total_q, kv_heads = query.shape[1], query.shape[2], key.shape[1]
     b = sequence_sizes(query, cu_q, longest)[0]
     widest = max(common["BLOCK_D"], common["BLOCK_DV"])
@@ -307,7 +307,7 @@ def _backward_for_hopper(
     dkey: Tensor,
     dvalue: Tensor,
 ) -> bool:
-    """The kernels of ``hopper/backward.py``; true when they are launched."""
+    """Launch the kernels of ``hopper/backward.py``; true when they are launched."""
     (b, heads, tq, width), kv_heads, tk = query.shape, key.shape[1], key.shape[2]
     groups, padded = heads // kv_heads, common["BLOCK_D"]
     shared = {**switches(spec.norm), **{name: common[name] for name in ("BLOCK_D", "RIGHT", "BOTTOM_RIGHT")}}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -47,6 +49,48 @@ def decode(
         _decode(False, spec, page, tk, *tensors)
 
 
+class _Plan(NamedTuple):
+    """How programs divide the keys of a call."""
+
+    rows: int
+    """Of a tile of queries."""
+    block_n: int
+    """Keys of a tile."""
+    splits: int
+    """Programs of a sequence and key head; of all where they share."""
+    chunk: int = 0
+    """Keys of a program of ``decode.py``."""
+    fewest: int = 1
+    """Key tiles of a program that shares, at least."""
+    shared: bool = False
+    """Whether all programs share the keys of all sequences and heads."""
+    whole: bool = False
+    """Whether no sequence and head is divided, so that there is nothing to merge."""
+
+
+def _plan(kind: str, tile: tuning.Blocks, query: Tensor, kv_heads: int, tk: int) -> _Plan:
+    """The plan for ``decode.py``."""
+    b, heads, tq, _ = query.shape
+    resident = _resident(tuning.PROGRAMS[kind], query.device)
+    splits, chunk = _splits(resident, tuning.FEWEST_KEYS[kind], b * kv_heads, tk, tile.n)
+    return _Plan(padded(heads // kv_heads * tq), tile.n, splits, chunk)
+
+
+def _plan_for_hopper(schedule: tuning.Rings, query: Tensor, kv_heads: int, tk: int, lengths: Tensor | None) -> _Plan:
+    """The plan for ``hopper/decode.py``."""
+    b, heads, tq, _ = query.shape
+    pairs, rows = b * kv_heads, max(8, power_of_2(heads // kv_heads * tq))
+    resident = _resident(schedule.programs, query.device)
+    uneven = lengths is not None and b > 1
+    if pairs <= resident and not (uneven and pairs * tk >= tuning.FEWEST_SHARED):
+        splits, _ = _splits(resident, tuning.FEWEST_TILES * schedule.n, pairs, tk, schedule.n)
+        return _Plan(rows, schedule.n, splits, whole=splits == 1)
+    splits = pairs // cdiv(pairs, resident)
+    if lengths is None and pairs % splits == 0 and splits >= tuning.EVEN_SHARE * resident:
+        return _Plan(rows, schedule.n, splits, shared=True, whole=True)
+    return _Plan(rows, schedule.n, resident, fewest=tuning.FEWEST_TILES, shared=True)
+
+
 def _decode(
     for_hopper: bool,
     spec: AttentionSpec,
@@ -70,53 +114,32 @@ def _decode(
     widest = max(common["BLOCK_D"], common["BLOCK_DV"])
     pays = for_hopper or b * kv_heads * tk >= tuning.SKIP_FROM
     skip = spec.norm.sparse and (pays if spec.skip is None else spec.skip)
-    kind = "decode_skip" if skip else "decode"
-    pairs, fewest, shared, whole = b * kv_heads, 1, False, False
-    if for_hopper:
-        rows = max(8, power_of_2(groups * tq))
-        schedule = tuning.HOPPER_DECODE[widest]
-        block_n, resident = schedule.n, _resident(schedule.programs, query.device)
-        uneven = lengths is not None and b > 1
-        shared = pairs > resident or (uneven and pairs * tk >= tuning.FEWEST_SHARED)
-        if shared:
-            splits = pairs // cdiv(pairs, resident)
-            whole = lengths is None and pairs % splits == 0 and splits >= tuning.EVEN_SHARE * resident
-            if not whole:
-                splits, fewest = resident, tuning.FEWEST_TILES
-        else:
-            splits, _ = _splits(resident, tuning.FEWEST_TILES * block_n, pairs, tk, block_n)
-            whole = splits == 1
-    else:
-        rows = padded(groups * tq)
-        tile = tuning.blocks(kind, widest, query.dtype, query.device)
-        block_n, resident = tile.n, _resident(tuning.PROGRAMS[kind], query.device)
-        splits, chunk = _splits(resident, tuning.FEWEST_KEYS[kind], pairs, tk, block_n)
     early = dependent_launch(query)
-    shape = (0 if whole else pairs + splits if shared else pairs * splits, rows)
+    if for_hopper:
+        schedule = tuning.HOPPER_DECODE[widest]
+        plan = _plan_for_hopper(schedule, query, kv_heads, tk, lengths)
+    else:
+        kind = "decode_skip" if skip else "decode"
+        tile = tuning.blocks(kind, widest, query.dtype, query.device)
+        plan = _plan(kind, tile, query, kv_heads, tk)
+    pairs, splits = b * kv_heads, plan.splits
+    shape = (0 if plan.whole else pairs + splits if plan.shared else pairs * splits, plan.rows)
     part_out = torch.empty(*shape, common["BLOCK_DV"], dtype=torch.float32, device=query.device)
     part_total, part_m = (torch.empty(shape, dtype=torch.float32, device=query.device) for _ in range(2))
     if for_hopper:
         run(
-            dispatch.hopper.decode_keys, (splits,) if shared else (splits, kv_heads, b),
+            dispatch.hopper.decode_keys, (splits,) if plan.shared else (splits, kv_heads, b),
             query, dispatch.hopper.tiles(key, [1, 1, schedule.n, common["BLOCK_D"]]),
             dispatch.hopper.tiles(value, [1, 1, schedule.n, common["BLOCK_DV"]]), part_out, part_total, part_m, out, lse, sink,
             lengths, table, *query.stride(), *out.stride(), *lse.stride(), 0 if table is None else table.stride(0),
             b, kv_heads, groups, tq, tk, query.shape[-1], value.shape[-1],
-            spec.left, spec.right, score_unit(spec), spec.softcap, spec.eps, fewest, key.shape[0],
+            spec.left, spec.right, score_unit(spec), spec.softcap, spec.eps, plan.fewest, key.shape[0],
             **switches(spec.norm),
             **{name: common[name] for name in ("BLOCK_D", "BLOCK_DV", "LEFT", "RIGHT", "BOTTOM_RIGHT", "SOFTCAP")},
-            BLOCK_M=rows,
-            BLOCK_N=block_n,
-            STAGES=schedule.stages,
-            VALUES=schedule.values,
-            PAGE=page,
-            LENGTHS=lengths is not None,
-            SKIP=skip,
-            SHARED=shared,
-            WHOLE=whole,
-            num_warps=schedule.warps,
+            BLOCK_M=plan.rows, BLOCK_N=plan.block_n, STAGES=schedule.stages, VALUES=schedule.values, PAGE=page,
+            LENGTHS=lengths is not None, SKIP=skip, SHARED=plan.shared, WHOLE=plan.whole, num_warps=schedule.warps,
         )  # fmt: skip
-        if whole:
+        if plan.whole:
             return True
     else:
         pointer, mask_strides = mask_arguments(mask)
@@ -125,39 +148,32 @@ def _decode(
             query, key, value, part_out, part_total, part_m, pointer, lengths, table,
             *query.stride(), *key.stride(), *value.stride(), *mask_strides, 0 if table is None else table.stride(0),
             kv_heads, groups, tq, tk, query.shape[-1], value.shape[-1],
-            spec.left, spec.right, score_unit(spec), spec.softcap, chunk, key.shape[0],
+            spec.left, spec.right, score_unit(spec), spec.softcap, plan.chunk, key.shape[0],
             **common,
-            BLOCK_M=rows,
-            BLOCK_N=block_n,
-            PAGE=page,
-            LENGTHS=lengths is not None,
-            SKIP=skip,
-            RELU_ASM=relu_asm(query),
-            EARLY=early,
-            num_warps=tile.warps,
-            num_stages=tile.stages,
+            BLOCK_M=plan.rows, BLOCK_N=plan.block_n, PAGE=page, LENGTHS=lengths is not None, SKIP=skip,
+            RELU_ASM=relu_asm(query), EARLY=early, num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
     # several programs a row where it has many partial results; where it has one or two, programs would only start late
-    columns = min(128 if shared else 32, common["BLOCK_DV"])
+    columns = min(128 if plan.shared else 32, common["BLOCK_DV"])
     run(
         decode_merge, (tq * cdiv(value.shape[-1], columns), heads, b),
         part_out, part_total, part_m, sink, lengths, out, lse, *out.stride(), *lse.stride(),
-        b, kv_heads, groups, tq, tk, value.shape[-1], spec.left, spec.right, splits, fewest, spec.eps,
+        b, kv_heads, groups, tq, tk, value.shape[-1], spec.left, spec.right, splits, plan.fewest, spec.eps,
         **{name: common[name] for name in ("BASE", "CONSTANT", "BLOCK_DV", "LEFT", "RIGHT", "BOTTOM_RIGHT")},
-        BLOCK_M=rows, BLOCK_N=block_n, COLUMNS=columns, PARTS=tuning.FEW_PARTS if shared else power_of_2(splits),
-        LENGTHS=lengths is not None, SHARED=shared, EARLY=early, num_warps=4,
+        BLOCK_M=plan.rows, BLOCK_N=plan.block_n, COLUMNS=columns, PARTS=tuning.FEW_PARTS if plan.shared else power_of_2(splits),
+        LENGTHS=lengths is not None, SHARED=plan.shared, EARLY=early, num_warps=4,
         **({"launch_pdl": True} if early else {}),
     )  # fmt: skip
     return True
 
 
 def _resident(programs: int, device: torch.device) -> int:
-    """How many programs run at a time if a multiprocessor has so many."""
+    """How many programs run at a time if each multiprocessor runs so many."""
     return programs * (tuning.multiprocessors(device.index or 0) if device.type == "cuda" else 2)
 
 
 def _splits(resident: int, fewest: int, pairs: int, tk: int, block_n: int) -> tuple[int, int]:
-    """(programs a sequence and key head, keys of each): no more than run at a time (``resident``), none with too few keys."""
+    """How many programs share a sequence and key head, and the keys of each: no more than run at a time, none too small."""
     tiles = max(1, cdiv(tk, block_n))
     wanted = max(1, min(tuning.MOST_PARTS, resident // pairs, cdiv(tk, fewest)))
     chunk = cdiv(tiles, wanted) * block_n

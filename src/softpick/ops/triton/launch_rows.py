@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from softpick.ops.triton import dispatch, tuning
-from softpick.ops.triton.dispatch import LONGEST_ROW, capability
+from softpick.ops.triton.dispatch import capability
 from softpick.ops.triton.kernel_cache import run
 from softpick.ops.triton.launching import tried
 from softpick.ops.triton.rows import (
@@ -23,7 +23,7 @@ __all__ = ["softpick_backward", "softpick_forward"]
 
 
 def _registers(warps: int) -> int:
-    """How many a thread may have if so many warps are to run on a multiprocessor."""
+    """How many registers a thread may have if so many warps are to run on a multiprocessor."""
     return min(255, 65536 // (32 * warps) // 8 * 8)
 
 
@@ -38,11 +38,10 @@ def _row_options(x: Tensor, launch: tuning.Rows) -> dict[str, Any]:
     return spec
 
 
-def _short(kind: str, x: Tensor) -> tuple[tuple[int], dict[str, Any]]:
+def _short(launch: tuning.Rows, x: Tensor) -> tuple[tuple[int], dict[str, Any]]:
     """Grid and compile-time arguments where a program holds whole rows of ``(rows, n)``."""
     rows, n = x.shape
     block = power_of_2(n)
-    launch = tuning.rows(kind, block, x.element_size())
     together = max(1, launch.elements // block)
     return (cdiv(rows, together),), {"ROWS": together, "N": block, **_row_options(x, launch)}
 
@@ -103,8 +102,9 @@ def softpick_forward(x: Tensor, eps: float, y: Tensor, lse: Tensor, without: fro
     rows, n = x.shape
     if rows == 0 or n == 0:
         return
-    if n <= LONGEST_ROW:
-        grid, shape = _short("forward", x)
+    short = tuning.rows("forward", n, x.element_size())
+    if short is not None:
+        grid, shape = _short(short, x)
         run(rows_forward, grid, x, y, lse, rows, n, x.stride(0), eps, **shape)
         return
     if dispatch.rows_kernel("forward", x, (), without).hopper and tried(_forward_ring, x, eps, y, lse):
@@ -117,8 +117,9 @@ def softpick_backward(x: Tensor, lse: Tensor, grad: Tensor, dx: Tensor, without:
     rows, n = x.shape
     if rows == 0 or n == 0:
         return
-    if n <= LONGEST_ROW:
-        grid, shape = _short("backward", x)
+    short = tuning.rows("backward", n, x.element_size())
+    if short is not None:
+        grid, shape = _short(short, x)
         run(rows_backward, grid, x, lse, grad, dx, rows, n, x.stride(0), grad.stride(0), **shape)
         return
     if dispatch.rows_kernel("backward", x, (grad,), without).hopper and tried(_backward_ring, x, lse, grad, dx):

@@ -84,7 +84,7 @@ def mask_arguments(mask: Tensor | None) -> tuple[Tensor | None, tuple[int, int, 
 
 
 def sequence_sizes(query: Tensor, cu_q: Tensor | None, longest: int) -> tuple[int, int]:
-    """(sequences in the batch, queries of the longest)."""
+    """How many sequences the batch has, and how many queries the longest of them."""
     return (query.shape[0], query.shape[2]) if cu_q is None else (cu_q.numel() - 1, longest)
 
 
@@ -102,7 +102,7 @@ def pairs_together(pairs: int, sharing: int, read: int, tiles: int) -> int:
 
 
 def few_programs(spec: AttentionSpec, query: Tensor, tq: int, tk: int, mask: Tensor | None, packed: bool) -> int:
-    """How many programs of a head take the rows that see few keys (``rows_with_few``); 0 if there are none."""
+    """How many programs of a head take the rows that see at most ``device.FEW`` keys; 0 if there are none."""
     if mask is not None and mask.shape[2] == 1 and spec.left < 0:
         return tuning.MASK_PROGRAMS
     offset = tk - tq if spec.bottom_right else 0
@@ -117,7 +117,7 @@ def few_programs(spec: AttentionSpec, query: Tensor, tq: int, tk: int, mask: Ten
 
 
 def tried(kernels: Callable[..., Any], *args: Any) -> Any:
-    """What ``kernels`` of ``hopper/`` return for these arguments; None, with a warning, where they cannot be built."""
+    """Call ``kernels`` of ``hopper/`` with these arguments; None, with a warning, where they cannot be built."""
     try:
         return kernels(*args)
     except KernelError as failure:

@@ -96,7 +96,7 @@ def _few_tile(
     BLOCK_DV: tl.constexpr, PAD_D: tl.constexpr, PAD_DV: tl.constexpr, MASK: tl.constexpr, MASK_ROWS: tl.constexpr,
     LEFT: tl.constexpr, RIGHT: tl.constexpr, SOFTCAP: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """``delta`` of those of FEW_ROWS queries from ``i0`` on that see few keys; pointers to the head."""
+    """Write ``delta`` of those of FEW_ROWS rows from ``i0`` on that see 1 to FEW keys; pointers are to the head."""
     i = tl.arange(0, FEW_ROWS)
     i2 = (i0 + i)[:, None]
     lo, _, _, hi = keys_of_queries(

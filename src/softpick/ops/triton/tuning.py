@@ -1,7 +1,7 @@
 """Block sizes as data. Nothing is searched for at run time: a first call compiles one variant.
 
-A row holds for a kind of kernel and the larger of the two (padded) head dims; ``docs/kernels.md`` has the times that
-chose it. GPUs without rows of their own take the portable ones, which fit into 96 KiB of shared memory.
+A row of a table is for a kind of kernel and the larger of the two (padded) head dimensions; ``docs/kernels.md`` has the times
+that chose it. GPUs without rows of their own take the portable ones, which fit into 96 KiB of shared memory.
 """
 
 from __future__ import annotations
@@ -147,7 +147,7 @@ HOPPER_ROWS = {
     ("backward", 4): Parts(4096, 2048, 4, 3, 2),
 }
 MOST_WORDS = 128
-"""Of a row, in ``hopper/rows.py``: every warp looks at all of them. With 256, 1.9 TB/s instead of 4.2 (fp32 backward)."""
+"""Words of sums of a row in ``hopper/rows.py``, at most: every warp reads all. With 256: 1.9 TB/s, not 4.2 (fp32 backward)."""
 
 # 16-bit inputs: (kernel, head dim up to) -> blocks
 _HOPPER = {
@@ -208,33 +208,33 @@ PROGRAMS = {"decode": 2, "decode_skip": 4}
 FEWEST_KEYS = {"decode": 128, "decode_skip": 256}
 
 FEWEST_SCORES = 2**22
-"""Fewer take hardly longer on the GPU than describing the tensors to it takes, which the kernels of ``hopper/`` need."""
+"""Scores from which the kernels of ``hopper/`` pay: describing the tensors to the GPU takes as long as fewer scores."""
 FEWEST_FORWARD = 2**30
-"""Of scores, for the forward pass, which is launched twice: a third of a millisecond of Python."""
+"""Scores from which the forward pass of ``hopper/`` pays: it is launched twice, a third of a millisecond of Python."""
 FEWEST_CACHED = 2**16
 """Keys of all sequences and heads from which ``hopper/decode.py`` pays, for the same reason."""
 LARGEST_OPTIMISTIC_EPS = 1e-5
 """``eps`` is relative to e^m; without ``m`` it is off by a factor of at most ``1 + eps``."""
 HOPPER_QUERIES = 128
-"""Of a tile in ``hopper/forward.py`` and ``hopper/forward_narrow.py``."""
+"""Queries of a tile in ``hopper/forward.py`` and ``hopper/forward_narrow.py``."""
 L2_SHARE = 2**24
 """Bytes of keys and values (or queries and gradients) in use at a time."""
 FEWEST_TOGETHER = 256
-"""Tiles: with fewer the longest ones of some pair of head and sequence are left for the end."""
+"""Tiles that run at a time, at least: with fewer the longest ones of some pair of head and sequence come last."""
 MASK_PROGRAMS = 4
-"""Of a head, that look for rows which see few keys because of a mask over keys."""
+"""Programs of a head that look for rows which see few keys because of a mask over keys."""
 
 # hopper/decode.py
 FEWEST_TILES = 4
-"""Of a program, however many there is room for: each leaves a partial result for the merge."""
+"""Key tiles of a program, at least, however many programs have room: each leaves a partial result for the merge."""
 FEWEST_SHARED = 2**20
 """Keys from which it pays to share those of sequences of different lengths evenly."""
 EVEN_SHARE = 0.95
 """If whole pairs of sequence and key head fill at least this share of the resident programs, none is split: no merge."""
 MOST_PARTS = 256
-"""Partial results of a sequence and key head: the merge holds them at once."""
+"""Partial results of a sequence and key head, at most: the merge holds them at once."""
 FEW_PARTS = 4
-"""That the merge takes at a time where programs share all sequences and heads, and most pairs have one or two."""
+"""Partial results that the merge reads at a time where programs share all sequences and heads: most pairs have one or two."""
 
 
 @functools.cache
@@ -269,8 +269,7 @@ def blocks(kind: str, head_dim: int, dtype: torch.dtype, device: torch.device) -
     return row(table, kind, head_dim)
 
 
-def rows(kind: str, length: int, itemsize: int) -> Rows:
-    """The launch of a kernel over rows (``forward``, ``backward``) of a padded length of at most 16384."""
-    return next(
-        launch for (k, size, longest), launch in ROWS.items() if (k, size) == (kind, itemsize) and length <= longest
-    )
+def rows(kind: str, length: int, itemsize: int) -> Rows | None:
+    """The launch of a kernel over rows (``forward``, ``backward``); None for rows that are too long for one program to hold."""
+    fitting = (at for (k, size, longest), at in ROWS.items() if (k, size) == (kind, itemsize) and length <= longest)
+    return next(fitting, None)

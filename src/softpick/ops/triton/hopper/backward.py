@@ -88,7 +88,7 @@ def _tile_of_keys(
     BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_D: gl.constexpr, STAGES: gl.constexpr,
     EDGE: gl.constexpr, s_layout: gl.constexpr, o_layout: gl.constexpr,
 ):  # fmt: skip
-    """One query tile into ``dk`` and ``dv``; tiles are transposed, keys by queries."""
+    """Add one query tile to ``dk`` and ``dv``; tiles are transposed, keys by queries."""
     stage = it % STAGES
     mbarrier.wait(ready.index(stage), (it // STAGES) & 1)
     statistics = rows.index(stage).reshape([4, BLOCK_M])
@@ -196,7 +196,7 @@ def _tile_of_queries(
     BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_D: gl.constexpr, STAGES: gl.constexpr,
     RIGHT: gl.constexpr, EDGE: gl.constexpr, s_layout: gl.constexpr, o_layout: gl.constexpr,
 ):  # fmt: skip
-    """One key tile into ``dq``."""
+    """Add one key tile to ``dq``."""
     stage = it % STAGES
     mbarrier.wait(ready.index(stage), (it // STAGES) & 1)
     k, v = keys.index(stage).reshape([BLOCK_N, BLOCK_D]), values.index(stage).reshape([BLOCK_N, BLOCK_D])

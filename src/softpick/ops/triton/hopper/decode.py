@@ -210,7 +210,7 @@ def _take(
     LEFT: gl.constexpr, RIGHT: gl.constexpr, SOFTCAP: gl.constexpr, PAGE: gl.constexpr, LENGTHS: gl.constexpr,
     SKIP: gl.constexpr, WHOLE: gl.constexpr, num_warps: gl.constexpr,
 ):  # fmt: skip
-    """Keys ``lo`` to ``hi`` of a sequence and key head, in ``count`` tiles: a part, or (WHOLE: they are all) the output.
+    """Keys ``lo`` to ``hi`` of a sequence and key head, in ``count`` tiles: a partial result, or (WHOLE) the output.
 
     ``seen`` key tiles and ``taken`` value tiles came through the rings before; returns how many have now.
     """
@@ -328,7 +328,7 @@ def decode_keys(
     BOTTOM_RIGHT: gl.constexpr, SOFTCAP: gl.constexpr, PAGE: gl.constexpr, LENGTHS: gl.constexpr, SKIP: gl.constexpr,
     SHARED: gl.constexpr, WHOLE: gl.constexpr, num_warps: gl.constexpr,
 ):  # fmt: skip
-    """As ``decode.py``, with the same grid and the same parts, but what is split is the keys that are visible.
+    """As ``decode.py``, with the same grid and partial results, but only visible keys are split.
 
     SHARED: the grid is as many programs as run at a time, fewer than there are sequences and key heads. They share all key
     tiles evenly (``fewest`` at least), one pair of sequence and head after the other. The place of a part is the number of the

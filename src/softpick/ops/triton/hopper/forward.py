@@ -90,7 +90,7 @@ def _fetch(
     descriptors, room, bars, shape, turn,
     BLOCK_N: gl.constexpr, STAGES: gl.constexpr, VALUES: gl.constexpr, RIGHT: gl.constexpr,
 ):  # fmt: skip
-    """Take tiles as long as there are any; ``turn`` counts those that are taken."""
+    """Fetch tiles as long as there are any; ``turn`` counts those that are fetched."""
     query_tiles, key_tiles, value_tiles = descriptors
     queries, keys, values, place, _ = room
     q_full, q_empty, k_full, k_empty, v_full, v_empty = bars
@@ -123,7 +123,7 @@ def _fetch(
 
 @gluon.jit
 def _told(loaded, place, full):
-    """The next tile; its queries are there."""
+    """Wait for the next tile and its queries; returns the tile."""
     mbarrier.wait(full, loaded & 1)
     return gl.max(place.load(gl.BlockedLayout([1], [32], [4], [0])), 0)
 

@@ -256,7 +256,7 @@ def _tell(words, part, value, anchor, WORDS: gl.constexpr):
 
 @gluon.jit
 def _words(words, count, COUNT: gl.constexpr, num_warps: gl.constexpr):
-    """What is there of the words of a row; every warp has them all and needs no other to wait."""
+    """Read what is there of the words of a row; every warp has them all and needs no other to wait."""
     layout: gl.constexpr = gl.BlockedLayout([max(1, COUNT // 32)], [32], [num_warps], [0])
     i = gl.arange(0, COUNT, layout=layout)
     return gl.load(words + i, mask=i < count, other=2**31, volatile=True)
@@ -264,7 +264,7 @@ def _words(words, count, COUNT: gl.constexpr, num_warps: gl.constexpr):
 
 @gluon.jit
 def _all_words(found, words, count, COUNT: gl.constexpr, num_warps: gl.constexpr):
-    """All of them; ``found`` is what was there before."""
+    """Wait for all words of a row; ``found`` is what was there before."""
     while gl.min((found >> 31).to(gl.int32) & 1, 0) == 0:
         found = _words(words, count, COUNT, num_warps)
     return found

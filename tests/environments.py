@@ -14,7 +14,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 HOME = ROOT / ".environments"
 TORCH = "torch==2.13.0"
-TESTS = ("pytest>=9", "pytest-timeout>=2.3", "hypothesis>=6.150", "mpmath>=1.3")
+# the interpreter of Triton 3.6 makes scalars in a way that numpy 2.4 refuses
+TESTS = ("pytest>=9", "pytest-timeout>=2.3", "hypothesis>=6.150", "mpmath>=1.3", "numpy<2.4")
 
 
 class InstallError(RuntimeError):

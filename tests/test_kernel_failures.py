@@ -61,6 +61,20 @@ ERRORS = [
 ]
 
 
+class CompilerError(Exception):
+    """As Triton's: where in the kernel, its source, and the reason at the end."""
+
+    error_message = "no thread_barrier"
+
+    def __str__(self):
+        return f"at 36:9:\n    source of the kernel\n    ^\n{self.error_message}"
+
+
+def test_the_reason_of_a_compiler_is_said():
+    with pytest.raises(KernelError, match=r"^broken could not .*\(CompilerError: no thread_barrier; Triton"):
+        kernel_cache.run(Broken(CompilerError()), (1,))
+
+
 @pytest.mark.parametrize("error", ERRORS, ids=lambda e: type(e).__name__)
 @pytest.mark.parametrize(
     "kernel", ["attention_forward", "row_statistics", "attention_backward_keys", "attention_backward_queries"]

@@ -66,9 +66,9 @@ def _first(kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], constants:
         root: BaseException = error
         while root.__cause__ is not None:  # Triton wraps an error once for every call in a kernel
             root = root.__cause__
-        cause = (
-            f"{type(root).__name__}: {(str(root).strip() or 'no message').splitlines()[0]}; Triton {triton.__version__}"
-        )
+        # the text of a CompilationError begins with a place in a kernel's source and ends with the reason
+        said = str(getattr(root, "error_message", None) or root).strip() or "no message"
+        cause = f"{type(root).__name__}: {said.splitlines()[0]}; Triton {triton.__version__}"
         _failed[_variant(kernel, args, constants)] = cause
         raise KernelError(_name(kernel), cause) from error
 

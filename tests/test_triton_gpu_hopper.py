@@ -71,7 +71,7 @@ def test_forward_for_hopper(key, scale, monkeypatch, poisoned):
     def kernel():
         return functional.attention(
             q, k, v, backend="triton", normalizer=setting["name"], scale=softmax_scale, eps=NORMALIZERS[setting["name"]].eps,
-            sink=sink, max_seqlen_q=q.shape[2], max_seqlen_k=k.shape[2], right=0 if options else -1,
+            sink=sink, max_seqlen_q=q.shape[2], max_seqlen_k=k.shape[2], left=-1, right=0 if options else -1,
             bottom_right=options.get("causal_alignment") == "bottom_right",
         )[:2]  # fmt: skip
 

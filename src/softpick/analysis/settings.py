@@ -125,7 +125,7 @@ class AuditSettings:
         from softpick.experiment.models import DTYPES, FUSED
         from softpick.experiment.reading import check_text
 
-        check_settings(self, AuditError, {"sequence_length": Range(4), "step": Range(0)})
+        check_settings(self, AuditError, {"sequence_length": Range(4)})
         if self.dtype not in DTYPES:
             raise AuditError(f"dtype: expected one of {', '.join(DTYPES)}; got {self.dtype!r}")
         for key in self.knockout:

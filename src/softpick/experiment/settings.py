@@ -139,6 +139,7 @@ RANGES: Mapping[str, Range] = {
     "sequence_length": Range(2),
     "rope_theta": Range(0.0, 1e18, above=True),
     # training
+    "step": Range(0),
     "steps": Range(1),
     "warmup_steps": Range(0),
     "batch_size": Range(1),

@@ -44,7 +44,7 @@ EQUIVALENT = TESTS / "mutants_equivalent.toml"
 
 # Compiling a graph takes longer than everything else together: those tests come last.
 _WHOLE = ["test_transformers.py", "test_transformers_whole.py"]
-_QUICK = ["-m", "not slow and not gpu and not browser", "-k", "not compile and not opcheck"]
+_QUICK = ["-m", "not slow and not long and not gpu and not browser", "-k", "not compile and not opcheck"]
 _EDGES = [
     "test_edges.py",
     "test_numerics.py",

@@ -310,7 +310,7 @@ def test_a_meter_goes_on():
     assert measure(model, data[1:], meter=meter).to_dict() == measure(model, data, tokens=[1]).to_dict()
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_memory_of_long_texts():
     """Less is held beside the weights than the fp32 weights of one layer's attention, and half of all layers'."""
     script = Path(__file__).parents[1] / "benchmarks" / "audit_memory.py"

@@ -132,7 +132,7 @@ def test_ctrl_c_leaves_a_run_that_resumes_to_the_same_figures(corpus, finished, 
     assert figures(output) == figures(finished[0])  # also: the same seed gives the same run
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_backcopy_shows_the_phenomenon(tmp_path):
     """Two thirds of the default steps: softmax has a sink, softpick has none, at the same loss."""
     output = tmp_path / "backcopy"

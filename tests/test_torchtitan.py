@@ -138,7 +138,7 @@ def weights(folder, flavor, step=STEPS):
     return state
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("name", "flavor"),
     [
@@ -165,14 +165,14 @@ def test_ranks_give_what_one_gives(runs, name, flavor):
         assert float((gathered[key] - whole[key]).norm()) < 0.02 * change, key
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_resumed(runs):
     assert losses(runs["resumed"]) == losses(runs["shards"])
     whole, resumed = weights(runs["shards"], ALL), weights(runs["resumed"], ALL)
     assert all(torch.equal(whole[key], resumed[key]) for key in whole)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_command_line_converts_there_and_back(runs, assets, tmp_path):
     step = runs["context"] / "checkpoint" / f"step-{STEPS}"
     arguments = ["to-transformers", str(step), str(tmp_path / "model"), "--flavor", SINK, "--tokenizer", str(assets)]

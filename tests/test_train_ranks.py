@@ -90,7 +90,7 @@ def test_two_ranks_are_one(tmp_path, recipe, one_rank, change, as_gpus):
     assert json.loads((tmp_path / "results.json").read_text())["ranks"] == 2
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_ranks_end_when_no_gradient_is_finite(tmp_path, recipe):
     """With tensor parallelism the Trainer has a gradient norm of its own, not accelerate's."""
     recipe = replace(recipe, learning_rate=1e6, warmup_steps=0, max_skipped=3, tensor_parallel=2)
@@ -100,7 +100,7 @@ def test_ranks_end_when_no_gradient_is_finite(tmp_path, recipe):
     assert not (tmp_path / "model").exists()
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_ranks_stop_together(tmp_path, recipe):
     """Ctrl-C that only one rank has seen: all stop at the next log line, at a complete checkpoint."""
     done = torchrun(replace(recipe, parallel="ddp", micro_batch_size=4), tmp_path, as_gpus=False, STOP_AT=4)
@@ -108,7 +108,7 @@ def test_ranks_stop_together(tmp_path, recipe):
     assert engine.last_checkpoint(tmp_path / "checkpoints").name == "checkpoint-6"
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_fsdp_in_bf16_keeps_sums_in_fp32(tmp_path, recipe, one_rank):
     """Weights are bf16 in a forward pass; gradients are summed over ranks in fp32, and the loss is not rounded to bf16."""
     recipe = replace(recipe, normalizer="learned_sink", dtype="bfloat16", parallel="fsdp", micro_batch_size=2)
@@ -126,7 +126,7 @@ def test_fsdp_in_bf16_keeps_sums_in_fp32(tmp_path, recipe, one_rank):
     assert any(loss * 256 % 1 for loss in evaluated)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("change", "message"),
     [

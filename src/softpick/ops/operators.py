@@ -254,10 +254,12 @@ def _attention_backward(
         for grad in grads if cu_seqlens_q is not None else ():  # rows beyond the last sequence belong to none
             grad.zero_()
 
-    clear()
-    found = _backward_by_triton(spec, call, grads) if spec.backend in TRITON else None
+    found = None
+    if spec.backend in TRITON:
+        clear()
+        found = _backward_by_triton(spec, call, grads)
     if found is None:
-        clear()  # whatever a kernel left
+        clear()  # also of whatever a kernel left
         found = _backward_by_tiles(spec, call, grads)
     dmask, dsink = found
     # the gradients get the layout of their inputs, as the fake kernel says

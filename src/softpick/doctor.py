@@ -232,12 +232,24 @@ def _arguments(call: _Call, device: str) -> tuple[Tensor, Tensor, Tensor, Callab
     def draw(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator).to(device, call.dtype)
 
+    def draw_pair(queries: tuple[int, ...], keys: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+        """Query and key whose scores every dtype computes exactly, and none of which is 0.
+
+        A gradient jumps where a score changes its sign, and among millions of random scores rounding would move one across
+        0. Here all numbers are odd multiples of 1/16, but even ones in a column of the key: each score is an odd multiple.
+        """
+        query, key = ((2 * torch.randn(x, generator=generator).mul(8).floor() + 1) / 16 for x in (queries, keys))
+        key[..., -1] -= 1 / 16
+        return query.to(device, call.dtype), key.to(device, call.dtype)
+
     options: dict[str, Any] = {"normalizer": call.normalizer}
     if call.kind == "packed":
         starts = torch.tensor([0, tq // 4, tq // 4 + 5, tq], dtype=torch.int32, device=device)
         options |= {"cu_seqlens_q": starts, "cu_seqlens_k": starts, "is_causal": call.causal}
-        return draw(tq, heads, d), draw(tk, kv_heads, d), draw(tk, kv_heads, d), softpick.varlen_attention, options
-    query, key, value = draw(b, heads, tq, d), draw(b, kv_heads, tk, d), draw(b, kv_heads, tk, d)
+        query, key = draw_pair((tq, heads, d), (tk, kv_heads, d))
+        return query, key, draw(tk, kv_heads, d), softpick.varlen_attention, options
+    query, key = draw_pair((b, heads, tq, d), (b, kv_heads, tk, d))
+    value = draw(b, kv_heads, tk, d)
     if call.kind == "attention":
         options |= {"is_causal": call.causal, "enable_gqa": True, "window": call.window}
         options["causal_alignment"] = "bottom_right"

@@ -165,61 +165,88 @@ def attention_forward(
             and whatever :func:`softpick.scaled_dot_product_attention` rejects.
     """
     norm = normalizer if isinstance(normalizer, Normalizer) else get_normalizer(normalizer)
-    options: dict[str, Any]
     paged = is_paged(kwargs)
     _check_arguments(module, norm, without_paged(kwargs) if paged else kwargs)
     sink = _sink(module, norm, s_aux)
-    config = getattr(module, "config", None)
-    default = getattr(module, "is_causal", KIND_OF_MASKS.get(type(config)) != "eager")
-    is_causal = bool(default if is_causal is None else is_causal)
+    is_causal = _is_causal(module, is_causal)
     output_attentions = bool(output_attentions) or _attentions_recorded()
+    options: dict[str, Any] = {"scaling": scaling, "normalizer": norm, "softcap": softcap, "sink": sink}
+    options |= {"score_scale": score_scale}
     if paged:
         refused = {"output_attentions": output_attentions or None, "attention_mask": attention_mask}
         _check_paged(module, position_bias=position_bias, **refused)
-        options = {"cu_seq_lens_q": cu_seq_lens_q, "cu_seq_lens_k": cu_seq_lens_k, "max_length_q": max_length_q}
-        options |= {"scaling": scaling, "normalizer": norm, "softcap": softcap, "sink": sink}
-        options |= {"sliding_window": sliding_window, "score_scale": score_scale, "output_gate": output_gate}
+        options |= {"cu_seq_lens_q": cu_seq_lens_q, "cu_seq_lens_k": cu_seq_lens_k, "max_length_q": max_length_q}
+        options |= {"sliding_window": sliding_window, "output_gate": output_gate}
         return attend_paged(module, query, key, value, kwargs, **options), None
     assert not isinstance(cu_seq_lens_k, dict), "offsets by type of layer come from continuous batching"
     batch, _, tq, _ = query.shape
+    packed = cu_seq_lens_q is not None or cu_seq_lens_k is not None
+    if tq > 1 and not packed:
+        check_offsets(module, is_causal, attention_mask)
     # Without a mask transformers means: full attention for one query (decoding), else causal from the top left, also
     # when a still empty static cache has more keys than there are queries. The order keeps the result a plain bool.
     causal = is_causal and attention_mask is None and tq > 1
     if causal and key.shape[2] > tq and not output_attentions:
         key, value = key[:, :, :tq], value[:, :, :tq]  # the rest is the unwritten part of a static cache
         position_bias = None if position_bias is None else position_bias[..., :tq]
-    tk = key.shape[2]
-    packed = cu_seq_lens_q is not None or cu_seq_lens_k is not None
-    if tq > 1 and not packed:
-        check_offsets(module, is_causal, attention_mask)
     window = None
-    # elsewhere no mask means that the window reaches all keys
-    if sliding_window and attention_mask is None and tq > 1 and (packed or WITH_WINDOWS.get(type(config), False)):
-        window = (sliding_window - 1, 0 if is_causal else sliding_window - 1)
-
+    if attention_mask is None and tq > 1 and (packed or _leaves_windows_to_layers(module)):
+        window = _window(sliding_window, is_causal)
     packing = find_packing(
-        batch, tq, tk, position_ids, cu_seq_lens_q, cu_seq_lens_k, max_length_q, is_causal, attention_mask
+        batch, tq, key.shape[2], position_ids, cu_seq_lens_q, cu_seq_lens_k, max_length_q, is_causal, attention_mask
     )
+    options |= {"window": window, "dropout": dropout}
     if packing is not None and attention_mask is None and position_bias is None and not output_attentions:
-        options = {"is_causal": is_causal, "window": window, "score_scale": score_scale, "dropout": dropout}
-        options |= {"scaling": scaling, "normalizer": norm, "softcap": softcap, "sink": sink}
-        out = attend_packed(query, key, value, packing, **options)
-        return out if output_gate is None else out * torch.sigmoid(output_gate), None
-    if packing is not None:
-        attention_mask = apart(attention_mask, packing, is_causal, window, chunk_of(module))
-        causal, window = False, None
+        out, weights = attend_packed(query, key, value, packing, is_causal=is_causal, **options), None
+    else:
+        if packing is not None:  # then its mask holds what is causal and the window
+            attention_mask = apart(attention_mask, packing, is_causal, window, chunk_of(module))
+            causal, options["window"] = False, None
+        options |= {"is_causal": causal, "return_weights": output_attentions}
+        out, weights = _attend_dense(query, key, value, attention_mask, position_bias, **options)
+    return out if output_gate is None else out * torch.sigmoid(output_gate), weights
 
+
+def _is_causal(module: nn.Module, given: bool | None) -> bool:
+    """As the layer says, or its module; a module that says nothing is causal unless its model computes with eager's masks."""
+    default = getattr(module, "is_causal", KIND_OF_MASKS.get(type(getattr(module, "config", None))) != "eager")
+    return bool(default if given is None else given)
+
+
+def _leaves_windows_to_layers(module: nn.Module) -> bool:
+    """Whether a model leaves out masks because its layers give the window; elsewhere no mask means that it reaches all keys."""
+    return bool(WITH_WINDOWS.get(type(getattr(module, "config", None)), False))
+
+
+def _window(tokens: int | None, is_causal: bool) -> tuple[int, int] | None:
+    """The keys before and after a query, from the tokens that it sees, itself included."""
+    return (tokens - 1, 0 if is_causal else tokens - 1) if tokens else None
+
+
+def _attend_dense(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    bias: Tensor | None,
+    *,
+    scaling: float | None,
+    dropout: float,
+    is_causal: bool,
+    window: tuple[int, int] | None,
+    score_scale: Tensor | None,
+    **options: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """Attention of whole sequences: the output as ``(B, Tq, H, Dv)`` and the weights in the query's dtype, or None."""
     if score_scale is not None:
-        n = visible_keys(tq, tk, attn_mask=attention_mask, is_causal=causal, window=window, device=query.device)
+        sizes = query.shape[2], key.shape[2]
+        n = visible_keys(*sizes, attn_mask=mask, is_causal=is_causal, window=window, device=query.device)
         query = scaled_by_length(query, score_scale, n)
-    mask = _with_bias(attention_mask, position_bias, query.dtype)
-    options = {"enable_gqa": query.shape[1] != key.shape[1], "window": window, "softcap": softcap, "sink": sink}
-    options |= {"normalizer": norm, "return_weights": output_attentions}
-    result: Any = scaled_dot_product_attention(query, key, value, mask, dropout, causal, scaling, **options)
+    mask = _with_bias(mask, bias, query.dtype)
+    options |= {"enable_gqa": query.shape[1] != key.shape[1], "window": window}
+    result: Any = scaled_dot_product_attention(query, key, value, mask, dropout, is_causal, scaling, **options)
     found = result if isinstance(result, AttentionOutput) else AttentionOutput(result)
-    out = found.output.transpose(1, 2).contiguous()
-    out = out if output_gate is None else out * torch.sigmoid(output_gate)
-    return out, None if found.weights is None else found.weights.to(query.dtype)
+    return found.output.transpose(1, 2).contiguous(), None if found.weights is None else found.weights.to(query.dtype)
 
 
 def _with_bias(mask: Tensor | None, bias: Tensor | None, dtype: torch.dtype) -> Tensor | None:
@@ -319,14 +346,14 @@ def register() -> None:
         AttentionInterface.register(name, make_attention_function(name))
         AttentionMaskInterface.register(name, attention_mask)
     if not hasattr(PreTrainedConfig.to_dict, "_softpick"):
-        for place, wrap in (
+        for target, wrap in (
             ("transformers:PreTrainedConfig.to_dict", _remember_choice),
             ("transformers:PreTrainedModel.get_correct_attn_implementation", _never_softmax_silently),
             ("transformers:PreTrainedModel.set_attn_implementation", _in_every_part),
             ("transformers:PreTrainedModel.post_init", _checked_when_built),
             ("transformers.masking_utils:_preprocess_mask_arguments", _packed_in_masks),
         ):
-            replace(place, wrap(original(place)))
+            replace(target, wrap(original(target)))
         _allow_output_attentions()
     install(lambda config: config._attn_implementation in IMPLEMENTATIONS)
     checkpoints.install()

@@ -205,7 +205,7 @@ def row_jobs() -> list[tuple]:
         (64, 4096, 16, 3, 1),
     ]  # fmt: skip
 
-    def parts(kind, dtype):
+    def ring_launches(kind, dtype):
         """A share is of one input, or of both."""
         entry = dtype.itemsize * (1 if kind == "forward" else 2)
         return [(share * 1024 // entry, *shape) for share, *shape in long]
@@ -215,7 +215,7 @@ def row_jobs() -> list[tuple]:
         for kind in ("forward", "backward")
         for dtype in (torch.bfloat16, torch.float32)
         for n in ROWS
-        for launch in ([*parts(kind, dtype), None] if n > 16384 else short)
+        for launch in ([*ring_launches(kind, dtype), None] if n > 16384 else short)
         if n > 16384 or max(n, launch[0]) // (32 * launch[1]) in (8, 16, 32, 64)
     ]
 
@@ -226,7 +226,7 @@ def run_rows(job, x, lse, g, y) -> None:
     kind, dtype, n, chosen = job
     tuning.rows = lambda *_: tuning.Rows(*chosen) if n <= 16384 else None
     if n > 16384 and chosen:
-        tuning.HOPPER_ROWS[kind, dtype.itemsize] = tuning.Parts(*chosen)
+        tuning.HOPPER_ROWS[kind, dtype.itemsize] = tuning.RingLaunch(*chosen)
     elif n > 16384:
         tuning.HOPPER_ROWS.pop((kind, dtype.itemsize), None)
     if kind == "forward":

@@ -28,7 +28,7 @@ class NoGPU:
 
 
 def compile_only(capability: int | str, seen: Callable[[str, Any], None] = lambda name, kernel: None) -> None:
-    """From now on, in this process, a launch only compiles and tells ``seen`` of it.
+    """From now on, in this process, a launch only compiles, and the kernel is passed to ``seen``.
 
     ``capability``: of an NVIDIA GPU, such as 90, or the architecture of an AMD GPU, such as ``gfx942``.
     """

@@ -56,8 +56,8 @@ def build(case):
     launch.backward(
         spec, q, k, v, mask, sink, None, None, None, 0, 0, out, lse, out, *grads, bias_grad
     )  # fmt: skip
-    for places in (56, 3, 1):  # keys of a head divided, shared by programs of all heads, and not divided at all
-        launch_decode._resident = lambda *_, places=places: places
+    for programs in (56, 3, 1):  # keys of a head divided, shared by programs of all heads, and not divided at all
+        launch_decode._resident = lambda *_, programs=programs: programs
         launch_decode.decode(spec, q[:, :, :1], k, v, None, sink, None, None, out[:, :, :1], lse[:, :, :1])
     if extra in ("hopper", "pages"):
         lengths, table = torch.empty(1, dtype=torch.int32), torch.empty(1, 4, dtype=torch.int32)

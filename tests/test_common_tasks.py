@@ -106,8 +106,9 @@ def test_add_a_normalizer(copy):
 
 # a fault in each kind of file that a wrong result can come from: file below ops/triton, what stands there, what is wrong
 FAULTS = {
-    "shared by kernels": ("device.py", "return tl.where(s < 0, -magnitude, magnitude)", "return magnitude"),
-    "a kernel": ("backward.py", "return p, tl.where(s > 0, e, -e)", "return p, e"),
+    "shared by kernels": ("device.py", "keep = keep & (j2 <= i2", "keep = keep & (j2 < i2"),
+    "a base function": ("base_functions.py", "return tl.where(s < 0, -magnitude, magnitude)", "return magnitude"),
+    "a kernel": ("backward.py", "dq = tl.dot(narrow_gradient(ds, k)", "dq = tl.dot(narrow_gradient(-ds, k)"),
     "statistics": ("statistics.py", "tl.sum(o.to(tl.float32) * g.to(tl.float32), 1)", "tl.sum(o.to(tl.float32), 1)"),
     "what a launch gives": (
         "launching.py",
@@ -190,4 +191,62 @@ def test_add_a_base_function(copy):
         copy.edit(f"src/softpick/{name}", place, place + added)
     assert len(copy.files) <= stated("add a normalizer")
     done = copy.run("-c", CUBE)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+# what stands in the table or in the kernels, and what stands there with the base function s^3
+KERNELS = [
+    ("normalizers.py", 'return self.base in ("expm1", "linear")', 'return self.base in ("expm1", "linear", "cube")'),
+    ("normalizers.py", 'return self.base == "linear" and', 'return self.base in ("linear", "cube") and'),
+    ("base_functions.py", '"linear": LINEAR.value}', '"linear": LINEAR.value, "cube": 3}'),
+    (
+        "base_functions.py",
+        "        return s\n    elif",
+        "        return s\n    elif BASE == 3:\n        return s * s * s\n    elif",
+    ),
+    (
+        "base_functions.py",
+        "    else:\n        return tl.exp2(s - level)\n",
+        "    elif BASE == 3:\n        return 3.0 * s * s * inverse\n    else:\n        return tl.exp2(s - level)\n",
+    ),
+    (
+        "base_functions.py",
+        "        return s * e\n",
+        "        return s * e\n    elif BASE == 3:\n        return s * e / 3.0\n",
+    ),
+    (
+        "base_functions.py",
+        "        return s * inverse\n",
+        "        return s * inverse\n    elif BASE == 3:\n        return s * s * s * inverse\n",
+    ),
+    ("base_functions.py", "    elif BASE == LINEAR:\n", "    elif BASE == LINEAR or BASE == 3:\n"),
+]
+CUBE_KERNELS = """
+import softpick as sp, torch
+cube = sp.Normalizer("cube", base="cube", absolute_denominator=True, constant=1)
+torch.manual_seed(0)
+for length in (7, 40):
+    leaves = [torch.randn(1, 2, length, 16).requires_grad_() for _ in range(3)]
+    weights = (leaves[0] @ leaves[1].mT / 4).masked_fill(torch.ones(length, length).triu(1).bool(), 0.0) ** 3
+    want = weights / (weights.abs().sum(-1, keepdim=True) + 1) @ leaves[2]
+    call = dict(normalizer=cube, backend="triton")
+    got = sp.scaled_dot_product_attention(*leaves, is_causal=True, **call)
+    torch.testing.assert_close(got, want)
+    grads = [torch.autograd.grad(out.square().sum(), leaves, retain_graph=True) for out in (got, want)]
+    for one, other in zip(*grads, strict=True):
+        torch.testing.assert_close(one, other)
+    q, k, v = (x.detach() for x in leaves)
+    torch.testing.assert_close(sp.decode_attention(q[:, :, -1:], k, v, **call), want[:, :, -1:])
+"""
+
+
+def test_add_a_base_function_to_the_kernels(copy):
+    """One file beside the table, for the forward and the backward pass, decoding, and rows that see few keys."""
+    pytest.importorskip("triton")
+    for name, place, with_cube in KERNELS:
+        copy.edit(f"src/softpick/{'' if name == 'normalizers.py' else 'ops/triton/'}{name}", place, with_cube)
+    for place, added in ((place, added) for name, place, added in BASE if name == "normalizers.py"):
+        copy.edit("src/softpick/normalizers.py", place, place + added)
+    assert copy.files == {"normalizers.py", "ops/triton/base_functions.py"}
+    done = copy.run("-c", CUBE_KERNELS, TRITON_INTERPRET="1")
     assert done.returncode == 0, done.stderr[-2000:]

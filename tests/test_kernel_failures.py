@@ -35,7 +35,7 @@ class Broken:
 
 @pytest.fixture(autouse=True)
 def _forgetful(monkeypatch):
-    monkeypatch.setattr(kernel_errors, "_told", set())
+    monkeypatch.setattr(kernel_errors, "_warned", set())
     monkeypatch.setattr(kernel_cache, "_failed", {})
 
 
@@ -86,11 +86,11 @@ def test_training_goes_on_with_tiles(kernel, error, tensors, monkeypatch):
     grad = torch.randn_like(want)
     with warnings.catch_warnings(record=True) as seen:
         warnings.simplefilter("always")
-        for _ in range(2):  # the second time nobody is told, and the compiler is not asked
+        for _ in range(2):  # the second time nothing is warned about, and the compiler is not asked
             got = softpick.scaled_dot_product_attention(*tensors, is_causal=True)
             grads = torch.autograd.grad(got, tensors, grad)
-    (told,) = [str(w.message) for w in seen if "broken could not be built" in str(w.message)]
-    assert str(error) in told
+    (warning,) = [str(w.message) for w in seen if "broken could not be built" in str(w.message)]
+    assert str(error) in warning
     torch.testing.assert_close(got, want)
     for one, other in zip(grads, torch.autograd.grad(want, tensors, grad), strict=True):
         torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)

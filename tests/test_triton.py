@@ -456,7 +456,7 @@ def test_a_window_of_any_size_does_not_overflow(poisoned):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_decoding_over_several_splits_of_the_keys(name, monkeypatch, poisoned):
-    monkeypatch.setattr(launch_decode, "_splits", lambda places, fewest, pairs, tk, block_n: (-(-tk // 32), 32))
+    monkeypatch.setattr(launch_decode, "_splits", lambda resident, fewest, pairs, tk, block_n: (-(-tk // 32), 32))
     q, k, v = (t.detach() for t in make(h=4, hkv=2, tq=2, tk=150))
     sink = sink_for(name, 4, torch.float32)
     with torch.no_grad():

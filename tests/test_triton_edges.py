@@ -86,7 +86,7 @@ def test_scores_and_sink_far_below_zero(how, monkeypatch):
     name, eps, dtype = SUNK[how]
     decoded = how.startswith("decoding")
     monkeypatch.setattr(
-        launch_decode, "_splits", lambda places, fewest, pairs, tk, block_n: (-(-tk // block_n), block_n)
+        launch_decode, "_splits", lambda resident, fewest, pairs, tk, block_n: (-(-tk // block_n), block_n)
     )
     if how.startswith("without"):  # as in bf16, which the interpreter cannot multiply
         monkeypatch.setattr(dispatch, "optimistic", lambda *_: True)

@@ -188,11 +188,11 @@ def packed_keep(
 ) -> Tensor:
     """Which key each query of packed sequences sees, ``(1, H, Tq, Tk)``, without reading where the sequences end."""
     starts = [cu.long() for cu in (cu_seqlens_q, cu_seqlens_k)]
-    places = [torch.arange(x.shape[2], device=q.device) for x in (q, k)]
+    positions = [torch.arange(x.shape[2], device=q.device) for x in (q, k)]
     # the sequence of a position: how many end at or before it
-    sequences = [(cu[1:, None] <= at).sum(0) for cu, at in zip(starts, places, strict=True)]
+    sequences = [(cu[1:, None] <= at).sum(0) for cu, at in zip(starts, positions, strict=True)]
     last = cu_seqlens_q.shape[0] - 2
-    at = [p - cu[n.clamp(max=last)] for cu, p, n in zip(starts, places, sequences, strict=True)]
+    at = [p - cu[n.clamp(max=last)] for cu, p, n in zip(starts, positions, sequences, strict=True)]
     lengths = [cu.diff()[sequences[0].clamp(max=last)] for cu in starts]
     offset = lengths[1] - lengths[0] if bottom_right else torch.zeros_like(lengths[0])
     delta = (at[0] + offset)[:, None] - at[1]

@@ -127,14 +127,14 @@ class _Chunk:
         return part.to(dtype).reshape(self.n, *part.shape[2:])
 
     def accumulator(self, x: Tensor, dtype: torch.dtype) -> Tensor:
-        """Zeros ``(n, T, D)`` to sum the gradient ``x`` ``(B, Hkv, T, D)`` in: the place itself where that is possible."""
+        """Zeros ``(n, T, D)`` to sum the gradient ``x`` ``(B, Hkv, T, D)`` in: a view of ``x`` where possible."""
         part = x[self.batch, self.heads]
         if x.dtype == dtype and part.is_contiguous():
             return part.zero_().view(self.n, *part.shape[2:])
         return torch.zeros(self.n, *part.shape[2:], dtype=dtype, device=x.device)
 
     def store(self, x: Tensor, total: Tensor) -> None:
-        """Write what an :meth:`accumulator` of ``x`` holds to its place."""
+        """Write what an :meth:`accumulator` of ``x`` holds back to it."""
         part = x[self.batch, self.heads]
         if part.data_ptr() != total.data_ptr():
             narrow(total.view(part.shape), part)
@@ -249,10 +249,10 @@ def _width(chunk: _Chunk) -> int:
 
 
 def _dropout(spec: AttentionSpec, tile: Tensor, chunk: _Chunk, span: tuple[int, int, int, int]) -> Tensor:
-    """The factors 0 or 1/(1-p) of a tile; the same ones in forward and backward, from the seed and the tile's place."""
-    place = (chunk.batch.start, chunk.heads.start, span[0], span[2])
+    """The factors 0 or 1/(1-p) of a tile; the same ones in forward and backward, from the seed and the tile's position."""
+    position = (chunk.batch.start, chunk.heads.start, span[0], span[2])
     generator = torch.Generator(device=tile.device)
-    generator.manual_seed((spec.seed + hash(place)) % (2**63 - 1))
+    generator.manual_seed((spec.seed + hash(position)) % (2**63 - 1))
     keep = torch.empty_like(tile).bernoulli_(1.0 - spec.dropout_p, generator=generator)
     return keep.mul_(1.0 / (1.0 - spec.dropout_p) if spec.dropout_p < 1.0 else 0.0)
 

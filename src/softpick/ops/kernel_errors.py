@@ -1,4 +1,4 @@
-"""What happens where a kernel cannot be built: the next slower way of computing the same takes its place, with a warning."""
+"""What happens where a kernel cannot be built: the next slower way of computing the same is used, with a warning."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ class KernelError(RuntimeError):
         super().__init__(f"{kernel} could not be built or launched here ({cause})")
 
 
-_told: set[str] = set()
+_warned: set[str] = set()
 
 
 def fall_back(failure: KernelError, instead: str) -> None:
     """Warn, once for every failure, that ``instead`` computes what the kernel does not."""
     message = f"{failure}; {instead}"
-    if message not in _told:
-        _told.add(message)
+    if message not in _warned:
+        _warned.add(message)
         warnings.warn(message, UserWarning, stacklevel=3)

@@ -14,71 +14,20 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from softpick.ops.triton.base_functions import INF, derivative, needs_relu, score_gradient, slopes, weights
 from softpick.ops.triton.device import (
-    EXP,
-    EXPM1,
-    INF,
-    LINEAR,
-    LN2,
     assignment,
     dropout_factor,
-    expm1_exp2,
     finish_scores,
-    kept_scores,
     keys_of_queries,
     load_rows,
     narrow,
     narrow_gradient,
     queries_of_keys,
-    signed,
     zeros,
 )
 
 __all__ = ["attention_backward_keys", "attention_backward_queries"]
-
-
-@triton.jit
-def _slopes(s, e, inverse, BASE: tl.constexpr, EXACT: tl.constexpr, EDGE: tl.constexpr):
-    """For EXPM1: ``f / l`` up to a relu, and ``e`` with a minus where the score is not positive.
-
-    ``e - inverse = (e^s - 1) / l`` has the sign of the score: ``inverse`` is an ulp above ``1 / l``, so that a score of 0
-    counts as negative. EDGE: small scores by a series, since the difference may have lost them where ``l`` is small, too,
-    which takes a row with few keys.
-    """
-    if BASE != EXPM1:
-        return e, e
-    elif EXACT:
-        p = tl.where(s > 0, e * -expm1_exp2(-tl.maximum(s, 0.0)), 0.0)
-        return p, tl.where(s > 0, e, -e)
-    else:
-        p = e - inverse
-        if EDGE:
-            near = s * (LN2 - (0.5 * LN2 * LN2) * s)  # of 1 - 2^-s, to 8e-5; below 0 for a score of 0
-            p = tl.where(tl.abs(s) < 0.03125, e * near - 1e-37, p)
-        return p, signed(e, p)
-
-
-@triton.jit
-def _score_gradient(
-    s, e, dp, delta, low,
-    BASE: tl.constexpr, RECTIFY: tl.constexpr, ABSOLUTE: tl.constexpr, NEGATIVE_GRADIENT: tl.constexpr, TWO: tl.constexpr,
-):  # fmt: skip
-    """``ds`` of a tile, with ``e`` of :func:`_slopes`. With TWO, ``D`` is the sum of ``delta`` and ``low``."""
-    above = dp - delta
-    if TWO:
-        above -= low
-    if BASE == EXPM1 and ABSOLUTE and NEGATIVE_GRADIENT:
-        if TWO:
-            return e * tl.where(e > 0, above, -delta - low)
-        else:
-            return tl.maximum(e, 0.0) * dp - e * delta
-    elif BASE == EXPM1:
-        return tl.maximum(e, 0.0) * above
-    elif BASE == LINEAR:
-        return e * tl.where(s > 0, above, dp + (delta + low) if TWO else dp + delta)
-    else:
-        # the product first: below a sink that is all there is, e of what is not kept may be infinite
-        return kept_scores(e * above, s, RECTIFY)
 
 
 @triton.jit
@@ -103,20 +52,17 @@ def _sweep_keys(
             s, i2, j2, mask, m_q, m_k, tq, tk, offset, left, right, unit, softcap,
             BASE, MASK, MASK_ROWS, LEFT, RIGHT, SOFTCAP, EDGE,
         )  # fmt: skip
-        if BASE == LINEAR:
-            e = tl.zeros_like(s) + inverse[:, None]  # that ulp is of no account here
-        else:
-            e = tl.exp2(s - level[:, None])
+        e = derivative(s, level[:, None], inverse[:, None], BASE)
         if EDGE or MASK != 0:
             e = tl.where(keep, e, 0.0)
-        _, e = _slopes(s, e, inverse[:, None], BASE, EXACT, EDGE or MASK_ROWS)
+        _, e = slopes(s, e, inverse[:, None], BASE, EXACT, EDGE or MASK_ROWS)
         drop = 1.0
         if DROPOUT:
             drop = dropout_factor(seed, start, i2, j2, tk, dropout_p)
         dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
         if DROPOUT:
             dp *= drop
-        ds = _score_gradient(
+        ds = score_gradient(
             s, e, dp, delta[:, None], shrink[:, None],
             BASE, RECTIFY, ABSOLUTE, NEGATIVE_GRADIENT, k.dtype == tl.float32,
         )  # fmt: skip
@@ -252,10 +198,7 @@ def _sweep_queries(
             s, i2, j2, mask, m_q, m_k, tq, tk, offset, left, right, unit, softcap,
             BASE, MASK, MASK_ROWS, LEFT, RIGHT, SOFTCAP, EDGE,
         )  # fmt: skip
-        if BASE == LINEAR:
-            e = tl.zeros_like(s) + inverse[None, :]
-        else:
-            e = tl.exp2(s - level[None, :])
+        e = derivative(s, level[None, :], inverse[None, :], BASE)
         if EDGE:
             keep = keep & (i2 < tq)
         if EDGE or MASK != 0:
@@ -263,18 +206,15 @@ def _sweep_queries(
         drop = 1.0
         if DROPOUT:
             drop = dropout_factor(seed, start, i2, j2, tk, dropout_p)
-        p, e = _slopes(s, e, inverse[None, :], BASE, EXACT, EDGE or MASK_ROWS)
-        if BASE == LINEAR:
-            p = s * e
-        elif BASE == EXP:
-            p = kept_scores(e, s, RECTIFY)
+        p, e = slopes(s, e, inverse[None, :], BASE, EXACT, EDGE or MASK_ROWS)
+        p = weights(p, e, s, BASE, RECTIFY)
         if DROPOUT:
             p *= drop
-        RELU: tl.constexpr = BASE == EXPM1
+        RELU: tl.constexpr = needs_relu(BASE)
         dp = tl.dot(v, tl.trans(do), input_precision=PRECISION)
         if DROPOUT:
             dp *= drop
-        ds = _score_gradient(
+        ds = score_gradient(
             s, e, dp, delta[None, :], shrink[None, :],
             BASE, RECTIFY, ABSOLUTE, NEGATIVE_GRADIENT, q.dtype == tl.float32,
         )  # fmt: skip

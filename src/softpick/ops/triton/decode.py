@@ -11,27 +11,30 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from softpick.ops.triton.device import (
+from softpick.ops.triton.base_functions import (
     EXP,
-    FP16_SCALE,
     INF,
-    LINEAR,
     LN2,
     LOG2E,
     NONE,
     ONE,
     POSITIVE,
     SINK,
+    any_kept,
+    exponential,
+    kept_scores,
+    numerators,
+    zero_at_zero,
+)
+from softpick.ops.triton.device import (
+    FP16_SCALE,
     TINY,
     add_product,
-    any_kept,
     few_seen,
     finish_scores,
-    kept_scores,
     keys_of_queries,
     load_rows,
     narrow,
-    numerators,
 )
 
 __all__ = ["count_tiles", "decode_merge", "decode_split", "keys_of_sequence", "sequence_at", "share_of"]
@@ -57,7 +60,7 @@ def _pages_of(positions, wanted, table, pages, PAGE: tl.constexpr):
 
 @triton.jit
 def _load_wanted(base, j, n, d, wanted, stride_block, stride_t, stride_d, table, pages, PAGE: tl.constexpr, width):
-    """The ``wanted`` rows of a key tile, zero in the place of the others."""
+    """The ``wanted`` rows of a key tile, zero instead of the others."""
     if PAGE == 0:
         at = base + (tl.cast(j, tl.int64) * stride_t + n * stride_t)[:, None] + d[None, :] * stride_d
     else:
@@ -88,15 +91,17 @@ def _sweep(
             s, i2, (j + n)[None, :], mask, m_q, m_k, tq, tk, offset, left, right, unit, softcap,
             BASE, MASK, MASK_ROWS, LEFT, RIGHT, SOFTCAP, EDGE,
         )  # fmt: skip
-        if PAGE != 0 and (BASE == EXP or MASK != 0):  # else a key of zeros has a score of 0, which adds nothing
+        if PAGE != 0 and (
+            not zero_at_zero(BASE) or MASK != 0
+        ):  # else a key of zeros has a score of 0, which adds nothing
             _, there = _pages_of(j + n, j + n < tk, table, pages, PAGE)
             keep = keep & there[None, :]
-        if EDGE or MASK != 0 or (PAGE != 0 and BASE == EXP):
-            s = tl.where(keep, s, -INF if BASE == EXP else 0.0)
+        if EDGE or MASK != 0 or (PAGE != 0 and not zero_at_zero(BASE)):
+            s = tl.where(keep, s, 0.0 if zero_at_zero(BASE) else -INF)
         if SKIP:
             acc = tl.dot(waiting, v, acc, input_precision=PRECISION)
             v = _load_wanted(value, j, n, dv, any_kept(s, RECTIFY), v_b, v_t, v_d, table, pages, PAGE, v_width)
-        if BASE != LINEAR:
+        if exponential(BASE):
             high = tl.maximum(m, tl.max(s, 1))
             fresh = tl.where(high == -INF, 0.0, high)
             factor = tl.exp2(m - fresh)
@@ -105,7 +110,7 @@ def _sweep(
             m = high
             p = numerators(s, fresh[:, None], BASE, True, EXACT)
         else:
-            p = s
+            p = numerators(s, 0.0, BASE, False, EXACT)
         if ABSOLUTE:
             total += tl.sum(tl.abs(p), 1)
             RELU: tl.constexpr = RECTIFY == POSITIVE
@@ -114,7 +119,7 @@ def _sweep(
             total += tl.sum(p, 1)
             RELU: tl.constexpr = False
         if k.dtype == tl.float16:
-            if BASE == LINEAR:  # as in forward.py
+            if not exponential(BASE):  # as in forward.py
                 high = tl.maximum(m, tl.max(tl.abs(p), 1))
                 acc *= (m / high)[:, None]
                 p /= high[:, None]
@@ -181,7 +186,7 @@ def decode_split(
     total = tl.zeros([BLOCK_M], tl.float32)
     ANCHORED: tl.constexpr = BASE != EXP or RECTIFY != NONE or CONSTANT == ONE
     m = tl.zeros([BLOCK_M], tl.float32) + (0.0 if ANCHORED else -INF)
-    if BASE == LINEAR:
+    if not exponential(BASE):
         m += TINY
     few = False
     if MASK == 0 and q.dtype != tl.float32:
@@ -214,10 +219,10 @@ def decode_split(
             PAGE, True, EXACT, SKIP, RELU_ASM, PRECISION, False,
         )  # fmt: skip
     if q.dtype == tl.float16:
-        if BASE == LINEAR:
+        if not exponential(BASE):
             acc *= m[:, None]
         acc *= 1.0 / FP16_SCALE
-    if BASE == LINEAR:  # sums are not relative to anything
+    if not exponential(BASE):  # sums are not relative to anything
         m = tl.zeros([BLOCK_M], tl.float32)
     part = ((b * kv_heads + kv) * tl.num_programs(0) + split) * BLOCK_M + r
     tl.store(part_total + part, total, mask=rows)
@@ -264,17 +269,17 @@ def count_tiles(
 
 @triton.jit
 def sequence_at(
-    some, place, sequences, kv_heads, lengths, tq, tk, left, right,
+    some, position, sequences, kv_heads, lengths, tq, tk, left, right,
     BLOCK_N: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, BOTTOM_RIGHT: tl.constexpr, LENGTHS: tl.constexpr,
 ):  # fmt: skip
-    """The sequence that has the ``place``-th tile of all sequences and heads, and the tiles of one head before it."""
+    """The sequence that has the ``position``-th tile of all sequences and heads, and the tiles of one head before it."""
     if LENGTHS:
         b, tiles, before = 0, 0, 0
         for s in range(0, sequences, some.shape[0]):
             _, _, _, _, n = keys_of_sequence(
                 s + some, sequences, lengths, tq, tk, left, right, BLOCK_N, LEFT, RIGHT, BOTTOM_RIGHT, LENGTHS
             )
-            passed = (tiles + tl.cumsum(n, 0)) * kv_heads <= place
+            passed = (tiles + tl.cumsum(n, 0)) * kv_heads <= position
             b += tl.sum(passed.to(tl.int32), 0)
             before += tl.sum(tl.where(passed, n, 0), 0)
             tiles += tl.sum(n, 0)
@@ -283,7 +288,7 @@ def sequence_at(
         _, _, _, _, n = keys_of_sequence(
             0, sequences, lengths, tq, tk, left, right, BLOCK_N, LEFT, RIGHT, BOTTOM_RIGHT, LENGTHS
         )
-        b = place // (n * kv_heads)
+        b = position // (n * kv_heads)
         return b, n * b
 
 
@@ -343,9 +348,9 @@ def decode_merge(
             b, sequences, lengths, tq, tk, left, right, BLOCK_N, LEFT, RIGHT, BOTTOM_RIGHT, LENGTHS
         )
         share = share_of(tiles * kv_heads, splits, fewest)
-        place = before * kv_heads + kv * n
-        first = b * kv_heads + kv + place // share
-        parts = tl.where(n > 0, (place + n - 1) // share - place // share + 1, 0)
+        position = before * kv_heads + kv * n
+        first = b * kv_heads + kv + position // share
+        parts = tl.where(n > 0, (position + n - 1) // share - position // share + 1, 0)
     else:
         first, parts = (b * kv_heads + kv) * splits, splits
     if EARLY:
@@ -367,7 +372,7 @@ def decode_merge(
         o *= factor
     high = tl.where(high == -INF, 0.0, high)
     if CONSTANT == ONE:
-        one += 1.0 if BASE == LINEAR else tl.exp2(-high)
+        one += tl.exp2(-high) if exponential(BASE) else 1.0
     elif CONSTANT == SINK:
         one += tl.exp2(logit - high)
     one += eps

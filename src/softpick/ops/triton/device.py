@@ -1,7 +1,7 @@
-"""What the kernels share: the normalizers, the scores of a tile, and which keys a query sees.
+"""What the kernels share besides the normalizers: the scores of a tile, and which keys a query sees.
 
-Scores of the exponential normalizers are in base 2 (``s log2 e``), those of the linear one natural. Index tensors are
-two-dimensional and broadcast (``i2`` queries, ``j2`` keys), so the same functions serve a tile and its transpose.
+Index tensors are two-dimensional and broadcast (``i2`` queries, ``j2`` keys), so the same functions serve a tile and its
+transpose.
 """
 
 from __future__ import annotations
@@ -9,22 +9,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from softpick.normalizers import Normalizer
+from softpick.ops.triton.base_functions import INF, LOG2E, Constant, exponential
 
-__all__ = ["LOG2E", "Constant", "switches"]
+__all__ = ["FEW", "FEW_ROWS"]
 
-
-class Constant(tl.constexpr):
-    """A global constant of the kernels. Before each launch Triton asks every one whether it still has the value of the first;
-    its own comparison makes two objects, which was a tenth of the time that Python takes for the forward pass.
-    """
-
-    def __ne__(self, other: object) -> bool:  # type: ignore[override]
-        return bool(self.value != getattr(other, "value", other))
-
-
-LN2, LOG2E = Constant(0.6931471805599453), Constant(1.4426950408889634)
-INF = Constant(float("inf"))
 FP16_SCALE = Constant(1024.0)
 """Factor on unnormalized weights in fp16, which has few bits below 6e-5; weights relative to ``m`` are at most 1."""
 TINY = Constant(2.0**-64)
@@ -34,69 +22,7 @@ FEW, FEW_ROWS, FEW_KEYS = Constant(16), Constant(16), Constant(16)
 """Rows that see so many keys or fewer are computed with care: with few keys rounding does not average out, and the gradient is
 a difference of nearly equal numbers, times ``1 / l``. Programs of their own take FEW_ROWS of them and FEW_KEYS at a time."""
 
-EXP, EXPM1, LINEAR = Constant(0), Constant(1), Constant(2)
-NONE, POSITIVE, NONNEGATIVE = Constant(0), Constant(1), Constant(2)
 BOOLEAN, ADDITIVE = Constant(1), Constant(2)  # kinds of mask; 0 is no mask
-ONE, SINK = Constant(1), Constant(2)  # constants of the denominator; 0 is none
-
-
-def switches(norm: Normalizer) -> dict[str, int | bool]:
-    """A record of the table as compile-time arguments."""
-    return {
-        "BASE": {"exp": 0, "expm1": 1, "linear": 2}[norm.base],
-        "RECTIFY": {"none": 0, "positive": 1, "nonnegative": 2}[norm.rectify],
-        "ABSOLUTE": norm.absolute_denominator,
-        "CONSTANT": {0: 0, 1: 1, "sink": 2}[norm.constant],
-        "NEGATIVE_GRADIENT": norm.negative_gradient,
-    }
-
-
-@triton.jit
-def expm1_exp2(x):
-    """``2^x - 1`` for ``x <= 0`` without cancellation."""
-    y = x * LN2
-    series = y * (1.0 + y * (0.5 + y * (1 / 6 + y * (1 / 24 + y * (1 / 120 + y * (1 / 720))))))
-    return tl.where(y > -0.25, series, tl.exp2(x) - 1.0)
-
-
-@triton.jit
-def numerators(s, m, BASE: tl.constexpr, SHIFT: tl.constexpr, EXACT: tl.constexpr):
-    """The base function of the scores relative to ``m`` (0 unless SHIFT), before the rectification."""
-    if BASE == LINEAR:
-        return s
-    elif BASE == EXP:
-        if SHIFT:
-            return tl.exp2(s - m)
-        else:
-            return tl.exp2(s)
-    elif EXACT:
-        # sign(s) 2^(max(s, 0) - m) (1 - 2^-|s|): neither cancellation nor overflow
-        magnitude = tl.exp2(tl.maximum(s, 0.0) - m) * -expm1_exp2(-tl.abs(s))
-        return tl.where(s < 0, -magnitude, magnitude)
-    elif SHIFT:
-        return tl.exp2(s - m) - tl.exp2(-m)
-    else:
-        return tl.exp2(s) - 1.0
-
-
-@triton.jit
-def kept_scores(x, s, RECTIFY: tl.constexpr):
-    """``x`` where the numerator keeps the score, else 0."""
-    if RECTIFY == POSITIVE:
-        return tl.where(s > 0, x, 0.0)
-    elif RECTIFY == NONNEGATIVE:
-        return tl.where(s >= 0, x, 0.0)
-    else:
-        return x
-
-
-@triton.jit
-def any_kept(s, RECTIFY: tl.constexpr):
-    """For each key, whether the numerator keeps a score of any of the queries."""
-    if RECTIFY == POSITIVE:
-        return tl.max(s, 0) > 0
-    else:
-        return tl.max(s, 0) >= 0
 
 
 @triton.jit
@@ -155,13 +81,6 @@ def narrow_gradient(ds, like):
 
 
 @triton.jit
-def signed(e, by):
-    """``e >= 0`` with the sign of ``by``."""
-    bits = e.to(tl.int32, bitcast=True) | (by.to(tl.int32, bitcast=True) & -2147483648)
-    return bits.to(tl.float32, bitcast=True)
-
-
-@triton.jit
 def tanh(x):
     return 2.0 / (1.0 + tl.exp2(-2.0 * LOG2E * x)) - 1.0
 
@@ -207,7 +126,7 @@ def finish_scores(
         bent = tanh(s * (unit / softcap))  # unit is the scale here: the cap is in natural units
         slope = 1.0 - bent * bent
         s = softcap * bent
-        if BASE != LINEAR:
+        if exponential(BASE):
             s *= LOG2E
     else:
         s *= unit
@@ -221,7 +140,7 @@ def finish_scores(
         else:
             keep = keep & (tile != -INF)
             tile = tl.where(tile == -INF, 0.0, tile)
-            if BASE != LINEAR:
+            if exponential(BASE):
                 tile *= LOG2E
             s += tile
     return s, keep, slope

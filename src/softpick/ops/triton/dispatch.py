@@ -34,7 +34,7 @@ __all__ = [
 hopper: Any = None
 _no_hopper: KernelError | None = None
 if not triton.knobs.runtime.interpret:  # Gluon has no interpreter
-    try:  # an experimental part of Triton, which other versions may not have, or have under other names
+    try:  # an experimental module of Triton, which other versions may not have, or have under other names
         from softpick.ops.triton import hopper
     except Exception as error:
         _no_hopper = KernelError(
@@ -144,7 +144,7 @@ def hopper_refuses(
     width = padded(query.shape[-1])
     if query.dtype != torch.bfloat16:
         return "dtype is not bf16"
-    if spec.norm.base == "linear":
+    if not spec.norm.exponential:
         return "the normalizer has no exponential"
     if spec.scale <= 0:  # signs are those of the products
         return "scale is not positive"
@@ -182,7 +182,7 @@ def hopper_refuses_decode(
         return "more than 32 queries a key head"
     if mask is not None:
         return "a mask"
-    if spec.norm.base != "linear" and spec.eps > tuning.LARGEST_OPTIMISTIC_EPS:
+    if spec.norm.exponential and spec.eps > tuning.LARGEST_OPTIMISTIC_EPS:
         return "a large eps"
     if padded(key.shape[-1]) not in (64, 128) or padded(value.shape[-1]) not in (64, 128):
         return "head dimensions do not pad to 64 or 128"
@@ -201,7 +201,7 @@ _NOT_FETCHABLE = (
 
 def optimistic(dtype: torch.dtype, spec: AttentionSpec) -> bool:
     """Whether a kernel first tries without a running maximum: not in fp16 (small range), nor in fp32 (``eps`` would show)."""
-    return dtype == torch.bfloat16 and spec.norm.base != "linear" and spec.eps <= tuning.LARGEST_OPTIMISTIC_EPS
+    return dtype == torch.bfloat16 and spec.norm.exponential and spec.eps <= tuning.LARGEST_OPTIMISTIC_EPS
 
 
 def interpreted() -> bool:

@@ -11,31 +11,34 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_wait
 
-from softpick.ops.triton.device import (
+from softpick.ops.triton.base_functions import (
     EXP,
-    FEW,
-    FEW_KEYS,
-    FEW_ROWS,
-    FP16_SCALE,
     INF,
-    LINEAR,
     LN2,
     LOG2E,
     NONE,
     ONE,
     POSITIVE,
     SINK,
-    TINY,
     Constant,
+    exponential,
+    kept_scores,
+    numerators,
+    zero_at_zero,
+)
+from softpick.ops.triton.device import (
+    FEW,
+    FEW_KEYS,
+    FEW_ROWS,
+    FP16_SCALE,
+    TINY,
     add_product,
     count_seen,
     dropout_factor,
     finish_scores,
-    kept_scores,
     keys_of_queries,
     keys_seen,
     load_rows,
-    numerators,
     rows_with_few,
     tile_at,
 )
@@ -69,13 +72,13 @@ def _sweep(
             BASE, MASK, MASK_ROWS, LEFT, RIGHT, SOFTCAP, EDGE,
         )  # fmt: skip
         if EDGE or MASK != 0:
-            s = tl.where(keep, s, -INF if BASE == EXP else 0.0)
+            s = tl.where(keep, s, 0.0 if zero_at_zero(BASE) else -INF)
         if STATS:
             seen = s
-            if (EDGE or MASK != 0) and BASE != EXP:
+            if (EDGE or MASK != 0) and zero_at_zero(BASE):
                 seen = tl.where(keep, s, -INF)
             top = tl.maximum(top, tl.max(seen, 1))
-        if SHIFT and BASE != LINEAR:
+        if SHIFT and exponential(BASE):
             high = tl.maximum(m, tl.max(s, 1))
             # only softmax starts at minus infinity; a row that saw nothing yet stays at a finite m
             fresh = tl.where(high == -INF, 0.0, high)
@@ -102,7 +105,7 @@ def _sweep(
         if DROPOUT:
             p *= dropout_factor(seed, start, i2, (j + n)[None, :], tk, dropout_p)
         if v.dtype == tl.float16:
-            if BASE == LINEAR:
+            if not exponential(BASE):
                 # weights have no bound here: the accumulator alone is kept relative to the largest so far
                 high = tl.maximum(m, tl.max(tl.abs(p), 1))
                 acc *= (m / high)[:, None]
@@ -163,7 +166,7 @@ def _all_keys(
     total = tl.zeros([BLOCK_M], tl.float32)
     kept = tl.zeros([BLOCK_M], tl.float32)
     m = tl.zeros([BLOCK_M], tl.float32) + anchor
-    if BASE == LINEAR:
+    if not exponential(BASE):
         m += TINY
     top = tl.full([BLOCK_M], -INF, tl.float32)
     acc, total, kept, m, top = _phases(
@@ -183,10 +186,10 @@ def _finish(
 ):  # fmt: skip
     """Normalize and write ``rows`` of a tile, whose first row is where the pointers point."""
     if HALF:
-        if BASE == LINEAR:
+        if not exponential(BASE):
             acc *= m[:, None]
         acc *= 1.0 / FP16_SCALE
-    if BASE == LINEAR:
+    if not exponential(BASE):
         m = tl.zeros([BLOCK_M], tl.float32)
         if CONSTANT == ONE:
             total += 1.0
@@ -209,7 +212,7 @@ def _finish(
     tl.store(lse + i * l_t, (m + tl.log2(total)) * LN2, mask=rows)
     if STATS:
         tl.store(mass + i * l_t, kept * inverse, mask=rows)
-        if BASE != LINEAR:
+        if exponential(BASE):
             top *= LN2
         tl.store(largest + i * l_t, top, mask=rows)
 
@@ -236,7 +239,7 @@ def _few_tile(
         q = load_rows(query + i64 * q_t, i, tl.arange(0, BLOCK_D), q_t, q_d, tq - i0, width, True, PAD_D)
         zero = tl.zeros([FEW_ROWS], tl.float32)
         m = zero + anchor
-        if BASE == LINEAR:
+        if not exponential(BASE):
             m += TINY
         acc, total, kept, m, top = _sweep(
             tl.zeros([FEW_ROWS, BLOCK_DV], tl.float32), zero, zero, m, zero - INF, q, key,

@@ -10,7 +10,8 @@ from torch import Tensor
 from softpick.ops.spec import AttentionSpec
 from softpick.ops.triton import dispatch, tuning
 from softpick.ops.triton.backward import attention_backward_keys, attention_backward_queries
-from softpick.ops.triton.device import FEW, LOG2E, switches
+from softpick.ops.triton.base_functions import LOG2E, switches
+from softpick.ops.triton.device import FEW
 from softpick.ops.triton.forward import attention_forward
 from softpick.ops.triton.kernel_cache import run
 from softpick.ops.triton.launching import (

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from softpick.ops.spec import AttentionSpec
 from softpick.ops.triton import dispatch, tuning
+from softpick.ops.triton.base_functions import switches
 from softpick.ops.triton.decode import decode_merge, decode_split
-from softpick.ops.triton.device import switches
 from softpick.ops.triton.kernel_cache import run
 from softpick.ops.triton.launching import (
     common_switches,

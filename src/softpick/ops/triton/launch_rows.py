@@ -57,42 +57,42 @@ def _ring(kind: str, x: Tensor) -> tuple[int, int, Tensor, dict[str, Any]]:
     """
     launch = tuning.HOPPER_ROWS[kind, x.element_size()]
     rows, n = x.shape
-    parts = cdiv(n, launch.entries)
-    together = min(rows, launch.programs * tuning.multiprocessors(x.device.index or 0) // parts)
-    words = launch.warps if parts * launch.warps <= tuning.MOST_WORDS else 1
+    segments = cdiv(n, launch.entries)
+    together = min(rows, launch.programs * tuning.multiprocessors(x.device.index or 0) // segments)
+    words = launch.warps if segments * launch.warps <= tuning.MOST_WORDS else 1
     shape = {
         "WIDTH": launch.chunk // launch.warps,
         "CHUNKS": launch.entries // launch.chunk,
         "STAGES": launch.stages,
         "WORDS": words,
-        "COUNT": power_of_2(parts * words),
+        "COUNT": power_of_2(segments * words),
         "num_warps": launch.warps,
         "maxnreg": _registers(launch.warps * launch.programs),
         "launch_cooperative_grid": True,
     }
     sums = 2 if kind == "forward" and x.element_size() == 2 else 1  # quick ones, and others where those are not sound
-    zeros = torch.zeros(sums, rows, parts * words, dtype=torch.int64, device=x.device)
-    return together * parts, parts, zeros, shape
+    zeros = torch.zeros(sums, rows, segments * words, dtype=torch.int64, device=x.device)
+    return together * segments, segments, zeros, shape
 
 
 def _forward_ring(x: Tensor, eps: float, y: Tensor, lse: Tensor) -> bool:
     """:func:`softpick_forward` by ``hopper/rows.py``; true when it is launched."""
-    programs, parts, words, shape = _ring("forward", x)
+    programs, segments, words, shape = _ring("forward", x)
     (rows, n), entries = x.shape, 16 // x.element_size()
     run(
         dispatch.hopper.rows_forward_ring, (programs,),
-        x, y, lse, words, rows, n // entries, x.stride(0) // entries, eps, parts, **shape
+        x, y, lse, words, rows, n // entries, x.stride(0) // entries, eps, segments, **shape
     )  # fmt: skip
     return True
 
 
 def _backward_ring(x: Tensor, lse: Tensor, grad: Tensor, dx: Tensor) -> bool:
     """:func:`softpick_backward` by ``hopper/rows.py``; true when it is launched."""
-    programs, parts, words, shape = _ring("backward", x)
+    programs, segments, words, shape = _ring("backward", x)
     (rows, n), entries = x.shape, 16 // x.element_size()
     run(
         dispatch.hopper.rows_backward_ring, (programs,),
-        x, lse, grad, dx, words, rows, n // entries, x.stride(0) // entries, grad.stride(0) // entries, parts, **shape
+        x, lse, grad, dx, words, rows, n // entries, x.stride(0) // entries, grad.stride(0) // entries, segments, **shape
     )  # fmt: skip
     return True
 

@@ -11,7 +11,8 @@ from torch import Tensor
 from softpick.ops.kernel_errors import KernelError, fall_back
 from softpick.ops.spec import AttentionSpec
 from softpick.ops.triton import tuning
-from softpick.ops.triton.device import FEW, FEW_ROWS, LOG2E, switches
+from softpick.ops.triton.base_functions import LOG2E, switches
+from softpick.ops.triton.device import FEW, FEW_ROWS
 from softpick.ops.triton.dispatch import PORTABLE_TAKES, capability
 from softpick.ops.triton.shapes import cdiv, padded
 
@@ -37,7 +38,7 @@ def _precision(dtype: torch.dtype) -> str:
 
 def score_unit(spec: AttentionSpec) -> float:
     """Factor on the product ``q k``: to the tile's units, or to natural ones where the softcap is applied first."""
-    return spec.scale if spec.softcap or spec.norm.base == "linear" else spec.scale * LOG2E.value
+    return spec.scale if spec.softcap or not spec.norm.exponential else spec.scale * LOG2E.value
 
 
 def drop_probability(spec: AttentionSpec) -> float:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from softpick.ops.triton.device import INF, LN2, LOG2E
+from softpick.ops.triton.base_functions import INF, LN2, LOG2E
 
 __all__ = [
     "rows_backward",

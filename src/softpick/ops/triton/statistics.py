@@ -11,27 +11,28 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from softpick.ops.triton.device import (
+from softpick.ops.triton.base_functions import (
     EXP,
-    FEW,
-    FEW_KEYS,
-    FEW_ROWS,
     INF,
-    LINEAR,
     LOG2E,
     NONE,
     ONE,
     SINK,
+    careful_numerators,
+    exponential,
+    kept_scores,
+)
+from softpick.ops.triton.device import (
+    FEW,
+    FEW_KEYS,
+    FEW_ROWS,
     count_seen,
     dropout_factor,
-    expm1_exp2,
     finish_scores,
-    kept_scores,
     keys_of_queries,
     keys_seen,
     load_rows,
     rows_with_few,
-    signed,
 )
 
 __all__ = ["row_statistics"]
@@ -64,14 +65,8 @@ def _products(
             BASE, MASK, MASK_ROWS, LEFT, RIGHT, SOFTCAP, True,
         )  # fmt: skip
         top = tl.maximum(top, tl.max(tl.where(keep, s, LOWEST), 1))
-        if BASE == LINEAR:
-            p = s * inverse[:, None]
-        elif BASE == EXP:
-            p = tl.exp2(s - level[:, None])
-        else:
-            p = signed(tl.exp2(tl.maximum(s, 0.0) - level[:, None]) * -expm1_exp2(-tl.abs(s)), s)
-        p = tl.where(keep, p, 0.0)
-        kept = p if BASE == LINEAR else kept_scores(p, s, RECTIFY)
+        p = tl.where(keep, careful_numerators(s, level[:, None], inverse[:, None], BASE), 0.0)
+        kept = kept_scores(p, s, RECTIFY)
         size = tl.abs(p) if ABSOLUTE else kept
         share += tl.sum(size, 1)
         if DROPOUT:
@@ -118,7 +113,7 @@ def _few_tile(
             SOFTCAP, DROPOUT, PRECISION,
         )  # fmt: skip
         rest = zero  # what the constant and eps have of the denominator
-        if BASE == LINEAR:
+        if not exponential(BASE):
             rest += (eps + (1.0 if CONSTANT == ONE else 0.0)) * inverse
         else:
             if CONSTANT == ONE:
@@ -178,7 +173,7 @@ def row_statistics(
         level = _level(lse + b * l_b + h * l_h + rows * l_t, rows < tq)
         wanted = rows < padded
         tl.store(at, level, mask=wanted)
-        tl.store(at + s_c, tl.exp2(-level) * (1.0 + 1.1920929e-07), mask=wanted)  # an ulp more: see _slopes
+        tl.store(at + s_c, tl.exp2(-level) * (1.0 + 1.1920929e-07), mask=wanted)  # an ulp more: see slopes
         if query.dtype.element_ty != tl.float32:
             # at most 2^10: query times its inverse should fit as well; e of the plain exponential is at most 1
             excess = tl.zeros_like(level) if BASE == EXP else tl.minimum(tl.maximum(tl.ceil(-level), 0.0), 10.0)

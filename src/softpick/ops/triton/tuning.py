@@ -36,7 +36,7 @@ __all__ = [
     "PROGRAMS",
     "SKIP_FROM",
     "Blocks",
-    "Parts",
+    "RingLaunch",
     "Rings",
     "Rows",
     "Schedule",
@@ -125,7 +125,7 @@ ROWS = {
 }
 
 
-class Parts(NamedTuple):
+class RingLaunch(NamedTuple):
     """A launch of ``hopper/rows.py``: entries of a program's segment of a row and of a chunk of it, warps, segments under way,
     and programs a multiprocessor, which all have to run at the same time.
     """
@@ -141,10 +141,10 @@ class Parts(NamedTuple):
 # (2048, 128256), copy 4.25: bf16 forward 3.81, 3.78, 3.81, backward 3.92, 4.02, 3.89, fp32 forward 3.77, 3.83, 3.80, backward
 # 4.20, 4.21, 4.20 (docs/log.md has the others). Small segments leave less of a row's last one empty
 HOPPER_ROWS = {
-    ("forward", 2): Parts(8192, 1024, 4, 3, 4),
-    ("backward", 2): Parts(4096, 2048, 4, 3, 4),
-    ("forward", 4): Parts(4096, 2048, 4, 3, 4),
-    ("backward", 4): Parts(4096, 2048, 4, 3, 2),
+    ("forward", 2): RingLaunch(8192, 1024, 4, 3, 4),
+    ("backward", 2): RingLaunch(4096, 2048, 4, 3, 4),
+    ("forward", 4): RingLaunch(4096, 2048, 4, 3, 4),
+    ("backward", 4): RingLaunch(4096, 2048, 4, 3, 2),
 }
 MOST_WORDS = 128
 """Words of sums of a row in ``hopper/rows.py``, at most: every warp reads all. With 256: 1.9 TB/s, not 4.2 (fp32 backward)."""

@@ -19,8 +19,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from softpick.ops.triton.backward import _score_gradient, _slopes
-from softpick.ops.triton.device import EXPM1, assignment, kept_scores, narrow
+from softpick.ops.triton.base_functions import EXPM1, needs_relu, score_gradient, slopes, weights
+from softpick.ops.triton.device import assignment, narrow
 from softpick.ops.triton.hopper.descriptors import store
 from softpick.ops.triton.hopper.versions import barrier, load_tile
 
@@ -44,7 +44,7 @@ def _fetch_queries(
     it, n, h, count, per_head, lo, row, query_tiles, grad_tiles, row_tiles, queries, grads, rows, ready,
     BLOCK: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    """Start copying tile ``it``, the ``n``-th of head ``h``; returns the place of the next one.
+    """Start copying tile ``it``, the ``n``-th of head ``h``; returns the indices of the next one.
 
     With it come the statistics of its rows: every warp would wait for them if it read them by itself.
     """
@@ -62,9 +62,9 @@ def _fetch_queries(
 
 
 @gluon.jit
-def _room(held, held_too, passing, passing_too, place, STAGES: gl.constexpr):
-    """Shared memory for two tiles that are held, fetched from ``place`` at once, for two that pass in STAGES, and the barriers:
-    one a stage, the last for the tiles that are held.
+def _room(held, held_too, passing, passing_too, coordinates, STAGES: gl.constexpr):
+    """Shared memory for two tiles that are held, fetched from ``coordinates`` at once, for two that pass in STAGES, and the
+    barriers: one a stage, the last for the tiles that are held.
     """
     first = gl.allocate_shared_memory(gl.bfloat16, [STAGES] + passing.block_type.shape, passing.layout)  # noqa: RUF005 (no stars in Triton)
     second = gl.allocate_shared_memory(gl.bfloat16, [STAGES] + passing_too.block_type.shape, passing_too.layout)  # noqa: RUF005
@@ -75,8 +75,8 @@ def _room(held, held_too, passing, passing_too, place, STAGES: gl.constexpr):
         mbarrier.init(ready.index(stage), count=1)
     bar = ready.index(STAGES)
     mbarrier.expect(bar, held.block_type.nbytes + held_too.block_type.nbytes)
-    load_tile(held, place, bar, one)
-    load_tile(held_too, place, bar, other)
+    load_tile(held, coordinates, bar, one)
+    load_tile(held_too, coordinates, bar, other)
     return one, other, first, second, ready
 
 
@@ -97,7 +97,7 @@ def _tile_of_keys(
     s = warpgroup_mma(keys, q.permute([1, 0]), zero, use_acc=False, is_async=True)
     dp = warpgroup_mma(values, do.permute([1, 0]), zero, use_acc=False, is_async=True)
     s, dk, dv = warpgroup_mma_wait(num_outstanding=1, deps=[s, dk, dv])
-    # every product of the tile before has ended, for every warp once they have met: its place can be filled again
+    # every product of the tile before has ended, for every warp once they have met: its buffer can be filled again
     barrier()
     next_n, next_h = _fetch_queries(
         it + STAGES - 1, next_n, next_h, count, per_head, lo, row, query_tiles, grad_tiles, row_tiles, queries, grads, rows,
@@ -107,16 +107,13 @@ def _tile_of_keys(
     if EDGE:
         i = at + gl.arange(0, BLOCK_M, layout=gl.SliceLayout(0, s_layout))
         e = gl.where(j2 <= i[None, :] + reach, e, 0.0)
-    p, e = _slopes(s * unit if EDGE else s, e, statistics.slice(1, 1).load(s_layout), BASE, False, EDGE)
-    if BASE == EXPM1:
-        p = narrow(p, do, True, True)
-    else:
-        p = kept_scores(e, s, RECTIFY).to(gl.bfloat16)
+    p, e = slopes(s * unit if EDGE else s, e, statistics.slice(1, 1).load(s_layout), BASE, False, EDGE)
+    p = narrow(weights(p, e, s, BASE, RECTIFY), do, needs_relu(BASE), needs_relu(BASE))
     p = gl.convert_layout(p, gl.DotOperandLayout(0, o_layout, 2))
     dv = warpgroup_mma(p, do, dv, is_async=True)
     delta = statistics.slice(2, 1).load(s_layout)
     dp = warpgroup_mma_wait(num_outstanding=1, deps=[dp])
-    ds = _score_gradient(s, e, dp, delta, 0.0, BASE, RECTIFY, ABSOLUTE, NEGATIVE_GRADIENT, False)
+    ds = score_gradient(s, e, dp, delta, 0.0, BASE, RECTIFY, ABSOLUTE, NEGATIVE_GRADIENT, False)
     ds = gl.convert_layout(ds.to(gl.bfloat16), gl.DotOperandLayout(0, o_layout, 2))
     dk = warpgroup_mma(ds, q, dk, is_async=True)
     return dk, dv, next_n, next_h
@@ -214,11 +211,11 @@ def _tile_of_queries(
             seen = seen & (j[None, :] <= i2 + reach)
         e = gl.where(seen, e, 0.0)
     dp = warpgroup_mma_wait(num_outstanding=0, deps=[dp])
-    if BASE == EXPM1:  # as _score_gradient; the sign of the score itself takes one instruction less
+    if BASE == EXPM1:  # as score_gradient; the sign of the score itself takes one instruction less
         below = delta if ABSOLUTE and NEGATIVE_GRADIENT else 0.0
         ds = e * gl.where(s > 0, dp - delta, below)
     else:
-        ds = _score_gradient(s, e, dp, delta, 0.0, BASE, RECTIFY, ABSOLUTE, NEGATIVE_GRADIENT, False)
+        ds = score_gradient(s, e, dp, delta, 0.0, BASE, RECTIFY, ABSOLUTE, NEGATIVE_GRADIENT, False)
     ds = gl.convert_layout(ds.to(gl.bfloat16), gl.DotOperandLayout(0, o_layout, 2))
     return warpgroup_mma(ds, k, dq, is_async=True)
 

@@ -17,11 +17,9 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.language.extra.cuda import gdc_launch_dependents
 
-from softpick.ops.triton.decode import anchored, count_tiles, keys_of_sequence, sequence_at, share_of
-from softpick.ops.triton.device import (
+from softpick.ops.triton.base_functions import (
     EXP,
     INF,
-    LINEAR,
     LN2,
     LOG2E,
     NONE,
@@ -29,11 +27,13 @@ from softpick.ops.triton.device import (
     POSITIVE,
     SINK,
     Constant,
-    few_seen,
-    finish_scores,
+    exponential,
     kept_scores,
     numerators,
+    zero_at_zero,
 )
+from softpick.ops.triton.decode import anchored, count_tiles, keys_of_sequence, sequence_at, share_of
+from softpick.ops.triton.device import few_seen, finish_scores
 from softpick.ops.triton.hopper.versions import barrier, load_tile
 
 __all__ = ["decode_keys"]
@@ -42,25 +42,25 @@ _LARGEST, _SMALLEST = Constant(2.0**64), Constant(2.0**-64)
 
 
 @gluon.jit
-def _fetch(tiles, it, wanted, first, row, kv, table, bar, place, BLOCK_N: gl.constexpr, PAGE: gl.constexpr):
+def _fetch(tiles, it, wanted, first, row, kv, table, bar, target, BLOCK_N: gl.constexpr, PAGE: gl.constexpr):
     """Start copying tile ``it`` of the keys ``first ...``: zeros where there is no such page, of which nothing is read."""
     at = first + it * BLOCK_N
     if PAGE != 0:
         row = gl.load(table + at // PAGE, mask=wanted, other=0).to(gl.int32)
         at = at % PAGE
     mbarrier.expect(bar, tiles.block_type.nbytes, pred=wanted)
-    load_tile(tiles, [row, kv, at, 0], bar, place, pred=wanted)
+    load_tile(tiles, [row, kv, at, 0], bar, target, pred=wanted)
 
 
 @gluon.jit
 def _start(
-    tiles, before, count, first, row, kv, table, bars, places, BLOCK_N: gl.constexpr, PAGE: gl.constexpr, AHEAD: gl.constexpr,
+    tiles, before, count, first, row, kv, table, bars, targets, BLOCK_N: gl.constexpr, PAGE: gl.constexpr, AHEAD: gl.constexpr,
     STAGES: gl.constexpr,
 ):  # fmt: skip
     """Start copying the first AHEAD tiles; ``before`` came through the stages already."""
     for it in gl.static_range(AHEAD):
         stage = (before + it) % STAGES
-        _fetch(tiles, it, it < count, first, row, kv, table, bars.index(stage), places.index(stage), BLOCK_N, PAGE)
+        _fetch(tiles, it, it < count, first, row, kv, table, bars.index(stage), targets.index(stage), BLOCK_N, PAGE)
 
 
 @gluon.jit
@@ -70,7 +70,9 @@ def _scores(
     BLOCK_N: gl.constexpr, BLOCK_D: gl.constexpr, STAGES: gl.constexpr, PAGE: gl.constexpr, s_layout: gl.constexpr,
 ):  # fmt: skip
     """Scores of tile ``it``, the ``seen + it``-th that comes through the stages; what a query does not see adds nothing."""
-    if PAGE != 0 and BASE == EXP:  # no key of a page that does not exist; elsewhere its score of 0 adds nothing
+    if PAGE != 0 and not zero_at_zero(
+        BASE
+    ):  # no key of a page that does not exist; elsewhere its score of 0 adds nothing
         page = gl.load(table + (first + it * BLOCK_N) // PAGE)
         tk = gl.where(page.to(gl.uint32, bitcast=True) < pages.to(gl.uint32), tk, 0)
     stage = (seen + it) % STAGES
@@ -110,14 +112,14 @@ def _sweep(
             it, seen, first, q, keys, ready, table, pages, i2, tq, tk, offset, left, right, unit, softcap,
             BASE, LEFT, RIGHT, SOFTCAP, BLOCK_M, BLOCK_N, BLOCK_D, STAGES, PAGE, s_layout,
         )  # fmt: skip
-        s = gl.where(keep, s, -INF if BASE == EXP else 0.0)
+        s = gl.where(keep, s, 0.0 if zero_at_zero(BASE) else -INF)
         p = numerators(s, m, BASE, SHIFT, SHIFT)
         kept = kept_scores(p, s, RECTIFY)
         total += gl.abs(p) if ABSOLUTE else kept
         rounded = kept.to(gl.bfloat16)
         if SHIFT:
             lost += gl.abs(kept) - gl.abs(rounded.to(gl.float32))
-        # a place more than value tiles: what is written here, nobody reads who has not met the others since
+        # one buffer more than value tiles: no warp still reads the one that is written here, since all have met in between
         weights.index(taken % (VALUES + 1)).store(gl.permute(rounded, (1, 0)))
         fence_async_shared()
         if SKIP:
@@ -248,7 +250,7 @@ def _take(
     seen += count
     m = zero
     few = few_seen(0, tq, filled, offset, left, right, LEFT, RIGHT) & (count > 0)
-    if BASE == LINEAR:
+    if not exponential(BASE):
         wrong = gl.to_tensor(0)
         sees = rows
     else:
@@ -271,7 +273,7 @@ def _take(
         seen += count
         if ANCHORED:
             m = gl.maximum(m, 0.0)
-        if BASE == LINEAR:
+        if not exponential(BASE):
             m = zero
         _start(key_tiles, seen, count, lo, b, kv, table_of, ready, keys, BLOCK_N, PAGE, STAGES, STAGES)
         if not SKIP:
@@ -295,7 +297,7 @@ def _take(
             acc *= gl.convert_layout(factor, gl.SliceLayout(0, o_layout))[None, :]
         m = gl.where(m == -INF, 0.0, m)
         if CONSTANT == ONE:
-            total += 1.0 if BASE == LINEAR else gl.exp2(-m)
+            total += gl.exp2(-m) if exponential(BASE) else 1.0
         elif CONSTANT == SINK:
             total += gl.exp2(logit - m)
         total += eps
@@ -331,8 +333,8 @@ def decode_keys(
     """As ``decode.py``, with the same grid and partial results, but only visible keys are split.
 
     SHARED: the grid is as many programs as run at a time, fewer than there are sequences and key heads. They share all key
-    tiles evenly (``fewest`` at least), one pair of sequence and head after the other. The place of a part is the number of the
-    pair plus that of the program, which no other part has.
+    tiles evenly (``fewest`` at least), one pair of sequence and head after the other. The index of a partial result is
+    the number of the pair plus that of the program, which no other result has.
 
     WHOLE: no pair is divided; programs write ``out`` and ``lse``, and there is nothing to merge.
 
@@ -364,14 +366,14 @@ def decode_keys(
             some, 0, sequences, lengths, tq, tk, left, right, BLOCK_N, LEFT, RIGHT, BOTTOM_RIGHT, LENGTHS
         )
         share = share_of(tiles * kv_heads, gl.num_programs(0), fewest)
-        place = program * share
-        end = gl.minimum(place + share, tiles * kv_heads)
+        position = program * share
+        end = gl.minimum(position + share, tiles * kv_heads)
         seen, taken = gl.to_tensor(0), gl.to_tensor(0)
         # tiles of the next pair are not asked for before this one ends: programs come there at different times, others read on
-        while place < end:
+        while position < end:
             b, before = sequence_at(
                 some,
-                place,
+                position,
                 sequences,
                 kv_heads,
                 lengths,
@@ -388,9 +390,9 @@ def decode_keys(
             filled, offset, lo, hi, tiles = keys_of_sequence(
                 b, sequences, lengths, tq, tk, left, right, BLOCK_N, LEFT, RIGHT, BOTTOM_RIGHT, LENGTHS
             )
-            rest = place - before * kv_heads
+            rest = position - before * kv_heads
             kv, first = rest // tiles, rest % tiles
-            count = gl.minimum(tiles - first, end - place)
+            count = gl.minimum(tiles - first, end - position)
             lo += first * BLOCK_N
             part = b.to(gl.int64) * kv_heads + kv + program
             seen, taken = _take(
@@ -399,7 +401,7 @@ def decode_keys(
                 BASE, RECTIFY, ABSOLUTE, CONSTANT, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, STAGES, VALUES, LEFT, RIGHT, SOFTCAP,
                 PAGE, LENGTHS, SKIP, WHOLE, num_warps,
             )  # fmt: skip
-            place += count
+            position += count
     else:
         split, kv, b = gl.program_id(0), gl.program_id(1), gl.program_id(2)
         filled, offset, lo, hi, tiles = keys_of_sequence(

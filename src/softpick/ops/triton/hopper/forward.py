@@ -24,7 +24,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.language.extra.cuda import gdc_launch_dependents
 
-from softpick.ops.triton.device import (
+from softpick.ops.triton.base_functions import (
     EXP,
     INF,
     LN2,
@@ -35,10 +35,10 @@ from softpick.ops.triton.device import (
     SINK,
     Constant,
     kept_scores,
-    narrow,
     numerators,
-    tile_at,
+    zero_at_zero,
 )
+from softpick.ops.triton.device import narrow, tile_at
 from softpick.ops.triton.hopper.versions import barrier, load_tile, store_tile
 
 __all__ = ["forward_queries"]
@@ -50,7 +50,7 @@ _FINITE = Constant(3.0e38)
 
 
 @gluon.jit
-def _place(at, shape):
+def _queries_of_tile(at, shape):
     """(first query, head, sequence) of the ``at``-th tile, in the order of :func:`softpick.ops.triton.device.assignment`."""
     tile, head, row = tile_at(at, shape[0], shape[1], shape[2], shape[3])
     return (shape[0] - 1 - tile) * (2 * ROWS), head, row
@@ -78,10 +78,10 @@ def _fill(n, tiles, at, head, row, full, empty, room, STAGES: gl.constexpr):
 
 
 @gluon.jit
-def _tell(at, loaded, place, empty):
-    """Tell the warpgroups which tile comes next, once both have let go of the queries before."""
+def _announce_tile(at, loaded, next_tile, empty):
+    """Announce the next tile to the warpgroups, once both have let go of the queries before."""
     mbarrier.wait(empty, loaded & 1 ^ 1)
-    place.store(gl.full([32], at, gl.int32, gl.BlockedLayout([1], [32], [1], [0])))
+    next_tile.store(gl.full([32], at, gl.int32, gl.BlockedLayout([1], [32], [1], [0])))
     barrier()
 
 
@@ -92,15 +92,15 @@ def _fetch(
 ):  # fmt: skip
     """Fetch tiles as long as there are any; ``turn`` counts those that are fetched."""
     query_tiles, key_tiles, value_tiles = descriptors
-    queries, keys, values, place, _ = room
+    queries, keys, values, next_tile, _ = room
     q_full, q_empty, k_full, k_empty, v_full, v_empty = bars
     end = shape[0] * shape[2]
     at, n, loaded = gl.program_id(0), 0, 0
     while at < end:
         following = gl.atomic_add(turn, 1) + gl.num_programs(0)
-        i0, head, row = _place(at, shape)
+        i0, head, row = _queries_of_tile(at, shape)
         count, kv = _key_tiles(i0, shape, BLOCK_N, RIGHT), head // shape[4]
-        _tell(at, loaded, place, q_empty)
+        _announce_tile(at, loaded, next_tile, q_empty)
         mbarrier.expect(q_full, 2 * query_tiles.block_type.nbytes)
         for half in gl.static_range(2):
             load_tile(query_tiles, [row, head, i0 + half * ROWS, 0], q_full, queries.index(half))
@@ -114,7 +114,7 @@ def _fetch(
         _fill(n - 1, value_tiles, 0, kv, row, v_full, v_empty, values, VALUES)
         loaded += 1
         at = following
-    _tell(end, loaded, place, q_empty)
+    _announce_tile(end, loaded, next_tile, q_empty)
     mbarrier.arrive(q_full)
 
 
@@ -122,10 +122,10 @@ def _fetch(
 
 
 @gluon.jit
-def _told(loaded, place, full):
+def _wait_for_tile(loaded, next_tile, full):
     """Wait for the next tile and its queries; returns the tile."""
     mbarrier.wait(full, loaded & 1)
-    return gl.max(place.load(gl.BlockedLayout([1], [32], [4], [0])), 0)
+    return gl.max(next_tile.load(gl.BlockedLayout([1], [32], [4], [0])), 0)
 
 
 @gluon.jit
@@ -174,7 +174,7 @@ def weights_of(
         seen = (j < tk)[None, :]
         if RIGHT:
             seen = seen & (j[None, :] <= i[:, None] + reach)
-        s = gl.where(seen, s, -INF if BASE == EXP else 0.0)
+        s = gl.where(seen, s, 0.0 if zero_at_zero(BASE) else -INF)
     p = numerators(s, 0.0, BASE, False, False)
     if ABSOLUTE:
         total += row_parts(gl.abs(p))
@@ -219,7 +219,7 @@ def _take(
     BLOCK_D: gl.constexpr, STAGES: gl.constexpr, VALUES: gl.constexpr, RIGHT: gl.constexpr,
 ):  # fmt: skip
     """Warpgroup ``w``: its 64 queries of one tile after the other."""
-    queries, keys, values, place, rows = room
+    queries, keys, values, next_tile, rows = room
     q_full, q_empty, k_full, k_empty, v_full, v_empty = bars
     tk, reach = shape[6], shape[7]
     s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
@@ -228,9 +228,9 @@ def _take(
     if w == 1:
         _pass_turn(1)
     n, loaded, end = 0, 0, shape[0] * shape[2]
-    tile = _told(loaded, place, q_full)
+    tile = _wait_for_tile(loaded, next_tile, q_full)
     while tile < end:
-        i0, head, row = _place(tile, shape)
+        i0, head, row = _queries_of_tile(tile, shape)
         count = _key_tiles(i0, shape, BLOCK_N, RIGHT)
         i0 += w * ROWS
         full = tk
@@ -274,7 +274,7 @@ def _take(
         finish(
             acc, total, i0, head, row, tile, turn, eps, shape, outputs, rows.index(w), BASE, RECTIFY, CONSTANT, o_layout
         )  # fmt: skip
-        tile = _told(loaded, place, q_full)
+        tile = _wait_for_tile(loaded, next_tile, q_full)
     tma.store_wait(0)
     if w == 0:
         _wait_turn(0)  # what the other one has passed on last
@@ -346,9 +346,9 @@ def forward_queries(
     keys = gl.allocate_shared_memory(gl.bfloat16, [STAGES] + key_tiles.block_type.shape, key_tiles.layout)  # noqa: RUF005
     values = gl.allocate_shared_memory(gl.bfloat16, [VALUES] + value_tiles.block_type.shape, value_tiles.layout)  # noqa: RUF005
     rows = gl.allocate_shared_memory(gl.bfloat16, [2] + out_tiles.block_type.shape, out_tiles.layout)  # noqa: RUF005
-    place = gl.allocate_shared_memory(gl.int32, [32], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    next_tile = gl.allocate_shared_memory(gl.int32, [32], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     descriptors = (query_tiles, key_tiles, value_tiles)
-    room = (queries, keys, values, place, rows)
+    room = (queries, keys, values, next_tile, rows)
     bars = (
         _barriers(1, 1).index(0), _barriers(1, 2).index(0), _barriers(STAGES, 1), _barriers(STAGES, 2), _barriers(VALUES, 1),
         _barriers(VALUES, 2),

@@ -58,7 +58,7 @@ def _tile_of_keys(
     )  # fmt: skip
     acc = warpgroup_mma(p, v, acc, is_async=True)
     s = warpgroup_mma_wait(num_outstanding=1, deps=[following])
-    # every product of the tile before has ended, for every warp once they have met: its place can be filled again
+    # every product of the tile before has ended, for every warp once they have met: its buffer can be filled again
     barrier()
     _fetch(it + STAGES - 1, count, head, row, key_tiles, value_tiles, keys, values, ready, BLOCK_N, STAGES)
     mbarrier.wait(ready.index((it + 1) % STAGES), ((it + 1) // STAGES) & 1, pred=it + 1 < count)

@@ -12,9 +12,8 @@ In bf16 the forward pass has no bytes to hide instructions behind. 16-bit inputs
 without a series where ``e^x - 1`` cancels. The published words show all programs of a row whether that was sound; where it was
 not, they sum up a second time.
 
-In the code a segment is a ``part``. It is CHUNKS chunks ``(num_warps, WIDTH)``, a line of a chunk a warp. Beyond the end of a
-row a chunk has zeros, which count nowhere. Rows begin at multiples of 16 bytes; ``n`` and strides count in those (VEC entries),
-so that Triton knows.
+A segment is CHUNKS chunks ``(num_warps, WIDTH)``, a line of a chunk a warp. Beyond the end of a row a chunk has zeros, which
+count nowhere. Rows begin at multiples of 16 bytes; ``n`` and strides count in those (VEC entries), so that Triton knows.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
 
-from softpick.ops.triton.device import INF, LN2, LOG2E, Constant
+from softpick.ops.triton.base_functions import INF, LN2, LOG2E, Constant
 from softpick.ops.triton.hopper.versions import load_entries, reinterpret
 from softpick.ops.triton.rows import _difference as _exact_difference
 from softpick.ops.triton.rows import _gradient, _level
@@ -51,13 +50,13 @@ def _columns(LINES: gl.constexpr, WIDTH: gl.constexpr, layout: gl.constexpr):
 
 
 @gluon.jit
-def _share(parts, WIDTH: gl.constexpr, CHUNKS: gl.constexpr, layout: gl.constexpr, num_warps: gl.constexpr):
+def _share(segments, WIDTH: gl.constexpr, CHUNKS: gl.constexpr, layout: gl.constexpr, num_warps: gl.constexpr):
     """A program's first row, its segment's number, the step from row to row, columns of the segment and of its first chunk."""
-    first, part, step = gl.program_id(0) // parts, gl.program_id(0) % parts, gl.num_programs(0) // parts
-    start = part * (CHUNKS * num_warps * WIDTH)
+    first, segment, step = gl.program_id(0) // segments, gl.program_id(0) % segments, gl.num_programs(0) // segments
+    start = segment * (CHUNKS * num_warps * WIDTH)
     c = start + _columns(CHUNKS * num_warps, WIDTH, layout)
     columns = start + _columns(num_warps, WIDTH, layout)
-    return first, part, step, c, columns
+    return first, segment, step, c, columns
 
 
 @gluon.jit
@@ -243,15 +242,15 @@ def _anchor(word):
 
 
 @gluon.jit
-def _tell(words, part, value, anchor, WORDS: gl.constexpr):
+def _publish(words, segment, value, anchor, WORDS: gl.constexpr):
     """Publish the sums of the warps ``(num_warps,)``: a word each, or one for all of them (WORDS 1)."""
     if WORDS == 1:
         top = gl.max(anchor, 0)
         one = _word(gl.sum(value * gl.exp2(anchor - top), 0), top)
-        gl.atomic_xchg(words + part, one, sem="relaxed")
+        gl.atomic_xchg(words + segment, one, sem="relaxed")
     else:
         line = gl.arange(0, WORDS, layout=value.type.layout)
-        gl.atomic_xchg(words + part * WORDS + line, _word(value, anchor), sem="relaxed")
+        gl.atomic_xchg(words + segment * WORDS + line, _word(value, anchor), sem="relaxed")
 
 
 @gluon.jit
@@ -278,22 +277,22 @@ def _total(words, eps):
     return top, gl.sum(_value(words) * gl.exp2(m - top), 0) + eps
 
 
-@gluon.jit(do_not_specialize=["rows", "n", "stride", "parts"])
+@gluon.jit(do_not_specialize=["rows", "n", "stride", "segments"])
 def rows_forward_ring(
-    x, y, lse, words, rows, n, stride, eps, parts,
+    x, y, lse, words, rows, n, stride, eps, segments,
     WIDTH: gl.constexpr, CHUNKS: gl.constexpr, STAGES: gl.constexpr, WORDS: gl.constexpr, COUNT: gl.constexpr,
     num_warps: gl.constexpr,
 ):  # fmt: skip
-    """``parts`` programs a row of ``x`` ``(rows, n)``, whose rows are ``stride`` apart; ``y`` is contiguous.
+    """``segments`` programs a row of ``x`` ``(rows, n)``, whose rows are ``stride`` apart; ``y`` is contiguous.
 
-    ``words``: ``(2, rows, parts * WORDS)`` zeros, WORDS ``num_warps`` or 1; the second half is for rows that are summed up a
-    second time. COUNT: a power of two, at least ``parts * WORDS``.
+    ``words``: ``(2, rows, segments * WORDS)`` zeros, WORDS ``num_warps`` or 1; the second half is for rows that are summed up a
+    second time. COUNT: a power of two, at least ``segments * WORDS``.
     """
     VEC: gl.constexpr = 128 // x.dtype.element_ty.primitive_bitwidth
     EXACT: gl.constexpr = VEC == 4
     layout: gl.constexpr = _layout(VEC, num_warps)
-    first, part, step, c, columns = _share(parts, WIDTH, CHUNKS, layout, num_warps)
-    count = parts * WORDS
+    first, segment, step, c, columns = _share(segments, WIDTH, CHUNKS, layout, num_warps)
+    count = segments * WORDS
     ring = gl.allocate_shared_memory(x.dtype.element_ty, [STAGES, CHUNKS * num_warps, WIDTH], _PLAIN)
     for it in gl.static_range(STAGES - 1):
         _fetch(ring, it, x, first + it * step, rows, stride, c, n)
@@ -310,7 +309,7 @@ def rows_forward_ring(
                 value, anchor = _sums(ring, it % STAGES, layout, num_warps)
             else:
                 value, anchor = _quick_sums(ring, it % STAGES, layout, num_warps)
-            _tell(words + r * count, part, value, anchor, WORDS)
+            _publish(words + r * count, segment, value, anchor, WORDS)
         if (
             it > 0
         ):  # the sums of row r are published before the wait for those of the row before: no program blocks another
@@ -325,7 +324,7 @@ def rows_forward_ring(
                 if not ((total >= least) & (total < _LARGEST)):  # all programs of the row see it
                     value, anchor = _sums(ring, stage, layout, num_warps)
                     again = words + (rows + done) * count
-                    _tell(again, part, value, anchor, WORDS)
+                    _publish(again, segment, value, anchor, WORDS)
                     found = _words(again, count, COUNT, num_warps)
                     top, total = _total(_all_words(found, again, count, COUNT, num_warps), eps)
                 # where the total is 0, entries are 0 or minus infinity, of which any factor but 0 makes 0
@@ -345,27 +344,27 @@ def rows_forward_ring(
                     )  # fmt: skip
                 at = chunk * (num_warps * WIDTH) + columns
                 gl.store(to + at, out, mask=at < n * VEC)
-            if part == 0:
+            if segment == 0:
                 gl.store(lse + done, (top + gl.log2(total)) * LN2)
         ahead = it + STAGES - 1
         _fetch(ring, ahead, x, first + ahead * step, rows, stride, c, n)
         async_copy.commit_group()
 
 
-@gluon.jit(do_not_specialize=["rows", "n", "stride", "grad_stride", "parts"])
+@gluon.jit(do_not_specialize=["rows", "n", "stride", "grad_stride", "segments"])
 def rows_backward_ring(
-    x, lse, dy, dx, words, rows, n, stride, grad_stride, parts,
+    x, lse, dy, dx, words, rows, n, stride, grad_stride, segments,
     WIDTH: gl.constexpr, CHUNKS: gl.constexpr, STAGES: gl.constexpr, WORDS: gl.constexpr, COUNT: gl.constexpr,
     num_warps: gl.constexpr,
 ):  # fmt: skip
     """As :func:`rows_forward_ring`, for ``dx``; the sums are those of ``y dy``, with anchors 0, and ``words``
-    ``(rows, parts * WORDS)``.
+    ``(rows, segments * WORDS)``.
     """
     VEC: gl.constexpr = 128 // x.dtype.element_ty.primitive_bitwidth
     EXACT: gl.constexpr = VEC == 4
     layout: gl.constexpr = _layout(VEC, num_warps)
-    first, part, step, c, columns = _share(parts, WIDTH, CHUNKS, layout, num_warps)
-    count = parts * WORDS
+    first, segment, step, c, columns = _share(segments, WIDTH, CHUNKS, layout, num_warps)
+    count = segments * WORDS
     ring = gl.allocate_shared_memory(x.dtype.element_ty, [STAGES, CHUNKS * num_warps, WIDTH], _PLAIN)
     grads = gl.allocate_shared_memory(dy.dtype.element_ty, [STAGES, CHUNKS * num_warps, WIDTH], _PLAIN)
     for it in gl.static_range(STAGES - 1):
@@ -390,7 +389,7 @@ def rows_backward_ring(
                 g = _wide(_chunk(grads, stage, chunk, layout, num_warps))
                 inner += gl.maximum(_difference(s, _exponential(s, level, EXACT), e0, EXACT), 0.0) * g
             one = gl.sum(inner, 1)
-            _tell(words + r * count, part, one, gl.zeros_like(one), WORDS)
+            _publish(words + r * count, segment, one, gl.zeros_like(one), WORDS)
         if it > 0:
             stage = (it + STAGES - 1) % STAGES
             found = _all_words(found, words + done * count, count, COUNT, num_warps)

@@ -24,9 +24,9 @@ from softpick.evaluation import tasks as tasks_module
 from softpick.evaluation.evaluate import EvaluateSettings, evaluate, forget, summary_rows
 from softpick.evaluation.tasks import TASKS, EvaluationError, run_tasks
 from softpick.experiment.models import ModelError
-from softpick.experiment.parts import titles
 from softpick.experiment.perplexity import perplexity
 from softpick.experiment.reading import DataError
+from softpick.experiment.result_cache import titles
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Everything together
@@ -103,7 +103,7 @@ def test_going_on_after_a_stop(home, report, tmp_path):
     third = Recorder()
     evaluate(chosen, reporter=third, state=tmp_path / "out")
     assert third.bars == []
-    # what a part depends on makes it anew, and only that part
+    # a change of what a result depends on makes that result anew, and no other
     changed = Recorder()
     other = settings(home, "softmax", against=(str(home / "softpick"),), passkey_prompts=2, limit=3)
     evaluate(other, reporter=changed, state=tmp_path / "out")

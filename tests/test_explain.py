@@ -57,11 +57,11 @@ def test_what_is_explained_is_what_runs(call, rule, taken):
     tensors, options = qkv(), CALLS[call]
     with softpick.use_backend(**rule):
         softpick.scaled_dot_product_attention(*tensors, **options)
-        told = softpick.explain_backend(*tensors, **options)
-    assert taken == [told.backend]
+        explained = softpick.explain_backend(*tensors, **options)
+    assert taken == [explained.backend]
     named = {"named": "reference", "weights": "reference"}.get(call)
-    assert told.backend == (named or rule.get("backend") or ("sdpa" if call == "softmax" else "tiled"))
-    assert f"backend {told.backend!r}" in str(told)
+    assert explained.backend == (named or rule.get("backend") or ("sdpa" if call == "softmax" else "tiled"))
+    assert f"backend {explained.backend!r}" in str(explained)
 
 
 @pytest.mark.parametrize("rule", [{}, {"backend": "tiled"}, {"backend": "reference"}], ids=str)
@@ -70,15 +70,15 @@ def test_packed_and_decoding_are_explained(rule, taken):
     cu = torch.tensor([0, 3, 7], dtype=torch.int32)
     with softpick.use_backend(**rule):
         softpick.varlen_attention(q, k, v, cu, cu)
-        told = softpick.explain_backend(q, k, v, cu_seqlens_q=cu, cu_seqlens_k=cu)
-        assert told.function == "varlen_attention"
-        assert set(taken) == {told.backend}
+        explained = softpick.explain_backend(q, k, v, cu_seqlens_q=cu, cu_seqlens_k=cu)
+        assert explained.function == "varlen_attention"
+        assert set(taken) == {explained.backend}
         taken.clear()
         one, keys, values = qkv(tq=1, tk=9)
         softpick.decode_attention(one, keys, values, cache_seqlens=torch.tensor([4]))
-        told = softpick.explain_backend(one, keys, values, cache_seqlens=torch.tensor([4]))
-    assert told.function == "decode_attention"
-    assert taken == [told.backend] == ["reference"]
+        explained = softpick.explain_backend(one, keys, values, cache_seqlens=torch.tensor([4]))
+    assert explained.function == "decode_attention"
+    assert taken == [explained.backend] == ["reference"]
 
 
 def test_explaining_checks_as_the_call_does():
@@ -343,8 +343,8 @@ def test_launches_follow_the_choice(hopper, without, monkeypatch):
 def test_kernels_of_a_call_are_explained(hopper):
     """``backend="triton"`` is taken for tensors on the CPU where Triton's interpreter runs."""
     q, k, v = (x.requires_grad_() for x in qkv(d=64, tq=32, tk=32, dtype=torch.bfloat16))
-    told = softpick.explain_backend(q, k, v, enable_gqa=True, backend="triton")
-    assert [tuple(kernel) for kernel in told.kernels] == [
+    explained = softpick.explain_backend(q, k, v, enable_gqa=True, backend="triton")
+    assert [tuple(kernel) for kernel in explained.kernels] == [
         ("forward", "hopper/forward_narrow.py", None),
         ("backward", "hopper/backward.py", None),
     ]
@@ -360,8 +360,10 @@ def test_kernels_of_a_call_are_explained(hopper):
         assert [kernel.file for kernel in cache.kernels] == ["hopper/decode.py"]
     cu = torch.tensor([0, 7, 32])
     packed = (x[0].transpose(0, 1) for x in (q, k, v))
-    told = softpick.explain_backend(*packed, cu_seqlens_q=cu, cu_seqlens_k=cu, backend="triton", normalizer="softmax")
-    assert [(kernel.file, kernel.refused) for kernel in told.kernels] == [
+    explained = softpick.explain_backend(
+        *packed, cu_seqlens_q=cu, cu_seqlens_k=cu, backend="triton", normalizer="softmax"
+    )
+    assert [(kernel.file, kernel.refused) for kernel in explained.kernels] == [
         ("forward.py", "packed sequences"),
         ("backward.py", "packed sequences"),
     ]

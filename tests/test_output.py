@@ -22,7 +22,7 @@ import safetensors.torch
 
 from softpick.experiment import files, resume
 from softpick.experiment.files import OutputError, digest, writing
-from softpick.experiment.parts import Parts
+from softpick.experiment.result_cache import ResultCache
 from softpick.experiment.resume import Workspace
 from softpick.training import checkpoints, engine
 
@@ -293,19 +293,19 @@ def test_what_a_user_put_in_the_place_of_an_output_stays(tmp_path):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Parts
+# results that are kept
 
 
 @given(st.dictionaries(st.text(max_size=5), KEYS, min_size=2, max_size=5))
 def test_a_key_in_another_order_is_the_same_part(key):
-    parts = Parts("anywhere", "x")
-    assert parts.file(key) == parts.file(dict(reversed(key.items())))
-    assert parts.file([key]) == parts.file([dict(sorted(key.items(), reverse=True))])
+    result_cache = ResultCache("anywhere", "x")
+    assert result_cache.file(key) == result_cache.file(dict(reversed(key.items())))
+    assert result_cache.file([key]) == result_cache.file([dict(sorted(key.items(), reverse=True))])
 
 
 def test_parts_are_forgotten_by_what_they_say(tmp_path):
-    parts = Parts(tmp_path, "evaluate")
-    assert parts.get({"a": 1, "b": 2}, lambda: [1, None, "ä"]) == [1, None, "ä"]
+    result_cache = ResultCache(tmp_path, "evaluate")
+    assert result_cache.get({"a": 1, "b": 2}, lambda: [1, None, "ä"]) == [1, None, "ä"]
     mine = [
         "evaluate-notes.json",
         f"evaluate-{'0' * 16}.json",
@@ -314,17 +314,17 @@ def test_parts_are_forgotten_by_what_they_say(tmp_path):
     ]
     for name, text in zip(mine, ("mine", "mine", "mine", '{"format": "mine"}'), strict=True):
         (tmp_path / name).write_text(text)
-    again = Parts(tmp_path, "evaluate")
+    again = ResultCache(tmp_path, "evaluate")
     assert again.get({"b": 2, "a": 1}, pytest.fail) == [1, None, "ä"]
     again.forget()
     assert names(tmp_path) == sorted(mine)
 
 
 def test_a_part_of_version_01_is_taken_and_forgotten(tmp_path):
-    parts = Parts(tmp_path, "audit")
-    parts.file("key").write_text('{"sinks": 3}')
-    assert parts.get("key", pytest.fail) == {"sinks": 3}
-    parts.forget()
+    result_cache = ResultCache(tmp_path, "audit")
+    result_cache.file("key").write_text('{"sinks": 3}')
+    assert result_cache.get("key", pytest.fail) == {"sinks": 3}
+    result_cache.forget()
     assert names(tmp_path) == []
 
 
@@ -332,12 +332,12 @@ def test_a_part_of_version_01_is_taken_and_forgotten(tmp_path):
     "change", [lambda t: t[:-9], lambda t: t.replace("0.25", "0.75"), lambda t: t.replace("audit-", "audit_")]
 )
 def test_a_part_that_was_changed_is_not_used(tmp_path, change):
-    parts = Parts(tmp_path, "audit")
-    parts.get("key", lambda: 0.25)
-    file = parts.file("key")
+    result_cache = ResultCache(tmp_path, "audit")
+    result_cache.get("key", lambda: 0.25)
+    file = result_cache.file("key")
     file.write_text(change(file.read_text()))
     with pytest.raises(OutputError, match=rf"{file.name} (was changed|cannot be read)"):
-        parts.get("key", pytest.fail)
+        result_cache.get("key", pytest.fail)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

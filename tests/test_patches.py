@@ -16,10 +16,10 @@ from softpick.integrations.patches import PATCHES, replaced
 ROOT = Path(softpick.__file__).parent
 
 
-@pytest.mark.parametrize("place", PATCHES)
-def test_the_replaced_source_is_the_one_that_was_read(place):
+@pytest.mark.parametrize("target", PATCHES)
+def test_the_replaced_source_is_the_one_that_was_read(target):
     """Fails where the pinned version has other code: read it, mend the replacement, then the version and the digest."""
-    patch = PATCHES[place]
+    patch = PATCHES[target]
     pytest.importorskip(patch.library)
     if version(patch.library) != patch.version:
         pytest.skip(
@@ -27,13 +27,13 @@ def test_the_replaced_source_is_the_one_that_was_read(place):
         )
     if patch.library == "transformers":
         importlib.import_module("softpick.integrations.transformers")
-    assert patches.digest(patch) == patch.source, f"{patch.library} {patch.version}: {patch.reads or place} changed"
+    assert patches.digest(patch) == patch.source, f"{patch.library} {patch.version}: {patch.reads or target} changed"
 
 
 def test_the_pinned_versions_are_those_of_the_table():
     pins = dict(re.findall(r"^([\w-]+)==([\w.]+)$", (ROOT.parents[1] / "constraints.txt").read_text(), re.MULTILINE))
     for patch in PATCHES.values():
-        assert pins[patch.library] == patch.version, f"{patch.place}: read it again for {pins[patch.library]}"
+        assert pins[patch.library] == patch.version, f"{patch.target}: read it again for {pins[patch.library]}"
 
 
 def foreign_assignments(path):
@@ -87,7 +87,7 @@ def test_the_search_finds_replacements(tmp_path):
 
 def test_the_table_has_what_is_replaced_and_nothing_else():
     sources = [p.read_text(encoding="utf-8") for p in ROOT.rglob("*.py") if p.name != "patches.py"]
-    used = {place for text in sources for place in re.findall(r'"([\w.]+:[\w.]+)"', text) if place.partition(":")[0] in
+    used = {target for text in sources for target in re.findall(r'"([\w.]+:[\w.]+)"', text) if target.partition(":")[0] in
             {known.partition(":")[0] for known in PATCHES}}  # fmt: skip
     assert used | {"transformers.models.git.modeling_git:GIT_SELF_ATTENTION_CLASSES"} == set(PATCHES)
 
@@ -96,7 +96,7 @@ def test_what_is_replaced_for_a_while_comes_back(monkeypatch):
     class Library:
         value = 1
 
-    monkeypatch.setattr(patches, "_holder", lambda place: (Library, place.split(":")[1]))
+    monkeypatch.setattr(patches, "_holder", lambda target: (Library, target.split(":")[1]))
     monkeypatch.setattr(patches, "PATCHES", {"x:value": None, "x:other": None})
     with contextlib.suppress(RuntimeError), replaced({"x:value": 2, "x:other": 3}):
         assert (Library.value, Library.other) == (2, 3)

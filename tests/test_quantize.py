@@ -145,7 +145,7 @@ def test_weights(home, tmp_path, method, bits, error, monkeypatch):
             corpus(home),
             LENGTH,
             tmp_path,
-            quantize_module.Parts(None, ""),
+            quantize_module.ResultCache(None, ""),
             quantize_module.Silent(),
         ).sequences[1]
         assert perplexity(model.eval(), held) == pytest.approx(cell["perplexity"], rel=1e-4)

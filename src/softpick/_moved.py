@@ -1,4 +1,4 @@
-"""Modules that were at another place in version 0.1: the old names import them, with a DeprecationWarning, for one release."""
+"""Modules that were at another path in version 0.1: the old names import them, with a DeprecationWarning, for one release."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ MOVED = {
     "softpick.loading": "softpick.experiment.models",
     "softpick.ops.library": "softpick.ops.operators",
     "softpick.ops.tiled": "softpick.ops.cpu",
-    "softpick.parts": "softpick.experiment.parts",
+    "softpick.parts": "softpick.experiment.result_cache",
     "softpick.progress": "softpick.experiment.progress",
     "softpick.quantization.simulate": "softpick.experiment.rounding",
     "softpick.quantize": "softpick.quantization.quantize",
@@ -37,7 +37,7 @@ class Finder:
 
 
 class Loader:
-    """Puts the module that has moved in the place of an old name."""
+    """Replaces a module of an old name by the one that has moved."""
 
     @staticmethod
     def create_module(spec: importlib.machinery.ModuleSpec) -> None:

@@ -183,11 +183,11 @@ def _run(call: _Call, device: str, check: Check) -> None:
     trained = call.kind in ("attention", "packed")
     leaves = [x.detach().requires_grad_(trained) for x in (query, key, value)]
     explain: Any = softpick.explain_backend
-    told = explain(*leaves, decode=not trained, **options)
-    check.backend = told.backend
-    check.kernels = [kernel.file for kernel in told.kernels]
-    check.reasons = [f"not {name!r}: {reason}" for name, reason in told.refused]
-    check.reasons += [f"{k.step}, not for Hopper GPUs: {k.refused}" for k in told.kernels if k.refused is not None]
+    explained = explain(*leaves, decode=not trained, **options)
+    check.backend = explained.backend
+    check.kernels = [kernel.file for kernel in explained.kernels]
+    check.reasons = [f"not {name!r}: {reason}" for name, reason in explained.refused]
+    check.reasons += [f"{k.step}, not for Hopper GPUs: {k.refused}" for k in explained.kernels if k.refused is not None]
     grad = torch.randn(query.shape, generator=torch.Generator().manual_seed(1)).to(query)  # value is as wide as query
     for _ in range(2):
         _wait(device)

@@ -32,9 +32,9 @@ from softpick.experiment.models import (
     identity,
     load_subject,
 )
-from softpick.experiment.parts import Parts, titles
 from softpick.experiment.progress import Reporter, Silent
 from softpick.experiment.reading import Corpus
+from softpick.experiment.result_cache import ResultCache, titles
 from softpick.experiment.resume import Workspace, scratch
 
 if TYPE_CHECKING:
@@ -75,7 +75,7 @@ def audit(
         ModelError: a model that cannot be loaded.
         AuditError: one without visible attention, or impossible settings.
         DataError: the data cannot be used, or are too short.
-        OutputError: ``state`` cannot be written, is used by another process, or holds a part that was changed.
+        OutputError: ``state`` cannot be written, is used by another process, or holds a result that was changed.
         ImportError: transformers is missing.
     """
     settings.check()
@@ -118,9 +118,9 @@ def _run(
     name: str, title: str, settings: AuditSettings, corpus: Corpus, reporter: Reporter, state: Path | None
 ) -> dict[str, Any]:
     """One model's part of the report, from ``state`` where it is there."""
-    parts = Parts(state, _PREFIX)
+    result_cache = ResultCache(state, _PREFIX)
     key = _key(name, title, settings, corpus)
-    if parts.has(key):
+    if result_cache.has(key):
         reporter.say(f"{name}: measured before")
 
     def make() -> dict[str, Any]:
@@ -134,16 +134,16 @@ def _run(
             visible=True,
         )
         subject = replace(subject, label=title, bos=settings.bos)
-        return _measure(subject, settings, corpus, reporter, parts.file(key, ".pt"))
+        return _measure(subject, settings, corpus, reporter, result_cache.file(key, ".pt"))
 
-    return parts.get(key, make)
+    return result_cache.get(key, make)
 
 
 def forget(state: str | Path) -> None:
     """Remove what audits have left in a folder for going on; nothing else in it."""
     from softpick.analysis.metrics import load_meter
 
-    Parts(state, _PREFIX).forget()
+    ResultCache(state, _PREFIX).forget()
     for file in Path(state).glob(f"{_PREFIX}-{'[0-9a-f]' * 16}.pt"):
         try:
             load_meter(file)

@@ -42,10 +42,10 @@ from softpick.experiment.corpus import get_corpus, split_documents
 from softpick.experiment.environment import command_line, device_line, hardware, versions
 from softpick.experiment.files import digest, json_text, read_json, text_digest, write_json, write_text, writing
 from softpick.experiment.models import Subject, identity
-from softpick.experiment.parts import Parts
 from softpick.experiment.perplexity import perplexity
 from softpick.experiment.progress import Reporter, Silent
 from softpick.experiment.reading import Corpus, read_corpus
+from softpick.experiment.result_cache import ResultCache
 from softpick.experiment.resume import LAST, Workspace
 from softpick.training import checkpoints
 from softpick.training.data import SequenceDataset, fingerprint
@@ -121,7 +121,7 @@ class _Run:
     ) -> None:
         self.settings, self.work, self.reporter, self.stop, self.command = settings, work, reporter, stop, command
         self.folder = work.folder
-        self.parts = Parts(self.folder, _PREFIX)
+        self.result_cache = ResultCache(self.folder, _PREFIX)
         self.config = self._read_config()
 
     # ------------------------------------------------------------------------------------------------------------------
@@ -253,17 +253,17 @@ class _Run:
         file = self.folder / name
         key = [text.key, "stage", stage]
         folder = self.folder / "checkpoints" / stage
-        if self.parts.has(key) and file.exists() and self.work.ledger.knows(name, file):
+        if self.result_cache.has(key) and file.exists() and self.work.ledger.knows(name, file):
             self.reporter.say(f"{_TITLES[stage]}: already trained")
             module.load_state_dict(safetensors.torch.load_file(file))
-            record = self.parts.get(key, dict)
+            record = self.result_cache.get(key, dict)
         else:
             made = self._train(number, stage, module, folder, subject, layers, text)
             weights = {n: t.detach().cpu().contiguous() for n, t in module.state_dict().items()}
             with writing(file):
                 safetensors.torch.save_file(weights, self.work.scratch / name)
             self.work.finish([name])
-            record = self.parts.get(key, lambda: made)
+            record = self.result_cache.get(key, lambda: made)
         checkpoints.remove_all(folder)
         student.eval()
         return record
@@ -336,7 +336,7 @@ class _Run:
                 found = perplexity(model, text.validation, batch_size=4, progress=lambda n: progress.update(n, None))
             return math.log(found)
 
-        return self.parts.get([text.key, "loss", name], make)
+        return self.result_cache.get([text.key, "loss", name], make)
 
     def _generation(self, subject: Subject, student: Any, text: _Text) -> dict[str, Any]:
         settings = self.settings
@@ -348,7 +348,7 @@ class _Run:
                 self.reporter.say(f"{name}: continues {len(prompts)} prompts by {settings.continuation_tokens} tokens")
                 return generation.continuations(model, prompts, settings.continuation_tokens).tolist()
 
-            texts[name] = torch.tensor(self.parts.get([text.key, "continuations", name], make))
+            texts[name] = torch.tensor(self.result_cache.get([text.key, "continuations", name], make))
         found: dict[str, Any] = {
             "prompts": len(prompts),
             "prompt_tokens": prompts.shape[1],
@@ -429,7 +429,7 @@ class _Run:
 
     def _tidy(self) -> None:
         """Remove what was kept for going on."""
-        self.parts.forget()
+        self.result_cache.forget()
         forget_audit(self.folder)
         for name in (*(f"{stage}.safetensors" for stage in _TITLES), _TOKENS):
             file = self.folder / name

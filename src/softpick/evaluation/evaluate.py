@@ -1,6 +1,6 @@
 """``softpick evaluate``: benchmark tasks, passkey retrieval and perplexity by position, several models side by side.
 
-:func:`evaluate` returns a report; each finished part (a model's task, one passkey length, the perplexities) is kept on the
+:func:`evaluate` returns a report; each finished result (a model's task, one passkey length, the perplexities) is kept on the
 way, so that an interrupted evaluation goes on where it was. Definitions: docs/metrics.md; how to run it: docs/evaluation.md.
 """
 
@@ -32,10 +32,10 @@ from softpick.evaluation.tasks import (
 from softpick.experiment.corpus import get_corpus
 from softpick.experiment.environment import chosen_device, command_line, device_line, hardware, versions
 from softpick.experiment.models import ModelError, Subject, identity, load_subject
-from softpick.experiment.parts import Parts, stamps, titles
 from softpick.experiment.perplexity import learned_positions, perplexity_by_position, position_edges
 from softpick.experiment.progress import Reporter, Silent, Titled
 from softpick.experiment.reading import Corpus
+from softpick.experiment.result_cache import ResultCache, stamps, titles
 from softpick.experiment.resume import Workspace
 
 __all__ = ["EvaluateSettings", "evaluate", "forget", "summary_rows"]
@@ -59,7 +59,7 @@ def evaluate(
         settings: what and on what.
         reporter: gets progress and messages.
         command: as typed, for the report.
-        state: folder in which finished parts are left, and from which the same evaluation takes them. Only files that begin
+        state: folder in which finished results are left, and from which the same evaluation takes them. Only files that begin
             with ``evaluate-`` are written, and :func:`forget` removes them.
 
     Returns:
@@ -70,7 +70,7 @@ def evaluate(
         EvaluationError: impossible settings, missing files, a model without attention that can be seen.
         ModelError: an encoder, a model that cannot be loaded, has no tokenizer or no room for so many positions.
         DataError: the data cannot be used, or are shorter than a sequence.
-        OutputError: ``state`` cannot be written, is used by another process, or holds a part that was changed.
+        OutputError: ``state`` cannot be written, is used by another process, or holds a result that was changed.
         ImportError: a package is missing; the message names the extra.
     """
     settings.check()
@@ -86,11 +86,11 @@ def _evaluate(settings: EvaluateSettings, reporter: Reporter, command: str, stat
     if settings.perplexity:
         corpus = get_corpus(settings.data, settings.text_field, _CORPUS_CHARACTERS)
         reporter.say(f"data: {corpus.description}")
-    parts = Parts(state, _PREFIX)
+    result_cache = ResultCache(state, _PREFIX)
     runs: list[dict[str, Any]] = []
     for name, title in zip(settings.models, titles(settings.models), strict=True):
         length = runs[0]["perplexity"]["length"] if runs and settings.perplexity else settings.sequence_length
-        runs.append(_Run(name, title, settings, corpus, length, reporter, parts).run())
+        runs.append(_Run(name, title, settings, corpus, length, reporter, result_cache).run())
     return {
         "title": f"softpick evaluate: {' against '.join(run['title'] for run in runs)}",
         "meta": {
@@ -113,7 +113,7 @@ def _evaluate(settings: EvaluateSettings, reporter: Reporter, command: str, stat
 
 def forget(state: str | Path) -> None:
     """Remove what evaluations have left in a folder for going on; nothing else in it."""
-    Parts(state, _PREFIX).forget()
+    ResultCache(state, _PREFIX).forget()
 
 
 def summary_rows(report: dict[str, Any]) -> list[tuple[str, list[str]]]:
@@ -166,9 +166,15 @@ class _Run:
         corpus: Corpus | None,
         length: int | None,
         reporter: Reporter,
-        parts: Parts,
+        result_cache: ResultCache,
     ) -> None:
-        self.name, self.title, self.settings, self.corpus, self.parts = name, title, settings, corpus, parts
+        self.name, self.title, self.settings, self.corpus, self.result_cache = (
+            name,
+            title,
+            settings,
+            corpus,
+            result_cache,
+        )
         self.length = length
         self.reporter = Titled(reporter, title)
         self._loaded: Subject | None = None
@@ -179,7 +185,7 @@ class _Run:
         settings = self.settings
         start = time.perf_counter()
         about = self._part("about", {"visible": settings.passkey != ()}, self._about)
-        before = self.parts.again
+        before = self.result_cache.again
         notes: list[str] = []
         lengths = self._passkey_lengths(about, notes)
         length = self._sequence_length(about) if settings.perplexity else None
@@ -191,7 +197,9 @@ class _Run:
             for task in settings.tasks
         }
         todo = [
-            task for task, depends in wanted.items() if not self.parts.has([self._identity, f"task {task}", depends])
+            task
+            for task, depends in wanted.items()
+            if not self.result_cache.has([self._identity, f"task {task}", depends])
         ]
         if todo and settings.data_dir is None:
             check_hub(todo, settings.num_fewshot)
@@ -211,8 +219,8 @@ class _Run:
         for tokens in lengths:
             depends = {"given": [tokens, settings.passkey_prompts, settings.seed]}
             found.append(self._part(f"passkey {tokens}", depends, functools.partial(self._passkey, tokens)))
-        if self.parts.again > before:
-            self.reporter.say(f"{self.parts.again - before} parts were there from before")
+        if self.result_cache.again > before:
+            self.reporter.say(f"{self.result_cache.again - before} parts were there from before")
         retrieving = _retrieving(found)
         notes += _notes(self.title, about, tasks, found, perplexity)
         self._loaded = None  # before the next one is loaded
@@ -228,7 +236,7 @@ class _Run:
 
     def _part(self, what: str, depends: dict[str, Any], make: Callable[[], Any]) -> Any:
         """``make()``, or what it gave the last time for the same model, settings and versions."""
-        return self.parts.get([self._identity, what, depends], make)
+        return self.result_cache.get([self._identity, what, depends], make)
 
     @property
     def subject(self) -> Subject:

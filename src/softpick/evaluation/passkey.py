@@ -221,9 +221,9 @@ def prompt_text(key: str, depth: float, filler: int) -> tuple[str, list[tuple[in
     before = int(depth * filler)
     line = f"The pass key is {key}. Remember it. {key} is the pass key."
     start = "\n".join([_INTRODUCTION, endless[:before], ""])
-    places = [len(start) + m.start() for m in re.finditer(key, line)]
+    spans = [len(start) + m.start() for m in re.finditer(key, line)]
     text = "\n".join([start + line, endless[: filler - before], "What is the pass key? The pass key is"])
-    return text, [(place, place + len(key)) for place in places]
+    return text, [(begin, begin + len(key)) for begin in spans]
 
 
 def _longest(tokens: Callable[[int], int], length: int) -> int:
@@ -238,7 +238,7 @@ def _longest(tokens: Callable[[int], int], length: int) -> int:
 
 
 def _prompt(tokenizer: Any, key: str, depth: float, filler: int, bos: int | None) -> PasskeyPrompt:
-    text, places = prompt_text(key, depth, filler)
+    text, spans = prompt_text(key, depth, filler)
     encoded = tokenizer(
         text, add_special_tokens=False, split_special_tokens=True, return_offsets_mapping=True, verbose=False
     )
@@ -246,7 +246,7 @@ def _prompt(tokenizer: Any, key: str, depth: float, filler: int, bos: int | None
     at = tuple(
         index + shift
         for index, (start, end) in enumerate(encoded["offset_mapping"])
-        if any(start < stop and begin < end for begin, stop in places)
+        if any(start < stop and begin < end for begin, stop in spans)
     )
     if not at:
         raise EvaluationError(f"tokenizer: no token of the prompt holds a digit of the key {key}")
@@ -349,7 +349,7 @@ class _Sums:
 
 
 class _Rows:
-    """Told the attention weights of the last query, layer after layer and step after step, for one batch."""
+    """Receives the attention weights of the last query, layer after layer and step after step, for one batch."""
 
     def __init__(self, keys: Tensor, sizes: Sequence[int], sums: _Sums) -> None:
         self.keys, self.sizes, self.sums = keys, torch.tensor(sizes), sums

@@ -20,9 +20,9 @@ from torch import Tensor, nn
 from softpick.experiment.corpus import token_ids
 from softpick.experiment.environment import chosen_device, missing_device
 from softpick.experiment.failures import ModelError, first_line
-from softpick.experiment.parts import stamps
 from softpick.experiment.progress import Reporter
 from softpick.experiment.reading import Corpus, DataError
+from softpick.experiment.result_cache import stamps
 
 __all__ = [
     "DTYPES",
@@ -462,7 +462,7 @@ def sees_the_future(model: Any, ids: Tensor) -> bool:
 
 
 def identity(name: str, *, trust_remote_code: bool = False) -> list[Any]:
-    """What a model is, for the key of a part: place, size and time of its files, or a hub model's revision.
+    """What a model is, for the key of a kept result: place, size and time of its files, or a hub model's revision.
 
     Args:
         name: a hub name, a directory, or a GGUF file.
@@ -475,7 +475,7 @@ def identity(name: str, *, trust_remote_code: bool = False) -> list[Any]:
     files = [path] if path.is_file() else sorted(path.iterdir()) if path.is_dir() else []
     if not files:
         return [name, getattr(load_config(name, trust_remote_code=trust_remote_code)[0], "_commit_hash", None)]
-    # parts and reports that were put beside a model do not make it another one
+    # results and reports that were put beside a model do not make it another one
     kept = [f for f in files if f.is_file() and (f.suffix in _OF_A_MODEL or f.name in _CONFIGURATIONS)]
     return [str(path.resolve()), stamps(kept)]
 

@@ -17,7 +17,7 @@ class ProgressBar(Protocol):
 
 
 class Reporter(Protocol):
-    """Whom long work tells what it does."""
+    """What long-running work reports its progress to."""
 
     def say(self, text: str) -> None:
         """One line for people."""

@@ -59,7 +59,7 @@ class Ledger:
         return files if isinstance(files, dict) else {}
 
     def add(self, digests: dict[str, str]) -> None:
-        """Record digests beside those that are known, before the files are moved to their places."""
+        """Record digests beside those that are known, before the files are moved to their final paths."""
         whole = read_json(self.path) if self.path.exists() else {}
         files = dict(whole.get("files", {}))
         for name, value in digests.items():
@@ -144,7 +144,7 @@ class Workspace:
         return {p.name for p in self.folder.iterdir() if p.name != SCRATCH}
 
     def finish(self, names: Iterable[str], say: Callable[[str], None] | None = None) -> None:
-        """Move finished outputs from :attr:`scratch` to their places, in this order.
+        """Move finished outputs from :attr:`scratch` to their final paths, in this order.
 
         Args:
             names: of files or folders in :attr:`scratch`.
@@ -152,7 +152,7 @@ class Workspace:
                 makes that an error.
 
         Raises:
-            OutputError: something that softpick did not write lies at one of the places, or the disk refused.
+            OutputError: something that softpick did not write lies at one of the paths, or the disk refused.
         """
         names = list(names)
         with writing(self.ledger.path):

@@ -25,15 +25,15 @@ class Patch:
     """A replaced attribute.
 
     Attributes:
-        place: ``module:attribute``.
+        target: ``module:attribute``.
         library: its distribution.
         version: for which the replacement was written, and whose source :attr:`source` is a digest of.
         source: 16 digits of the SHA-256 of the source of :attr:`reads`; empty for a value without a source.
         why: what the replacement does, and why no hook of the library does it.
-        reads: ``module:attribute`` whose source must not change; :attr:`place` if empty.
+        reads: ``module:attribute`` whose source must not change; :attr:`target` if empty.
     """
 
-    place: str
+    target: str
     library: str
     version: str
     source: str
@@ -45,105 +45,105 @@ _TRANSFORMERS = {"library": "transformers", "version": "5.23.0"}
 _HARNESS = {"library": "lm_eval", "version": "0.4.13"}
 
 PATCHES: Mapping[str, Patch] = {
-    patch.place: patch
+    patch.target: patch
     for patch in (
         Patch(
-            place="transformers:PreTrainedConfig.to_dict",
+            target="transformers:PreTrainedConfig.to_dict",
             source="bbfc1cf88ab9f891",
             why="A saved configuration keeps the attention implementation if it is one of ours; transformers drops it.",
             **_TRANSFORMERS,
         ),
         Patch(
-            place="transformers:PreTrainedModel.get_correct_attn_implementation",
+            target="transformers:PreTrainedModel.get_correct_attn_implementation",
             source="d1e19ae1facb1751",
             why="A saved normalizer comes before transformers' default, and models that compute softmax by themselves refuse "
             "ours; transformers accepts any registered name there.",
             **_TRANSFORMERS,
         ),
         Patch(
-            place="transformers:PreTrainedModel.set_attn_implementation",
+            target="transformers:PreTrainedModel.set_attn_implementation",
             source="d3ff8558d37ecbf5",
             why="Every part of a model gets the implementation, or none; transformers before 5.20 leaves out parts whose "
             "configuration is a copy, and stops in the middle where a part refuses.",
             **_TRANSFORMERS,
         ),
         Patch(
-            place="transformers:PreTrainedModel.post_init",
+            target="transformers:PreTrainedModel.post_init",
             source="7e71a8ab677d5dc8",
             why="The layers of a model are looked at as soon as they exist; there is no event for it.",
             **_TRANSFORMERS,
         ),
         Patch(
-            place="transformers.generation.continuous_batching.continuous_api:ContinuousBatchingManager.switch_to_cb_friendly_attn",
+            target="transformers.generation.continuous_batching.continuous_api:ContinuousBatchingManager.switch_to_cb_friendly_attn",
             source="dbb1a528a7185c86",
             why="Continuous batching keeps our implementations; transformers refuses names without 'flash', or switches "
             "the model to FlashAttention's softmax.",
             **_TRANSFORMERS,
         ),
         Patch(
-            place="transformers.generation.continuous_batching.initialization:ensure_decode_fast_path_is_available",
+            target="transformers.generation.continuous_batching.initialization:ensure_decode_fast_path_is_available",
             source="ed1080444ab8a449",
             why="Our functions read a block table; transformers gives one to names with 'flash' only.",
             **_TRANSFORMERS,
         ),
         Patch(
-            place="transformers.generation.continuous_batching.initialization:is_flash_attention_requested",
+            target="transformers.generation.continuous_batching.initialization:is_flash_attention_requested",
             source="dcb8fd04fe328b5c",
             why="Our functions need no mask in continuous batching, so graphs may be used; transformers asks for a name.",
             **_TRANSFORMERS,
         ),
         Patch(
-            place="transformers.generation.continuous_batching.cache:is_flash_attention_requested",
+            target="transformers.generation.continuous_batching.cache:is_flash_attention_requested",
             source="dcb8fd04fe328b5c",
             why="Our functions need no mask in continuous batching, so no memory is kept for one; transformers asks the name.",
             **_TRANSFORMERS,
         ),
         Patch(
-            place="transformers.masking_utils:_preprocess_mask_arguments",
+            target="transformers.masking_utils:_preprocess_mask_arguments",
             source="df23eb733c6e49fa",
             why="Packed sequences are found in position ids for our implementations, too; transformers asks for the names of "
             "its own.",
             **_TRANSFORMERS,
         ),
         Patch(
-            place="transformers:PreTrainedConfig.output_attentions",
+            target="transformers:PreTrainedConfig.output_attentions",
             source="38eb98543e7e2c98",
             why="output_attentions=True may stand beside our implementations; transformers allows it beside eager alone.",
             **_TRANSFORMERS,
         ),
         Patch(
-            place="transformers:PreTrainedConfig.validate_output_attentions",
+            target="transformers:PreTrainedConfig.validate_output_attentions",
             source="3471aa55151e65bb",
             why="The same where a configuration is checked as a whole.",
             **_TRANSFORMERS,
         ),
         Patch(
-            place="transformers:PreTrainedConfig.to_json_file",
+            target="transformers:PreTrainedConfig.to_json_file",
             source="e2cc6a98508a4c56",
             why="The one place that writes config.json: names that no other program takes for softmax (checkpoints.py).",
             **_TRANSFORMERS,
         ),
         Patch(
-            place="transformers:PreTrainedConfig._dict_from_json_file",
+            target="transformers:PreTrainedConfig._dict_from_json_file",
             source="5d7a21fac19188ea",
             why="The one place that reads config.json.",
             **_TRANSFORMERS,
         ),
         Patch(
-            place="transformers:PreTrainedConfig.from_dict",
+            target="transformers:PreTrainedConfig.from_dict",
             source="5af3fddbff02e898",
             why="Takes what somebody else has read.",
             **_TRANSFORMERS,
         ),
-        Patch(place="transformers:AutoConfig.for_model", source="93abff3407b5aac8", why="The same.", **_TRANSFORMERS),
+        Patch(target="transformers:AutoConfig.for_model", source="93abff3407b5aac8", why="The same.", **_TRANSFORMERS),
         Patch(
-            place="transformers:AttentionInterface.get_interface",
+            target="transformers:AttentionInterface.get_interface",
             source="0115b502544d95e1",
             why="While a model is measured its layers call a function of ours, whatever implementation they ask for.",
             **_TRANSFORMERS,
         ),
         Patch(
-            place="transformers.models.git.modeling_git:GIT_SELF_ATTENTION_CLASSES",
+            target="transformers.models.git.modeling_git:GIT_SELF_ATTENTION_CLASSES",
             source="83e089f4e05357ed",
             reads="transformers.models.git.modeling_git:GitAttention.__init__",
             why="Such tables of attention classes by implementation (in the file of each model that has one) say what they "
@@ -151,33 +151,33 @@ PATCHES: Mapping[str, Patch] = {
             **_TRANSFORMERS,
         ),
         Patch(
-            place="lm_eval.evaluator:add_env_info",
+            target="lm_eval.evaluator:add_env_info",
             source="a6e55f7becead9c0",
             why="The harness lists what is installed, which takes longer than a small task and is thrown away.",
             **_HARNESS,
         ),
         Patch(
-            place="lm_eval.evaluator:get_git_commit_hash",
+            target="lm_eval.evaluator:get_git_commit_hash",
             source="3b8396124d9caddc",
             why="The harness asks git about the working directory.",
             **_HARNESS,
         ),
         Patch(
-            place="lm_eval.api.metrics:print",
+            target="lm_eval.api.metrics:print",
             source="0841b88ead038702",
             reads="lm_eval.api.metrics:bootstrap_stderr",
             why="Resampling prints a line for each metric.",
             **_HARNESS,
         ),
         Patch(
-            place="tqdm:tqdm.__init__",
+            target="tqdm:tqdm.__init__",
             library="tqdm",
             version="4.70.1",
             source="",
             why="No bars of the harness beside ours: TQDM_DISABLE counts only where it is set before tqdm is imported.",
         ),
         Patch(
-            place="huggingface_hub.constants:HF_HUB_OFFLINE",
+            target="huggingface_hub.constants:HF_HUB_OFFLINE",
             library="huggingface_hub",
             version="2.4.0",
             source="",
@@ -185,7 +185,7 @@ PATCHES: Mapping[str, Patch] = {
             "they are imported.",
         ),
         Patch(
-            place="datasets.config:HF_HUB_OFFLINE",
+            target="datasets.config:HF_HUB_OFFLINE",
             library="datasets",
             version="5.2.0",
             source="",
@@ -193,39 +193,39 @@ PATCHES: Mapping[str, Patch] = {
         ),
     )
 }
-"""By place."""
+"""By target."""
 
 _originals: dict[str, Any] = {}
 
 
-def _holder(place: str) -> tuple[Any, str]:
+def _holder(target: str) -> tuple[Any, str]:
     """The module or class that has an attribute, and the attribute's name."""
-    module, _, path = place.partition(":")
+    module, _, path = target.partition(":")
     *classes, name = path.split(".")
     return functools.reduce(getattr, classes, importlib.import_module(module)), name
 
 
-def _look(place: str) -> Any:
+def _look(target: str) -> Any:
     """The attribute as it stands in its class, so that class and static methods stay what they are; None if it is not there."""
-    holder, name = _holder(place)
+    holder, name = _holder(target)
     return inspect.getattr_static(holder, name, None)
 
 
-def original(place: str) -> Any:
-    """What stands at a place of :data:`PATCHES`, or stood there before :func:`replace`."""
-    return _originals[place] if place in _originals else _look(place)
+def original(target: str) -> Any:
+    """The value of a target of :data:`PATCHES`, as it was before :func:`replace`."""
+    return _originals[target] if target in _originals else _look(target)
 
 
-def replace(place: str, value: Any) -> None:
+def replace(target: str, value: Any) -> None:
     """Replace an attribute for good.
 
     Args:
-        place: a key of :data:`PATCHES`.
-        value: what stands there from now on.
+        target: a key of :data:`PATCHES`.
+        value: its value from now on.
     """
-    assert place in PATCHES, place
-    _originals.setdefault(place, _look(place))
-    holder, name = _holder(place)
+    assert target in PATCHES, target
+    _originals.setdefault(target, _look(target))
+    holder, name = _holder(target)
     setattr(holder, name, value)
 
 
@@ -243,15 +243,15 @@ def replaced(values: Mapping[str, Any]) -> Iterator[None]:
     """
     before = {}
     try:
-        for place, value in values.items():
-            assert place in PATCHES, place
-            holder, name = _holder(place)
-            before[place] = vars(holder).get(name, _ABSENT)
+        for target, value in values.items():
+            assert target in PATCHES, target
+            holder, name = _holder(target)
+            before[target] = vars(holder).get(name, _ABSENT)
             setattr(holder, name, value)
         yield
     finally:
-        for place, value in reversed(before.items()):
-            holder, name = _holder(place)
+        for target, value in reversed(before.items()):
+            holder, name = _holder(target)
             if value is _ABSENT:
                 delattr(holder, name)
             else:
@@ -263,7 +263,7 @@ _ABSENT = object()
 
 def digest(patch: Patch) -> str:
     """16 digits of the SHA-256 of the source that a patch was written for; empty where there is none."""
-    found = original(patch.reads or patch.place)
+    found = original(patch.reads or patch.target)
     if isinstance(found, classmethod | staticmethod):
         found = found.__func__
     if isinstance(found, property):

@@ -257,8 +257,8 @@ class _Attention(Attention):
         query, key, value = (t.transpose(1, 2) for t in (query, key, value))
         scale = _local(self.score_scale)
         if scale is not None:
-            place = torch.arange(x.shape[1], device=x.device)[None] if positions is None else positions
-            logs = torch.log(place + 1.0)[:, None, :, None]
+            at = torch.arange(x.shape[1], device=x.device)[None] if positions is None else positions
+            logs = torch.log(at + 1.0)[:, None, :, None]
             query = (query * (scale.view(-1, 1, 1) * logs)).to(query.dtype)
         options: dict[str, Any] = {
             "is_causal": True,

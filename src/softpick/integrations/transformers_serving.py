@@ -207,7 +207,7 @@ def install(ours: Callable[[Any], bool]) -> None:
     Args:
         ours: whether a configuration has one of our implementations.
     """
-    for place, wrap in (
+    for target, wrap in (
         (
             "transformers.generation.continuous_batching.continuous_api:ContinuousBatchingManager.switch_to_cb_friendly_attn",
             _kept,
@@ -219,7 +219,7 @@ def install(ours: Callable[[Any], bool]) -> None:
         ("transformers.generation.continuous_batching.initialization:is_flash_attention_requested", _needs_no_mask),
         ("transformers.generation.continuous_batching.cache:is_flash_attention_requested", _needs_no_mask),
     ):
-        replace(place, wrap(original(place), ours))
+        replace(target, wrap(original(target), ours))
 
 
 def _kept(switch: Callable[..., None], ours: Callable[[Any], bool]) -> Callable[..., None]:

@@ -28,10 +28,10 @@ from softpick.experiment.corpus import get_corpus, split_documents
 from softpick.experiment.environment import chosen_device, command_line, device_line, hardware, versions
 from softpick.experiment.files import writing
 from softpick.experiment.models import Subject, identity, load_subject, saved_positions
-from softpick.experiment.parts import Parts, stamps, titles
 from softpick.experiment.perplexity import perplexity
 from softpick.experiment.progress import Reporter, Silent, Titled
 from softpick.experiment.reading import Corpus
+from softpick.experiment.result_cache import ResultCache, stamps, titles
 from softpick.experiment.resume import Ledger, Workspace, scratch
 from softpick.experiment.rounding import quantized_activations, quantized_cache
 from softpick.quantization.apply import Job
@@ -101,7 +101,7 @@ def quantize(
         QuantizationError: a library cannot take this model, or nothing was quantized.
         ModelError: an encoder, a model that cannot be loaded, or has no room for so many positions.
         DataError: the data cannot be used, or are shorter than a sequence.
-        OutputError: ``output`` cannot be written, is used by another process, or holds a part that was changed.
+        OutputError: ``output`` cannot be written, is used by another process, or holds a result that was changed.
         ImportError: a package is missing; the message names the extra.
     """
     settings.check()
@@ -120,10 +120,10 @@ def _quantize(settings: QuantizeSettings, output: Path, reporter: Reporter, comm
     length = settings.sequence_length or min(
         2048, *(saved_positions(name, trust_remote_code=settings.trust_remote_code) or 2048 for name in settings.models)
     )
-    parts = Parts(output, _PREFIX)
+    result_cache = ResultCache(output, _PREFIX)
     with quiet_libraries():
         runs = [
-            _Run(name, title, settings, texts, length, output, parts, reporter).run()
+            _Run(name, title, settings, texts, length, output, result_cache, reporter).run()
             for name, title in zip(settings.models, titles(settings.models), strict=True)
         ]
     return {
@@ -166,7 +166,7 @@ def _vocabulary(model: Any) -> list[Any]:
 def forget(output: str | Path) -> None:
     """Remove what :func:`quantize` has left for going on; nothing else."""
     with Workspace(output) as work:
-        Parts(output, _PREFIX).forget()
+        ResultCache(output, _PREFIX).forget()
         work.ledger.path.unlink(missing_ok=True)
 
 
@@ -181,11 +181,11 @@ class _Run:
         texts: tuple[Corpus, ...],
         length: int,
         output: Path,
-        parts: Parts,
+        result_cache: ResultCache,
         reporter: Reporter,
     ) -> None:
         self.name, self.title, self.settings, self.texts, self.length = name, title, settings, texts, length
-        self.output, self.parts, self.reporter = output, parts, reporter
+        self.output, self.result_cache, self.reporter = output, result_cache, reporter
         self._loaded: Subject | None = None
         self._sequences: tuple[Tensor, Tensor] | None = None
         self._key = [
@@ -207,18 +207,18 @@ class _Run:
 
     def run(self) -> dict[str, Any]:
         start = time.perf_counter()
-        about = self.parts.get([self._key, "about"], self._about)
-        before = self.parts.again
+        about = self.result_cache.get([self._key, "about"], self._about)
+        before = self.result_cache.again
         plan = cells(self.settings)
-        self._check_methods([cell for cell in plan if not self.parts.has(self._cell_key(cell))])
+        self._check_methods([cell for cell in plan if not self.result_cache.has(self._cell_key(cell))])
         found: list[dict[str, Any]] = []
         with self.reporter.progress(f"{self.title}: ways of rounding", len(plan)) as bar:
             for cell in plan:
-                value = self.parts.get(self._cell_key(cell), functools.partial(self._cell, cell))
+                value = self.result_cache.get(self._cell_key(cell), functools.partial(self._cell, cell))
                 found.append(asdict(cell) | {"title": cell.title} | value)
                 bar.update(len(found), None, f"{cell.title}: perplexity {_short(value['perplexity'])}")
-        if self.parts.again > before:
-            self.reporter.say(f"{self.title}: {self.parts.again - before} cells were there from before")
+        if self.result_cache.again > before:
+            self.reporter.say(f"{self.title}: {self.result_cache.again - before} cells were there from before")
         self._loaded = None  # before the next one is loaded
         return about | {
             "title": self.title,
@@ -273,7 +273,7 @@ class _Run:
         for cell in plan:
             if cell.kind == "weights":
                 try:
-                    check_weights(cell.method, self._job(cell, self._places(cell)[1]))
+                    check_weights(cell.method, self._job(cell, self._paths(cell)[1]))
                 except QuantizationError as error:
                     raise QuantizationError(f"{self.title}, {cell.title}: {error}") from error
 
@@ -282,7 +282,7 @@ class _Run:
         trusted = self.settings.trust_remote_code
         return Job(self.subject, cell.bits, group, self.sequences[0], folder, self.reporter, trusted)
 
-    def _places(self, cell: Cell) -> tuple[Path, Path]:
+    def _paths(self, cell: Cell) -> tuple[Path, Path]:
         """Where a quantized model is kept, and where it is made."""
         name = f"{self.title.replace('/', '-')}-{cell.method}-{cell.bits}bit"
         kept = self.output / name
@@ -341,7 +341,7 @@ class _Run:
     @contextmanager
     def _folder(self, cell: Cell) -> Iterator[Path]:
         """A new folder for a quantized model, which stays if the models are kept."""
-        kept, working = self._places(cell)
+        kept, working = self._paths(cell)
         with Workspace(self.output) as work:
             try:
                 yield working

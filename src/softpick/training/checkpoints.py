@@ -131,7 +131,7 @@ def publish(folder: Path, step: int, marker: dict[str, Any]) -> Path:
     Args:
         folder: of the checkpoints.
         step: of the checkpoint.
-        marker: what ``complete.json`` tells of it besides its files.
+        marker: what ``complete.json`` contains about it besides its files.
     """
     written = folder / WRITING / f"checkpoint-{step}"
     files = sorted(p.relative_to(written).as_posix() for p in written.rglob("*") if p.is_file())

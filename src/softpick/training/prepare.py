@@ -175,7 +175,7 @@ def _record(
 
 
 def _move(known: dict[str, list[str]], staged: Path, output: Path) -> None:
-    """Data with known digests to their places, where they are not yet."""
+    """Move data with known digests to their final paths, where they are not yet."""
     for name in FILES:
         source, target = staged / name, output / name
         if source.exists() and not target.exists() and digest(source) in known.get(name, []):

@@ -14,7 +14,8 @@ demo: $(VENV)/.compare
 test: $(VENV)/.ready lint docs
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not long"
 
-# what CI leaves out to stay below 20 minutes: ranks that stop, torchtitan's ranks, memory of long texts, back-copying
+# what CI leaves out to stay below 20 minutes: ranks that stop, torchtitan's ranks, memory of long texts, back-copying,
+# the server, the longest commands of the pages
 test-long: $(VENV)/.ready
 	$(BIN)/python -m pytest -m long
 
@@ -45,7 +46,7 @@ matrix: $(VENV)/.ready
 
 # softpick serve, with the five commands of docs/serving.md as they stand there
 serving-test: $(VENV)/.ready
-	SOFTPICK_LONG=1 $(BIN)/python -m pytest tests/test_serving.py
+	$(BIN)/python -m pytest tests/test_serving.py
 
 # the tests with other versions of Python, torch, transformers and torchtitan; finished rows are kept in .environments
 versions: $(VENV)/.ready

@@ -114,7 +114,7 @@ def test_going_on_after_a_stop(home, report, tmp_path):
     assert [file.name for file in (tmp_path / "out").iterdir()] == ["mine.json"]
 
 
-def test_a_missing_hub_and_a_short_text_are_told_before_anything_is_computed(home, no_hub, tmp_path):
+def test_a_missing_hub_and_a_short_text_are_reported_before_anything_is_computed(home, no_hub, tmp_path):
     recorder = Recorder()
     with pytest.raises(EvaluationError, match=r"piqa\.jsonl .*wikitext\.jsonl"):
         evaluate(settings(home, data_dir=None), reporter=recorder)

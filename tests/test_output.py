@@ -158,7 +158,7 @@ def test_a_folder_that_stays_empty_is_not_left(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["file", "long", "full", "below a file"])
-def test_a_folder_that_cannot_be_used_is_told_at_once(tmp_path, monkeypatch, kind):
+def test_a_folder_that_cannot_be_used_is_refused_at_once(tmp_path, monkeypatch, kind):
     out = tmp_path / {"long": "x" * 300, "below a file": "file/out"}.get(kind, "file")
     if kind in ("file", "below a file"):
         (tmp_path / "file").write_text("mine")
@@ -297,7 +297,7 @@ def test_what_a_user_put_in_the_place_of_an_output_stays(tmp_path):
 
 
 @given(st.dictionaries(st.text(max_size=5), KEYS, min_size=2, max_size=5))
-def test_a_key_in_another_order_is_the_same_part(key):
+def test_a_key_in_another_order_has_the_same_result(key):
     result_cache = ResultCache("anywhere", "x")
     assert result_cache.file(key) == result_cache.file(dict(reversed(key.items())))
     assert result_cache.file([key]) == result_cache.file([dict(sorted(key.items(), reverse=True))])

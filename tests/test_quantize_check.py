@@ -1,5 +1,5 @@
 """Rounding against formats written out, the check of a quantized model against quantizers that cheat, and simulated
-activations and caches against models rounded by hand."""
+activations and caches against models rounded in the test."""
 
 import copy
 

@@ -193,7 +193,7 @@ def test_a_users_files_stay(run, whole, recipe):
     )
 
 
-def test_a_model_of_the_user_is_told_before_training(run, recipe, monkeypatch):
+def test_a_model_of_the_user_is_named_before_training(run, recipe, monkeypatch):
     (run / "model").mkdir()
     (run / "model/thesis.txt").write_text("mine")
     monkeypatch.setattr(engine, "train", pytest.fail)

@@ -1,4 +1,4 @@
-"""benchmarks/scale_out.py: its text, what it reads from logs, its table. It runs whole by hand, on two ranks of the CPU."""
+"""benchmarks/scale_out.py: its text, what it reads from logs, its table. Without pytest it also runs whole (two CPU ranks)."""
 
 import argparse
 import importlib.util

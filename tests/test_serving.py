@@ -255,9 +255,9 @@ def test_softmax_model(folder):
     assert answer.choices[0].text == subject.tokenizer.decode(expected, skip_special_tokens=True)
 
 
-@pytest.mark.skipif(not os.environ.get("SOFTPICK_LONG"), reason="trains a model and starts a server: make serving-test")
+@pytest.mark.long
 def test_five_commands(tmp_path):
-    """Those of docs/serving.md, but the installation, with fewer steps, a free port and an end."""
+    """Those of docs/serving.md and the block of Python there, but the installation; fewer steps, a free port and an end."""
     if shutil.which("curl") is None:
         pytest.skip("needs curl")
     page = (Path(__file__).parent.parent / "docs" / "serving.md").read_text(encoding="utf-8")
@@ -273,7 +273,10 @@ def test_five_commands(tmp_path):
         health,
         "echo",
         ask,
+        f'"{sys.executable}" client.py > streamed',
     ]
+    client = page.split("```python\n")[1].split("```")[0].replace("8000", port)
+    (tmp_path / "client.py").write_text(client + "print(part.choices[0].finish_reason)\n", encoding="utf-8")
     command = tmp_path / "softpick"  # its process is the one that is ended
     command.write_text(f'#!/bin/sh\nexec "{sys.executable}" -m softpick "$@"\n', encoding="utf-8")
     command.chmod(0o755)
@@ -286,6 +289,7 @@ def test_five_commands(tmp_path):
     healthy, answer = done.stdout.strip().splitlines()[-2:]
     assert json.loads(healthy) == {"status": "ok"}
     assert 0 < json.loads(answer)["usage"]["completion_tokens"] <= 16
+    assert (tmp_path / "streamed").read_text(encoding="utf-8").strip().endswith(("length", "stop"))
 
 
 def test_refused_before_serving(folder, served, monkeypatch):

@@ -1,4 +1,4 @@
-"""The attention of the vLLM plug-in on batches made by hand, without vLLM: its base classes stand in as empty ones.
+"""The attention of the vLLM plug-in on batches that the test makes, without vLLM: its base classes stand in as empty ones.
 
 The real vLLM runs it in ``make vllm-test``, on the CPU. Its GPU wheel does not fit onto the GPU machine of the project: there
 the class is run by this file.

@@ -182,19 +182,10 @@ def load_subject(
     if absent:
         raise ModelError(f"device: cannot move {name} to {device!r}: {absent}")
     config, source, where = load_config(name, trust_remote_code=trust_remote_code)
-    from transformers import AutoModel, AutoModelForCausalLM
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING
-
-    kind = type(config)
-    own_class = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {}) and trust_remote_code
-    causal = own_class or (
-        kind in MODEL_FOR_CAUSAL_LM_MAPPING
-        and (kind not in MODEL_FOR_MASKED_LM_MAPPING or getattr(config, "is_decoder", False))
-    )
+    causal = _is_causal_decoder(config, trust_remote_code)
     if decoder and not causal:
         raise ModelError(f"model: {name} is an encoder ({config.model_type}); expected a causal language model")
     tokenizer = load_tokenizer(name, source, where, trust_remote_code=trust_remote_code)
-    loader = AutoModelForCausalLM if causal else AutoModel
     wanted = attn_implementation
     own = getattr(config, "_attn_implementation_internal", None)
     if visible and wanted is None and isinstance(own, str) and own.startswith(FUSED):
@@ -202,25 +193,11 @@ def load_subject(
         wanted = "sdpa"
     if wanted is not None and "/" in wanted and not trust_remote_code:
         raise ModelError(f"attn_implementation: {wanted} is code of the hub, {_NOT_RUN}")
-    with _loading(f"model: cannot load {name}", name):
-        model, info = loader.from_pretrained(
-            source,
-            dtype=DTYPES[dtype],
-            output_loading_info=True,
-            trust_remote_code=trust_remote_code,
-            **where,
-            **({} if wanted is None else {"attn_implementation": wanted}),
-            **(
-                {}
-                if quantization_config is None
-                else {"quantization_config": quantization_config, "device_map": device}
-            ),
-        )
-    missing = sorted(key for key in info["missing_keys"] if "pooler" not in key)  # of encoders, and not measured
-    if missing:
-        raise ModelError(
-            f"model: {name} lacks {len(missing)} weights of {type(model).__name__} (such as {missing[0]}): they would be random"
-        )
+    options: dict[str, Any] = {"dtype": DTYPES[dtype], "trust_remote_code": trust_remote_code, **where}
+    options |= {} if wanted is None else {"attn_implementation": wanted}
+    if quantization_config is not None:
+        options |= {"quantization_config": quantization_config, "device_map": device}
+    model = _load_weights(name, source, causal, options)
     chosen = str(model.config._attn_implementation)
     if visible and chosen.startswith(FUSED):
         reporter.say(f"{name}: {chosen} shows no weights, so sdpa computes the same attention")
@@ -238,6 +215,33 @@ def load_subject(
             f"model: {name} ({config.model_type}) predicts a token from the tokens after it; expected a causal language model"
         )
     return subject
+
+
+def _is_causal_decoder(config: Any, trust_remote_code: bool) -> bool:
+    """Whether a model of this configuration is loaded as a causal language model; else it is an encoder."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING
+
+    own_class = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {}) and trust_remote_code
+    kind = type(config)
+    return own_class or (
+        kind in MODEL_FOR_CAUSAL_LM_MAPPING
+        and (kind not in MODEL_FOR_MASKED_LM_MAPPING or getattr(config, "is_decoder", False))
+    )
+
+
+def _load_weights(name: str, source: Any, causal: bool, options: dict[str, Any]) -> Any:
+    """The model with all its weights, where ``options`` of ``from_pretrained`` put it."""
+    from transformers import AutoModel, AutoModelForCausalLM
+
+    with _loading(f"model: cannot load {name}", name):
+        loader = AutoModelForCausalLM if causal else AutoModel
+        model, info = loader.from_pretrained(source, output_loading_info=True, **options)
+    missing = sorted(key for key in info["missing_keys"] if "pooler" not in key)  # of encoders, and not measured
+    if missing:
+        raise ModelError(
+            f"model: {name} lacks {len(missing)} weights of {type(model).__name__} (such as {missing[0]}): they would be random"
+        )
+    return model
 
 
 _PROBE = "Once there was a keeper who wrote one line in his book every night, and in the morning nobody could read it."

@@ -49,7 +49,7 @@ def test_commands_in_sentences_and_synopses_exist(parsers):
     for page in PAGES:
         text = page.read_text(encoding="utf-8")
         found = re.findall(r"`softpick ([a-z][^`]*)`", re.sub(r"^```.*?^```", "", text, flags=re.MULTILINE | re.DOTALL))
-        for synopsis in re.findall(r"^```text\n(softpick .*?)^```", text, flags=re.MULTILINE | re.DOTALL):
+        for synopsis in re.findall(r"^```text\n(softpick [a-z].*?)^```", text, flags=re.MULTILINE | re.DOTALL):
             found += synopsis.replace("\n ", " ").replace("softpick ", "", 1).splitlines()
         for command in found:
             name = re.match(r"\w+", command).group()

@@ -138,7 +138,7 @@ def lay_out(shelf, folder, text):
     for name, kept in NAMES.items():
         made = any(name.startswith(f"{rest.split()[0]}/") for rest in text.split("--output ")[1:])
         if name == "text.txt" or (name in text and not made):
-            place = folder / name.removesuffix("*").removesuffix("/")
+            place = folder / name.replace("*", "PACKAGE").removesuffix("/")
             if not place.exists():
                 place.parent.mkdir(parents=True, exist_ok=True)
                 copy = shutil.copytree if (shelf / kept).is_dir() else shutil.copy

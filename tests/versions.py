@@ -48,7 +48,7 @@ ROWS = {
     "transformers-5.24": Row(ADAPTER, more=("transformers==5.24.*", "accelerate>=1.15")),
     "torch-2.11": Row((*CORE, "test_adapter_edges.py"), torch="torch==2.11.*"),
     "torch-2.12": Row((*CORE, "test_adapter_edges.py"), torch="torch==2.12.*", python="3.12"),
-    "torch-2.14": Row((*CORE, "test_adapter_edges.py"), torch="torch==2.14.*", python="3.12"),
+    "torch-2.14": Row((*CORE, "test_adapter_edges.py"), torch="torch==2.14.*"),
     "torch-2.15": Row((*CORE, "test_adapter_edges.py"), torch="torch==2.15.*", python="3.13"),
     "python-3.14": Row((*CORE, "test_adapter_edges.py"), torch="torch==2.15.*", python="3.14"),
     "torchtitan-0.2.2": Row(("test_torchtitan.py",), more=("transformers==5.23.0", "torchtitan==0.2.2")),

@@ -63,8 +63,9 @@ def versions(*packages: str) -> str:
     """Versions of softpick, torch, transformers and further packages (those that are installed), and of Python."""
     found = [("softpick", softpick.__version__), ("torch", str(torch.__version__))]  # with what it was built for
     for name in ("transformers", *packages):
+        loaded = getattr(sys.modules.get(name), "__version__", None)  # what runs, also where another copy is installed
         try:
-            found.append((name, version(name)))
+            found.append((name, str(loaded or version(name))))
         except PackageNotFoundError:
             continue
     return ", ".join(f"{name} {number}" for name, number in [*found, ("Python", platform.python_version())])

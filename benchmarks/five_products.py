@@ -26,7 +26,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from softpick.ops.triton import dispatch
-from softpick.ops.triton.base_functions import EXPM1, kept_scores, score_gradient, slopes
+from softpick.ops.triton.base_functions import EXPM1, kept_scores, score_gradient
 from softpick.ops.triton.device import assignment, narrow
 from softpick.ops.triton.hopper.backward import _fetch_queries, _room
 from softpick.ops.triton.hopper.descriptors import store

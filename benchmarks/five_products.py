@@ -27,6 +27,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from softpick.ops.triton import dispatch
 from softpick.ops.triton.base_functions import EXPM1, kept_scores, score_gradient
+from softpick.ops.triton.base_functions import slopes as slopes_of
 from softpick.ops.triton.device import assignment, narrow
 from softpick.ops.triton.hopper.backward import _fetch_queries, _room
 from softpick.ops.triton.hopper.descriptors import store
@@ -101,7 +102,7 @@ def _tile(
     if EDGE:
         i = at + gl.arange(0, BLOCK_M, layout=gl.SliceLayout(0, s_layout))
         e = gl.where(j2 <= i[None, :] + reach, e, 0.0)
-    p, e = slopes(s * unit if EDGE else s, e, statistics.slice(1, 1).load(s_layout), BASE, False, EDGE)
+    p, e = slopes_of(s * unit if EDGE else s, e, statistics.slice(1, 1).load(s_layout), BASE, False, EDGE)
     p = narrow(p, do, True, True) if BASE == EXPM1 else kept_scores(e, s, RECTIFY).to(gl.bfloat16)
     p = gl.convert_layout(p, gl.DotOperandLayout(0, o_layout, 2))
     dv = warpgroup_mma(p, do, dv, is_async=True)

@@ -7,6 +7,7 @@ changes and in which function, not by its line, and the sample is ordered by a h
 
     python tests/mutants.py                         # all files
     python tests/mutants.py normalizers.py -n 20    # one file, 20 changes
+    python tests/mutants.py normalizers.py --skip 20 -n 10    # a fresh sample: the 10 that come after those
     python tests/mutants.py --list functional.py    # only say which changes would be made
     python tests/mutants.py --key 'TEXT'            # only the changes of which the key contains TEXT, sampled or not
 
@@ -86,24 +87,27 @@ PLANS = {
         (["test_functional_transforms.py", *_QUICK], ""),
     ],
     "ops/switch.py": [(["test_explain.py", *_QUICK], ""), (["test_explain.py"], "")],
-    "ops/blocks.py": [(["test_ring_edges.py"], "block_"), (_TRITON, _TO_TRITON)],
+    "ops/blocks.py": [(["test_ring_edges.py"], "block_"), (["test_kernel_failures.py", "-k", "ring"], "")],
     "distributed.py": [
         (["test_ring_edges.py", "test_distributed.py", "-k", "not rings"], ""),
         (["test_distributed.py"], ""),
     ],
-    "integrations/transformers.py": [
-        (
-            [
-                "test_adapter_edges.py",
-                "test_transformers_packed.py",
-                "test_transformers.py",
-                "test_transformers_whole.py",
-                *_QUICK,
-            ],
-            "",
-        ),
-        (["test_transformers.py", "test_transformers_whole.py"], ""),
-    ],
+    **{
+        f"integrations/{name}.py": [
+            (
+                [
+                    "test_adapter_edges.py",
+                    "test_transformers_packed.py",
+                    "test_transformers.py",
+                    "test_transformers_whole.py",
+                    *_QUICK,
+                ],
+                "",
+            ),
+            (["test_transformers.py", "test_transformers_whole.py"], ""),
+        ]
+        for name in ("transformers", "transformers_layers", "transformers_packing")
+    },
     **{
         f"analysis/{name}.py": [
             (["test_metrics_known.py", "test_metrics_edges.py", "test_metrics.py", *_QUICK], ""),
@@ -534,6 +538,9 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("files", nargs="*", default=list(PLANS), help="files of the package, as in PLANS")
     parser.add_argument("-n", "--sample", type=int, default=SAMPLE, help="changes of a file (default: %(default)s)")
+    parser.add_argument(
+        "--skip", type=int, default=0, help="changes of a file to leave out first (default: %(default)s)"
+    )
     parser.add_argument("--key", help="only changes of which the key contains this, all of them")
     parser.add_argument("--list", action="store_true", help="print the changes and stop")
     parser.add_argument("--fresh", action="store_true", help="run again what is known")
@@ -544,7 +551,9 @@ def main():
     chosen = {}
     for file in options.files:
         mutants = mutants_of(file)
-        chosen[file] = [m for m in mutants if options.key in m.key] if options.key else mutants[: options.sample]
+        chosen[file] = (
+            [m for m in mutants if options.key in m.key] if options.key else mutants[options.skip :][: options.sample]
+        )
         chosen[file] = (chosen[file], len(mutants))
     if options.list:
         for mutants, _ in chosen.values():

@@ -362,6 +362,7 @@ class Copy:
     def __init__(self, folder):
         self.path = Path(folder)
         self.package = self.path / "src" / "softpick"
+        self.seconds = {}  # of a group of tests without a change
         for origin, name in ((PACKAGE, "src/softpick"), (TESTS, "tests")):
             shutil.copytree(origin, self.path / name, ignore=shutil.ignore_patterns("__pycache__"))
         shutil.copy(ROOT / "pyproject.toml", self.path)
@@ -458,11 +459,11 @@ def _preload():
     torch.set_num_threads(1)
 
 
-def _digest(file):
+def _digest(copied, file):
     """Of what the answer to a change depends on: the file, and the tests."""
-    digest = hashlib.sha256((PACKAGE / file).read_bytes())
+    digest = hashlib.sha256((copied.package / file).read_bytes())
     named = {a for group, _ in PLANS[file] for a in group if a.endswith(".py")}
-    for path in sorted({TESTS / name for name in named} | {TESTS / "conftest.py", TESTS / "oracle.py"}):
+    for path in sorted(copied.path / "tests" / name for name in named | {"conftest.py", "oracle.py"}):
         digest.update(path.read_bytes())
     return digest.hexdigest()[:16]
 
@@ -491,21 +492,22 @@ class Results:
 
 def _limit(copied, file, group, results, digest):
     """Seconds a group may take; its tests must pass without a change."""
-    key = f"unchanged: {file}: {' '.join(group)}"
+    tests = " ".join(group)
+    key = f"unchanged: {file}: {tests}"
     entry = results.known.get(key)
-    if entry is None or entry["digest"] != digest:
-        noticed, seconds = copied.run(group, 3600)
+    if tests not in copied.seconds and (entry is None or entry["digest"] != digest):
+        noticed, copied.seconds[tests] = copied.run(group, 3600)
         if noticed:
             print((copied.path / "log").read_text()[-4000:])
             raise SystemExit(f"{file}: the tests fail without any change: {noticed}")
-        entry = results.add(key=key, digest=digest, noticed="", seconds=round(seconds, 1))
-    return max(LEAST, PATIENCE * entry["seconds"])
+        results.add(key=key, digest=digest, noticed="", seconds=round(copied.seconds[tests], 1))
+    return max(LEAST, PATIENCE * (copied.seconds[tests] if tests in copied.seconds else entry["seconds"]))
 
 
 def run_file(copied, file, mutants, results, fresh=False):
     """The answers to some changes of a file."""
-    digest = _digest(file)
-    original = (PACKAGE / file).read_bytes()
+    digest = _digest(copied, file)
+    original = (copied.package / file).read_bytes()
     answers = []
     try:
         for number, mutant in enumerate(mutants, 1):

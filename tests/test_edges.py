@@ -23,6 +23,31 @@ def sink_of(name, heads, dtype=torch.float64):
     return draw(heads, dtype=dtype) if NORMALIZERS[name].needs_sink else None
 
 
+@pytest.mark.parametrize("backend", ["auto", *BACKENDS])
+@pytest.mark.parametrize(
+    "missing", ["batch", "heads", "queries", "keys", "width", "values", "keys values", "width values"]
+)
+def test_a_size_of_zero(backend, missing):
+    """Shapes of nothing: outputs, statistics and gradients have theirs, and are 0 where there is no key."""
+    sizes = {"batch": 2, "heads": 3, "queries": 5, "keys": 4, "width": 6, "values": 7} | dict.fromkeys(
+        missing.split(), 0
+    )
+    b, h, tq, tk, d, dv = sizes.values()
+    leaves = [draw(*shape).requires_grad_() for shape in ((b, h, tq, d), (b, h, tk, d), (b, h, tk, dv))]
+    for options in ({}, {"is_causal": True}):
+        found = scaled_dot_product_attention(*leaves, backend=backend, scale=1.0, return_stats=True, **options)
+        assert found.output.shape == (b, h, tq, dv)
+        assert found.lse.shape == (b, h, tq)
+        torch.testing.assert_close(found.output, torch.zeros(b, h, tq, dv, dtype=torch.float64))
+        grads = torch.autograd.grad(found.output.sum(), leaves)
+        assert all(grad.shape == x.shape and (grad == 0).all() for grad, x in zip(grads, leaves, strict=True))
+    if not b:
+        return
+    cu_q, cu_k = torch.tensor([0, 0, tq]), torch.tensor([0, 0, tk])
+    packed = [x[0].transpose(0, 1) for x in leaves]
+    assert (varlen_attention(*packed, cu_q, cu_k, backend=backend, scale=1.0) == torch.zeros(tq, h, dv)).all()
+
+
 # --------------------------------------------------------------------------------------- who sees whom, at any lengths
 
 

@@ -123,7 +123,18 @@ def quantize(name: str, job: Job) -> Quantized:
             )
         found = verify(job.subject.model, model, job.bits, method.block(job), job.dtype)
         untouched(job.subject.model, model, [layer.name for layer in found.layers])
+        _runs(name, job, model)
     return Quantized(subject, replace(found, bits_per_weight=_bits_per_weight(job, model, found)))
+
+
+def _runs(name: str, job: Job, model: Any) -> None:
+    """Raise where a model asks a layer for what a quantized one does not have (routers that look at their weight's dtype)."""
+    try:
+        with torch.no_grad():
+            model(input_ids=job.calibration[:1, :8].to(job.device), use_cache=False)
+    except Exception as error:  # of any library's layers in any model
+        reason = f"{type(error).__name__}: {first_line(error)}"
+        raise QuantizationError(f"{name}: the quantized model does not run ({reason})") from error
 
 
 def _bits_per_weight(job: Job, model: Any, found: Verification) -> float:

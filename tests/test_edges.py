@@ -10,6 +10,7 @@ import torch
 from oracle import attention as oracle
 
 from softpick import NORMALIZERS, scaled_dot_product_attention, softpick, varlen_attention
+from softpick.ops import cpu
 
 NAMES = list(NORMALIZERS)
 BACKENDS = ["reference", "tiled"]
@@ -238,6 +239,26 @@ def test_all_scores_near_one_level_in_fp32(name, backend, level, lone):
     grads = torch.autograd.grad(got.output, leaves, grad.float())
     for one, other in zip(grads, torch.autograd.grad(want, truth, grad), strict=True):
         assert one.isfinite().all()
+        assert (one.double() - other).norm() <= 2e-3 * other.norm() + 1e-4
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("levels", [*itertools.permutations((-300.0, 0.0, 300.0)), (-300.0, -40.0, -10.0)], ids=str)
+def test_tiles_of_different_levels(name, levels, monkeypatch):
+    """What was accumulated at one level meets scores of another, in fp32: each tile of keys has its own."""
+    for constant, size in (("BLOCK_Q", 4), ("BLOCK_K", 6), ("TILE_SCORES", 1)):
+        monkeypatch.setattr(cpu, constant, size)
+    q, k, v = draw(1, 1, 6, 4).mul(8).round().div(8), draw(1, 1, 18, 4).mul(8).round().div(8), draw(1, 1, 18, 3)
+    q[..., 0], k[..., 0] = 1.0, torch.tensor(levels).repeat_interleave(6)
+    sink = sink_of(name, 1, torch.float32)
+    leaves = [x.float().requires_grad_() for x in (q, k, v)]
+    truth = [x.detach().double().requires_grad_() for x in leaves]
+    got = scaled_dot_product_attention(*leaves, scale=1.0, normalizer=name, sink=sink, backend="tiled")
+    want, _ = oracle(*truth, name, scale=1.0, sink=sink)
+    torch.testing.assert_close(got.double(), want, rtol=1e-3, atol=1e-6)
+    grad = draw(*want.shape)
+    grads = torch.autograd.grad(got, leaves, grad.float())
+    for one, other in zip(grads, torch.autograd.grad(want, truth, grad), strict=True):
         assert (one.double() - other).norm() <= 2e-3 * other.norm() + 1e-4
 
 

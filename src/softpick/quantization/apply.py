@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from softpick.experiment.failures import first_line
-from softpick.experiment.models import DTYPES, ModelError, Subject, load_subject
+from softpick.experiment.models import DTYPES, ModelError, Subject, is_gguf, load_subject
 from softpick.experiment.progress import Reporter
 from softpick.quantization.methods import METHODS
 from softpick.quantization.verify import QuantizationError, Verification, untouched, verify
@@ -86,7 +86,7 @@ def check(name: str, job: Job) -> None:
     missing = [package for package in method.packages if importlib.util.find_spec(package) is None]
     if missing:
         raise ImportError(f"method {name} needs {', '.join(missing)}: {method.install}")
-    if Path(job.subject.name).suffix == ".gguf" and not method.gguf:
+    if is_gguf(job.subject.name) and not method.gguf:
         raise QuantizationError("a GGUF file is quantized already; expected a directory or a hub name")
     method.check(job)
 

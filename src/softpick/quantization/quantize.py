@@ -27,7 +27,7 @@ from softpick.evaluation.tasks import HEADLINES, EvaluationError, expected_files
 from softpick.experiment.corpus import get_corpus, split_documents
 from softpick.experiment.environment import chosen_device, command_line, device_line, hardware, versions
 from softpick.experiment.files import writing
-from softpick.experiment.models import Subject, identity, load_subject, saved_positions
+from softpick.experiment.models import Subject, identity, is_gguf, load_subject, saved_positions
 from softpick.experiment.parts import Parts, stamps, titles
 from softpick.experiment.perplexity import perplexity
 from softpick.experiment.progress import Reporter, Silent, Titled
@@ -245,7 +245,7 @@ class _Run:
             )
             # transformers unpacks a GGUF file, and says nevertheless that it is quantized
             packed = getattr(self._loaded.model.config, "quantization_config", None) is not None
-            if packed and Path(self.name).suffix != ".gguf":
+            if packed and not is_gguf(self.name):
                 raise EvaluationError(f"model: {self.name} is quantized already; expected the model before that")
         return self._loaded
 

@@ -55,7 +55,7 @@ _EDGES = [
     "test_decode.py",
 ]
 _ATTENTION = [*_EDGES, "test_function.py", "test_attention.py", *_QUICK]
-_RECORDS = ["test_records.py", *_QUICK]  # whatever switches a record of one's own may have
+_RECORDS = ["test_records.py", "-k", "computes_what_it_says"]  # whatever switches a record of one's own has
 _COMPILED = ["test_function.py", "test_attention.py", "-k", "compile or opcheck"]
 # The kernels' interpreter is slow: a part of its tests, for what leads to the kernels.
 _TO_TRITON = "triton|Triton|rows|Rows|decode|few_queries|_options|_dense|_on:|interpreted|_empty_outputs|block_"
@@ -72,14 +72,14 @@ _ROWS = ["-k", "rows and not compile and not 20000"]
 _GRAPHS = ["test_triton_functions.py", "-k", "compile or opcheck or refused"]
 
 PLANS = {
-    "normalizers.py": [(_RECORDS, ""), (_ATTENTION, "")],
-    "ops/reference.py": [(_RECORDS, ""), (_ATTENTION, "")],
+    "normalizers.py": [(_ATTENTION, ""), (_RECORDS, "")],
+    "ops/reference.py": [(_ATTENTION, ""), (_RECORDS, "")],
     "functional.py": [(_ATTENTION, ""), (_TRITON, _TO_TRITON)],
     "ops/arguments.py": [(_ATTENTION, "")],
     "ops/calls.py": [(_ATTENTION, ""), (_TRITON, _TO_TRITON)],
     "ops/backends.py": [(_ATTENTION, ""), (_TRITON, "")],
-    "ops/cpu.py": [(_RECORDS, ""), (_ATTENTION, "")],
-    "ops/cpu_functions.py": [(_RECORDS, ""), (_ATTENTION, "")],
+    "ops/cpu.py": [(_ATTENTION, ""), (_RECORDS, "")],
+    "ops/cpu_functions.py": [(_ATTENTION, ""), (_RECORDS, "")],
     "ops/operators.py": [(_ATTENTION, ""), (_OPERATORS, ""), (_COMPILED, ""), (_TRITON, _TO_TRITON)],
     "ops/operators_decode.py": [(_FAILURES, ""), (["test_decode.py", *_QUICK], ""), (_GRAPHS, "")],
     "ops/operators_rows.py": [(["test_triton_functions.py", *_ROWS], ""), (_FAILURES, ""), (_GRAPHS, "")],

@@ -86,7 +86,7 @@ PLANS = {
     "ops/calling.py": [
         (["test_operator_layouts.py", *_FAILURES], ""),
         (["test_functional_transforms.py", *_QUICK], ""),
-        (["test_triton_functions.py", "-k", "without_the_interpreter"], ""),
+        (["test_triton_functions.py", "test_triton_edges.py", "-k", "without_the_interpreter or far_below_zero"], ""),
     ],
     "ops/switch.py": [(["test_explain.py", *_QUICK], ""), (["test_explain.py"], "")],
     "ops/blocks.py": [(["test_ring_edges.py"], "block_"), (["test_kernel_failures.py", "-k", "ring"], "")],

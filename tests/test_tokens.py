@@ -115,6 +115,8 @@ def test_a_model_that_has_special_tokens_among_its_words(name):
         plain[1],
     ]
     assert found[3] == token_ids(tokenizer, [texts[3]])[0]
+    tokenizer.add_special_tokens({"sep_token": "ab"})  # whatever was kept of the tokenizer is not used any more
+    assert tokenizer.sep_token_id not in token_ids(tokenizer, ["a </s> ab"])[0]
 
 
 def test_a_newline_that_ends_documents_is_a_newline_in_a_text():

@@ -6,6 +6,7 @@ import hashlib
 import json
 import secrets
 import sysconfig
+import weakref
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -131,7 +132,7 @@ def token_ids(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
                 f"data: a text has the words {shown!r}, for which {type(tokenizer).__name__} has its special token only; "
                 "take the words out, or choose a fast tokenizer"
             )
-        again = _without(tokenizer, set(marks.values())).encode_batch(
+        again = _without(tokenizer, frozenset(marks.values())).encode_batch(
             [texts[at] for at in wrong], add_special_tokens=False
         )
         for at, encoding in zip(wrong, again, strict=True):
@@ -139,10 +140,20 @@ def token_ids(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
     return found
 
 
-def _without(tokenizer: Any, marks: set[str]) -> Any:
-    """A fast tokenizer's own ``Tokenizer``, in which some tokens have names that no text has; all ids are the same."""
+_made: weakref.WeakKeyDictionary[Any, tuple[Any, Any]] = weakref.WeakKeyDictionary()
+
+
+def _without(tokenizer: Any, marks: frozenset[str]) -> Any:
+    """A fast tokenizer's own ``Tokenizer``, in which some tokens have names that no text has; all ids are the same.
+
+    It is kept as long as the tokenizer is the same: a large vocabulary takes a second.
+    """
     from tokenizers import Tokenizer
 
+    key = marks, len(tokenizer)
+    known = _made.get(tokenizer)
+    if known is not None and known[0] == key:
+        return known[1]
     secret = secrets.token_hex(16)
     made = json.loads(tokenizer.backend_tokenizer.to_str())
     made |= {"truncation": None, "padding": None, "post_processor": None}
@@ -160,7 +171,8 @@ def _without(tokenizer: Any, marks: set[str]) -> Any:
         pairs = [pair if isinstance(pair, list) else pair.split(" ") for pair in model["merges"]]
         model["merges"] = [pair for pair in pairs if marks.isdisjoint([*pair, "".join(pair)])]
     made["added_tokens"] = [entry | {"content": other(entry["content"])} for entry in added]
-    return Tokenizer.from_str(json.dumps(made))
+    _made[tokenizer] = key, Tokenizer.from_str(json.dumps(made))
+    return _made[tokenizer][1]
 
 
 def _digest(text: str) -> str:

@@ -7,6 +7,7 @@ changes and in which function, not by its line, and the sample is ordered by a h
 
     python tests/mutants.py                         # all files
     python tests/mutants.py normalizers.py -n 20    # one file, 20 changes
+    python tests/mutants.py normalizers.py --skip 20 -n 10    # a fresh sample: the 10 that come after those
     python tests/mutants.py --list functional.py    # only say which changes would be made
     python tests/mutants.py --key 'TEXT'            # only the changes of which the key contains TEXT, sampled or not
 
@@ -54,6 +55,7 @@ _EDGES = [
     "test_decode.py",
 ]
 _ATTENTION = [*_EDGES, "test_function.py", "test_attention.py", *_QUICK]
+_RECORDS = ["test_records.py", "-k", "computes_what_it_says"]  # whatever switches a record of one's own has
 _COMPILED = ["test_function.py", "test_attention.py", "-k", "compile or opcheck"]
 # The kernels' interpreter is slow: a part of its tests, for what leads to the kernels.
 _TO_TRITON = "triton|Triton|rows|Rows|decode|few_queries|_options|_dense|_on:|interpreted|_empty_outputs|block_"
@@ -70,40 +72,44 @@ _ROWS = ["-k", "rows and not compile and not 20000"]
 _GRAPHS = ["test_triton_functions.py", "-k", "compile or opcheck or refused"]
 
 PLANS = {
-    "normalizers.py": [(_ATTENTION, "")],
-    "ops/reference.py": [(_ATTENTION, "")],
+    "normalizers.py": [(_ATTENTION, ""), (_RECORDS, "")],
+    "ops/reference.py": [(_ATTENTION, ""), (_RECORDS, "")],
     "functional.py": [(_ATTENTION, ""), (_TRITON, _TO_TRITON)],
     "ops/arguments.py": [(_ATTENTION, "")],
     "ops/calls.py": [(_ATTENTION, ""), (_TRITON, _TO_TRITON)],
     "ops/backends.py": [(_ATTENTION, ""), (_TRITON, "")],
-    "ops/cpu.py": [(_ATTENTION, "")],
-    "ops/cpu_functions.py": [(_ATTENTION, "")],
+    "ops/cpu.py": [(_ATTENTION, ""), (_RECORDS, "")],
+    "ops/cpu_functions.py": [(_ATTENTION, ""), (_RECORDS, "")],
     "ops/operators.py": [(_ATTENTION, ""), (_OPERATORS, ""), (_COMPILED, ""), (_TRITON, _TO_TRITON)],
     "ops/operators_decode.py": [(_FAILURES, ""), (["test_decode.py", *_QUICK], ""), (_GRAPHS, "")],
     "ops/operators_rows.py": [(["test_triton_functions.py", *_ROWS], ""), (_FAILURES, ""), (_GRAPHS, "")],
     "ops/calling.py": [
         (["test_operator_layouts.py", *_FAILURES], ""),
         (["test_functional_transforms.py", *_QUICK], ""),
+        (["test_triton_functions.py", "test_triton_edges.py", "-k", "without_the_interpreter or far_below_zero"], ""),
     ],
     "ops/switch.py": [(["test_explain.py", *_QUICK], ""), (["test_explain.py"], "")],
-    "ops/blocks.py": [(["test_ring_edges.py"], "block_"), (_TRITON, _TO_TRITON)],
+    "ops/blocks.py": [(["test_ring_edges.py"], "block_"), (["test_kernel_failures.py", "-k", "ring"], "")],
     "distributed.py": [
         (["test_ring_edges.py", "test_distributed.py", "-k", "not rings"], ""),
         (["test_distributed.py"], ""),
     ],
-    "integrations/transformers.py": [
-        (
-            [
-                "test_adapter_edges.py",
-                "test_transformers_packed.py",
-                "test_transformers.py",
-                "test_transformers_whole.py",
-                *_QUICK,
-            ],
-            "",
-        ),
-        (["test_transformers.py", "test_transformers_whole.py"], ""),
-    ],
+    **{
+        f"integrations/{name}.py": [
+            (
+                [
+                    "test_adapter_edges.py",
+                    "test_transformers_packed.py",
+                    "test_transformers.py",
+                    "test_transformers_whole.py",
+                    *_QUICK,
+                ],
+                "",
+            ),
+            (["test_transformers.py", "test_transformers_whole.py"], ""),
+        ]
+        for name in ("transformers", "transformers_layers", "transformers_packing")
+    },
     **{
         f"analysis/{name}.py": [
             (["test_metrics_known.py", "test_metrics_edges.py", "test_metrics.py", *_QUICK], ""),
@@ -358,6 +364,7 @@ class Copy:
     def __init__(self, folder):
         self.path = Path(folder)
         self.package = self.path / "src" / "softpick"
+        self.seconds = {}  # of a group of tests without a change
         for origin, name in ((PACKAGE, "src/softpick"), (TESTS, "tests")):
             shutil.copytree(origin, self.path / name, ignore=shutil.ignore_patterns("__pycache__"))
         shutil.copy(ROOT / "pyproject.toml", self.path)
@@ -454,11 +461,11 @@ def _preload():
     torch.set_num_threads(1)
 
 
-def _digest(file):
+def _digest(copied, file):
     """Of what the answer to a change depends on: the file, and the tests."""
-    digest = hashlib.sha256((PACKAGE / file).read_bytes())
+    digest = hashlib.sha256((copied.package / file).read_bytes())
     named = {a for group, _ in PLANS[file] for a in group if a.endswith(".py")}
-    for path in sorted({TESTS / name for name in named} | {TESTS / "conftest.py", TESTS / "oracle.py"}):
+    for path in sorted(copied.path / "tests" / name for name in named | {"conftest.py", "oracle.py"}):
         digest.update(path.read_bytes())
     return digest.hexdigest()[:16]
 
@@ -487,21 +494,22 @@ class Results:
 
 def _limit(copied, file, group, results, digest):
     """Seconds a group may take; its tests must pass without a change."""
-    key = f"unchanged: {file}: {' '.join(group)}"
+    tests = " ".join(group)
+    key = f"unchanged: {file}: {tests}"
     entry = results.known.get(key)
-    if entry is None or entry["digest"] != digest:
-        noticed, seconds = copied.run(group, 3600)
+    if tests not in copied.seconds and (entry is None or entry["digest"] != digest):
+        noticed, copied.seconds[tests] = copied.run(group, 3600)
         if noticed:
             print((copied.path / "log").read_text()[-4000:])
             raise SystemExit(f"{file}: the tests fail without any change: {noticed}")
-        entry = results.add(key=key, digest=digest, noticed="", seconds=round(seconds, 1))
-    return max(LEAST, PATIENCE * entry["seconds"])
+        results.add(key=key, digest=digest, noticed="", seconds=round(copied.seconds[tests], 1))
+    return max(LEAST, PATIENCE * (copied.seconds[tests] if tests in copied.seconds else entry["seconds"]))
 
 
 def run_file(copied, file, mutants, results, fresh=False):
     """The answers to some changes of a file."""
-    digest = _digest(file)
-    original = (PACKAGE / file).read_bytes()
+    digest = _digest(copied, file)
+    original = (copied.package / file).read_bytes()
     answers = []
     try:
         for number, mutant in enumerate(mutants, 1):
@@ -534,6 +542,9 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("files", nargs="*", default=list(PLANS), help="files of the package, as in PLANS")
     parser.add_argument("-n", "--sample", type=int, default=SAMPLE, help="changes of a file (default: %(default)s)")
+    parser.add_argument(
+        "--skip", type=int, default=0, help="changes of a file to leave out first (default: %(default)s)"
+    )
     parser.add_argument("--key", help="only changes of which the key contains this, all of them")
     parser.add_argument("--list", action="store_true", help="print the changes and stop")
     parser.add_argument("--fresh", action="store_true", help="run again what is known")
@@ -544,7 +555,9 @@ def main():
     chosen = {}
     for file in options.files:
         mutants = mutants_of(file)
-        chosen[file] = [m for m in mutants if options.key in m.key] if options.key else mutants[: options.sample]
+        chosen[file] = (
+            [m for m in mutants if options.key in m.key] if options.key else mutants[options.skip :][: options.sample]
+        )
         chosen[file] = (chosen[file], len(mutants))
     if options.list:
         for mutants, _ in chosen.values():

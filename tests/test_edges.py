@@ -10,6 +10,7 @@ import torch
 from oracle import attention as oracle
 
 from softpick import NORMALIZERS, scaled_dot_product_attention, softpick, varlen_attention
+from softpick.ops import cpu
 
 NAMES = list(NORMALIZERS)
 BACKENDS = ["reference", "tiled"]
@@ -21,6 +22,31 @@ def draw(*shape, dtype=torch.float64):
 
 def sink_of(name, heads, dtype=torch.float64):
     return draw(heads, dtype=dtype) if NORMALIZERS[name].needs_sink else None
+
+
+@pytest.mark.parametrize("backend", ["auto", *BACKENDS])
+@pytest.mark.parametrize(
+    "missing", ["batch", "heads", "queries", "keys", "width", "values", "keys values", "width values"]
+)
+def test_a_size_of_zero(backend, missing):
+    """Shapes of nothing: outputs, statistics and gradients have theirs, and are 0 where there is no key."""
+    sizes = {"batch": 2, "heads": 3, "queries": 5, "keys": 4, "width": 6, "values": 7} | dict.fromkeys(
+        missing.split(), 0
+    )
+    b, h, tq, tk, d, dv = sizes.values()
+    leaves = [draw(*shape).requires_grad_() for shape in ((b, h, tq, d), (b, h, tk, d), (b, h, tk, dv))]
+    for options in ({}, {"is_causal": True}):
+        found = scaled_dot_product_attention(*leaves, backend=backend, scale=1.0, return_stats=True, **options)
+        assert found.output.shape == (b, h, tq, dv)
+        assert found.lse.shape == (b, h, tq)
+        torch.testing.assert_close(found.output, torch.zeros(b, h, tq, dv, dtype=torch.float64))
+        grads = torch.autograd.grad(found.output.sum(), leaves)
+        assert all(grad.shape == x.shape and (grad == 0).all() for grad, x in zip(grads, leaves, strict=True))
+    if not b:
+        return
+    cu_q, cu_k = torch.tensor([0, 0, tq]), torch.tensor([0, 0, tk])
+    packed = [x[0].transpose(0, 1) for x in leaves]
+    assert (varlen_attention(*packed, cu_q, cu_k, backend=backend, scale=1.0) == torch.zeros(tq, h, dv)).all()
 
 
 # --------------------------------------------------------------------------------------- who sees whom, at any lengths
@@ -213,6 +239,26 @@ def test_all_scores_near_one_level_in_fp32(name, backend, level, lone):
     grads = torch.autograd.grad(got.output, leaves, grad.float())
     for one, other in zip(grads, torch.autograd.grad(want, truth, grad), strict=True):
         assert one.isfinite().all()
+        assert (one.double() - other).norm() <= 2e-3 * other.norm() + 1e-4
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("levels", [*itertools.permutations((-300.0, 0.0, 300.0)), (-300.0, -40.0, -10.0)], ids=str)
+def test_tiles_of_different_levels(name, levels, monkeypatch):
+    """What was accumulated at one level meets scores of another, in fp32: each tile of keys has its own."""
+    for constant, size in (("BLOCK_Q", 4), ("BLOCK_K", 6), ("TILE_SCORES", 1)):
+        monkeypatch.setattr(cpu, constant, size)
+    q, k, v = draw(1, 1, 6, 4).mul(8).round().div(8), draw(1, 1, 18, 4).mul(8).round().div(8), draw(1, 1, 18, 3)
+    q[..., 0], k[..., 0] = 1.0, torch.tensor(levels).repeat_interleave(6)
+    sink = sink_of(name, 1, torch.float32)
+    leaves = [x.float().requires_grad_() for x in (q, k, v)]
+    truth = [x.detach().double().requires_grad_() for x in leaves]
+    got = scaled_dot_product_attention(*leaves, scale=1.0, normalizer=name, sink=sink, backend="tiled")
+    want, _ = oracle(*truth, name, scale=1.0, sink=sink)
+    torch.testing.assert_close(got.double(), want, rtol=1e-3, atol=1e-6)
+    grad = draw(*want.shape)
+    grads = torch.autograd.grad(got, leaves, grad.float())
+    for one, other in zip(grads, torch.autograd.grad(want, truth, grad), strict=True):
         assert (one.double() - other).norm() <= 2e-3 * other.norm() + 1e-4
 
 

@@ -1,5 +1,7 @@
 """What hqq leaves in a folder is the whole model, also parameters of modules that hold others; bits are counted right."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -70,3 +72,16 @@ def test_a_file_that_lacks_something_is_found(job, monkeypatch):
     if "Mixtral" in type(job.subject.model).__name__:
         with pytest.raises(QuantizationError, match="the library did not save all of the model"):
             quantize_weights("hqq", job)
+
+
+def test_a_model_that_does_not_run_any_more_is_said(job, monkeypatch):
+    """HunYuan's router looks at the dtype of its layer's weight, which a layer of hqq does not have."""
+
+    def apply(job):
+        model = methods.METHODS["hqq"].apply(job)
+        model.register_forward_pre_hook(lambda model, _: model.model.layers[0].self_attn.q_proj.weight.dtype)
+        return model
+
+    monkeypatch.setitem(methods.METHODS, "toy", replace(methods.METHODS["hqq"], apply=apply))
+    with pytest.raises(QuantizationError, match=r"toy: the quantized model does not run \(AttributeError: .*'weight'"):
+        quantize_weights("toy", job)

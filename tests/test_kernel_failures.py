@@ -4,9 +4,10 @@ import warnings
 
 import pytest
 import torch
+import torch.distributed as dist
 
 import softpick
-from softpick import functional
+from softpick import distributed, functional
 from softpick.ops import backends, calling, calls, kernel_errors, vector
 from softpick.ops.kernel_errors import KernelError
 
@@ -152,6 +153,29 @@ def test_decoding_and_rows_go_on(tensors, monkeypatch):
     torch.testing.assert_close(y, expected.float())
     weights = torch.ones_like(truth) * torch.arange(7)
     torch.testing.assert_close(dx, torch.autograd.grad(expected, truth, weights)[0].float())
+
+
+@pytest.mark.parametrize("kernel", ["attention_forward", "attention_backward_keys"])
+def test_a_ring_goes_on_with_tiles(kernel, tensors, monkeypatch):
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        want = softpick.scaled_dot_product_attention(*tensors, backend="tiled")
+        grad = torch.randn_like(want)
+        monkeypatch.setattr(distributed, "choose_backend", lambda *_: "triton")
+        monkeypatch.setattr(launch, kernel, Broken(RuntimeError("for the ring")))
+
+        def both(backend):
+            out = distributed.ring_attention(*tensors, backend=backend)
+            return out, *torch.autograd.grad(out, tensors, grad)
+
+        with pytest.warns(UserWarning, match="for the ring.*tiles of torch"):
+            got = both("auto")
+        for one, other in zip(got, (want, *torch.autograd.grad(want, tensors, grad)), strict=True):
+            torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)
+        with pytest.raises(KernelError, match="for the ring"):
+            both("triton")
+    finally:
+        dist.destroy_process_group()
 
 
 def test_memory_that_has_run_out_is_no_failure_of_a_kernel(tensors, monkeypatch):

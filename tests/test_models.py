@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -44,7 +45,10 @@ from softpick.experiment.models import (
     sees_the_future,
 )
 from softpick.experiment.progress import Silent
+from softpick.quantization.apply import Job, check
+from softpick.quantization.methods import METHODS
 from softpick.quantization.quantize import QuantizeSettings, quantize
+from softpick.quantization.verify import QuantizationError
 from softpick.training.data import train_tokenizer
 from softpick.training.pretrain import train
 from softpick.training.recipes import RecipeError, get_recipe
@@ -375,6 +379,20 @@ PLAIN = {
     "pickle": "pickle of more than tensors, which could run code",
 }
 """What is said where transformers' own first line says too little, or advises what is unsafe."""
+
+
+@pytest.mark.parametrize("name", ["model.gguf", "two\nlines", "-n", "[red]", "~", "hub:x", "%s {0}", "a,b"])
+def test_a_folder_may_be_called_anything(home, tmp_path, name, monkeypatch):
+    """Also what is the name of a file elsewhere."""
+    shutil.copytree(home / "llama", tmp_path / name)
+    subject = load_subject(str(tmp_path / name), reporter=Silent(), decoder=True)
+    assert len(subject.ids("the lighthouse")) > 1
+    monkeypatch.setitem(METHODS, "toy", replace(METHODS["gptq"], packages=(), check=lambda job: None))
+    job = Job(subject, 4, 16, torch.zeros(1, 4, dtype=torch.long), tmp_path / "made", Silent())
+    check("toy", job)
+    job = replace(job, subject=replace(subject, name=str(tmp_path / "file.gguf")))
+    with pytest.raises(QuantizationError, match="a GGUF file is quantized already"):
+        check("toy", job)
 
 
 @pytest.mark.parametrize("name", [*CONFIG, *FIELDS, "cut weights", "header", "no weights", "pickle", "tokenizer",

@@ -7,6 +7,7 @@ import torch
 from oracle import attention as oracle
 
 from softpick import NORMALIZERS, varlen_attention
+from softpick.ops.arguments import packed_keep
 
 NAMES = list(NORMALIZERS)
 BACKENDS = ["reference", "tiled"]
@@ -160,3 +161,19 @@ def test_what_is_not_refused():
     assert varlen_attention(Q, K, V, one, one, dropout_p=0.0, eps=0.0, window=1).shape == (9, 4, 5)
     empty = torch.tensor([0, 4, 4, 9])
     torch.testing.assert_close(varlen_attention(Q, K, V, empty, empty), want)
+
+
+@pytest.mark.parametrize("left", [-1, 0, 1, 2])
+@pytest.mark.parametrize("right", [-1, 0, 1])
+@pytest.mark.parametrize("bottom_right", [False, True])
+def test_who_sees_whom_where_offsets_cannot_be_read(left, right, bottom_right):
+    """The mask of compiled and transformed calls, entry by entry, with rows behind the last sequence."""
+    cu_q, cu_k = offsets(LENGTHS_Q), offsets(LENGTHS_K)
+    want = torch.zeros(1, 2, 13, 18, dtype=torch.bool)
+    for a, b, c, d in zip(cu_q, cu_q[1:], cu_k, cu_k[1:], strict=False):
+        for i in range(a, b):
+            for j in range(c, d):
+                behind = int((i - a) - (j - c) + ((d - c) - (b - a) if bottom_right else 0))
+                want[:, :, i, j] = (left < 0 or behind <= left) and (right < 0 or behind >= -right)
+    found = packed_keep(cu_q, cu_k, torch.zeros(1, 2, 13, 4), torch.zeros(1, 2, 18, 4), left, right, bottom_right)
+    assert torch.equal(found, want)

@@ -67,3 +67,15 @@ def test_large_scores_of_parts_that_are_merged(name, size):
     found = (out, sum(dq), torch.cat(dk, 2), torch.cat(dv, 2))
     for one, other, more in zip(found, (want, *wanted), rounding, strict=True):
         assert (one.double() - other).norm() <= 1e-5 * other.norm() + more
+
+
+@pytest.mark.parametrize("sizes", [(0, 4, 4, 4), (6, 0, 4, 4), (6, 6, 4, 0), (6, 6, 0, 4)], ids=str)
+def test_a_size_of_zero(sizes):
+    tq, tk, d, dv = sizes
+    leaves = [torch.randn(1, 2, *size, requires_grad=True) for size in ((tq, d), (tk, d), (tk, dv))]
+    out = ring_attention(*leaves, scale=1.0)
+    assert out.shape == (1, 2, tq, dv)
+    assert (out == 0).all()
+    for grad, leaf in zip(torch.autograd.grad(out.sum(), leaves), leaves, strict=True):
+        assert grad.shape == leaf.shape
+        assert (grad == 0).all()

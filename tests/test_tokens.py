@@ -7,10 +7,12 @@ from hypothesis import strategies as st
 
 pytest.importorskip("transformers")
 
-from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import ByT5Tokenizer, PreTrainedTokenizer, PreTrainedTokenizerFast
 
 from softpick.experiment.corpus import split_documents, token_ids
 from softpick.experiment.progress import Silent
+from softpick.experiment.reading import DataError
 from softpick.training.data import make_sequences, train_tokenizer
 from softpick.training.token_files import StreamedSequences, TokenFile, collator, write_tokens
 
@@ -40,6 +42,114 @@ def test_special_tokens_in_a_text_are_text(name, request):
         assert tokenizer.decode(ids) == text
     # and it is a matter of this call only
     assert special & set(tokenizer("a <eos> <bos> </s> b", add_special_tokens=False)["input_ids"])
+
+
+SPECIAL = ["<unk>", "<s>", "</s>", "<pad>"]
+PIECES = [*"<>/sabunkpd", "ab", "</", "s>", "pad", "▁", "▁a"]
+
+
+def own(model, split=None, **names):
+    """A tokenizer whose model has the special tokens among its words, as those of XLM-R, T5 and many others."""
+    made = Tokenizer(model)
+    if split is not None:
+        made.pre_tokenizer = split
+    return PreTrainedTokenizerFast(
+        tokenizer_object=made,
+        **({"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"} | names),
+    )
+
+
+def numbered(words):
+    return {word: i for i, word in enumerate(words)}
+
+
+MODELS = {
+    "unigram": lambda: own(
+        models.Unigram(
+            [(word, 0.0 if word in SPECIAL else -float(i)) for i, word in enumerate([*SPECIAL, *PIECES])], unk_id=0
+        ),
+        pre_tokenizers.Metaspace(prepend_scheme="never"),
+    ),
+    "merges": lambda: own(
+        models.BPE(numbered([*SPECIAL, *PIECES]), [("<", "/"), ("s", ">"), ("</", "s>"), ("a", "b")], unk_token="<unk>")
+    ),
+    "words": lambda: own(
+        models.WordLevel(numbered([*SPECIAL, "a", "ab"]), unk_token="<unk>"), pre_tokenizers.WhitespaceSplit()
+    ),
+    "pieces": lambda: own(
+        models.WordPiece(numbered([*SPECIAL, "a", "<", "##s", "##>"]), unk_token="<unk>"),
+        pre_tokenizers.WhitespaceSplit(),
+    ),
+    # unknown words become the token that also is the padding
+    "padding": lambda: own(
+        models.WordLevel(numbered([*SPECIAL, "a", "ab"]), unk_token="<pad>"),
+        pre_tokenizers.WhitespaceSplit(),
+        unk_token="<pad>",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_model_that_has_special_tokens_among_its_words(name):
+    tokenizer = MODELS[name]()
+    special = {tokenizer.bos_token_id, tokenizer.eos_token_id}
+    texts = ["a </s> ab", "ab a", "</s>", "a <s> a", "<s></s>ab <pad>"]
+    plain = tokenizer(texts, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+    assert sum(not special.isdisjoint(ids) for ids in plain) >= 2  # else this tests nothing
+    found = token_ids(tokenizer, texts)
+    for text, before, ids in zip(texts, plain, found, strict=True):
+        assert special.isdisjoint(ids)
+        assert len(ids) >= len(text.split())
+        if special.isdisjoint(before) and tokenizer.pad_token_id not in before:
+            assert ids == before
+        if name == "unigram":
+            assert "".join(tokenizer.convert_ids_to_tokens(ids)).replace("▁", " ") == text
+    assert [tokenizer.convert_ids_to_tokens(found[0]), found[1]] == [
+        {
+            "unigram": ["a", "▁", "<", "/", "s", ">", "▁a", "b"],
+            "merges": ["a", "<unk>", "</", "s>", "<unk>", "ab"],
+            "words": ["a", "<unk>", "ab"],
+            "pieces": ["a", "<unk>", "<unk>"],
+            "padding": ["a", "<pad>", "ab"],
+        }[name],
+        plain[1],
+    ]
+    assert found[3] == token_ids(tokenizer, [texts[3]])[0]
+    tokenizer.add_special_tokens({"sep_token": "ab"})  # whatever was kept of the tokenizer is not used any more
+    assert tokenizer.sep_token_id not in token_ids(tokenizer, ["a </s> ab"])[0]
+
+
+def test_a_newline_that_ends_documents_is_a_newline_in_a_text():
+    tokenizer = own(
+        models.WordLevel(numbered(["<unk>", "\n", "a"]), "<unk>"), pre_tokenizers.Split("", "isolated"), eos_token="\n"
+    )
+    assert token_ids(tokenizer, ["a\na"]) == [[2, 1, 2]]
+
+
+class Slow(PreTrainedTokenizer):
+    """In Python, of a fixed set of words."""
+
+    words = ("<unk>", "</s>", "a")
+    vocab_size = 3
+
+    def get_vocab(self):
+        return numbered(self.words)
+
+    def _tokenize(self, text, **_):
+        return text.split()
+
+    def _convert_token_to_id(self, token):
+        return self.get_vocab().get(token, 0)
+
+    def _convert_id_to_token(self, index):
+        return self.words[index]
+
+
+def test_a_slow_tokenizer_that_knows_no_other_word_is_an_error():
+    tokenizer = Slow(unk_token="<unk>", eos_token="</s>")
+    assert token_ids(tokenizer, ["a b", "b</s>"]) == [[2, 0], [0]]
+    with pytest.raises(DataError, match="data: a text has the words '</s>', for which Slow has its special token only"):
+        token_ids(tokenizer, ["a", "a </s> a"])
 
 
 @pytest.mark.parametrize("count", [1, 255, 256, 257, 512, 600])

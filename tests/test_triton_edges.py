@@ -42,6 +42,26 @@ def test_dropout():
     assert not torch.allclose(scaled_dot_product_attention(q, k, v, dropout_p=0.5, backend="triton"), plain)
 
 
+@pytest.mark.parametrize("name", ["softpick", "relu_softpick", "linear_softpick", "rectified"])
+@pytest.mark.parametrize("softcap", [0.5, 30.0])
+def test_a_softcap_keeps_the_digits_of_small_scores(name, softcap):
+    """A score is small or large, of either sign, and alone in its row: its weight shows every digit that the cap lost."""
+    size = torch.logspace(-9, 1, 11)
+    k, q, v = torch.zeros(22, 4), torch.zeros(22, 4), torch.ones(22, 4)
+    k[:, 0], q[:, 0] = torch.cat([-size, size]), 1.0
+    mask, options = torch.eye(22, dtype=torch.bool), {"softcap": softcap, "scale": 1.0, "normalizer": name}
+    results = []
+    for backend, dtype in (("triton", torch.float32), ("reference", torch.float64)):
+        leaves = [x[None, None].to(dtype).requires_grad_() for x in (q, k, v)]
+        out = scaled_dot_product_attention(*leaves, mask, backend=backend, **options)
+        # the query of a decoding step, which has a kernel of its own
+        steps = [x.detach()[0, 0, ::7, None, None] for x in leaves]
+        step = scaled_dot_product_attention(*steps, backend=backend, **options)
+        results.append((out, step, *torch.autograd.grad(out.sum(), leaves)))
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one.double(), other, rtol=2e-5, atol=1e-30)
+
+
 LEVELS = [
     (name, level, eps)
     for name in ("softmax", "softmax_plus_one", "learned_sink", "rectified", "softpick", "relu_softpick")

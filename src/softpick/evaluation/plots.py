@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from softpick.experiment.figures import COLORS, new_figure, save_figures
+from softpick.experiment.figures import COLORS, as_label, new_figure, save_figures
 
 __all__ = ["write_plots"]
 
@@ -72,7 +72,7 @@ def _passkey(runs: list[dict[str, Any]]) -> Any:
             x,
             y,
             yerr=errors,
-            label=run["title"],
+            label=as_label(run["title"]),
             capsize=2,
             linewidth=1.5,
             **_style(i),
@@ -112,7 +112,7 @@ def _heads(runs: list[dict[str, Any]]) -> Any:
                     markersize=4,
                     linewidth=1.6 if rank == 0 else 0.8,
                     alpha=1.0 if rank == 0 else 0.45,
-                    label=f"{run['title']} (L{head['layer']}H{head['head']})" if rank == 0 else None,
+                    label=as_label(f"{run['title']} (L{head['layer']}H{head['head']})") if rank == 0 else None,
                 )
         ax.set(title=title, xlabel="tokens of the prompt")
         ax.set_ylim(bottom=0)
@@ -132,7 +132,7 @@ def _perplexity(runs: list[dict[str, Any]]) -> Any:
         ranges = [found for found in run["perplexity"]["ranges"] if found["perplexity"] is not None]
         x = [(found["from"] + found["to"]) / 2 for found in ranges]
         y = [found["perplexity"] for found in ranges]
-        ax.plot(x, y, label=run["title"], markersize=5, linewidth=1.5, **_style(i))
+        ax.plot(x, y, label=as_label(run["title"]), markersize=5, linewidth=1.5, **_style(i))
     ax.set_yscale("log")
     _trained(ax, [run for _, run in shown], 1, max(run["perplexity"]["length"] for _, run in shown))
     _plain_ticks(ax)

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import json
+import secrets
 import sysconfig
+import weakref
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -109,10 +112,67 @@ def token_ids(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
     Args:
         tokenizer: of transformers.
         texts: any number of them.
+
+    Raises:
+        DataError: a text has a special token's words, and the tokenizer, which is not one of the library ``tokenizers``, has
+            no other token for them.
     """
     if not texts:
         return []
-    return tokenizer(list(texts), add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
+    found = tokenizer(list(texts), add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
+    names = zip(tokenizer.all_special_ids, tokenizer.all_special_tokens, strict=True)
+    # one character, or a line's end, is an ordinary text that the tokenizer also uses as a mark
+    marks = {i: token for i, token in names if len(token.strip()) > 1 and token != tokenizer.unk_token}
+    wrong = [at for at, ids in enumerate(found) if not marks.keys().isdisjoint(ids)]
+    if wrong:
+        # models such as Unigram and WordLevel have special tokens among their words: no splitting keeps them from those
+        if not getattr(tokenizer, "is_fast", False):
+            shown = marks[next(i for i in found[wrong[0]] if i in marks)]
+            raise DataError(
+                f"data: a text has the words {shown!r}, for which {type(tokenizer).__name__} has its special token only; "
+                "take the words out, or choose a fast tokenizer"
+            )
+        again = _without(tokenizer, frozenset(marks.values())).encode_batch(
+            [texts[at] for at in wrong], add_special_tokens=False
+        )
+        for at, encoding in zip(wrong, again, strict=True):
+            found[at] = encoding.ids
+    return found
+
+
+_made: weakref.WeakKeyDictionary[Any, tuple[Any, Any]] = weakref.WeakKeyDictionary()
+
+
+def _without(tokenizer: Any, marks: frozenset[str]) -> Any:
+    """A fast tokenizer's own ``Tokenizer``, in which some tokens have names that no text has; all ids are the same.
+
+    It is kept as long as the tokenizer is the same: a large vocabulary takes a second.
+    """
+    from tokenizers import Tokenizer
+
+    key = marks, len(tokenizer)
+    known = _made.get(tokenizer)
+    if known is not None and known[0] == key:
+        return known[1]
+    secret = secrets.token_hex(16)
+    made = json.loads(tokenizer.backend_tokenizer.to_str())
+    made |= {"truncation": None, "padding": None, "post_processor": None}
+    model, added = made["model"], made["added_tokens"]
+    marks = marks - {model.get("unk_token")}  # which text may become
+
+    def other(token: str) -> str:
+        return secret + token if token in marks else token
+
+    if isinstance(model["vocab"], dict):
+        model["vocab"] = {other(token): i for token, i in model["vocab"].items()}
+    else:  # Unigram: the place is the id
+        model["vocab"] = [[other(token), score] for token, score in model["vocab"]]
+    if "merges" in model:
+        pairs = [pair if isinstance(pair, list) else pair.split(" ") for pair in model["merges"]]
+        model["merges"] = [pair for pair in pairs if marks.isdisjoint([*pair, "".join(pair)])]
+    made["added_tokens"] = [entry | {"content": other(entry["content"])} for entry in added]
+    _made[tokenizer] = key, Tokenizer.from_str(json.dumps(made))
+    return _made[tokenizer][1]
 
 
 def _digest(text: str) -> str:

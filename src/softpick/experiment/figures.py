@@ -1,4 +1,4 @@
-"""Figures of all commands: colors, sizes, files."""
+"""Figures of all commands: colors, sizes, files; names in figures and in Markdown tables."""
 
 from __future__ import annotations
 
@@ -6,11 +6,21 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-__all__ = ["COLORS", "new_figure", "save_figures"]
+__all__ = ["COLORS", "as_cell", "as_label", "new_figure", "save_figures"]
 
 
 # Okabe and Ito's colours, which colour-blind people tell apart
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+
+
+def as_cell(text: str) -> str:
+    """A name for a cell or a heading of Markdown: on one line, without the bar that ends a cell."""
+    return " ".join(text.splitlines()).replace("|", r"\|")
+
+
+def as_label(name: str) -> str:
+    """A name for a legend as it stands: matplotlib takes what is between dollars for a formula, and hides names with ``_``."""
+    return (" " if name.startswith("_") else "") + name.replace("$", r"\$")
 
 
 def save_figures(folder: str | Path, figures: Mapping[str, Any]) -> list[Path]:

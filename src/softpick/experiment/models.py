@@ -31,6 +31,7 @@ __all__ = [
     "Subject",
     "first_position",
     "identity",
+    "is_gguf",
     "learned_positions",
     "load_config",
     "load_subject",
@@ -328,7 +329,7 @@ def load_config(name: str, *, trust_remote_code: bool = False) -> tuple[Any, str
     path = Path(name)
     where: dict[str, Any] = {}
     source = name
-    if path.suffix == ".gguf":
+    if is_gguf(name):
         if not path.is_file():
             raise ModelError(f"model: there is no file {name}")
         if importlib.util.find_spec("gguf") is None:
@@ -351,6 +352,12 @@ def load_config(name: str, *, trust_remote_code: bool = False) -> tuple[Any, str
     if getattr(config, "is_encoder_decoder", False):
         raise ModelError(f"model: {name} is an encoder-decoder ({config.model_type}); expected a decoder or an encoder")
     return config, source, where
+
+
+def is_gguf(name: str) -> bool:
+    """Whether a model's name is that of a GGUF file; a folder may be called anything."""
+    path = Path(name)
+    return path.suffix == ".gguf" and not path.is_dir()
 
 
 def _kernels(value: Any, key: str = "", inside: bool = False) -> Iterator[tuple[str, str]]:

@@ -392,7 +392,12 @@ def forward(
                 numerator.div_(divisor)
             else:  # x / x is 1, so one key alone has exactly its value
                 numerator = torch.bmm(held[0].div_(divisor), held[1])
-            shape = (_width(chunk), -1, chunk.groups, i1 - i0)
+            shape = (
+                _width(chunk),
+                chunk.heads.stop - chunk.heads.start,
+                chunk.groups,
+                i1 - i0,
+            )  # -1 of no values is unclear
             chunk.rows(out, i0, i1).copy_(numerator.view(*shape, v.shape[-1]))
             logarithm = shift.value * unit + torch.log(total.abs() if norm.signed_denominator else total)
             if sink is not None:  # which may have no base-2 form

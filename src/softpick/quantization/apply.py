@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from softpick.experiment.failures import first_line
-from softpick.experiment.models import DTYPES, ModelError, Subject, load_subject
+from softpick.experiment.models import DTYPES, ModelError, Subject, is_gguf, load_subject
 from softpick.experiment.progress import Reporter
 from softpick.quantization.methods import METHODS
 from softpick.quantization.verify import QuantizationError, Verification, untouched, verify
@@ -86,7 +86,7 @@ def check(name: str, job: Job) -> None:
     missing = [package for package in method.packages if importlib.util.find_spec(package) is None]
     if missing:
         raise ImportError(f"method {name} needs {', '.join(missing)}: {method.install}")
-    if Path(job.subject.name).suffix == ".gguf" and not method.gguf:
+    if is_gguf(job.subject.name) and not method.gguf:
         raise QuantizationError("a GGUF file is quantized already; expected a directory or a hub name")
     method.check(job)
 
@@ -123,7 +123,18 @@ def quantize(name: str, job: Job) -> Quantized:
             )
         found = verify(job.subject.model, model, job.bits, method.block(job), job.dtype)
         untouched(job.subject.model, model, [layer.name for layer in found.layers])
+        _runs(name, job, model)
     return Quantized(subject, replace(found, bits_per_weight=_bits_per_weight(job, model, found)))
+
+
+def _runs(name: str, job: Job, model: Any) -> None:
+    """Raise where a model asks a layer for what a quantized one does not have (routers that look at their weight's dtype)."""
+    try:
+        with torch.no_grad():
+            model(input_ids=job.calibration[:1, :8].to(job.device), use_cache=False)
+    except Exception as error:  # of any library's layers in any model
+        reason = f"{type(error).__name__}: {first_line(error)}"
+        raise QuantizationError(f"{name}: the quantized model does not run ({reason})") from error
 
 
 def _bits_per_weight(job: Job, model: Any, found: Verification) -> float:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from softpick.experiment.figures import COLORS, new_figure, save_figures
+from softpick.experiment.figures import COLORS, as_label, new_figure, save_figures
 from softpick.quantization.methods import METHODS, Method
 
 __all__ = ["figure_of", "write_plots"]
@@ -57,7 +57,7 @@ def _weights(report: dict[str, Any]) -> Any:
             base = figure_of(run["cells"][0], task, metric)
             if base is not None:
                 ax.axhline(base, color=color, linewidth=1, alpha=0.5)
-                ax.plot([], [], color=color, linewidth=1, alpha=0.5, label=f"{run['title']}, unquantized")
+                ax.plot([], [], color=color, linewidth=1, alpha=0.5, label=as_label(f"{run['title']}, unquantized"))
             for method in dict.fromkeys(c["method"] for c in run["cells"] if c["kind"] == "weights"):
                 points = [
                     (c["bits"], figure_of(c, task, metric))
@@ -75,7 +75,7 @@ def _weights(report: dict[str, Any]) -> Any:
                     markerfacecolor=color if index == 0 else "none",
                     linewidth=1.5,
                     markersize=5,
-                    label=f"{run['title']}, {method}",
+                    label=as_label(f"{run['title']}, {method}"),
                 )
         percent = metric is not None and metric.startswith("acc")
         if not percent:
@@ -103,7 +103,7 @@ def _activations(report: dict[str, Any]) -> Any:
         changes += [value for value in change if value is not None]
         places = [row + (index - (len(runs) - 1) / 2) * width for row in range(len(picked))]
         heights = [0.0 if value is None else value for value in change]
-        bars = ax.barh(places, heights, width, color=COLORS[index % len(COLORS)], label=run["title"])
+        bars = ax.barh(places, heights, width, color=COLORS[index % len(COLORS)], label=as_label(run["title"]))
         ax.bar_label(bars, ["beyond numbers" if v is None else f"{v:+.2f} %" for v in change], padding=3, fontsize=8)
     ax.set_xscale("symlog", linthresh=0.1)  # a hundredth of a percent stands beside thousands
     ax.set_xlim(min(-0.01, 6 * min(changes) - 0.05), max(1.0, 8 * max(changes)))  # room for the numbers

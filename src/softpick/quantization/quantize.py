@@ -26,8 +26,9 @@ from torch import Tensor
 from softpick.evaluation.tasks import HEADLINES, EvaluationError, expected_files, run_tasks
 from softpick.experiment.corpus import get_corpus, split_documents
 from softpick.experiment.environment import chosen_device, command_line, device_line, hardware, versions
+from softpick.experiment.figures import as_cell
 from softpick.experiment.files import writing
-from softpick.experiment.models import Subject, identity, load_subject, saved_positions
+from softpick.experiment.models import Subject, identity, is_gguf, load_subject, saved_positions
 from softpick.experiment.perplexity import perplexity
 from softpick.experiment.progress import Reporter, Silent, Titled
 from softpick.experiment.reading import Corpus
@@ -245,7 +246,7 @@ class _Run:
             )
             # transformers unpacks a GGUF file, and says nevertheless that it is quantized
             packed = getattr(self._loaded.model.config, "quantization_config", None) is not None
-            if packed and Path(self.name).suffix != ".gguf":
+            if packed and not is_gguf(self.name):
                 raise EvaluationError(f"model: {self.name} is quantized already; expected the model before that")
         return self._loaded
 
@@ -474,17 +475,17 @@ def weight_rows(report: dict[str, Any]) -> list[tuple[str, list[str]]]:
 
 def markdown(report: dict[str, Any]) -> str:
     """The tables as Markdown."""
-    titles = columns(report)
-    lines = [f"# {report['title']}", "", "| | |" + "".join(f" {title} |" for title in titles)]
+    titles = [as_cell(title) for title in columns(report)]
+    lines = [f"# {as_cell(report['title'])}", "", "| | |" + "".join(f" {title} |" for title in titles)]
     lines.append("|---|---|" + "---|" * len(titles))
     lines += [f"| {metric} | {how} | {' | '.join(values)} |" for metric, how, values in summary_rows(report)]
     weights = weight_rows(report)
     if weights:
-        names = [run["title"] for run in report["runs"]]
+        names = [as_cell(run["title"]) for run in report["runs"]]
         lines += ["", "| weights |" + "".join(f" {name} |" for name in names), "|---|" + "---|" * len(names)]
         lines += [f"| {how} | {' | '.join(texts)} |" for how, texts in weights]
-    lines += ["", *(f"- {note}" for note in report["notes"]), ""]
-    lines += [f"- {key.replace('_', ' ')}: {value}" for key, value in report["meta"].items()]
+    lines += ["", *(f"- {as_cell(note)}" for note in report["notes"]), ""]
+    lines += [f"- {key.replace('_', ' ')}: {as_cell(str(value))}" for key, value in report["meta"].items()]
     return "\n".join(lines) + "\n"
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from softpick.analysis.report import DASH, METRICS
-from softpick.experiment.figures import COLORS, new_figure, save_figures
+from softpick.experiment.figures import COLORS, as_label, new_figure, save_figures
 from softpick.experiment.progress import Reporter
 
 __all__ = ["COLUMNS", "value", "write_grid_report"]
@@ -159,7 +159,7 @@ def _training(rows: Sequence[Mapping[str, Any]]) -> Any:
             index = variants.index(row["variant"])
             first = row is next(other for other in rows if other["variant"] == row["variant"])
             line = ("-", "--", ":", "-.")[index // len(COLORS) % 4]
-            label = row["variant"] if first else None
+            label = as_label(row["variant"]) if first else None
             ax.plot(steps, values, color=COLORS[index % len(COLORS)], linestyle=line, linewidth=1.2, label=label)
         if key in _LOGARITHMIC:
             ax.set_yscale("log")

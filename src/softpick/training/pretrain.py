@@ -31,6 +31,7 @@ import torch
 from torch import Tensor
 
 from softpick.experiment.environment import chosen_device, command_line, device_line, hardware, missing_device, versions
+from softpick.experiment.figures import as_cell
 from softpick.experiment.files import (
     DamagedFileError,
     OutputError,
@@ -555,7 +556,7 @@ def _card(result: dict[str, Any]) -> str:
         "",
         "| | |",
         "|---|---|",
-        f"| data | {result['data']} |",
+        f"| data | {as_cell(result['data'])} |",
         f"| tokens | {recipe['steps'] * recipe['batch_size'] * recipe['sequence_length']:,} |",
         f"| validation loss | {result['validation_loss']:.4f} |",
     ]
@@ -566,7 +567,7 @@ def _card(result: dict[str, Any]) -> str:
         f"| hardware | {result['hardware']} x {result['ranks']}, {result['seconds']:.0f} s |",
         f"| versions | {result['versions']} |",
         f"| created | {result['created']} |",
-        f"| command | `{result['command']}` |",
+        f"| command | `{as_cell(result['command'])}` |",
         "",
         "Recipe:",
         "",

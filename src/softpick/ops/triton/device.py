@@ -82,7 +82,10 @@ def narrow_gradient(ds, like):
 
 @triton.jit
 def tanh(x):
-    return 2.0 / (1.0 + tl.exp2(-2.0 * LOG2E * x)) - 1.0
+    """With all its digits near 0, where softpick has weights of the size of the scores and either sign of them counts."""
+    y = x * x
+    series = x * (1.0 + y * (-1 / 3 + y * (2 / 15 + y * (-17 / 315 + y * (62 / 2835)))))
+    return tl.where(tl.abs(x) < 0.3, series, 2.0 / (1.0 + tl.exp2(-2.0 * LOG2E * x)) - 1.0)
 
 
 @triton.jit

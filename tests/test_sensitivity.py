@@ -50,7 +50,7 @@ def test_rounded_layers_by_hand(make):
     """int8 with one scale per tensor and per token, int4 in groups: the layer's output from loops over rows and groups."""
     model, ids = make(), tokens()
     layers = inner_layers(model)
-    seen = sensitivity._watch_inputs(model, layers, [ids])
+    seen = sensitivity._watch_inputs(model, layers, [{"input_ids": ids}])
     name = next(n for n in layers if "mlp" in n)
     module = layers[name]
     x = torch.randn(2, 5, sensitivity._matrix(module).shape[1])
@@ -93,7 +93,7 @@ def test_a_remedy_changes_nothing_without_rounding(remedy, monkeypatch):
     monkeypatch.setattr(sensitivity, "round_to", lambda x, fmt, largest: x)
     model, ids = llama(), tokens()
     layers = inner_layers(model)
-    seen = sensitivity._watch_inputs(model, layers, [ids])
+    seen = sensitivity._watch_inputs(model, layers, [{"input_ids": ids}])
     with torch.no_grad():
         want = model(ids).logits
         with rounded(layers, BY_NAME["int8-tensor"], seen, remedy):
@@ -113,7 +113,7 @@ def test_hadamard_is_its_own_inverse_and_spreads():
 def test_prefix_leaves_the_first_token():
     model, ids = llama(), tokens()
     layers = inner_layers(model)
-    seen = sensitivity._watch_inputs(model, layers, [ids])
+    seen = sensitivity._watch_inputs(model, layers, [{"input_ids": ids}])
     name = "model.layers.0.mlp.down_proj"
     _, change = sensitivity._rounder(layers[name], BY_NAME["int4-tensor"], seen[name], "prefix")
     x = torch.randn(2, 6, 40)
@@ -133,7 +133,7 @@ def test_cost_of_a_model():
     model, ids = llama(), tokens()
     subject = Subject("a/model", model, None, causal=True)
     state = {k: v.clone() for k, v in model.state_dict().items()}
-    found = cost(subject, [ids[:2], ids[2:]], Silent())
+    found = cost(subject, [{"input_ids": ids[:2]}, {"input_ids": ids[2:]}], Silent())
     assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items())
     assert all(p.requires_grad for p in model.parameters())
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
@@ -141,7 +141,7 @@ def test_cost_of_a_model():
     assert found["perplexity"] == pytest.approx(float(base.exp()), rel=1e-4)
     assert [s["name"] for s in found["schemes"]] == [s.name for s in SCHEMES]
     layers = inner_layers(model)
-    seen = sensitivity._watch_inputs(model, layers, [ids])
+    seen = sensitivity._watch_inputs(model, layers, [{"input_ids": ids}])
 
     def change(scheme, names):
         with rounded({n: layers[n] for n in names}, BY_NAME[scheme], seen):
@@ -169,9 +169,9 @@ def test_sqnr_and_estimate_by_hand():
     """SQNR from the layer's own outputs; the estimate from gradients of the summed loss, token by token."""
     model, ids = llama(), tokens(2, 9)
     subject = Subject("a/model", model, None, causal=True)
-    found = {layer["name"]: layer for layer in cost(subject, [ids], Silent())["layers"]}
+    found = {layer["name"]: layer for layer in cost(subject, [{"input_ids": ids}], Silent())["layers"]}
     layers = inner_layers(model)
-    seen = sensitivity._watch_inputs(model, layers, [ids])
+    seen = sensitivity._watch_inputs(model, layers, [{"input_ids": ids}])
     name = "model.layers.1.self_attn.v_proj"
     kept = {}
 
@@ -197,7 +197,7 @@ def test_sqnr_and_estimate_by_hand():
 
 def test_groups_fit_the_width():
     assert [group_of(n) for n in (64, 576, 176, 24, 97)] == [64, 64, 44, 24, 1]
-    found = cost(Subject("m", llama(), None, causal=True), [tokens(1, 8)], Silent())
+    found = cost(Subject("m", llama(), None, causal=True), [{"input_ids": tokens(1, 8)}], Silent())
     assert "Groups have 24, 40 channels, to fit the widths." in found["approximations"]
 
 

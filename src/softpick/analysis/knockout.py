@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from softpick.analysis.capture import seen_keys
+from softpick.analysis.calls import seen_keys
 from softpick.experiment.models import Subject
 from softpick.experiment.perplexity import change_percent
 from softpick.experiment.progress import Reporter

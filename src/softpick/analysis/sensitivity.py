@@ -29,6 +29,7 @@ from softpick.experiment.models import Subject
 from softpick.experiment.perplexity import change_percent, perplexity_by_position
 from softpick.experiment.progress import Reporter
 from softpick.experiment.rounding import FORMATS, inner_layers, quantized_cache, round_to
+from softpick.experiment.samples import size_of
 
 __all__ = ["REMEDIES", "SCHEMES", "Scheme", "cost", "group_of", "ignore_lists", "rounded"]
 
@@ -239,7 +240,7 @@ class _Local:
                 into.fisher += float((gradient.float() * error).sum(-1).square().sum())
 
 
-def _watch_inputs(model: Any, layers: Mapping[str, Any], batches: Sequence[Tensor]) -> dict[str, Inputs]:
+def _watch_inputs(model: Any, layers: Mapping[str, Any], batches: Sequence[Mapping[str, Tensor]]) -> dict[str, Inputs]:
     """What reaches each layer."""
     found: dict[str, Inputs] = {}
 
@@ -259,19 +260,21 @@ def _watch_inputs(model: Any, layers: Mapping[str, Any], batches: Sequence[Tenso
 
         return hook
 
+    ids = batches[0].get("input_ids")
+    rows = 0 if ids is None else ids.shape[1]
     with ExitStack() as stack, torch.no_grad():
         for name, module in layers.items():
-            handle = module.register_forward_pre_hook(watching(name, batches[0].shape[1]))
+            handle = module.register_forward_pre_hook(watching(name, rows))
             stack.callback(handle.remove)
         device = next(model.parameters()).device
-        body = getattr(model, "base_model", model)
+        body = model.base_model if model.get_output_embeddings() is not None else model
         for batch in batches:
-            body(input_ids=batch.to(device))
+            body(**{name: x.to(device) for name, x in batch.items()})
     return found
 
 
 def _local_figures(
-    subject: Subject, layers: Mapping[str, Any], batches: Sequence[Tensor], seen: Mapping[str, Inputs]
+    subject: Subject, layers: Mapping[str, Any], batches: Sequence[Mapping[str, Tensor]], seen: Mapping[str, Inputs]
 ) -> tuple[_Local, int]:
     """SQNR and estimates of every layer, and of how many predicted tokens."""
     model, local, tokens = subject.model, _Local(seen), 0
@@ -302,11 +305,12 @@ def _local_figures(
         for name, module in layers.items():
             stack.callback(module.register_forward_hook(hook(name)).remove)
         for batch in batches:
-            for ids in batch.to(device).split(max(1, _BACKWARD_TOKENS // batch.shape[1])):
-                if not subject.causal or subject.bidirectional:
-                    with torch.no_grad():
-                        model(input_ids=ids)
-                    continue
+            if not subject.causal or subject.bidirectional:
+                with torch.no_grad():
+                    model(**{name: x.to(device) for name, x in batch.items()})
+                continue
+            whole = batch["input_ids"].to(device)
+            for ids in whole.split(max(1, _BACKWARD_TOKENS // whole.shape[1])):
                 with torch.enable_grad():
                     logits = model(input_ids=ids, use_cache=False).logits[:, 1:-1].flatten(0, 1).float()
                     targets = ids[:, 2:].flatten()
@@ -319,9 +323,9 @@ def _local_figures(
 # Measured losses
 
 
-def _loss(model: Any, batches: Sequence[Tensor]) -> float:
+def _loss(model: Any, batches: Sequence[Mapping[str, Tensor]]) -> float:
     """Mean loss of the tokens from the third on."""
-    rows = torch.cat(list(batches))
+    rows = torch.cat([batch["input_ids"] for batch in batches])
     return float(perplexity_by_position(model, rows, [2, rows.shape[1]], batch_size=4)[0]["loss"])
 
 
@@ -337,7 +341,7 @@ def _spearman(a: Sequence[float], b: Sequence[float]) -> float | None:
 class _Measuring:
     """One model's losses under schemes, on the same few sequences."""
 
-    def __init__(self, subject: Subject, batches: Sequence[Tensor], reporter: Reporter) -> None:
+    def __init__(self, subject: Subject, batches: Sequence[Mapping[str, Tensor]], reporter: Reporter) -> None:
         self.model, self.batches, self.reporter = subject.model, batches, reporter
         self.layers = inner_layers(subject.model)
         self.seen = _watch_inputs(subject.model, self.layers, batches)
@@ -383,12 +387,12 @@ def _head(model: Any) -> str | None:
     return next((name for name, module in model.named_modules() if module is head and head is not None), None)
 
 
-def cost(subject: Subject, batches: Sequence[Tensor], reporter: Reporter) -> dict[str, Any]:
+def cost(subject: Subject, batches: Sequence[Mapping[str, Tensor]], reporter: Reporter) -> dict[str, Any]:
     """What rounding costs a model, layer by layer.
 
     Args:
         subject: a model; of one that predicts no next token only SQNRs are found.
-        batches: ``(B, T)`` token ids; every figure is of all of them.
+        batches: arguments of the model; every figure is of all of them.
         reporter: shows progress.
 
     Returns:
@@ -406,8 +410,8 @@ def cost(subject: Subject, batches: Sequence[Tensor], reporter: Reporter) -> dic
         if name in work.seen
     ]
     result: dict[str, Any] = {
-        "sequences": sum(len(batch) for batch in batches),
-        "tokens": sum(batch.numel() for batch in batches),
+        "sequences": sum(map(size_of, batches)),
+        "tokens": sum(x.numel() for batch in batches for name, x in batch.items() if name.endswith("input_ids")),
         "layers": layers,
         "approximations": [
             "Rounding is simulated: numbers are rounded to the format and computed with in the model's own.",

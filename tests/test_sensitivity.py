@@ -1,6 +1,7 @@
 """What rounding costs: every figure a second time by explicit loops, and the lists of layers in other libraries' hands."""
 
 import importlib.util
+import json
 import math
 import re
 
@@ -12,6 +13,7 @@ pytest.importorskip("transformers")
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from softpick.analysis import sensitivity
+from softpick.analysis.keep_files import keep_file_names, keep_files
 from softpick.analysis.sensitivity import REMEDIES, SCHEMES, cost, group_of, ignore_lists, rounded
 from softpick.experiment.models import Subject
 from softpick.experiment.progress import Silent
@@ -249,3 +251,66 @@ def test_gptqmodel_leaves_the_layers():
     config = QuantizeConfig(bits=4, group_size=8, dynamic=ignore_lists(NAMES)["gptqmodel"])
     skipped = [n for n in inner_layers(llama()) if config.dynamic_get(layer_name=n) is False]
     assert skipped == NAMES
+
+
+def audited(scheme):
+    lists = ignore_lists(NAMES, "lm_head")
+    return [{"cost": {"keep": [{"scheme": scheme, "kept": 2, "names": NAMES, "ignore": lists}]}}, {"part": "no cost"}]
+
+
+@pytest.mark.parametrize("scheme", BY_NAME)
+def test_files_of_kept_layers(scheme, tmp_path):
+    """One file a library that computes with the scheme; nothing where no layer is kept."""
+    files = keep_files(audited(scheme))
+    assert set(files) <= set(keep_file_names())
+    assert {name.partition(".")[0] for name in files} <= {f"keep-{scheme}"}
+    assert bool(files) is not scheme.endswith("-group")
+    for text in files.values():
+        plain = json.dumps(json.loads(text)).replace("\\\\", "")  # GPTQModel's are patterns
+        assert all(name in plain for name in NAMES)
+    nothing = [{"cost": {"keep": [{"scheme": scheme, "kept": 0, "names": []}]}}]
+    assert keep_files(nothing) == {}
+    twice = keep_files([*audited(scheme), *audited(scheme)])
+    assert set(twice) <= set(keep_file_names(2))
+    assert len(twice) == 2 * len(files)
+
+
+def test_files_are_arguments_of_the_libraries(tmp_path):
+    """What a file holds is taken by the class that it is for, and leaves the same layers as the list."""
+    int8, int4 = ({n.partition(".")[2]: json.loads(t) for n, t in keep_files(audited(s)).items()}
+                  for s in ("int8-token", "int4-weights"))  # fmt: skip
+    assert set(int4) == {"llm-compressor.yaml", "torchao.json", "gptqmodel.json", "bitsandbytes.json"}
+    from transformers import BitsAndBytesConfig, TorchAoConfig
+
+    assert BitsAndBytesConfig(load_in_8bit=True, **int8["bitsandbytes.json"]).llm_int8_skip_modules == [
+        *NAMES,
+        "lm_head",
+    ]
+    if importlib.util.find_spec("torchao"):
+        from torchao.quantization import Int8WeightOnlyConfig
+
+        config = TorchAoConfig(Int8WeightOnlyConfig(version=2), **int8["torchao.json"])
+        assert config.modules_to_not_convert == [*NAMES, "lm_head"]
+    if importlib.util.find_spec("gptqmodel"):
+        from gptqmodel import QuantizeConfig
+
+        config = QuantizeConfig(bits=4, group_size=8, **int4["gptqmodel.json"])
+        assert [n for n in inner_layers(llama()) if config.dynamic_get(layer_name=n) is False] == NAMES
+
+
+@pytest.mark.parametrize("scheme", [s.name for s in SCHEMES if s.scales != "group"])
+def test_recipe_of_llm_compressor(scheme):
+    """compressed-tensors takes the recipe's group, and its rounding of a weight is the scheme's."""
+    quantization = pytest.importorskip("compressed_tensors.quantization")
+    recipe = json.loads(keep_files(audited(scheme))[f"keep-{scheme}.llm-compressor.yaml"])
+    modifier = recipe["default_stage"]["default_modifiers"]["QuantizationModifier"]
+    found = quantization.QuantizationScheme.model_validate(modifier["config_groups"]["group_0"])
+    assert modifier["ignore"] == [*NAMES, "lm_head"]
+    wanted = BY_NAME[scheme]
+    assert found.weights.num_bits == (4 if wanted.fmt == "int4" else 8)
+    assert getattr(found.weights.strategy, "value", found.weights.strategy) == ("group" if wanted.scales == "none" else "channel")
+    assert (found.input_activations is None) is (wanted.scales == "none")
+    if wanted.scales != "none":
+        strategy = found.input_activations.strategy
+        assert getattr(strategy, "value", strategy) == wanted.scales
+        assert bool(found.input_activations.dynamic) is (wanted.scales == "token")

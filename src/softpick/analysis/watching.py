@@ -98,14 +98,9 @@ class _Watch:
         self.sources = _Sources(model) if is_encoder_decoder(model) else None
         # only a head has a vocabulary's logits, which are not needed
         self.body: Any = model.base_model if _has_head(model) else model
-        self.lists = {
-            id(child): number
-            for number, module in enumerate(m for m in self.body.modules() if isinstance(m, nn.ModuleList))
-            for child in module
-        }
-        self.kinds: dict[
-            int, list[tuple[nn.Module, bool]]
-        ] = {}  # of each list: its modules that ran, with attention or not
+        self.lists = {id(child): number for number, held in enumerate(_lists(self.body)) for child in held}
+        # of each list: its modules that ran, with attention or not
+        self.kinds: dict[int, list[tuple[nn.Module, bool]]] = {}
         self._restart()
 
     def _restart(self) -> None:
@@ -117,9 +112,7 @@ class _Watch:
 
     def hooks(self) -> Iterator[Any]:
         """Hooks on the layers."""
-        for child in {
-            id(child): child for m in self.body.modules() if isinstance(m, nn.ModuleList) for child in m
-        }.values():
+        for child in {id(child): child for held in _lists(self.body) for child in held}.values():
             yield child.register_forward_pre_hook(self.enter)
             yield child.register_forward_hook(self.leave)
         if self.sources is not None:
@@ -208,6 +201,10 @@ def ranges(numbers: list[int]) -> str:
         else:
             runs.append([n, n])
     return ", ".join(str(a) if a == b else f"{a} to {b}" for a, b in runs)
+
+
+def _lists(body: nn.Module) -> list[nn.ModuleList]:
+    return [module for module in body.modules() if isinstance(module, nn.ModuleList)]
 
 
 def _has_head(model: Any) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -38,8 +38,8 @@ def going_on(console: Console, output: str) -> Iterator[None]:
         raise SystemExit(130) from None
 
 
-def print_report(report: dict[str, Any], output: str, console: Console) -> None:
-    """Print the table and the notes of a report of `softpick compare` or `analyze`, and where its files are."""
+def print_report(report: dict[str, Any], output: str, console: Console, more: Sequence[str] = ()) -> None:
+    """Print the table and the notes of a report of `softpick compare` or `analyze`, and where its files are, ``more`` too."""
     from rich.padding import Padding
     from rich.table import Table
     from rich.text import Text
@@ -70,6 +70,8 @@ def print_report(report: dict[str, Any], output: str, console: Console) -> None:
     console.print(
         f"\nreport:  {folder / 'report.html'}\nresults: {folder / 'results.json'}", markup=False, soft_wrap=True
     )
+    for name in more:
+        console.print(f"list:    {folder / name}", markup=False, soft_wrap=True)
 
 
 class ConsoleReporter:

@@ -308,7 +308,9 @@ def test_recipe_of_llm_compressor(scheme):
     assert modifier["ignore"] == [*NAMES, "lm_head"]
     wanted = BY_NAME[scheme]
     assert found.weights.num_bits == (4 if wanted.fmt == "int4" else 8)
-    assert getattr(found.weights.strategy, "value", found.weights.strategy) == ("group" if wanted.scales == "none" else "channel")
+    assert getattr(found.weights.strategy, "value", found.weights.strategy) == (
+        "group" if wanted.scales == "none" else "channel"
+    )
     assert (found.input_activations is None) is (wanted.scales == "none")
     if wanted.scales != "none":
         strategy = found.input_activations.strategy

@@ -244,7 +244,10 @@ def _positions(model: nn.Module, inputs: Mapping[str, Any], prefix: str, length:
     ids, mask = inputs.get(f"{prefix}input_ids"), inputs.get(f"{prefix}attention_mask")
     if ids is not None:
         if ids.shape[1] != length:
-            raise ValueError(f"{prefix}input_ids: {ids.shape[1]} tokens, but the attention is of {length} positions")
+            raise ValueError(
+                f"{prefix}input_ids: {ids.shape[1]} tokens, but the attention is of {length} positions; attention that joins "
+                "the positions of encoder and decoder is not measured"
+            )
         return Positions(torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool(), ids)
     if prefix:
         raise ValueError(f"batches: an encoder-decoder needs {prefix}input_ids, got the keys {sorted(inputs)}")

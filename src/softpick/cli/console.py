@@ -92,16 +92,24 @@ class ConsoleReporter:
             return
         from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+        narrow = self.console.width < 100
         columns = (
             TextColumn("{task.description}", markup=False),
-            BarColumn(),
+            BarColumn(bar_width=16 if narrow else 40),
             TextColumn("{task.completed}/{task.total} {task.fields[loss]}"),
             TimeElapsedColumn(),
             TextColumn("left"),
             TimeRemainingColumn(),
         )
         with Progress(*columns, console=self.console) as progress:
+            label = _shortened(label, self.console.width - (54 if narrow else 78))
             yield _Bar(progress, progress.add_task(label, total=total, loss=""))
+
+
+def _shortened(label: str, room: int) -> str:
+    """A label in so many characters: its beginning and its end, which tells models apart."""
+    room = max(room, 12)
+    return label if len(label) <= room else f"{label[: room // 2]}…{label[len(label) - (room - room // 2 - 1) :]}"
 
 
 class _Bar:

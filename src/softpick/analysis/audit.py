@@ -7,7 +7,6 @@
 from __future__ import annotations
 
 import hashlib
-import math
 import os
 import time
 from collections.abc import Sequence
@@ -21,7 +20,7 @@ from torch import Tensor
 
 from softpick.analysis.capture import Positions, part_positions
 from softpick.analysis.kinds import look_closer
-from softpick.analysis.knockout import knockout, knockout_note, perplexity
+from softpick.analysis.knockout import LOGIT_ENTRIES, knockout, knockout_note, perplexity_of
 from softpick.analysis.settings import KNOCKOUTS, SAMPLE_TEXTS, AuditError, AuditSettings
 from softpick.analysis.trackers import check_trackers
 from softpick.analysis.verdict import failed, parse_condition, reference_rows, verdict
@@ -180,7 +179,7 @@ def _measure(
     long = {name: x.shape[1] for name, x in samples.batches[0].items() if name.endswith("input_ids")}
     each = f" of {max(long.values())} tokens" if long else ""
     reporter.say(f"{subject.name}: {count} {'sequences' if subject.reads == 'text' else subject.reads}{each}")
-    measurements, rest = _stream(subject, samples.batches, settings, reporter, file)
+    measurements, rest, loss = _stream(subject, samples.batches, settings, reporter, file)
     few = [
         {name: x[i : i + 1] for name, x in batch.items()} for batch in samples.batches for i in range(size_of(batch))
     ]
@@ -188,6 +187,8 @@ def _measure(
     notes = [f"{subject.title}: {sentence}." for sentence in rest]
     maps = _maps(subject, settings, few[0], reporter, notes)
     more = _knocked(subject, settings, samples.tokens, measurements, notes, reporter)
+    if loss is not None:
+        more |= {"validation_loss": loss, "perplexity": perplexity_of(loss)}
     if settings.cost:
         from softpick.analysis.sensitivity import cost
 
@@ -277,7 +278,7 @@ def _knocked(
     notes: list[str],
     reporter: Reporter,
 ) -> dict[str, Any]:
-    """Perplexity and knockouts, where there is a perplexity; ``notes`` gets sentences."""
+    """Knockouts, where there is a perplexity; ``notes`` gets sentences."""
     title = subject.title
     if tokens is None or subject.bidirectional:
         if settings.knockout:
@@ -292,7 +293,6 @@ def _knocked(
             )
             notes.append(f"{title}: no knockout, because {what} has no perplexity of a next token.")
         return {}
-    found = perplexity(subject, tokens.split(settings.batch_size), reporter, f"{title}: perplexity")
     entries = []
     few = tokens[: settings.knockout_samples]
     for key in settings.knockout:
@@ -302,7 +302,7 @@ def _knocked(
         entry = {"key": key} | knockout(subject, few.split(settings.batch_size), at, settings.eviction, reporter, label)
         entries.append(entry | {"samples": len(few), "masked": _most_masked(subject, few, at)})
         notes.append(knockout_note(title, entries[-1]))
-    return {"perplexity": found, "validation_loss": math.log(found) if found else None, "knockout": entries}
+    return {"knockout": entries}
 
 
 def _stream(
@@ -311,17 +311,22 @@ def _stream(
     settings: AuditSettings,
     reporter: Reporter,
     file: Path | None,
-) -> tuple[dict[str, Measurements], list[str]]:
+) -> tuple[dict[str, Measurements], list[str], float | None]:
     """All batches through the model, from where ``file`` says that an interrupted measurement stopped.
 
     Returns:
-        Measurements by part, and sentences about layers that were not measured.
+        Measurements by part, sentences about layers that were not measured, and the mean loss where there is one.
     """
     from softpick.analysis import Meter, measure_parts
     from softpick.analysis.metrics import load_meters, save_meters
 
     bos = subject.model.config.get_text_config().bos_token_id if subject.causal else None
     opens = bos is not None and all(bool((batch["input_ids"][:, 0] == bos).all()) for batch in batches)
+    predicts = subject.causal and not subject.bidirectional
+    if predicts:  # logits of the vocabulary are many
+        text = subject.model.config.get_text_config()
+        room = LOGIT_ENTRIES // (batches[0]["input_ids"].shape[1] * text.vocab_size)
+        batches = joined(batches, max(1, min(settings.batch_size, room)))
     policy = "none" if subject.causal and not settings.bos else "bos" if opens else "auto"
     meters = {part: Meter(policy, _special(subject, part)) for part in parts_of(subject.model)}
     before, rest = 0, list[str]()
@@ -358,10 +363,11 @@ def _stream(
                 meters=meters,
                 progress=after,
                 rest=without,
+                losses=predicts,
             )
         except ValueError as error:
             raise AuditError(f"model: {subject.name}: {error}") from error
-    return found, rest
+    return found, rest, meters[""].mean_loss if predicts else None
 
 
 def _special(subject: Subject, part: str) -> list[int]:

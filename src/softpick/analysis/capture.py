@@ -88,6 +88,7 @@ def measure_parts(
     meters: Mapping[str, Meter] | None = None,
     progress: Callable[[int], None] | None = None,
     rest: Callable[[list[str]], None] = lambda sentences: None,
+    losses: bool = False,
 ) -> dict[str, Measurements]:
     """:func:`measure` for each part of a model, from the same forward passes.
 
@@ -102,6 +103,8 @@ def measure_parts(
         meters: by part, as for :func:`measure`.
         progress: as for :func:`measure`.
         rest: called after each batch with sentences about layers in which no attention was seen.
+        losses: also sum the losses of the next tokens, from the third token on, in the meter (a causal model with its head,
+            samples without padding).
 
     Returns:
         By part: ``encoder``, ``decoder`` and ``cross-attention``, or one of the empty name. Cross-attention has no residual
@@ -151,7 +154,13 @@ def measure_parts(
     def on_hidden(layer: int, hidden: Tensor, part: str) -> None:
         meters[part].hidden(layer, hidden)
 
-    with watch(model, on_attention, on_hidden, rest) as run:
+    def on_output(output: Any) -> None:
+        ids = inputs["input_ids"]
+        for row, targets in zip(output.logits[:, 1:-1], ids[:, 2:], strict=True):
+            loss = torch.nn.functional.cross_entropy(row.float(), targets, reduction="sum")
+            meters[""].add_loss(float(loss), len(targets))
+
+    with watch(model, on_attention, on_hidden, rest, on_output if losses else None) as run:
         for done, batch in enumerate([batches] if isinstance(batches, Tensor) else batches, 1):
             inputs = _inputs(batch, device)
             begun.clear()

@@ -99,6 +99,8 @@ class Meter:
         self._tokens: Tensor | None = None
         self._key_tokens: Tensor | None = None
         self._before = 0  # samples of earlier batches
+        self._loss = 0.0  # nats, and of how many tokens
+        self._predicted = 0
         self._by_position = torch.zeros(len(KEY_SUMS), 0, dtype=torch.float64)
         self._by_token = torch.zeros(len(KEY_SUMS), 0, dtype=torch.float64)
         self._strongest: list[int] = []  # of the samples of earlier batches
@@ -258,6 +260,16 @@ class Meter:
             tokens = None if self._tokens is None else self._tokens[b, positions]
             state.update(layer, sample, x, tokens)
             sample += 1
+
+    def add_loss(self, loss: float, tokens: int) -> None:
+        """Add the summed loss of so many next tokens, in nats."""
+        self._loss += loss
+        self._predicted += tokens
+
+    @property
+    def mean_loss(self) -> float | None:
+        """Mean loss of the next tokens that were added, in nats; None without any."""
+        return self._loss / self._predicted if self._predicted else None
 
     def result(self) -> Measurements:
         """Everything measured so far.

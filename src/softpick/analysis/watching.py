@@ -92,13 +92,15 @@ class _Watch:
         model: nn.Module,
         on_attention: Callable[[SeenAttention], None],
         on_hidden: Callable[[int, Tensor, str], None],
+        on_output: Callable[[Any], None] | None,
     ) -> None:
         self.name = type(model).__name__
-        self.on_attention, self.on_hidden = on_attention, on_hidden
+        self.on_attention, self.on_hidden, self.on_output = on_attention, on_hidden, on_output
         self.sources = _Sources(model) if is_encoder_decoder(model) else None
-        # only a head has a vocabulary's logits, which are not needed
-        self.body: Any = model.base_model if _has_head(model) else model
-        self.lists = {id(child): number for number, held in enumerate(_lists(self.body)) for child in held}
+        # a vocabulary's logits are computed only for who wants them
+        body: Any = model.base_model if on_output is None and _has_head(model) else model
+        self.body = body
+        self.lists = {id(child): number for number, held in enumerate(_lists(body)) for child in held}
         # of each list: its modules that ran, with attention or not
         self.kinds: dict[int, list[tuple[nn.Module, bool]]] = {}
         self._restart()
@@ -159,7 +161,10 @@ class _Watch:
         """One forward pass."""
         self._restart()
         with torch.no_grad():
-            self.body(**inputs)
+            if self.on_output is None:
+                self.body(**inputs)
+            else:
+                self.on_output(self.body(**inputs, use_cache=False))
         for part in ("",) if self.sources is None else PARTS:
             layers, hidden = self.layers[part], self.hidden_seen[part]
             if layers and (hidden == layers or part == "cross-attention"):
@@ -218,6 +223,7 @@ def watch(
     on_attention: Callable[[SeenAttention], None],
     on_hidden: Callable[[int, Tensor, str], None] = lambda layer, hidden, part: None,
     on_rest: Callable[[list[str]], None] = lambda sentences: None,
+    on_output: Callable[[Any], None] | None = None,
 ) -> Iterator[Callable[[dict[str, Any]], None]]:
     """A function that runs the model once on a dict of its arguments and reports every layer.
 
@@ -226,6 +232,7 @@ def watch(
         on_attention: called with what the attention of a layer did, once or for some samples and heads after others.
         on_hidden: called with the layer (from 0), the residual stream ``(B, T, C)`` behind it, and the part of the model.
         on_rest: called after a pass with sentences about layers in which no attention was seen.
+        on_output: called with what the model returns; None computes no logits. Of models with a head only.
 
     Everything is restored on leaving.
     """
@@ -237,7 +244,7 @@ def watch(
     from softpick.integrations.transformers import intercept_attention
 
     model = getattr(model, "_orig_mod", model)  # of torch.compile
-    watching = _Watch(model, on_attention, on_hidden)
+    watching = _Watch(model, on_attention, on_hidden, on_output)
     training = [(m, m.training) for m in model.modules()]
     handles: list[Any] = []
 

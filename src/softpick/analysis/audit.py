@@ -116,7 +116,9 @@ def _runs(
 ) -> list[dict[str, Any]]:
     """One model's part of the report, from ``state`` where it is there: a run, or one for each part of an encoder-decoder."""
     parts = Parts(state, _PREFIX)
-    reads = what_it_reads(load_config(name, trust_remote_code=settings.trust_remote_code, any_kind=True)[0])
+    reads = "text"  # as do all that transformers loads from GGUF, whose description takes long to read
+    if not name.endswith(".gguf"):
+        reads = what_it_reads(load_config(name, trust_remote_code=settings.trust_remote_code, any_kind=True)[0])
     key = _key(name, title, settings, source.identity(reads))
     if parts.has(key):
         reporter.say(f"{name}: measured before")

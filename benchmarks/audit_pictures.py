@@ -33,12 +33,15 @@ def outliers(run: dict[str, Any]) -> Any:
     at = [layer["layer"] for layer in layers]
     ax.plot(at, [abs(layer["top"][0]["value"]) for layer in layers], "o-", color=COLORS[1], label="largest")
     ax.plot(at, [layer["median_abs"] for layer in layers], "s-", color=COLORS[0], label="median", markersize=3.5)
-    before = None
-    for layer in layers:
-        channel = layer["top"][0]["channel"]
-        if channel != before:
-            ax.annotate(f"channel {channel}", (layer["layer"], abs(layer["top"][0]["value"])), fontsize=7, rotation=30)
-        before = channel
+    top = max(layers, key=lambda layer: abs(layer["top"][0]["value"]))
+    place = top["layer"], abs(top["top"][0]["value"])
+    ax.annotate(
+        f"channel {top['top'][0]['channel']}, position {top['top'][0]['position']}",
+        place,
+        (0.55, 0.8),
+        fontsize=8,
+        textcoords="axes fraction",
+    )
     ax.set(yscale="log", xlabel="layer", ylabel="|x|", title="residual stream")
     ax.legend(frameon=False)
     return figure
@@ -60,10 +63,12 @@ def cost(run: dict[str, Any]) -> Any:
         points = [
             (i + 0.27 * (index - 1), values[name]) for i, name in enumerate(SHOWN) if values.get(name) is not None
         ]
-        bars = ax.bar([x for x, _ in points], [max(y, 0.05) for _, y in points], 0.25, color=COLORS[index], label=label)
+        bars = ax.bar([x for x, _ in points], [y for _, y in points], 0.25, color=COLORS[index], label=label)
         ax.bar_label(bars, [f"{y:+.1f}" for _, y in points], fontsize=7)
     ax.set_xticks(range(len(SHOWN)), SHOWN, fontsize=8)
-    ax.set(yscale="log", ylabel="change of perplexity, %", title="cost of rounding")
+    ax.set_yscale("symlog", linthresh=10)
+    ax.set(ylabel="change of perplexity, %", title="cost of rounding")
+    ax.axhline(0, color="black", linewidth=0.8)
     ax.legend(frameon=False)
     return figure
 

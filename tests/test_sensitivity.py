@@ -149,6 +149,23 @@ def test_cost_of_a_model():
         with rounded({n: layers[n] for n in names}, BY_NAME[scheme], seen):
             return 100 * math.expm1(float(loss_of(model, ids) - base))
 
+    def errors(scheme):
+        """The standard error of the change, token by token."""
+
+        def each():
+            with torch.no_grad():
+                steps = model(input_ids=ids).logits.log_softmax(-1)
+            return [-float(steps[b, t - 1, ids[b, t]]) for b in range(len(ids)) for t in range(2, ids.shape[1])]
+
+        before = each()
+        with rounded(layers, BY_NAME[scheme], seen):
+            differences = [a - b for a, b in zip(each(), before, strict=True)]
+        n = len(differences)
+        mean = sum(differences) / n
+        return 100 * math.exp(mean) * math.sqrt(sum((d - mean) ** 2 for d in differences) / (n - 1) / n)
+
+    for scheme in found["schemes"][:3]:
+        assert scheme["error_percent"] == pytest.approx(errors(scheme["name"]), rel=2e-2)
     for scheme in found["schemes"]:
         assert scheme["change_percent"] == pytest.approx(change(scheme["name"], layers), rel=2e-3, abs=2e-3)
     assert {k["scheme"] for k in found["keep"]} == {

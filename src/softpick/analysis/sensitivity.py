@@ -25,8 +25,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from softpick.analysis.streams import float64
 from softpick.experiment.models import Subject
-from softpick.experiment.perplexity import change_percent, perplexity_by_position
+from softpick.experiment.perplexity import change_percent
 from softpick.experiment.progress import Reporter
 from softpick.experiment.rounding import FORMATS, inner_layers, quantized_cache, round_to
 from softpick.experiment.samples import size_of
@@ -323,10 +324,17 @@ def _local_figures(
 # Measured losses
 
 
-def _loss(model: Any, batches: Sequence[Mapping[str, Tensor]]) -> float:
-    """Mean loss of the tokens from the third on."""
-    rows = torch.cat([batch["input_ids"] for batch in batches])
-    return float(perplexity_by_position(model, rows, [2, rows.shape[1]], batch_size=4)[0]["loss"])
+@torch.no_grad()
+def _losses(model: Any, batches: Sequence[Mapping[str, Tensor]]) -> Tensor:
+    """``(N,)`` fp64: the losses of the tokens from the third on, in nats."""
+    device = next(model.parameters()).device
+    found = []
+    for ids in torch.cat([batch["input_ids"] for batch in batches]).to(device).split(4):
+        logits = model(input_ids=ids, use_cache=False).logits[:, 1:-1]
+        found.append(
+            torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), ids[:, 2:].flatten(), reduction="none")
+        )
+    return float64(torch.cat(found)).cpu()
 
 
 def _spearman(a: Sequence[float], b: Sequence[float]) -> float | None:
@@ -345,13 +353,31 @@ class _Measuring:
         self.model, self.batches, self.reporter = subject.model, batches, reporter
         self.layers = inner_layers(subject.model)
         self.seen = _watch_inputs(subject.model, self.layers, batches)
-        self.base = _loss(self.model, batches) if subject.causal and not subject.bidirectional else None
+        self.losses = _losses(self.model, batches) if subject.causal and not subject.bidirectional else None
 
-    def change(self, scheme: Scheme, layers: Mapping[str, Any], remedy: str | None = None) -> float | None:
-        """Percent of perplexity that rounding these layers costs."""
-        assert self.base is not None
+    @property
+    def base(self) -> float | None:
+        """Mean loss of the model as it is."""
+        return None if self.losses is None else float(self.losses.mean())
+
+    def change(self, scheme: Scheme, layers: Mapping[str, Any], remedy: str | None = None) -> dict[str, float | None]:
+        """:meth:`compared` with these layers rounded."""
         with rounded(layers, scheme, self.seen, remedy):
-            return change_percent(_loss(self.model, self.batches), self.base)
+            return self.compared()
+
+    def compared(self) -> dict[str, float | None]:
+        """``change_percent`` of perplexity, and the standard error of it from the differences of the tokens' losses.
+
+        Losses of neighbouring tokens are not independent, so that the error is rather larger.
+        """
+        assert self.losses is not None
+        now = _losses(self.model, self.batches)
+        difference = now - self.losses
+        change = change_percent(float(now.mean()), float(self.losses.mean()))
+        error = (
+            float(difference.std()) / math.sqrt(len(difference)) * (100.0 + change) if change is not None else math.inf
+        )
+        return {"change_percent": change, "error_percent": error if math.isfinite(error) else None}
 
     def kept(self, scheme: Scheme, whole: float, ranked: list[str], bar: Any) -> dict[str, Any]:
         """The layers at the top of a ranking in 16 bits: what is left of the cost, and which list to take."""
@@ -359,9 +385,10 @@ class _Measuring:
         steps: list[dict[str, Any]] = []
         for count in (n for n in STEPS if n < len(ranked)):
             names = ranked[:count]
-            left = self.change(scheme, {name: m for name, m in self.layers.items() if name not in names})
+            found = self.change(scheme, {name: m for name, m in self.layers.items() if name not in names})
+            left = found["change_percent"]
             share = 100.0 * sum(self.layers[name].weight.numel() for name in names) / total
-            steps.append({"kept": count, "change_percent": left, "weights_percent": share})
+            steps.append({"kept": count, "weights_percent": share} | found)
             bar()
             if left is not None and left <= WORTH:
                 break
@@ -376,6 +403,7 @@ class _Measuring:
             "kept": best["kept"],
             "names": names,
             "change_percent": best["change_percent"],
+            "error_percent": best["error_percent"],
             "weights_percent": best["weights_percent"],
             "ignore": ignore_lists(names, _head(self.model)),
         }
@@ -416,6 +444,7 @@ def cost(subject: Subject, batches: Sequence[Mapping[str, Tensor]], reporter: Re
         "approximations": [
             "Rounding is simulated: numbers are rounded to the format and computed with in the model's own.",
             "One scale per tensor is from the largest input on the measured text itself.",
+            "Behind ±: the standard error over the tokens; as neighbours are not independent, it is rather larger.",
         ],
     }
     groups = {layer["group"] for layer in layers}
@@ -445,10 +474,9 @@ def _measured(work: _Measuring, layers: list[dict[str, Any]], title: str) -> dic
             bar()
         for bits in _CACHE_BITS:
             with quantized_cache(work.model, bits):
-                left = change_percent(_loss(work.model, work.batches), work.base)
-            result["kv_cache"].append({"bits": bits, "change_percent": left})
+                result["kv_cache"].append({"bits": bits} | work.compared())
             bar()
-    costly = [s for s in SCHEMES if (c := whole[s.name]) is not None and WORTH < c < HOPELESS]
+    costly = [s for s in SCHEMES if (c := whole[s.name]["change_percent"]) is not None and WORTH < c < HOPELESS]
     total = len(costly) * (CHECKED + len(STEPS) + len(REMEDIES))
     agreement: dict[str, float | None] = {}
     with work.reporter.progress(f"{title}: layers to keep, remedies", max(total, 1)) as progress:
@@ -463,12 +491,13 @@ def _measured(work: _Measuring, layers: list[dict[str, Any]], title: str) -> dic
             by_cost = sorted(layers, key=lambda layer: -layer["schemes"][scheme.name]["estimate_percent"])
             for layer in by_cost[:CHECKED]:
                 name = layer["name"]
-                layer["schemes"][scheme.name]["measured_percent"] = work.change(scheme, {name: work.layers[name]})
+                alone = work.change(scheme, {name: work.layers[name]})
+                layer["schemes"][scheme.name]["measured_percent"] = alone["change_percent"]
                 step()
             top = [layer["schemes"][scheme.name] for layer in by_cost[:CHECKED]]
             pairs = [(f["estimate_percent"], f["measured_percent"]) for f in top if f["measured_percent"] is not None]
             agreement[scheme.name] = _spearman([a for a, _ in pairs], [b for _, b in pairs])
-            cost_of_all = whole[scheme.name]
+            cost_of_all = whole[scheme.name]["change_percent"]
             assert cost_of_all is not None
             result["keep"].append(work.kept(scheme, cost_of_all, [layer["name"] for layer in by_cost], step))
             if scheme.scales == "none":
@@ -478,10 +507,10 @@ def _measured(work: _Measuring, layers: list[dict[str, Any]], title: str) -> dic
                     change = work.change(scheme, work.layers, remedy)
                 except ValueError:  # tokens of experts: their places are not known
                     continue
-                result["remedies"].append({"scheme": scheme.name, "remedy": remedy, "change_percent": change})
+                result["remedies"].append({"scheme": scheme.name, "remedy": remedy} | change)
                 step()
         progress.update(max(total, 1), None)
-    result["schemes"] = [{"name": name, "change_percent": change} for name, change in whole.items()]
+    result["schemes"] = [{"name": name} | change for name, change in whole.items()]
     result["rank_correlation"] = agreement
     return result
 

@@ -255,15 +255,22 @@ def _kinds(run: Mapping[str, Any]) -> str | None:
     )
 
 
+def _changed(entry: Mapping[str, Any]) -> str:
+    """A change of perplexity with its standard error."""
+    change, error = entry["change_percent"], entry.get("error_percent")
+    if change is None:
+        return "beyond measure"
+    return f"{change:+.1f} %" if error is None else f"{change:+.1f} ± {error:.1f} %"
+
+
 def _cost(run: Mapping[str, Any]) -> list[str]:
     cost = run.get("cost")
     if not cost or not cost["schemes"]:
         return []
-    by_name = {scheme["name"]: scheme["change_percent"] for scheme in cost["schemes"]}
+    by_name = {scheme["name"]: scheme for scheme in cost["schemes"]}
 
     def text(name: str) -> str:
-        value = by_name[name]
-        return "beyond measure" if value is None else f"{value:+.1f} %"
+        return _changed(by_name[name])
 
     sentences = [
         f"Rounding weights and inputs to int8 costs {text('int8-tensor')} of perplexity with one scale per tensor and "
@@ -278,7 +285,7 @@ def _cost(run: Mapping[str, Any]) -> list[str]:
         shown = ", ".join(entry["names"][:3]) + (f" and {entry['kept'] - 3} more" if entry["kept"] > 3 else "")
         sentences.append(
             f"With {shown} in 16 bits ({entry['weights_percent']:.1f} % of the weights), {name} costs "
-            f"{entry['change_percent']:+.1f} %. [Layers to keep in 16 bits]"
+            f"{_changed(entry)}. [Layers to keep in 16 bits]"
         )
     remedies = [r for r in cost["remedies"] if r["scheme"] == "int8-tensor" and r["change_percent"] is not None]
     if remedies:
@@ -288,7 +295,7 @@ def _cost(run: Mapping[str, Any]) -> list[str]:
             "smoothing": "smoothing the channels",
             "rotation": "a Hadamard rotation",
         }[best["remedy"]]
-        sentences.append(f"What helps int8-tensor most is {how}: {best['change_percent']:+.1f} %. [Remedies]")
+        sentences.append(f"What helps int8-tensor most is {how}: {_changed(best)}. [Remedies]")
     return sentences
 
 

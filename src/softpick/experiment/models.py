@@ -345,8 +345,11 @@ _NOT_RUN = "which does not run unless --trust-remote-code is given"
 @contextmanager
 def _loading(message: str, name: str, error_class: type[ValueError] = ModelError) -> Iterator[None]:
     """Whatever a hub, a file or a library does wrong, in a sentence; transformers' own words say it best."""
+    from softpick.experiment.gguf import read_once
+
     try:
-        yield
+        with read_once():
+            yield
     except BaseException as error:
         # a library in Rust panics in a class of its own, which is no Exception
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":

@@ -74,6 +74,12 @@ PATCHES: Mapping[str, Patch] = {
             **_TRANSFORMERS,
         ),
         Patch(
+            place="transformers.modeling_gguf_pytorch_utils:load_gguf_checkpoint",
+            source="5db5a3fc71ae7450",
+            why="A file's description is read once while a model is loaded; transformers reads it at each step.",
+            **_TRANSFORMERS,
+        ),
+        Patch(
             place="transformers.modeling_gguf_pytorch_utils:tqdm",
             source="5db5a3fc71ae7450",
             reads="transformers.modeling_gguf_pytorch_utils:load_gguf_checkpoint",

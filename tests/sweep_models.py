@@ -3,7 +3,8 @@
 ``python tests/sweep_models.py [--normalizer NAME] [MODEL_TYPE ...]`` prints one line for each type: ``right``, ``refused``
 with the sentence, ``WRONG`` with what differs, or ``unbuilt`` where no tiny model could be made or its eager attention does
 not run. The exit status is the number of wrong ones (at most 100). About ten minutes for all types on one core. Of another
-normalizer than softmax only what the future does is looked at.
+normalizer than softmax only what the future does is looked at. ``--audit [MODEL_TYPE ...]`` compares the maps that
+``softpick analyze`` measures with transformers' ``output_attentions`` instead.
 """
 
 from __future__ import annotations
@@ -177,6 +178,51 @@ def examine(model_type: str, name: str = "softmax") -> tuple[str, str]:
     return "right", kind.__name__
 
 
+ATTENTIONS = {"": "attentions", "encoder": "encoder_attentions", "decoder": "decoder_attentions"}
+ATTENTIONS["cross-attention"] = "cross_attentions"
+
+
+def examine_audit(model_type: str) -> tuple[str, str]:
+    """The same of ``softpick analyze``: the maps that it measures against ``output_attentions``, by part of the model."""
+    from softpick.analysis import attention_maps, measure_parts
+    from softpick.analysis.watching import parts_of
+
+    found = class_of(model_type)
+    if found is None:
+        return "unbuilt", "no class"
+    task, kind = found
+    try:
+        config = shrink(transformers.CONFIG_MAPPING[model_type]())
+        if hasattr(config, "kv_lora_rank"):
+            config.num_key_value_heads = config.num_attention_heads
+        model = build(kind, config, "eager")
+        randomize(model)
+        case = inputs_of(task, model)[0][0]
+        with torch.no_grad():
+            output = model(**case, output_attentions=True)
+    except Exception as error:
+        return "unbuilt", f"{type(error).__name__}: {str(error).splitlines()[0][:100] if str(error) else ''}"
+    rest: list[str] = []
+    try:
+        measure_parts(model, [case], rest=lambda sentences: rest.__setitem__(slice(None), sentences))
+        parts = {
+            part: attention_maps(model, {k: x[:1] if torch.is_tensor(x) else x for k, x in case.items()}, part=part)
+            for part in parts_of(model)
+        }
+    except ValueError as error:
+        return "refused", str(error)[:300]
+    words = []
+    for part, got in parts.items():
+        want = [a[0] for a in getattr(output, ATTENTIONS[part], None) or [] if a is not None]
+        if not want:
+            return "unbuilt", f"{kind.__name__} returns no {ATTENTIONS[part]}"
+        difference = float((got - torch.stack(want)).abs().max()) if len(want) == len(got) else float("inf")
+        if not difference < TOLERANCE:
+            return "WRONG", f"{kind.__name__} {part}: {len(got)} layers of {len(want)}, {difference:.2g} from eager"
+        words.append(f"{part or 'attention'} {len(got)} layers, {difference:.1g}")
+    return "right", f"{kind.__name__}: {'; '.join([*words, *rest])}"
+
+
 def main() -> int:
     warnings.simplefilter("ignore")
     transformers.logging.set_verbosity_error()
@@ -188,11 +234,13 @@ def main() -> int:
     signal.signal(signal.SIGALRM, too_long)
     counts: Counter[str] = Counter()
     wanted = sys.argv[1:]
+    audit = wanted[:1] == ["--audit"]
+    wanted = wanted[1:] if audit else wanted
     name = wanted[1] if wanted[:1] == ["--normalizer"] else "softmax"
     for model_type in wanted[2 if wanted[:1] == ["--normalizer"] else 0 :] or sorted(transformers.CONFIG_MAPPING):
         signal.alarm(60)
         try:
-            verdict, why = examine(model_type, name)
+            verdict, why = examine_audit(model_type) if audit else examine(model_type, name)
         except BaseException as error:
             if isinstance(error, KeyboardInterrupt):
                 raise

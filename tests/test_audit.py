@@ -34,7 +34,7 @@ from transformers import (
 from softpick.analysis import audit as audit_module
 from softpick.analysis.audit import SAMPLE_TEXTS, AuditSettings, audit
 from softpick.analysis.knockout import hidden_key
-from softpick.experiment.models import ModelError
+from softpick.experiment.models import ModelError, load_subject
 from softpick.experiment.progress import Silent
 from softpick.experiment.reading import DataError
 from softpick.training import engine
@@ -380,6 +380,39 @@ def test_a_gguf_file(home, tmp_path, quantized):
     assert got["perplexity"] == pytest.approx(want["perplexity"], rel=0.05 if quantized else 1e-4)
     assert (got["perplexity"] == pytest.approx(want["perplexity"], rel=1e-6)) is not quantized
     assert got["samples"][0]["text_tokens"] == want["samples"][0]["text_tokens"]
+
+
+def test_a_gguf_file_is_described_once(home, tmp_path, monkeypatch):
+    """One reading for the description, whatever asks for it, and one for the weights; a file that changed is read again."""
+    gguf = pytest.importorskip("gguf")
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(home / "softmax")
+    config = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
+        tie_word_embeddings=False, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "llama")
+    tokenizer.save_pretrained(tmp_path / "llama")
+    file = tmp_path / "tiny.gguf"
+    write_gguf(file, tmp_path / "llama", False)
+    read, reader = [], gguf.GGUFReader
+
+    class Counting(reader):
+        def __init__(self, *args, **kwargs):
+            read.append(args)
+            super().__init__(*args, **kwargs)
+
+    monkeypatch.setattr(gguf, "GGUFReader", Counting)
+    for more in (2, 1):  # the description is known the second time
+        before = len(read)
+        subject = load_subject(str(file), reporter=Silent())
+        assert len(read) - before == more
+    weight = subject.model.lm_head.weight.detach().clone()
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "llama")
+    write_gguf(file, tmp_path / "llama", False)
+    before = len(read)
+    again = load_subject(str(file), reporter=Silent())
+    assert len(read) - before == 2
+    assert not torch.equal(again.model.lm_head.weight, weight)
 
 
 def test_gguf_missing(tmp_path, monkeypatch):

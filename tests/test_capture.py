@@ -15,7 +15,7 @@ import torch
 transformers = pytest.importorskip("transformers")
 
 import softpick  # noqa: E402
-from softpick.analysis import bertviz_arguments, capture, hook_cache, metrics  # noqa: E402
+from softpick.analysis import bertviz_arguments, calls, hook_cache, metrics  # noqa: E402
 from softpick.analysis.capture import attention_maps, measure  # noqa: E402
 from softpick.analysis.metrics import Meter  # noqa: E402
 from softpick.integrations.transformers import (  # noqa: E402
@@ -282,7 +282,7 @@ def test_pieces_change_nothing(make, monkeypatch):
     model, data = make(), batches()
     want = measure(model, data, largest_score=True).to_dict()
     pieces = []
-    monkeypatch.setattr(capture, "MAX_ENTRIES", T * T)
+    monkeypatch.setattr(calls, "MAX_ENTRIES", T * T)
     monkeypatch.setattr(metrics, "MAX_ENTRIES", T * T)
     real = Meter.attention
 
@@ -303,11 +303,11 @@ def test_a_meter_goes_on():
     meter = Meter("auto", [1])
     measure(model, data[:1], meter=meter)
     with tempfile.TemporaryDirectory() as folder:
-        metrics.save_meter(meter, 1, Path(folder) / "meter.pt")
-        meter, done = metrics.load_meter(Path(folder) / "meter.pt")
+        metrics.save_meters({"": meter}, 1, Path(folder) / "meter.pt")
+        meters, done = metrics.load_meters(Path(folder) / "meter.pt")
         assert os.listdir(folder) == ["meter.pt"]
     assert done == 1
-    assert measure(model, data[1:], meter=meter).to_dict() == measure(model, data, tokens=[1]).to_dict()
+    assert measure(model, data[1:], meter=meters[""]).to_dict() == measure(model, data, tokens=[1]).to_dict()
 
 
 @pytest.mark.long

@@ -12,7 +12,7 @@ pytest.importorskip("transformers")
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 from transformers.pytorch_utils import Conv1D
 
-from softpick.analysis import capture, measure, metrics, write_report
+from softpick.analysis import calls, measure, metrics, write_report
 from softpick.analysis.metrics import MASSIVE_RATIO, Meter
 from softpick.evaluation.passkey import _Rows, _Sums
 from softpick.experiment.rounding import FORMATS, quantized_activations, quantized_cache, round_to
@@ -230,7 +230,7 @@ def test_a_row_of_padding_in_a_model(place, pieces, monkeypatch):
     ids = torch.randint(3, 60, (2, 20))
     ids[:, 0] = 1
     if pieces:
-        monkeypatch.setattr(capture, "MAX_ENTRIES", 400)
+        monkeypatch.setattr(calls, "MAX_ENTRIES", 400)
         monkeypatch.setattr(metrics, "MAX_ENTRIES", 400)
     want = measure(model, [{"input_ids": ids}], bos_policy="bos").to_dict()
     rows = [*ids[:place], torch.full((20,), 5), *ids[place:]]

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from softpick.analysis import records, report
-from softpick.analysis.metrics import Meter, load_meter, save_meter
+from softpick.analysis.metrics import Meter, load_meters, save_meters
 from softpick.analysis.records import HeadSum, HiddenSum, Metric
 
 OVER_HALF = Metric(
@@ -55,8 +55,8 @@ def test_a_record_is_all_that_a_metric_needs(added, tmp_path):
     hidden = []
     for number, t in enumerate(lengths):
         if number:  # a meter that goes on in another process has them too
-            save_meter(meter, 1, tmp_path / "meter.pt")
-            meter, _ = load_meter(tmp_path / "meter.pt")
+            save_meters({"": meter}, 1, tmp_path / "meter.pt")
+            meter = load_meters(tmp_path / "meter.pt")[0][""]
         meter.begin_batch(torch.ones(1, t, dtype=torch.bool))
         for layer in range(2):
             scores = 1.5 * torch.randn(heads, t, t, generator=g)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from test_metrics_known import one_sample
 
-from softpick.analysis.metrics import Meter, load_meter, save_meter
+from softpick.analysis.metrics import Meter, load_meters, save_meters
 
 
 def fed(valid, ids=None, heads=1, layers=1, channels=3, seed=0):
@@ -156,10 +156,10 @@ def test_first_tokens_are_counted():
 def test_a_saved_meter_goes_on(tmp_path):
     valid = torch.ones(2, 5, dtype=torch.bool)
     meter = fed(valid, torch.ones(2, 5, dtype=torch.long), layers=2)
-    save_meter(meter, 3, tmp_path / "meter.pt")
-    found, batches = load_meter(tmp_path / "meter.pt")
+    save_meters({"": meter}, 3, tmp_path / "meter.pt")
+    found, batches = load_meters(tmp_path / "meter.pt")
     assert batches == 3
-    assert found.result().to_dict() == meter.result().to_dict()
+    assert found[""].result().to_dict() == meter.result().to_dict()
     assert [p.name for p in tmp_path.iterdir()] == ["meter.pt"]
 
 

@@ -8,7 +8,7 @@ from oracle import attention as oracle
 from torch.nn.functional import scaled_dot_product_attention as torch_attention
 
 from softpick import NORMALIZERS, scaled_dot_product_attention
-from softpick.analysis import capture
+from softpick.analysis import calls
 from softpick.nn.attention import visible_keys
 from softpick.normalizers import EXCLUDED_BIAS, visible
 from softpick.ops import cpu_functions
@@ -74,7 +74,7 @@ def test_the_bound_is_one_for_all_who_count_keys(low):
         low > -1e5
     )  # the last one rounds to the bound
     assert visible_keys(1, 4, attn_mask=mask[None, None]).item() == 3
-    assert capture.visible is visible
+    assert calls.visible is visible
 
 
 # --------------------------------------------------------------------------------------------------- rows of few keys

@@ -1,6 +1,7 @@
 """What rounding costs: every figure a second time by explicit loops, and the lists of layers in other libraries' hands."""
 
 import importlib.util
+import json
 import math
 import re
 
@@ -12,6 +13,7 @@ pytest.importorskip("transformers")
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from softpick.analysis import sensitivity
+from softpick.analysis.keep_files import keep_file_names, keep_files
 from softpick.analysis.sensitivity import REMEDIES, SCHEMES, cost, group_of, ignore_lists, rounded
 from softpick.experiment.models import Subject
 from softpick.experiment.progress import Silent
@@ -50,7 +52,7 @@ def test_rounded_layers_by_hand(make):
     """int8 with one scale per tensor and per token, int4 in groups: the layer's output from loops over rows and groups."""
     model, ids = make(), tokens()
     layers = inner_layers(model)
-    seen = sensitivity._watch_inputs(model, layers, [ids])
+    seen = sensitivity._watch_inputs(model, layers, [{"input_ids": ids}])
     name = next(n for n in layers if "mlp" in n)
     module = layers[name]
     x = torch.randn(2, 5, sensitivity._matrix(module).shape[1])
@@ -93,7 +95,7 @@ def test_a_remedy_changes_nothing_without_rounding(remedy, monkeypatch):
     monkeypatch.setattr(sensitivity, "round_to", lambda x, fmt, largest: x)
     model, ids = llama(), tokens()
     layers = inner_layers(model)
-    seen = sensitivity._watch_inputs(model, layers, [ids])
+    seen = sensitivity._watch_inputs(model, layers, [{"input_ids": ids}])
     with torch.no_grad():
         want = model(ids).logits
         with rounded(layers, BY_NAME["int8-tensor"], seen, remedy):
@@ -113,7 +115,7 @@ def test_hadamard_is_its_own_inverse_and_spreads():
 def test_prefix_leaves_the_first_token():
     model, ids = llama(), tokens()
     layers = inner_layers(model)
-    seen = sensitivity._watch_inputs(model, layers, [ids])
+    seen = sensitivity._watch_inputs(model, layers, [{"input_ids": ids}])
     name = "model.layers.0.mlp.down_proj"
     _, change = sensitivity._rounder(layers[name], BY_NAME["int4-tensor"], seen[name], "prefix")
     x = torch.randn(2, 6, 40)
@@ -133,7 +135,7 @@ def test_cost_of_a_model():
     model, ids = llama(), tokens()
     subject = Subject("a/model", model, None, causal=True)
     state = {k: v.clone() for k, v in model.state_dict().items()}
-    found = cost(subject, [ids[:2], ids[2:]], Silent())
+    found = cost(subject, [{"input_ids": ids[:2]}, {"input_ids": ids[2:]}], Silent())
     assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items())
     assert all(p.requires_grad for p in model.parameters())
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
@@ -141,12 +143,29 @@ def test_cost_of_a_model():
     assert found["perplexity"] == pytest.approx(float(base.exp()), rel=1e-4)
     assert [s["name"] for s in found["schemes"]] == [s.name for s in SCHEMES]
     layers = inner_layers(model)
-    seen = sensitivity._watch_inputs(model, layers, [ids])
+    seen = sensitivity._watch_inputs(model, layers, [{"input_ids": ids}])
 
     def change(scheme, names):
         with rounded({n: layers[n] for n in names}, BY_NAME[scheme], seen):
             return 100 * math.expm1(float(loss_of(model, ids) - base))
 
+    def errors(scheme):
+        """The standard error of the change, token by token."""
+
+        def each():
+            with torch.no_grad():
+                steps = model(input_ids=ids).logits.log_softmax(-1)
+            return [-float(steps[b, t - 1, ids[b, t]]) for b in range(len(ids)) for t in range(2, ids.shape[1])]
+
+        before = each()
+        with rounded(layers, BY_NAME[scheme], seen):
+            differences = [a - b for a, b in zip(each(), before, strict=True)]
+        n = len(differences)
+        mean = sum(differences) / n
+        return 100 * math.exp(mean) * math.sqrt(sum((d - mean) ** 2 for d in differences) / (n - 1) / n)
+
+    for scheme in found["schemes"][:3]:
+        assert scheme["error_percent"] == pytest.approx(errors(scheme["name"]), rel=2e-2)
     for scheme in found["schemes"]:
         assert scheme["change_percent"] == pytest.approx(change(scheme["name"], layers), rel=2e-3, abs=2e-3)
     assert {k["scheme"] for k in found["keep"]} == {
@@ -169,9 +188,9 @@ def test_sqnr_and_estimate_by_hand():
     """SQNR from the layer's own outputs; the estimate from gradients of the summed loss, token by token."""
     model, ids = llama(), tokens(2, 9)
     subject = Subject("a/model", model, None, causal=True)
-    found = {layer["name"]: layer for layer in cost(subject, [ids], Silent())["layers"]}
+    found = {layer["name"]: layer for layer in cost(subject, [{"input_ids": ids}], Silent())["layers"]}
     layers = inner_layers(model)
-    seen = sensitivity._watch_inputs(model, layers, [ids])
+    seen = sensitivity._watch_inputs(model, layers, [{"input_ids": ids}])
     name = "model.layers.1.self_attn.v_proj"
     kept = {}
 
@@ -197,7 +216,7 @@ def test_sqnr_and_estimate_by_hand():
 
 def test_groups_fit_the_width():
     assert [group_of(n) for n in (64, 576, 176, 24, 97)] == [64, 64, 44, 24, 1]
-    found = cost(Subject("m", llama(), None, causal=True), [tokens(1, 8)], Silent())
+    found = cost(Subject("m", llama(), None, causal=True), [{"input_ids": tokens(1, 8)}], Silent())
     assert "Groups have 24, 40 channels, to fit the widths." in found["approximations"]
 
 
@@ -249,3 +268,68 @@ def test_gptqmodel_leaves_the_layers():
     config = QuantizeConfig(bits=4, group_size=8, dynamic=ignore_lists(NAMES)["gptqmodel"])
     skipped = [n for n in inner_layers(llama()) if config.dynamic_get(layer_name=n) is False]
     assert skipped == NAMES
+
+
+def audited(scheme):
+    lists = ignore_lists(NAMES, "lm_head")
+    return [{"cost": {"keep": [{"scheme": scheme, "kept": 2, "names": NAMES, "ignore": lists}]}}, {"part": "no cost"}]
+
+
+@pytest.mark.parametrize("scheme", BY_NAME)
+def test_files_of_kept_layers(scheme, tmp_path):
+    """One file a library that computes with the scheme; nothing where no layer is kept."""
+    files = keep_files(audited(scheme))
+    assert set(files) <= set(keep_file_names())
+    assert {name.partition(".")[0] for name in files} <= {f"keep-{scheme}"}
+    assert bool(files) is not scheme.endswith("-group")
+    for text in files.values():
+        plain = json.dumps(json.loads(text)).replace("\\\\", "")  # GPTQModel's are patterns
+        assert all(name in plain for name in NAMES)
+    nothing = [{"cost": {"keep": [{"scheme": scheme, "kept": 0, "names": []}]}}]
+    assert keep_files(nothing) == {}
+    twice = keep_files([*audited(scheme), *audited(scheme)])
+    assert set(twice) <= set(keep_file_names(2))
+    assert len(twice) == 2 * len(files)
+
+
+def test_files_are_arguments_of_the_libraries(tmp_path):
+    """What a file holds is taken by the class that it is for, and leaves the same layers as the list."""
+    int8, int4 = ({n.partition(".")[2]: json.loads(t) for n, t in keep_files(audited(s)).items()}
+                  for s in ("int8-token", "int4-weights"))  # fmt: skip
+    assert set(int4) == {"llm-compressor.yaml", "torchao.json", "gptqmodel.json", "bitsandbytes.json"}
+    from transformers import BitsAndBytesConfig, TorchAoConfig
+
+    assert BitsAndBytesConfig(load_in_8bit=True, **int8["bitsandbytes.json"]).llm_int8_skip_modules == [
+        *NAMES,
+        "lm_head",
+    ]
+    if importlib.util.find_spec("torchao"):
+        from torchao.quantization import Int8WeightOnlyConfig
+
+        config = TorchAoConfig(Int8WeightOnlyConfig(version=2), **int8["torchao.json"])
+        assert config.modules_to_not_convert == [*NAMES, "lm_head"]
+    if importlib.util.find_spec("gptqmodel"):
+        from gptqmodel import QuantizeConfig
+
+        config = QuantizeConfig(bits=4, group_size=8, **int4["gptqmodel.json"])
+        assert [n for n in inner_layers(llama()) if config.dynamic_get(layer_name=n) is False] == NAMES
+
+
+@pytest.mark.parametrize("scheme", [s.name for s in SCHEMES if s.scales != "group"])
+def test_recipe_of_llm_compressor(scheme):
+    """compressed-tensors takes the recipe's group, and its rounding of a weight is the scheme's."""
+    quantization = pytest.importorskip("compressed_tensors.quantization")
+    recipe = json.loads(keep_files(audited(scheme))[f"keep-{scheme}.llm-compressor.yaml"])
+    modifier = recipe["default_stage"]["default_modifiers"]["QuantizationModifier"]
+    found = quantization.QuantizationScheme.model_validate(modifier["config_groups"]["group_0"])
+    assert modifier["ignore"] == [*NAMES, "lm_head"]
+    wanted = BY_NAME[scheme]
+    assert found.weights.num_bits == (4 if wanted.fmt == "int4" else 8)
+    assert getattr(found.weights.strategy, "value", found.weights.strategy) == (
+        "group" if wanted.scales == "none" else "channel"
+    )
+    assert (found.input_activations is None) is (wanted.scales == "none")
+    if wanted.scales != "none":
+        strategy = found.input_activations.strategy
+        assert getattr(strategy, "value", strategy) == wanted.scales
+        assert bool(found.input_activations.dynamic) is (wanted.scales == "token")

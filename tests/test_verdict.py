@@ -195,7 +195,7 @@ def sinking(scale_of_value):
 @pytest.mark.parametrize(("scale", "kind"), [(0.01, "no-op"), (3.0, "broadcast")])
 def test_kinds_and_origins(scale, kind):
     subject, ids = sinking(scale)
-    found = look_closer(subject, ids.split(2))
+    found = look_closer(subject, [{"input_ids": batch} for batch in ids.split(2)])[""]
     json.dumps(found, allow_nan=False)
     heads = [h for h in found["sinks"]["heads"] if h["layer"] == 0]
     assert [(h["head"], h["kind"], h["where"], h["token_id"], h["samples"]) for h in heads] == [

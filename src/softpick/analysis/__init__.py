@@ -8,7 +8,7 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from softpick.analysis.capture import attention_maps, measure
+    from softpick.analysis.capture import attention_maps, measure, measure_parts
     from softpick.analysis.metrics import Measurements, Meter
     from softpick.analysis.report import encode_maps, summary_rows, write_report
     from softpick.analysis.viewers import bertviz_arguments, hook_cache
@@ -21,6 +21,7 @@ __all__ = [
     "encode_maps",
     "hook_cache",
     "measure",
+    "measure_parts",
     "summary_rows",
     "write_report",
 ]
@@ -33,11 +34,12 @@ _HOME = {
     "encode_maps": "report",
     "hook_cache": "viewers",
     "measure": "capture",
+    "measure_parts": "capture",
     "summary_rows": "report",
     "write_report": "report",
 }
 
-_MODULES = ("capture", "metrics", "report", "viewers")
+_MODULES = ("calls", "capture", "metrics", "report", "viewers")
 
 
 def __getattr__(name: str) -> object:

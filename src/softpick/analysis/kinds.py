@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import unicodedata
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from softpick.analysis.capture import SeenAttention, watch
+from softpick.analysis.calls import SeenAttention
+from softpick.analysis.capture import Positions, part_positions
 from softpick.analysis.records import MASSIVE_RATIO, MASSIVE_VALUE, MIN_SINK_QUERIES
 from softpick.analysis.references import THRESHOLDS
+from softpick.analysis.watching import parts_of, watch
 from softpick.experiment.models import Subject
 
 __all__ = ["KindsOfSinks", "OriginOfOutliers", "look_closer"]
@@ -29,19 +32,15 @@ def where_of(position: int, text: str) -> str:
 
 
 class KindsOfSinks:
-    """For every head: whether its strongest key is a sink, and what that key adds to the head's output.
+    """For every head: whether its strongest key is a sink, and what that key adds to the head's output."""
 
-    Args:
-        tokens: ``(N, T)`` ids of the sequences.
-    """
-
-    def __init__(self, tokens: Tensor) -> None:
-        self.tokens = tokens
+    def __init__(self) -> None:
+        self.samples = 0
         self.found: dict[tuple[int, int], list[dict[str, Any]]] = {}
         self.vectors: dict[tuple[int, int], list[Tensor]] = {}
 
-    def add(self, seen: SeenAttention, first_sample: int) -> None:
-        """One layer's attention for some samples and heads; ``first_sample`` of the sequences is the batch's first."""
+    def add(self, seen: SeenAttention, keys: Positions) -> None:
+        """One layer's attention for some samples and heads; ``keys`` are the positions of the batch that keys are of."""
         groups = seen.weights.shape[1] // seen.value.shape[1]
         for b in range(seen.weights.shape[0]):
             visible = seen.visible[b, 0]
@@ -61,7 +60,7 @@ class KindsOfSinks:
                 self.found.setdefault(at, []).append(
                     {
                         "position": k,
-                        "token": int(self.tokens[first_sample + seen.samples.start + b, k]),
+                        "token": int(keys.ids[seen.samples.start + b, k]),
                         "alpha": size,
                         "value_ratio": float(norms[head // groups, k] / norms[head // groups].mean().clamp(min=1e-12)),
                         "variation": float(weights.std(correction=0) / weights.mean()),
@@ -69,11 +68,11 @@ class KindsOfSinks:
                 )
                 self.vectors.setdefault(at, []).append((size * value).cpu())
 
-    def result(self, decode: Any) -> dict[str, Any]:
+    def result(self, decode: Callable[[Sequence[int]], str]) -> dict[str, Any]:
         """``heads``: a row a head whose strongest key is a sink in at least half of the sequences."""
         rows = []
         for (layer, head), events in sorted(self.found.items()):
-            if 2 * len(events) < len(self.tokens):
+            if 2 * len(events) < self.samples:
                 continue
             position, token = Counter((e["position"], e["token"]) for e in events).most_common(1)[0][0]
             energies = torch.linalg.svdvals(torch.stack(self.vectors[layer, head])).square()
@@ -107,18 +106,14 @@ class KindsOfSinks:
                     "samples": len(events),
                 }
             )
-        return {"samples": len(self.tokens), "heads": rows}
+        return {"samples": self.samples, "heads": rows}
 
 
 class OriginOfOutliers:
-    """For every massive channel: where it rises, which module writes it, where it is cancelled, on which tokens.
+    """For every massive channel: where it rises, which module writes it, where it is cancelled, on which tokens."""
 
-    Args:
-        tokens: ``(N, T)`` ids of the sequences.
-    """
-
-    def __init__(self, tokens: Tensor) -> None:
-        self.tokens = tokens
+    def __init__(self) -> None:
+        self.tokens: list[Tensor] = []  # ids of each sample's positions
         self.peaks: dict[int, list[Tensor]] = {}  # by layer: of each sample (3, C): |x|, where, whether it is massive
         self.written: dict[
             int, list[Tensor]
@@ -174,47 +169,65 @@ class OriginOfOutliers:
             "module": writer,
             "cancelled": layers[at[-1] + 1] if at[-1] + 1 < len(layers) else None,
             "position": place,
-            "token_id": int(self.tokens[sample, place]),
+            "token_id": int(self.tokens[sample][place]),
             "first_token_percent": 100.0 * float((positions[here] == 0).float().mean()),
             "samples": int(here.any(0).sum()),
         }
 
 
-def look_closer(subject: Subject, batches: Sequence[Tensor]) -> dict[str, Any]:
-    """Kinds of sinks and origins of outliers.
+def look_closer(subject: Subject, batches: Sequence[dict[str, Tensor]]) -> dict[str, dict[str, Any]]:
+    """Kinds of sinks and origins of outliers, by part of the model.
 
     Args:
         subject: any model that can be measured.
-        batches: ``(B, T)`` token ids; every figure is of all of them.
+        batches: arguments of the model; every figure is of all of them.
 
     Returns:
-        ``sinks`` (:meth:`KindsOfSinks.result`) and ``outliers`` (:meth:`OriginOfOutliers.result`).
+        For each part ``sinks`` (:meth:`KindsOfSinks.result`) and ``outliers`` (:meth:`OriginOfOutliers.result`).
     """
-    tokens = torch.cat([batch.cpu() for batch in batches])
-    sinks, outliers = KindsOfSinks(tokens), OriginOfOutliers(tokens)
-    modules: dict[int, nn.Module] = {}
+    model, parts = subject.model, parts_of(subject.model)
+    sinks, outliers = {part: KindsOfSinks() for part in parts}, {part: OriginOfOutliers() for part in parts}
+    modules: dict[tuple[str, int], nn.Module] = {}
     returned: dict[int, Tensor] = {}
-    device = next(subject.model.parameters()).device
-    start = 0
+    device = next(model.parameters()).device
+    inputs: dict[str, Any] = {}
+    at: dict[str, tuple[Positions, Positions]] = {}  # of the batch
 
     def find(seen: SeenAttention) -> None:
-        modules[seen.layer] = seen.module
+        modules[seen.part, seen.layer] = seen.module
 
-    def on_hidden(layer: int, hidden: Tensor) -> None:
-        outliers.add(layer, hidden, returned.get(id(modules[layer])))
+    def on_attention(seen: SeenAttention) -> None:
+        if seen.part not in at:
+            at[seen.part] = part_positions(model, inputs, seen.part, *seen.visible.shape[-2:])
+            sinks[seen.part].samples += len(at[seen.part][1].ids)
+            outliers[seen.part].tokens += at[seen.part][0].ids.cpu()
+        sinks[seen.part].add(seen, at[seen.part][1])
 
-    with watch(subject.model, find) as run:
-        run({"input_ids": batches[0][:1].to(device)})
+    def on_hidden(layer: int, hidden: Tensor, part: str) -> None:
+        outliers[part].add(layer, hidden, returned.get(id(modules[part, layer])))
+
+    def moved(batch: dict[str, Tensor], samples: int | None = None) -> dict[str, Any]:
+        return {name: value[:samples].to(device) for name, value in batch.items()}
+
+    with watch(model, find) as run:
+        run(moved(batches[0], 1))
     handles = [module.register_forward_hook(_remember(returned)) for module in modules.values()]
     try:
-        with watch(subject.model, lambda seen: sinks.add(seen, start), on_hidden) as run:
+        with watch(model, on_attention, on_hidden) as run:
             for batch in batches:
-                run({"input_ids": batch.to(device)})
-                start += len(batch)
+                inputs = moved(batch)
+                at.clear()
+                run(inputs)
     finally:
         for handle in handles:
             handle.remove()
-    return {"sinks": sinks.result(subject.tokenizer.decode), "outliers": outliers.result()}
+    return {
+        part: {
+            "sinks": sinks[part].result(partial(subject.decode, part=part)),
+            "outliers": outliers[part].result(),
+        }
+        for part in parts
+    }
 
 
 def _remember(returned: dict[int, Tensor]) -> Any:

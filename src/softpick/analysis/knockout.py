@@ -15,14 +15,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from softpick.analysis.capture import seen_keys
+from softpick.analysis.calls import seen_keys
 from softpick.experiment.models import Subject
 from softpick.experiment.perplexity import change_percent
 from softpick.experiment.progress import Reporter
 
-__all__ = ["hidden_key", "knockout", "knockout_note", "perplexity"]
+__all__ = ["LOGIT_ENTRIES", "hidden_key", "knockout", "knockout_note", "perplexity_of"]
 
-_LOGIT_ENTRIES = 1 << 27  # vocabulary logits, or eager attention weights, of a forward pass: half a gigabyte in fp32
+LOGIT_ENTRIES = 1 << 27  # vocabulary logits, or eager attention weights, of a forward pass: half a gigabyte in fp32
 _OVERFLOW = 700.0  # nats: exp() of more is beyond fp64
 
 
@@ -85,7 +85,7 @@ def _losses(
     device, t = next(model.parameters()).device, batches[0].shape[1]
     text = model.config.get_text_config()
     heads = getattr(text, "num_attention_heads", 1)
-    rows = max(1, _LOGIT_ENTRIES // (t * max(text.vocab_size, heads * t)))
+    rows = max(1, LOGIT_ENTRIES // (t * max(text.vocab_size, heads * t)))
     sums, tokens = dict.fromkeys(hiding, 0.0), 0
     with reporter.progress(label, len(batches)) as progress, hidden_key(model) as hide:
         for done, (batch, first) in enumerate(zip(batches, at.split([len(b) for b in batches]), strict=True), 1):
@@ -102,22 +102,9 @@ def _losses(
     return {name: total / max(tokens, 1) for name, total in sums.items()}, tokens
 
 
-def _exp(mean: float) -> float | None:
+def perplexity_of(mean: float) -> float | None:
+    """``exp`` of a mean loss in nats, or None beyond fp64."""
     return math.exp(mean) if mean < _OVERFLOW else None
-
-
-def perplexity(subject: Subject, batches: Sequence[Tensor], reporter: Reporter, label: str) -> float | None:
-    """Perplexity of all tokens from the third on; None beyond fp64.
-
-    Args:
-        subject: a causal model.
-        batches: ``(B, T)`` token ids.
-        reporter: shows progress.
-        label: of it.
-    """
-    at = torch.zeros(sum(len(b) for b in batches), dtype=torch.long)
-    means, tokens = _losses(subject, batches, at, 1, {"all keys": None}, reporter, label)
-    return _exp(means["all keys"]) if tokens else None
 
 
 def knockout(
@@ -142,7 +129,7 @@ def knockout(
     """
     hiding = {"all keys": None, "eviction": after, "absence": 1}
     means, tokens = _losses(subject, batches, at, 2 * after, hiding, reporter, label)
-    result: dict[str, Any] = {name: _exp(mean) if tokens else None for name, mean in means.items()}
+    result: dict[str, Any] = {name: perplexity_of(mean) if tokens else None for name, mean in means.items()}
     for name in ("eviction", "absence"):
         result[f"{name}_percent"] = change_percent(means[name], means["all keys"]) if tokens else None
     return result | {"tokens": tokens, "after": after, "counted_from": 2 * after}

@@ -69,28 +69,28 @@ class AttentionLayer:
         into[heads] += value.double().cpu()
 
     def update(self, a: Tensor, o: Tensor, visible: Tensor, first_head: int) -> Tensor:
-        """Some heads of one sample: ``a (h, T, T)`` and ``o (h, T, Dv)`` fp32, ``visible (T, T)`` boolean.
+        """Some heads of one sample: ``a (h, T, Tk)`` and ``o (h, T, Dv)`` fp32, ``visible (T, Tk)`` boolean.
 
         Worked on in blocks of rows that stay in the processor's cache: large temporaries would take most of the time.
 
         Returns:
-            ``(len(KEY_SUMS), T)`` fp64: what these heads add to the sums of every key.
+            ``(len(KEY_SUMS), Tk)`` fp64: what these heads add to the sums of every key.
         """
-        h, t, _ = a.shape
+        h, t, tk = a.shape
         at = slice(first_head, first_head + h)
         if first_head == 0:  # what the heads of a sample share
             self.samples += 1
         # by key: sum of weights, sum of shares of row mass, rows with mass that see it
-        columns = torch.zeros(3, h, t, dtype=torch.float64)
+        columns = torch.zeros(3, h, tk, dtype=torch.float64)
         tallest = TILES[-1][0]
-        step = max(1, BLOCK_ENTRIES // (h * t * tallest)) * tallest
+        step = max(1, BLOCK_ENTRIES // (h * tk * tallest)) * tallest
         for start in range(0, t, step):
             rows = slice(start, start + step)
             columns += self._rows(a[:, rows], o[:, rows], visible[rows], at)
         return self._sinks(columns, visible.count_nonzero(0).cpu(), at)
 
     def _rows(self, a: Tensor, o: Tensor, visible: Tensor, at: slice) -> Tensor:
-        """Some rows of some heads: ``a (h, M, T)``, ``o (h, M, Dv)``, ``visible (M, T)``; their part of the sums by key."""
+        """Some rows of some heads: ``a (h, M, Tk)``, ``o (h, M, Dv)``, ``visible (M, Tk)``; their part of the sums by key."""
         a = torch.where(visible, a, 0.0)
         seen = visible.any(1)
         magnitude = a.abs()  # signed weights (linear softpick) share their mass by magnitude; for all others this is a
@@ -121,7 +121,7 @@ class AttentionLayer:
         return torch.stack([sum64(a, 1), sum64(share, 1), (live.float() @ visible.float()).double().cpu()])
 
     def _sinks(self, columns: Tensor, queries: Tensor, at: slice) -> Tensor:
-        """Sinks from the sums by key ``(3, h, T)``, and ``queries (T,)`` that see each key."""
+        """Sinks from the sums by key ``(3, h, Tk)``, and ``queries (Tk,)`` that see each key."""
         weights, shares, live_queries = columns
         alpha = weights / queries.double().clamp(min=1)
         alpha_n = shares / live_queries.clamp(min=1)

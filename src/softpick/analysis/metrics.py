@@ -20,7 +20,7 @@ All shares are percent; weights (``alpha``, ``row_mass``) are plain numbers.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -42,8 +42,8 @@ __all__ = [
     "Measurements",
     "Meter",
     "Moments",
-    "load_meter",
-    "save_meter",
+    "load_meters",
+    "save_meters",
 ]
 
 MAX_ENTRIES = 1 << 25
@@ -90,43 +90,64 @@ class Meter:
         self._attention: dict[int, AttentionLayer] = {}
         self._hidden: dict[int, HiddenLayer] = {}
         self._lengths: list[int] = []
+        self._key_lengths: list[int] = []
         self._first_tokens: dict[int, int] = {}
         self._causal: bool | None = None
-        self._valid: list[Tensor] = []
-        self._shape: tuple[int, int] | None = None
+        self._valid: list[Tensor] = []  # real positions of this batch's samples
+        self._key_valid: list[Tensor] = []
+        self._shape: tuple[int, int, int] | None = None  # samples, queries, keys
         self._tokens: Tensor | None = None
+        self._key_tokens: Tensor | None = None
         self._before = 0  # samples of earlier batches
+        self._loss = 0.0  # nats, and of how many tokens
+        self._predicted = 0
         self._by_position = torch.zeros(len(KEY_SUMS), 0, dtype=torch.float64)
         self._by_token = torch.zeros(len(KEY_SUMS), 0, dtype=torch.float64)
         self._strongest: list[int] = []  # of the samples of earlier batches
         self._alpha: list[Tensor] = []  # of this batch's samples, by position, summed over layers and heads
 
-    def begin_batch(self, valid: Tensor, input_ids: Tensor | None = None) -> None:
+    def begin_batch(
+        self,
+        valid: Tensor,
+        input_ids: Tensor | None = None,
+        keys: Tensor | None = None,
+        key_ids: Tensor | None = None,
+    ) -> None:
         """Start a batch.
 
         Args:
             valid: ``(B, T)`` boolean, True at real positions. Samples without any are left out.
             input_ids: ``(B, T)`` integers, to name the tokens of large activations and the first token.
+            keys: ``(B, Tk)`` boolean, the same of the keys where they are those of other positions than the queries
+                (cross-attention).
+            key_ids: ``(B, Tk)`` integers, to name the tokens of the keys.
         """
-        if valid.dim() != 2 or valid.dtype != torch.bool:
-            raise TypeError(f"valid: expected a boolean (B, T), got {valid.dtype} {tuple(valid.shape)}")
-        if input_ids is not None and input_ids.shape != valid.shape:
-            raise ValueError(
-                f"input_ids: expected the shape of valid {tuple(valid.shape)}, got {tuple(input_ids.shape)}"
-            )
+        if keys is None:
+            keys, key_ids = valid, input_ids
+        for name, real, ids in (("valid", valid, input_ids), ("keys", keys, key_ids)):
+            if real.dim() != 2 or real.dtype != torch.bool:
+                raise TypeError(f"{name}: expected a boolean (B, T), got {real.dtype} {tuple(real.shape)}")
+            if ids is not None and ids.shape != real.shape:
+                what = "input_ids" if name == "valid" else "key_ids"
+                raise ValueError(f"{what}: expected the shape of {name} {tuple(real.shape)}, got {tuple(ids.shape)}")
+        if len(keys) != len(valid):
+            raise ValueError(f"keys: expected {len(valid)} samples as in valid, got {len(keys)}")
         self._strongest += [int(alpha.argmax()) for alpha in self._alpha]
         self._before = len(self._lengths)
-        valid = valid.cpu()
-        self._shape = (valid.shape[0], valid.shape[1])
+        self._shape = (valid.shape[0], valid.shape[1], keys.shape[1])
         self._tokens = None if input_ids is None else input_ids.cpu()
-        self._valid = [row.nonzero().flatten() for row in valid]
-        for b, positions in enumerate(self._valid):
+        self._key_tokens = None if key_ids is None else key_ids.cpu()
+        there = (valid.any(1) & keys.any(1))[:, None]
+        self._valid = [row.nonzero().flatten() for row in (valid & there).cpu()]
+        self._key_valid = [row.nonzero().flatten() for row in (keys & there).cpu()]
+        for b, (positions, of_keys) in enumerate(zip(self._valid, self._key_valid, strict=True)):
             if positions.numel():
                 self._lengths.append(positions.numel())
-                if self._tokens is not None:
-                    token = int(self._tokens[b, positions[0]])
+                self._key_lengths.append(of_keys.numel())
+                if self._key_tokens is not None:
+                    token = int(self._key_tokens[b, of_keys[0]])
                     self._first_tokens[token] = self._first_tokens.get(token, 0) + 1
-        self._alpha = [torch.zeros(p.numel(), dtype=torch.float64) for p in self._valid if p.numel()]
+        self._alpha = [torch.zeros(p.numel(), dtype=torch.float64) for p in self._key_valid if p.numel()]
 
     def attention(
         self,
@@ -145,9 +166,9 @@ class Meter:
 
         Args:
             layer: from 0.
-            weights: ``(b, h, T, T)``, after normalization, before dropout.
+            weights: ``(b, h, T, Tk)``, after normalization, before dropout; ``Tk = T`` but for cross-attention.
             outputs: ``(b, T, h, Dv)``, before the output projection.
-            visible: ``(b or 1, 1, T, T)`` boolean, which keys a query may see besides the padding (which is known from
+            visible: ``(b or 1, 1, T, Tk)`` boolean, which keys a query may see besides the padding (which is known from
                 ``begin_batch``); the default is the lower triangle, or everything where ``causal`` is False.
             causal: see ``visible``; also reported.
             max_score: the largest score of this layer, if it is known.
@@ -157,12 +178,13 @@ class Meter:
         """
         if self._shape is None:
             raise RuntimeError("attention: call begin_batch first")
-        batch, t = self._shape
-        if weights.dim() != 4 or tuple(weights.shape[2:]) != (t, t) or first_sample + weights.shape[0] > batch:
-            raise ValueError(f"weights: expected (B, H, T, T) with B={batch}, T={t}, got {tuple(weights.shape)}")
+        batch, t, tk = self._shape
+        expected = f"(B, H, T, T) with B={batch}, T={t}" if t == tk else f"(B, H, T, Tk) with B={batch}, T={t}, Tk={tk}"
+        if weights.dim() != 4 or tuple(weights.shape[2:]) != (t, tk) or first_sample + weights.shape[0] > batch:
+            raise ValueError(f"weights: expected {expected}, got {tuple(weights.shape)}")
         b, h = weights.shape[:2]
         if heads is None and first_sample == 0 and b != batch:
-            raise ValueError(f"weights: expected (B, H, T, T) with B={batch}, T={t}, got {tuple(weights.shape)}")
+            raise ValueError(f"weights: expected {expected}, got {tuple(weights.shape)}")
         heads = first_head + h if heads is None else heads
         if outputs.dim() != 4 or tuple(outputs.shape[:3]) != (b, t, h):
             raise ValueError(f"outputs: expected (B, T, H, Dv) with B={b}, T={t}, H={h}, got {tuple(outputs.shape)}")
@@ -173,25 +195,25 @@ class Meter:
             raise TypeError(
                 f"visible: expected a boolean (B or 1, 1, T, T), got {visible.dtype} {tuple(visible.shape)}"
             )
-        visible = visible.expand(b, 1, t, t)
+        visible = visible.expand(b, 1, t, tk)
         state = self._attention.setdefault(layer, AttentionLayer(heads))
         if state.heads != heads:
             raise ValueError(f"weights: layer {layer} had {state.heads} heads before, now {heads}")
         self._causal = causal if self._causal is None else self._causal and causal
-        piece = max(1, MAX_ENTRIES // (t * t))
+        piece = max(1, MAX_ENTRIES // (t * tk))
         sample = sum(p.numel() > 0 for p in self._valid[:first_sample])  # among those with a real position
         for i in range(b):
-            positions = self._valid[first_sample + i]
+            positions, of_keys = self._valid[first_sample + i], self._key_valid[first_sample + i]
             if positions.numel() == 0:
                 continue
-            tokens = None if self._tokens is None else self._tokens[first_sample + i, positions]
+            tokens = None if self._key_tokens is None else self._key_tokens[first_sample + i, of_keys]
             for head in range(0, h, piece):
                 a = weights[i, head : head + piece].detach().float()
                 o = outputs[i, :, head : head + piece].detach().float().transpose(0, 1)
                 see = visible[i, 0]
-                if positions.numel() < t:
-                    at = positions.to(weights.device)
-                    a, o, see = a[:, at][:, :, at], o[:, at], see[at][:, at]
+                if positions.numel() < t or of_keys.numel() < tk:
+                    at, to = positions.to(weights.device), of_keys.to(weights.device)
+                    a, o, see = a[:, at][:, :, to], o[:, at], see[at][:, to]
                 try:
                     if not bool(torch.isfinite(o.sum())):
                         raise NotFiniteError
@@ -221,7 +243,7 @@ class Meter:
         """Add the residual stream ``(B, T, C)`` after one layer, for the current batch."""
         if self._shape is None:
             raise RuntimeError("hidden: call begin_batch first")
-        if hidden.dim() != 3 or tuple(hidden.shape[:2]) != self._shape:
+        if hidden.dim() != 3 or tuple(hidden.shape[:2]) != self._shape[:2]:
             raise ValueError(
                 f"hidden: expected (B, T, C) with B={self._shape[0]}, T={self._shape[1]}, got {tuple(hidden.shape)}"
             )
@@ -238,6 +260,16 @@ class Meter:
             tokens = None if self._tokens is None else self._tokens[b, positions]
             state.update(layer, sample, x, tokens)
             sample += 1
+
+    def add_loss(self, loss: float, tokens: int) -> None:
+        """Add the summed loss of so many next tokens, in nats."""
+        self._loss += loss
+        self._predicted += tokens
+
+    @property
+    def mean_loss(self) -> float | None:
+        """Mean loss of the next tokens that were added, in nats; None without any."""
+        return self._loss / self._predicted if self._predicted else None
 
     def result(self) -> Measurements:
         """Everything measured so far.
@@ -270,27 +302,32 @@ class Meter:
             token = max(self._first_tokens, key=lambda t: self._first_tokens[t])
             share = 100.0 * self._first_tokens[token] / sum(self._first_tokens.values())
             first.update(first_token_id=token, first_token_share=share)
-        lengths = self._lengths
+        lengths, keys = self._lengths, self._key_lengths
         return {
             "samples": len(lengths),
             "tokens": sum(lengths),
             "layers": len(layers),
             "heads": layers[0].heads,
-            "sequence_length": {"min": min(lengths), "mean": sum(lengths) / len(lengths), "max": max(lengths)},
+            "sequence_length": _extent(lengths),
+            **({} if keys == lengths else {"keys": _extent(keys)}),
             "causal": self._causal,
             "bos": first,
         }
 
 
-def save_meter(meter: Meter, batches: int, path: Path) -> None:
-    """Write what a meter has seen in so many batches; the file appears complete or not at all."""
+def _extent(lengths: list[int]) -> dict[str, float]:
+    return {"min": min(lengths), "mean": sum(lengths) / len(lengths), "max": max(lengths)}
+
+
+def save_meters(meters: Mapping[str, Meter], batches: int, path: Path) -> None:
+    """Write what the meters of a model's parts have seen in so many batches; the file appears complete or not at all."""
     temporary = path.with_name(f"{path.name}.tmp")
-    torch.save({"meter": meter, "batches": batches}, temporary)
+    torch.save({"meters": dict(meters), "batches": batches}, temporary)
     temporary.replace(path)
 
 
-def load_meter(path: Path) -> tuple[Meter, int]:
-    """What :func:`save_meter` wrote: the meter and its batches. Only these classes are made, whatever the file holds."""
+def load_meters(path: Path) -> tuple[dict[str, Meter], int]:
+    """What :func:`save_meters` wrote: the meters and their batches. Only these classes are made, whatever the file holds."""
     with torch.serialization.safe_globals([Meter, Moments, FloatHistogram, AttentionLayer, HiddenLayer]):
         found = torch.load(path, weights_only=True)
-    return found["meter"], found["batches"]
+    return found["meters"], found["batches"]

@@ -98,8 +98,17 @@ def data_statement(run: Mapping[str, Any]) -> str:
         if length["min"] == length["max"]
         else f"T = {length['min']:,} to {length['max']:,} tokens (mean {length['mean']:,.0f})"
     )
+    if data.get("keys"):
+        keys = data["keys"]
+        t += (
+            f" that see {keys['max']:,} keys of the encoder"
+            if keys["min"] == keys["max"]
+            else " that see the encoder's"
+        )
     bos = data["bos"]
     share, token = bos["first_token_share"], bos["first_token_id"]
+    text = (run.get("token_text") or {}).get(str(token))
+    token = f"{token} ({text!r})" if text is not None and run.get("reads") in (None, "text") else text or token
     if bos["policy"] == "none":
         start = "samples start without a BOS token"
     elif bos["policy"] == "bos":
@@ -107,7 +116,7 @@ def data_statement(run: Mapping[str, Any]) -> str:
     elif share is None:
         start = "it is not known how samples start"
     elif share == 100:
-        start = f"every sample starts with token {token}"
+        start = f"every sample starts with {'token ' if run.get('reads') in (None, 'text') else ''}{token}"
     else:
         start = f"samples start with different tokens (most often {token}, {share:.0f} %)"
     view = "causal" if data["causal"] else "bidirectional"

@@ -25,10 +25,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from softpick.analysis.streams import float64
 from softpick.experiment.models import Subject
-from softpick.experiment.perplexity import change_percent, perplexity_by_position
+from softpick.experiment.perplexity import change_percent
 from softpick.experiment.progress import Reporter
 from softpick.experiment.rounding import FORMATS, inner_layers, quantized_cache, round_to
+from softpick.experiment.samples import size_of
 
 __all__ = ["REMEDIES", "SCHEMES", "Scheme", "cost", "group_of", "ignore_lists", "rounded"]
 
@@ -239,7 +241,7 @@ class _Local:
                 into.fisher += float((gradient.float() * error).sum(-1).square().sum())
 
 
-def _watch_inputs(model: Any, layers: Mapping[str, Any], batches: Sequence[Tensor]) -> dict[str, Inputs]:
+def _watch_inputs(model: Any, layers: Mapping[str, Any], batches: Sequence[Mapping[str, Tensor]]) -> dict[str, Inputs]:
     """What reaches each layer."""
     found: dict[str, Inputs] = {}
 
@@ -259,19 +261,21 @@ def _watch_inputs(model: Any, layers: Mapping[str, Any], batches: Sequence[Tenso
 
         return hook
 
+    ids = batches[0].get("input_ids")
+    rows = 0 if ids is None else ids.shape[1]
     with ExitStack() as stack, torch.no_grad():
         for name, module in layers.items():
-            handle = module.register_forward_pre_hook(watching(name, batches[0].shape[1]))
+            handle = module.register_forward_pre_hook(watching(name, rows))
             stack.callback(handle.remove)
         device = next(model.parameters()).device
-        body = getattr(model, "base_model", model)
+        body = model.base_model if model.get_output_embeddings() is not None else model
         for batch in batches:
-            body(input_ids=batch.to(device))
+            body(**{name: x.to(device) for name, x in batch.items()})
     return found
 
 
 def _local_figures(
-    subject: Subject, layers: Mapping[str, Any], batches: Sequence[Tensor], seen: Mapping[str, Inputs]
+    subject: Subject, layers: Mapping[str, Any], batches: Sequence[Mapping[str, Tensor]], seen: Mapping[str, Inputs]
 ) -> tuple[_Local, int]:
     """SQNR and estimates of every layer, and of how many predicted tokens."""
     model, local, tokens = subject.model, _Local(seen), 0
@@ -302,11 +306,12 @@ def _local_figures(
         for name, module in layers.items():
             stack.callback(module.register_forward_hook(hook(name)).remove)
         for batch in batches:
-            for ids in batch.to(device).split(max(1, _BACKWARD_TOKENS // batch.shape[1])):
-                if not subject.causal or subject.bidirectional:
-                    with torch.no_grad():
-                        model(input_ids=ids)
-                    continue
+            if not subject.causal or subject.bidirectional:
+                with torch.no_grad():
+                    model(**{name: x.to(device) for name, x in batch.items()})
+                continue
+            whole = batch["input_ids"].to(device)
+            for ids in whole.split(max(1, _BACKWARD_TOKENS // whole.shape[1])):
                 with torch.enable_grad():
                     logits = model(input_ids=ids, use_cache=False).logits[:, 1:-1].flatten(0, 1).float()
                     targets = ids[:, 2:].flatten()
@@ -319,10 +324,17 @@ def _local_figures(
 # Measured losses
 
 
-def _loss(model: Any, batches: Sequence[Tensor]) -> float:
-    """Mean loss of the tokens from the third on."""
-    rows = torch.cat(list(batches))
-    return float(perplexity_by_position(model, rows, [2, rows.shape[1]], batch_size=4)[0]["loss"])
+@torch.no_grad()
+def _losses(model: Any, batches: Sequence[Mapping[str, Tensor]]) -> Tensor:
+    """``(N,)`` fp64: the losses of the tokens from the third on, in nats."""
+    device = next(model.parameters()).device
+    found = []
+    for ids in torch.cat([batch["input_ids"] for batch in batches]).to(device).split(4):
+        logits = model(input_ids=ids, use_cache=False).logits[:, 1:-1]
+        found.append(
+            torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), ids[:, 2:].flatten(), reduction="none")
+        )
+    return float64(torch.cat(found)).cpu()
 
 
 def _spearman(a: Sequence[float], b: Sequence[float]) -> float | None:
@@ -337,17 +349,35 @@ def _spearman(a: Sequence[float], b: Sequence[float]) -> float | None:
 class _Measuring:
     """One model's losses under schemes, on the same few sequences."""
 
-    def __init__(self, subject: Subject, batches: Sequence[Tensor], reporter: Reporter) -> None:
+    def __init__(self, subject: Subject, batches: Sequence[Mapping[str, Tensor]], reporter: Reporter) -> None:
         self.model, self.batches, self.reporter = subject.model, batches, reporter
         self.layers = inner_layers(subject.model)
         self.seen = _watch_inputs(subject.model, self.layers, batches)
-        self.base = _loss(self.model, batches) if subject.causal and not subject.bidirectional else None
+        self.losses = _losses(self.model, batches) if subject.causal and not subject.bidirectional else None
 
-    def change(self, scheme: Scheme, layers: Mapping[str, Any], remedy: str | None = None) -> float | None:
-        """Percent of perplexity that rounding these layers costs."""
-        assert self.base is not None
+    @property
+    def base(self) -> float | None:
+        """Mean loss of the model as it is."""
+        return None if self.losses is None else float(self.losses.mean())
+
+    def change(self, scheme: Scheme, layers: Mapping[str, Any], remedy: str | None = None) -> dict[str, float | None]:
+        """:meth:`compared` with these layers rounded."""
         with rounded(layers, scheme, self.seen, remedy):
-            return change_percent(_loss(self.model, self.batches), self.base)
+            return self.compared()
+
+    def compared(self) -> dict[str, float | None]:
+        """``change_percent`` of perplexity, and the standard error of it from the differences of the tokens' losses.
+
+        Losses of neighbouring tokens are not independent, so that the error is rather larger.
+        """
+        assert self.losses is not None
+        now = _losses(self.model, self.batches)
+        difference = now - self.losses
+        change = change_percent(float(now.mean()), float(self.losses.mean()))
+        error = (
+            float(difference.std()) / math.sqrt(len(difference)) * (100.0 + change) if change is not None else math.inf
+        )
+        return {"change_percent": change, "error_percent": error if math.isfinite(error) else None}
 
     def kept(self, scheme: Scheme, whole: float, ranked: list[str], bar: Any) -> dict[str, Any]:
         """The layers at the top of a ranking in 16 bits: what is left of the cost, and which list to take."""
@@ -355,9 +385,10 @@ class _Measuring:
         steps: list[dict[str, Any]] = []
         for count in (n for n in STEPS if n < len(ranked)):
             names = ranked[:count]
-            left = self.change(scheme, {name: m for name, m in self.layers.items() if name not in names})
+            found = self.change(scheme, {name: m for name, m in self.layers.items() if name not in names})
+            left = found["change_percent"]
             share = 100.0 * sum(self.layers[name].weight.numel() for name in names) / total
-            steps.append({"kept": count, "change_percent": left, "weights_percent": share})
+            steps.append({"kept": count, "weights_percent": share} | found)
             bar()
             if left is not None and left <= WORTH:
                 break
@@ -372,6 +403,7 @@ class _Measuring:
             "kept": best["kept"],
             "names": names,
             "change_percent": best["change_percent"],
+            "error_percent": best["error_percent"],
             "weights_percent": best["weights_percent"],
             "ignore": ignore_lists(names, _head(self.model)),
         }
@@ -383,12 +415,12 @@ def _head(model: Any) -> str | None:
     return next((name for name, module in model.named_modules() if module is head and head is not None), None)
 
 
-def cost(subject: Subject, batches: Sequence[Tensor], reporter: Reporter) -> dict[str, Any]:
+def cost(subject: Subject, batches: Sequence[Mapping[str, Tensor]], reporter: Reporter) -> dict[str, Any]:
     """What rounding costs a model, layer by layer.
 
     Args:
         subject: a model; of one that predicts no next token only SQNRs are found.
-        batches: ``(B, T)`` token ids; every figure is of all of them.
+        batches: arguments of the model; every figure is of all of them.
         reporter: shows progress.
 
     Returns:
@@ -406,12 +438,13 @@ def cost(subject: Subject, batches: Sequence[Tensor], reporter: Reporter) -> dic
         if name in work.seen
     ]
     result: dict[str, Any] = {
-        "sequences": sum(len(batch) for batch in batches),
-        "tokens": sum(batch.numel() for batch in batches),
+        "sequences": sum(map(size_of, batches)),
+        "tokens": sum(x.numel() for batch in batches for name, x in batch.items() if name.endswith("input_ids")),
         "layers": layers,
         "approximations": [
             "Rounding is simulated: numbers are rounded to the format and computed with in the model's own.",
             "One scale per tensor is from the largest input on the measured text itself.",
+            "Behind ±: the standard error over the tokens; as neighbours are not independent, it is rather larger.",
         ],
     }
     groups = {layer["group"] for layer in layers}
@@ -441,10 +474,9 @@ def _measured(work: _Measuring, layers: list[dict[str, Any]], title: str) -> dic
             bar()
         for bits in _CACHE_BITS:
             with quantized_cache(work.model, bits):
-                left = change_percent(_loss(work.model, work.batches), work.base)
-            result["kv_cache"].append({"bits": bits, "change_percent": left})
+                result["kv_cache"].append({"bits": bits} | work.compared())
             bar()
-    costly = [s for s in SCHEMES if (c := whole[s.name]) is not None and WORTH < c < HOPELESS]
+    costly = [s for s in SCHEMES if (c := whole[s.name]["change_percent"]) is not None and WORTH < c < HOPELESS]
     total = len(costly) * (CHECKED + len(STEPS) + len(REMEDIES))
     agreement: dict[str, float | None] = {}
     with work.reporter.progress(f"{title}: layers to keep, remedies", max(total, 1)) as progress:
@@ -459,12 +491,13 @@ def _measured(work: _Measuring, layers: list[dict[str, Any]], title: str) -> dic
             by_cost = sorted(layers, key=lambda layer: -layer["schemes"][scheme.name]["estimate_percent"])
             for layer in by_cost[:CHECKED]:
                 name = layer["name"]
-                layer["schemes"][scheme.name]["measured_percent"] = work.change(scheme, {name: work.layers[name]})
+                alone = work.change(scheme, {name: work.layers[name]})
+                layer["schemes"][scheme.name]["measured_percent"] = alone["change_percent"]
                 step()
             top = [layer["schemes"][scheme.name] for layer in by_cost[:CHECKED]]
             pairs = [(f["estimate_percent"], f["measured_percent"]) for f in top if f["measured_percent"] is not None]
             agreement[scheme.name] = _spearman([a for a, _ in pairs], [b for _, b in pairs])
-            cost_of_all = whole[scheme.name]
+            cost_of_all = whole[scheme.name]["change_percent"]
             assert cost_of_all is not None
             result["keep"].append(work.kept(scheme, cost_of_all, [layer["name"] for layer in by_cost], step))
             if scheme.scales == "none":
@@ -474,10 +507,10 @@ def _measured(work: _Measuring, layers: list[dict[str, Any]], title: str) -> dic
                     change = work.change(scheme, work.layers, remedy)
                 except ValueError:  # tokens of experts: their places are not known
                     continue
-                result["remedies"].append({"scheme": scheme.name, "remedy": remedy, "change_percent": change})
+                result["remedies"].append({"scheme": scheme.name, "remedy": remedy} | change)
                 step()
         progress.update(max(total, 1), None)
-    result["schemes"] = [{"name": name, "change_percent": change} for name, change in whole.items()]
+    result["schemes"] = [{"name": name} | change for name, change in whole.items()]
     result["rank_correlation"] = agreement
     return result
 

@@ -155,6 +155,15 @@ def _token(run: Mapping[str, Any], event: Mapping[str, Any]) -> str:
     return where if text is None else f"{where} ({text!r})"
 
 
+def _first(run: Mapping[str, Any]) -> str:
+    """The first token in words: of images what stands there."""
+    if run.get("reads") in (None, "text") or run.get("part") == "decoder":
+        return "the encoder's first token" if run.get("part") == "cross-attention" else "the first token"
+    token = run["measurements"]["data"]["bos"]["first_token_id"]
+    kind = (run.get("token_text") or {}).get(str(token), "token")
+    return kind if kind.startswith("[") else f"the first {kind}"
+
+
 def _sinks(run: Mapping[str, Any]) -> str | None:
     data = run["measurements"]["data"]
     value = figures(run).get("sink_first_0.3")
@@ -165,12 +174,16 @@ def _sinks(run: Mapping[str, Any]) -> str | None:
         "" if normalized is None or abs(normalized - value) < 0.05 else f" ({normalized:.1f} % as a share of row mass)"
     )
     published = next(r for r in REFERENCES if r.metric == "sink_first_0.3")
+    beside = (
+        f" (published softmax models: {published.low:g} to {published.high:g} % at T = 64)"
+        if data.get("causal", True)
+        else ""
+    )
     t = data["sequence_length"]["max"]
     few = value < THRESHOLDS["sinks"].value and (normalized is None or normalized < THRESHOLDS["sinks"].value)
     opening = "There are hardly any sinks: " if few else ""
     return (
-        f"{opening}{value:.1f} % of heads{share} put more than 0.3 of their weight on the first token at T = {t} "
-        f"(published softmax models: {published.low:g} to {published.high:g} % at T = 64). "
+        f"{opening}{value:.1f} % of heads{share} put more than 0.3 of their weight on {_first(run)} at T = {t}{beside}. "
         "[Sink rate > 0.3, first token]"
     )
 
@@ -184,7 +197,7 @@ def _elsewhere(run: Mapping[str, Any]) -> str | None:
     names = [repr((run.get("token_text") or {}).get(str(t["token_id"]), t["token_id"])) for t in tokens]
     which = f" The strongest keys are most often {', '.join(names)}." if names else ""
     return (
-        f"Sinks are not only on the first token: {strongest:.1f} % of heads put more than 0.3 on some token.{which} "
+        f"Sinks are not only on {_first(run)}: {strongest:.1f} % of heads put more than 0.3 on some token.{which} "
         "[Sink rate > 0.3, strongest token]"
     )
 
@@ -218,7 +231,7 @@ def _outliers(run: Mapping[str, Any]) -> str | None:
         largest = hidden["max_abs"]
         return f"There are no massive activations; the largest |x| is {largest:,.0f}. [Massive activations]"
     top = events[0]
-    where = "the first token" if top["first_token_percent"] >= 99.5 else _token(run, top)
+    where = _first(run) if top["first_token_percent"] >= 99.5 else _token(run, top)
     writer = f", written by the {top['module']} of layer {top['rises']}" if top.get("module") else ""
     gone = f" and cancelled in layer {top['cancelled']}" if top.get("cancelled") is not None else ""
     more = f" {len(events) - 1} more rows of channels and places are massive." if len(events) > 1 else ""
@@ -242,15 +255,22 @@ def _kinds(run: Mapping[str, Any]) -> str | None:
     )
 
 
+def _changed(entry: Mapping[str, Any]) -> str:
+    """A change of perplexity with its standard error."""
+    change, error = entry["change_percent"], entry.get("error_percent")
+    if change is None:
+        return "beyond measure"
+    return f"{change:+.1f} %" if error is None else f"{change:+.1f} ± {error:.1f} %"
+
+
 def _cost(run: Mapping[str, Any]) -> list[str]:
     cost = run.get("cost")
     if not cost or not cost["schemes"]:
         return []
-    by_name = {scheme["name"]: scheme["change_percent"] for scheme in cost["schemes"]}
+    by_name = {scheme["name"]: scheme for scheme in cost["schemes"]}
 
     def text(name: str) -> str:
-        value = by_name[name]
-        return "beyond measure" if value is None else f"{value:+.1f} %"
+        return _changed(by_name[name])
 
     sentences = [
         f"Rounding weights and inputs to int8 costs {text('int8-tensor')} of perplexity with one scale per tensor and "
@@ -265,7 +285,7 @@ def _cost(run: Mapping[str, Any]) -> list[str]:
         shown = ", ".join(entry["names"][:3]) + (f" and {entry['kept'] - 3} more" if entry["kept"] > 3 else "")
         sentences.append(
             f"With {shown} in 16 bits ({entry['weights_percent']:.1f} % of the weights), {name} costs "
-            f"{entry['change_percent']:+.1f} %. [Layers to keep in 16 bits]"
+            f"{_changed(entry)}. [Layers to keep in 16 bits]"
         )
     remedies = [r for r in cost["remedies"] if r["scheme"] == "int8-tensor" and r["change_percent"] is not None]
     if remedies:
@@ -275,7 +295,7 @@ def _cost(run: Mapping[str, Any]) -> list[str]:
             "smoothing": "smoothing the channels",
             "rotation": "a Hadamard rotation",
         }[best["remedy"]]
-        sentences.append(f"What helps int8-tensor most is {how}: {best['change_percent']:+.1f} %. [Remedies]")
+        sentences.append(f"What helps int8-tensor most is {how}: {_changed(best)}. [Remedies]")
     return sentences
 
 

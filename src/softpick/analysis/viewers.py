@@ -13,7 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from softpick.analysis.capture import SeenAttention, attention_maps, one_sample, watch
+from softpick.analysis.calls import SeenAttention
+from softpick.analysis.capture import attention_maps, one_sample
+from softpick.analysis.watching import watch
 
 __all__ = ["bertviz_arguments", "hook_cache"]
 
@@ -63,7 +65,7 @@ def hook_cache(model: nn.Module, input_ids: Tensor) -> dict[str, Tensor]:
         ):
             parts.setdefault(f"blocks.{seen.layer}.attn.hook_{name}", []).append(value.float().cpu())
 
-    def on_hidden(layer: int, hidden: Tensor) -> None:
+    def on_hidden(layer: int, hidden: Tensor, part: str) -> None:
         cache[f"blocks.{layer}.hook_resid_post"] = hidden.float().cpu()
 
     with watch(model, on_attention, on_hidden) as run:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -38,8 +38,8 @@ def going_on(console: Console, output: str) -> Iterator[None]:
         raise SystemExit(130) from None
 
 
-def print_report(report: dict[str, Any], output: str, console: Console) -> None:
-    """Print the table and the notes of a report of `softpick compare` or `analyze`, and where its files are."""
+def print_report(report: dict[str, Any], output: str, console: Console, more: Sequence[str] = ()) -> None:
+    """Print the table and the notes of a report of `softpick compare` or `analyze`, and where its files are, ``more`` too."""
     from rich.padding import Padding
     from rich.table import Table
     from rich.text import Text
@@ -70,6 +70,8 @@ def print_report(report: dict[str, Any], output: str, console: Console) -> None:
     console.print(
         f"\nreport:  {folder / 'report.html'}\nresults: {folder / 'results.json'}", markup=False, soft_wrap=True
     )
+    for name in more:
+        console.print(f"list:    {folder / name}", markup=False, soft_wrap=True)
 
 
 class ConsoleReporter:
@@ -90,16 +92,24 @@ class ConsoleReporter:
             return
         from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+        narrow = self.console.width < 100
         columns = (
             TextColumn("{task.description}", markup=False),
-            BarColumn(),
+            BarColumn(bar_width=16 if narrow else 40),
             TextColumn("{task.completed}/{task.total} {task.fields[loss]}"),
             TimeElapsedColumn(),
             TextColumn("left"),
             TimeRemainingColumn(),
         )
         with Progress(*columns, console=self.console) as progress:
+            label = _shortened(label, self.console.width - (54 if narrow else 78))
             yield _Bar(progress, progress.add_task(label, total=total, loss=""))
+
+
+def _shortened(label: str, room: int) -> str:
+    """A label in so many characters: its beginning and its end, which tells models apart."""
+    room = max(room, 12)
+    return label if len(label) <= room else f"{label[: room // 2]}…{label[len(label) - (room - room // 2 - 1) :]}"
 
 
 class _Bar:

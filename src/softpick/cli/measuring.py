@@ -46,12 +46,14 @@ def analyze(
     os.environ.setdefault("TQDM_DISABLE", "1")  # bars of transformers' GGUF reader, which its own switch does not reach
     from softpick.analysis import write_report
     from softpick.analysis.audit import audit, forget
+    from softpick.analysis.keep_files import keep_file_names, keep_files
     from softpick.analysis.trackers import log_figures
-    from softpick.experiment.files import write_json, writing
+    from softpick.experiment.files import write_json, write_text, writing
     from softpick.experiment.resume import Workspace
 
     console = make_console(stderr=json)
-    names = ("report.html", "results.json")
+    kept = keep_file_names(2 if given["against"] else 1) if given["cost"] else []
+    names = ("report.html", "results.json", *kept)
     output = output or default_output("softpick-analyze", [given["model"], given["against"]])
     with going_on(console, output), Workspace(output, outputs=names, forget=forget) as work:
         settings = AuditSettings(**given)
@@ -61,9 +63,12 @@ def analyze(
             write_report(work.scratch / "report.html", report)
         bare = [{key: value for key, value in run.items() if key != "samples"} for run in report["runs"]]
         write_json(work.scratch / "results.json", report | {"runs": bare})
-        work.finish(names)
+        lists = keep_files(report["runs"])
+        for name, text in lists.items():
+            write_text(work.scratch / name, text)
+        work.finish(["report.html", "results.json", *lists])
         work.end()
-    print_report(report, output, console)
+    print_report(report, output, console, sorted(lists))
     if json:
         print((work.folder / "results.json").read_text(encoding="utf-8"), end="")
     if report["failed"]:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from softpick.experiment.corpus import token_ids
 from softpick.experiment.environment import chosen_device, missing_device
 from softpick.experiment.failures import ModelError, first_line
+from softpick.experiment.positions import KINDS_OF_TOKENS, what_it_reads
 from softpick.experiment.progress import Reporter
 from softpick.experiment.reading import Corpus, DataError
 from softpick.experiment.result_cache import stamps
@@ -60,6 +61,8 @@ class Subject:
         bidirectional: its predictions depend on the tokens after them (:func:`sees_the_future`), so that they are none.
         label: what it is called in tables; the last part of the name if empty.
         bos: samples of a causal model start with BOS where the tokenizer or the model has one.
+        reads: ``text``, ``images`` or ``sound``.
+        processor: makes the model's input of images or sound, of transformers; None for text.
     """
 
     name: str
@@ -69,6 +72,35 @@ class Subject:
     bidirectional: bool = False
     label: str = ""
     bos: bool = True
+    reads: str = "text"
+    processor: Any = None
+
+    @property
+    def decodes(self) -> bool:
+        """It has a decoder that attends to its encoder."""
+        return bool(getattr(self.model.config, "is_encoder_decoder", False))
+
+    @property
+    def quantization(self) -> str:
+        """Which library's rounded weights it computes with, and of how many bits; empty where they are whole (also of GGUF)."""
+        given = _rounding(self.model.config)
+        if given is None:
+            return ""
+        bits = next((str(given[name]) for name in ("bits", "nbits") if given.get(name)), "")
+        bits = bits or ("8" if given.get("load_in_8bit") else "4" if given.get("load_in_4bit") else "")
+        method = given.get("quant_method", "unknown")
+        return f"{getattr(method, 'value', method)}{f', {bits} bits' if bits else ''}"
+
+    def decode(self, ids: Sequence[int], part: str = "") -> str:
+        """Token ids as text; of images and sound the kinds of their positions.
+
+        Args:
+            ids: of tokens.
+            part: of an encoder-decoder, where the keys are: of sound only the decoder's are text.
+        """
+        if self.reads == "text" or part == "decoder":
+            return str(self.tokenizer.decode(list(ids)))
+        return " ".join(KINDS_OF_TOKENS[i] for i in ids)
 
     @property
     def title(self) -> str:
@@ -86,7 +118,8 @@ class Subject:
     @property
     def room(self) -> int:
         """Positions that the model has, or very many where it does not say."""
-        return positions(self.model) or sys.maxsize
+        longest = getattr(self.model.config, "max_target_positions", None) if self.decodes else None
+        return min(x or sys.maxsize for x in (longest, positions(self.model)))
 
     @property
     def normalizer(self) -> str:
@@ -104,10 +137,37 @@ class Subject:
 
     def wrapped(self, ids: Sequence[int]) -> list[int]:
         """Put BOS before token ids, or an encoder's special tokens around them."""
+        if self.decodes:
+            before, after = self._around
+            return [*before, *ids, *after]
         if not self.causal:
             cls, sep = self.tokenizer.cls_token_id, self.tokenizer.sep_token_id
             return [*([] if cls is None else [cls]), *ids, *([] if sep is None else [sep])]
         return list(ids) if self.opening is None else [self.opening, *ids]
+
+    @property
+    def _around(self) -> tuple[list[int], list[int]]:
+        """What the tokenizer itself puts before and behind a text."""
+        bare, whole = self.ids("a"), self.tokenizer("a")["input_ids"]
+        starts = [i for i in range(len(whole) - len(bare) + 1) if whole[i : i + len(bare)] == bare]
+        return (whole[: starts[0]], whole[starts[0] + len(bare) :]) if starts and bare else ([], [])
+
+    def shifted(self, rows: Tensor) -> Tensor:
+        """``(N, T)``: what the decoder reads while it writes ``rows (N, T)``: its first token, and all but their last.
+
+        Raises:
+            ModelError: the model does not say what its decoder starts with.
+        """
+        config, start = self.model.config, None
+        for name in ("decoder_start_token_id", "bos_token_id", "pad_token_id"):
+            start = getattr(config, name, None) if start is None else start
+        if start is None:
+            raise ModelError(
+                f"model: {self.name} does not say with which token its decoder starts (decoder_start_token_id)"
+            )
+        if bool((rows[:, 0] == start).all()):  # Whisper's tokenizer has put it there
+            return rows
+        return torch.cat([torch.full_like(rows[:, :1], start), rows[:, :-1]], 1)
 
     def sequences(self, corpus: Corpus, count: int, length: int, *, beyond: bool = False) -> Tensor:
         """``(N, length)``: documents joined by EOS (causal) and cut into pieces, each with its special tokens.
@@ -159,6 +219,7 @@ def load_subject(
     decoder: bool = False,
     quantization_config: Any = None,
     trust_remote_code: bool = False,
+    any_kind: bool = False,
 ) -> Subject:
     """Load a model and its tokenizer.
 
@@ -172,21 +233,25 @@ def load_subject(
         decoder: only a causal language model will do.
         quantization_config: of transformers: the weights are quantized while they are loaded.
         trust_remote_code: Python code that comes with the model may run.
+        any_kind: also encoder-decoders and models of images or sound.
 
     Raises:
-        ModelError: no such model, no tokenizer, missing weights, an encoder-decoder, code of its own, a device that is not
-            there; with ``decoder`` also a model whose predictions depend on the tokens after them.
+        ModelError: no such model, no tokenizer, missing weights, an encoder-decoder (but see ``any_kind``), code of its own, a
+            device that is not there; with ``decoder`` also a model whose predictions depend on the tokens after them.
         ImportError: transformers is missing.
     """
     device = chosen_device(device)
     absent = missing_device(device)
     if absent:
         raise ModelError(f"device: cannot move {name} to {device!r}: {absent}")
-    config, source, where = load_config(name, trust_remote_code=trust_remote_code)
-    causal = _is_causal_decoder(config, trust_remote_code)
+    config, source, where = load_config(name, trust_remote_code=trust_remote_code, any_kind=any_kind)
+    causal = _is_causal(config, trust_remote_code)
     if decoder and not causal:
         raise ModelError(f"model: {name} is an encoder ({config.model_type}); expected a causal language model")
-    tokenizer = load_tokenizer(name, source, where, trust_remote_code=trust_remote_code)
+    reads = what_it_reads(config) if any_kind else "text"
+    processor = None if reads == "text" else _load_processor(name, source, reads, trust_remote_code)
+    has_text = reads != "images"
+    tokenizer = load_tokenizer(name, source, where, trust_remote_code=trust_remote_code) if has_text else None
     wanted = attn_implementation
     own = getattr(config, "_attn_implementation_internal", None)
     if visible and wanted is None and isinstance(own, str) and own.startswith(FUSED):
@@ -196,19 +261,24 @@ def load_subject(
         raise ModelError(f"attn_implementation: {wanted} is code of the hub, {_NOT_RUN}")
     options: dict[str, Any] = {"dtype": DTYPES[dtype], "trust_remote_code": trust_remote_code, **where}
     options |= {} if wanted is None else {"attn_implementation": wanted}
-    if quantization_config is not None:
-        options |= {"quantization_config": quantization_config, "device_map": device}
-    model = _load_weights(name, source, causal, options)
+    options |= {} if quantization_config is None else {"quantization_config": quantization_config}
+    rounded = quantization_config is not None or _rounding(config) is not None
+    options |= {"device_map": device} if rounded else {}
+    model = _load_weights(name, source, causal, options, reporter)
     chosen = str(model.config._attn_implementation)
     if visible and chosen.startswith(FUSED):
         reporter.say(f"{name}: {chosen} shows no weights, so sdpa computes the same attention")
         model.set_attn_implementation("sdpa")
     try:
         # quantized weights are where they were loaded to, and some may not be moved
-        model = model.eval() if quantization_config is not None else model.to(device).eval()
+        model = model.eval() if rounded else model.to(device).eval()
     except (RuntimeError, AssertionError) as error:
         raise ModelError(f"device: cannot move {name} to {device!r}: {first_line(error)}") from error
-    subject = Subject(name, model, tokenizer, causal)
+    if reads == "images" and hasattr(model, "vision_model"):
+        kind = type(model).__name__
+        reporter.say(f"{name}: {type(model.vision_model).__name__} is measured, and nothing else of {kind}")
+        model = model.vision_model
+    subject = Subject(name, model, tokenizer, causal, reads=reads, processor=processor)
     if causal and quantization_config is None:  # a quantized model was looked at before
         subject = replace(subject, bidirectional=_bidirectional(subject))
     if decoder and subject.bidirectional:
@@ -218,23 +288,35 @@ def load_subject(
     return subject
 
 
-def _is_causal_decoder(config: Any, trust_remote_code: bool) -> bool:
-    """Whether a model of this configuration is loaded as a causal language model; else it is an encoder."""
+def _rounding(config: Any) -> Mapping[str, Any] | None:
+    """The quantization that a configuration speaks of; not GGUF's, whose weights transformers makes whole."""
+    found = getattr(config, "quantization_config", None)
+    given = found if found is None or isinstance(found, Mapping) else found.to_dict()
+    method = None if given is None else given.get("quant_method", "unknown")
+    return None if given is None or getattr(method, "value", method) == "gguf" else given
+
+
+def _is_causal(config: Any, trust_remote_code: bool) -> bool:
+    """Whether a configuration is of a model that predicts the next token, and has no encoder."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING
 
-    own_class = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {}) and trust_remote_code
     kind = type(config)
-    return own_class or (
-        kind in MODEL_FOR_CAUSAL_LM_MAPPING
-        and (kind not in MODEL_FOR_MASKED_LM_MAPPING or getattr(config, "is_decoder", False))
+    if getattr(config, "is_encoder_decoder", False):
+        return False
+    if "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {}) and trust_remote_code:
+        return True
+    return kind in MODEL_FOR_CAUSAL_LM_MAPPING and (
+        kind not in MODEL_FOR_MASKED_LM_MAPPING or getattr(config, "is_decoder", False)
     )
 
 
-def _load_weights(name: str, source: Any, causal: bool, options: dict[str, Any]) -> Any:
+def _load_weights(name: str, source: Any, causal: bool, options: dict[str, Any], reporter: Reporter) -> Any:
     """The model with all its weights, where ``options`` of ``from_pretrained`` put it."""
     from transformers import AutoModel, AutoModelForCausalLM
 
-    with _loading(f"model: cannot load {name}", name):
+    from softpick.experiment.quiet import loading_bars
+
+    with _loading(f"model: cannot load {name}", name), loading_bars(reporter, Path(name).name):
         loader = AutoModelForCausalLM if causal else AutoModel
         model, info = loader.from_pretrained(source, output_loading_info=True, **options)
     missing = sorted(key for key in info["missing_keys"] if "pooler" not in key)  # of encoders, and not measured
@@ -263,8 +345,11 @@ _NOT_RUN = "which does not run unless --trust-remote-code is given"
 @contextmanager
 def _loading(message: str, name: str, error_class: type[ValueError] = ModelError) -> Iterator[None]:
     """Whatever a hub, a file or a library does wrong, in a sentence; transformers' own words say it best."""
+    from softpick.experiment.gguf import read_once
+
     try:
-        yield
+        with read_once():
+            yield
     except BaseException as error:
         # a library in Rust panics in a class of its own, which is no Exception
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
@@ -311,15 +396,29 @@ def load_tokenizer(
         return AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code, **where)
 
 
-def load_config(name: str, *, trust_remote_code: bool = False) -> tuple[Any, str, dict[str, Any]]:
+def _load_processor(name: str, source: str, reads: str, trust_remote_code: bool) -> Any:
+    from transformers import AutoFeatureExtractor, AutoImageProcessor
+
+    loader, what = (
+        (AutoImageProcessor, "image processor") if reads == "images" else (AutoFeatureExtractor, "extractor of sound")
+    )
+    with _loading(f"model: {name} has no {what} that transformers can load", name):
+        return loader.from_pretrained(source, trust_remote_code=trust_remote_code)
+
+
+def load_config(
+    name: str, *, trust_remote_code: bool = False, any_kind: bool = False
+) -> tuple[Any, str, dict[str, Any]]:
     """The configuration of a model, and from where and with which further arguments transformers loads the rest.
 
     Args:
         name: a hub name, a directory, or a GGUF file.
         trust_remote_code: Python code that comes with it may run.
+        any_kind: also an encoder-decoder.
 
     Raises:
-        ModelError: there is none, it is an encoder-decoder, or it names attention that is code of the hub.
+        ModelError: there is none, it is an encoder-decoder (but see ``any_kind``), or it names attention that is code of the
+            hub.
     """
     from softpick.integrations.transformers import register  # says so where transformers is missing
 
@@ -341,6 +440,11 @@ def load_config(name: str, *, trust_remote_code: bool = False) -> tuple[Any, str
         raise ModelError(
             f"model: {name} has no config.json; expected a directory that transformers saved, or a GGUF file"
         )
+    if (path / "qmodel.pt").is_file():
+        raise ModelError(
+            f"model: {name} is in the format of hqq's own library (qmodel.pt), which transformers does not load; expected the "
+            "model before it was quantized (softpick.quantization.methods.load_hqq loads it for softpick.analysis.measure)"
+        )
     with _loading(f"model: cannot load {name}", name):
         config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code, **where)
         # both: a class may drop what the file says, and a file may rename what the class has
@@ -349,7 +453,7 @@ def load_config(name: str, *, trust_remote_code: bool = False) -> tuple[Any, str
         raise ModelError(
             f"attn_implementation: {kernel}, which the configuration of {name} names ({key}), is code of the hub, {_NOT_RUN}"
         )
-    if getattr(config, "is_encoder_decoder", False):
+    if getattr(config, "is_encoder_decoder", False) and not any_kind:
         raise ModelError(f"model: {name} is an encoder-decoder ({config.model_type}); expected a decoder or an encoder")
     return config, source, where
 

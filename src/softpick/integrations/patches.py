@@ -74,6 +74,19 @@ PATCHES: Mapping[str, Patch] = {
             **_TRANSFORMERS,
         ),
         Patch(
+            target="transformers.modeling_gguf_pytorch_utils:load_gguf_checkpoint",
+            source="5db5a3fc71ae7450",
+            why="A file's description is read once while a model is loaded; transformers reads it at each step.",
+            **_TRANSFORMERS,
+        ),
+        Patch(
+            target="transformers.modeling_gguf_pytorch_utils:tqdm",
+            source="5db5a3fc71ae7450",
+            reads="transformers.modeling_gguf_pytorch_utils:load_gguf_checkpoint",
+            why="Our reporter shows how far a GGUF file is converted; transformers' hook for bars does not reach this one.",
+            **_TRANSFORMERS,
+        ),
+        Patch(
             target="transformers.generation.continuous_batching.continuous_api:ContinuousBatchingManager.switch_to_cb_friendly_attn",
             source="dbb1a528a7185c86",
             why="Continuous batching keeps our implementations; transformers refuses names without 'flash', or switches "

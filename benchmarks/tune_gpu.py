@@ -87,7 +87,8 @@ def run(kind: str, dim: int, skip: bool, blocks, tensors) -> None:
 
     norm = NORMALIZERS[NORMALIZER]
     q, k, v, out, lse, grad, dq, dk, dv = tensors
-    spec = AttentionSpec(norm, dim**-0.5, norm.eps, right=0, skip=skip)
+    spec = AttentionSpec(norm, dim**-0.5, norm.eps, right=0)
+    launch_decode.skips_values = lambda *_: skip
     dispatch.hopper_refuses = lambda *_: None if kind.startswith("hopper") else "not asked for"
     dispatch.hopper_refuses_decode = lambda *_: "not asked for"
     if kind.startswith("hopper"):
@@ -383,7 +384,8 @@ def tune_splits() -> None:
 
         def ours(skip, pairs=((q, k), (sparse_q, sparse_k)), v=v, out=out, lse=lse, spec=spec):
             rest = v, None, None, None, None, out, lse
-            calls = [functools.partial(launch_decode.decode, spec._replace(skip=skip), q, k, *rest) for q, k in pairs]
+            launch_decode.skips_values = lambda *_: skip
+            calls = [functools.partial(launch_decode.decode, spec, q, k, *rest) for q, k in pairs]
             return [round(1e3 * bench(call, rep=10, return_mode="median"), 1) for call in calls]
 
         line = [f"{b}x{t} cudnn {1e3 * bench(peer, rep=20, return_mode='median'):.0f}"]

@@ -35,7 +35,7 @@ from softpick.ops.triton import dispatch, launch, launch_decode, launch_rows, tu
 
 table = tuning._HOPPER if CAPABILITY == 90 else tuning._PORTABLE
 tuning.multiprocessors = lambda _: 28
-tuning.FEWEST_FORWARD, tuning.FEWEST_TILES = 0, 1
+tuning.FEWEST_FORWARD, tuning.FEWEST_TILES, tuning.SKIP_FROM = 0, 1, 0
 tuning.blocks = lambda kind, d, dtype, device: tuning.row(tuning._SINGLE if dtype == torch.float32 else table, kind, d)
 
 
@@ -51,7 +51,7 @@ def build(case):
     mask = torch.empty(1, 1, 256, 256, dtype=dtype) if extra == "bias" else None
     bias_grad = torch.empty(1, 4, 256, 256) if extra == "bias" else None
     left, softcap = (64, 30.0) if extra == "bias" else (-1, 0.0)
-    spec = AttentionSpec(norm, d**-0.5, norm.eps, left, 0, True, softcap, skip=norm.sparse)
+    spec = AttentionSpec(norm, d**-0.5, norm.eps, left, 0, True, softcap)
     launch.forward(spec, q, k, v, mask, sink, None, None, None, 0, out, lse, None, None)
     launch.backward(
         spec, q, k, v, mask, sink, None, None, None, 0, 0, out, lse, out, *grads, bias_grad

@@ -158,7 +158,8 @@ def test_missing_values_are_dashes():
 
 def test_data_statement():
     run = make_run("softmax")
-    assert data_statement(run) == "T = 20 tokens, 1 samples, causal, every sample starts with BOS (token 1)"
+    start = f"every sample starts with BOS (token 1 ({EVIL!r}))"
+    assert data_statement(run) == f"T = 20 tokens, 1 samples, causal, {start}"
     assert data_statement({"normalizer": "x"}) == "not measured"
 
 
@@ -304,7 +305,7 @@ def test_opens_without_errors_or_requests(browser, tmp_path):
     # every section that shows sink figures says what they were measured on
     for section in ("summary", "heads", "maps"):
         shown = browser.execute_script("return document.getElementById(arguments[0]).innerText", section)
-        assert "T = 20 tokens, 1 samples, causal, every sample starts with BOS (token 1)" in shown
+        assert "T = 20 tokens, 1 samples, causal, every sample starts with BOS (token 1 (" in shown
     assert browser.execute_script("return document.documentElement.scrollWidth <= innerWidth")
 
 

@@ -183,7 +183,7 @@ def test_token_file_and_stream_hold_the_same_sequences(tmp_path, tokenizer):
 
 def test_token_file_is_wide_enough_for_its_vocabulary(tmp_path):
     class Wide:
-        eos_token_id = 70_001
+        eos_token_id, all_special_ids, all_special_tokens = 70_001, (), ()
 
         def __call__(self, texts, **_):
             return {"input_ids": [[70_000, 3] for _ in texts]}

@@ -140,7 +140,7 @@ def test_decoding_for_hopper(name, how, multiprocessors, monkeypatch, poisoned):
     from softpick.ops.triton import dispatch, launch_decode, tuning
 
     taken = []
-    original, decode = dispatch.hopper_refuses_decode, launch_decode.decode
+    original = dispatch.hopper_refuses_decode
     monkeypatch.setattr(tuning, "FEWEST_CACHED", 0)
     if multiprocessors:
         monkeypatch.setattr(tuning, "multiprocessors", lambda _: multiprocessors)
@@ -174,9 +174,8 @@ def test_decoding_for_hopper(name, how, multiprocessors, monkeypatch, poisoned):
             (k, table), (v, _) = paged(k, setting["page"]), paged(v, setting["page"])
         results = []
         for skip in (None, False):
-            monkeypatch.setattr(
-                launch_decode, "decode", lambda spec, *rest, s=skip: decode(spec._replace(skip=s), *rest)
-            )
+            if skip is not None:
+                monkeypatch.setattr(launch_decode, "skips_values", lambda *_, s=skip: s)
             results.append(
                 decode_attention(
                     q,

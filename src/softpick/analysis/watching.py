@@ -296,7 +296,7 @@ def watch_last_query(model: nn.Module, on_row: Callable[[int, Tensor], None]) ->
     own attention, from the same queries, keys and mask. The last query must not be padding.
 
     Args:
-        model: as for :func:`measure`.
+        model: as for :func:`softpick.analysis.measure`.
         on_row: called with the layer (from 0, counting layers with attention) and the weights ``(B, H, Tk)`` fp32, 0 where
             masked.
 

@@ -32,8 +32,6 @@ class AttentionSpec(NamedTuple):
     part: bool = False
     """Backward: the keys are some of those that the output and lse are of (ring attention), so ``D`` of a row is not a sum over
     these keys."""
-    skip: bool | None = None
-    """Decoding: whether values of key tiles without a kept score are left unread; None: where it pays (``tuning.py``)."""
     seed: int = 0
     """Of dropout, on the CPU; kernels read theirs from a tensor."""
     backend: str = ""

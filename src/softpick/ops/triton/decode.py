@@ -356,7 +356,7 @@ def decode_merge(
     if EARLY:
         gdc_wait()
     dv = tl.program_id(0) // tq * COLUMNS + tl.arange(0, COLUMNS)
-    high, one, o = -INF, 0.0, tl.zeros([COLUMNS], tl.float32)
+    high, one, o = tl.full([], -INF, tl.float32), tl.full([], 0.0, tl.float32), tl.zeros([COLUMNS], tl.float32)
     if SHARED:
         for p in range(0, parts, PARTS):
             high, one, o = _add_parts(

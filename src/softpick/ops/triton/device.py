@@ -85,7 +85,7 @@ def tanh(x):
     """With all its digits near 0, where softpick has weights of the size of the scores and either sign of them counts."""
     y = x * x
     series = x * (1.0 + y * (-1 / 3 + y * (2 / 15 + y * (-17 / 315 + y * (62 / 2835)))))
-    return tl.where(tl.abs(x) < 0.3, series, 2.0 / (1.0 + tl.exp2(-2.0 * LOG2E * x)) - 1.0)
+    return tl.where(tl.abs(x) < 0.3, series, 2.0 / (1.0 + tl.exp2(x * (-2.0 * LOG2E))) - 1.0)
 
 
 @triton.jit
@@ -237,7 +237,7 @@ def rows_with_few(
     if MASK == 0:
         # along the queries the number of keys rises and falls once: if the last one sees many, the first ones may see few
         if keys_seen(tq - 1, tk, offset, left, right, LEFT, RIGHT) > FEW:
-            last = tl.minimum(tq, tl.maximum(first, FEW - offset - right)) if RIGHT else first
+            last = tl.minimum(tq, tl.maximum(first, -(offset + right) + FEW)) if RIGHT else first
     elif not MASK_ROWS and not LEFT:
         j, seen, start = 0, 0, 0
         while (j < tk) & (

@@ -91,6 +91,11 @@ def _plan_for_hopper(schedule: tuning.Rings, query: Tensor, kv_heads: int, tk: i
     return _Plan(rows, schedule.n, resident, fewest=tuning.FEWEST_TILES, shared=True)
 
 
+def skips_values(spec: AttentionSpec, for_hopper: bool, cached: int) -> bool:
+    """Whether values of key tiles without a kept score stay unread: where that pays with ``cached`` keys of all heads."""
+    return spec.norm.sparse and (for_hopper or cached >= tuning.SKIP_FROM)
+
+
 def _decode(
     for_hopper: bool,
     spec: AttentionSpec,
@@ -112,8 +117,7 @@ def _decode(
     groups = heads // kv_heads
     common = common_switches(spec, query, value, mask)
     widest = max(common["BLOCK_D"], common["BLOCK_DV"])
-    pays = for_hopper or b * kv_heads * tk >= tuning.SKIP_FROM
-    skip = spec.norm.sparse and (pays if spec.skip is None else spec.skip)
+    skip = skips_values(spec, for_hopper, b * kv_heads * tk)
     early = dependent_launch(query)
     if for_hopper:
         schedule = tuning.HOPPER_DECODE[widest]

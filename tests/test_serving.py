@@ -60,7 +60,7 @@ def folder(tmp_path_factory):
     return str(home)
 
 
-class Served:
+class Served(Silent):
     """A server in a thread."""
 
     def __init__(self, **settings):

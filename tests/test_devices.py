@@ -41,12 +41,12 @@ def test_every_command_takes_auto_by_default():
 def test_the_audit_says_it_first():
     pytest.importorskip("transformers")
     from softpick.analysis.audit import AuditSettings, audit
-    from softpick.experiment.reading import DataError
+    from softpick.experiment.failures import ModelError
 
     said = []
     reporter = type("Says", (), {"say": lambda self, text: said.append(text)})()
-    with pytest.raises(DataError):
-        audit(AuditSettings("model", data="/nowhere", device="cpu"), reporter=reporter)
+    with pytest.raises(ModelError):
+        audit(AuditSettings("/nowhere", data="/nowhere", device="cpu"), reporter=reporter)
     assert said == [device_line("cpu")]
 
 

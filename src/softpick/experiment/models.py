@@ -259,12 +259,12 @@ def load_subject(
         wanted = "sdpa"
     if wanted is not None and "/" in wanted and not trust_remote_code:
         raise ModelError(f"attn_implementation: {wanted} is code of the hub, {_NOT_RUN}")
-    options: dict[str, Any] = {"dtype": DTYPES[dtype], "trust_remote_code": trust_remote_code, **where}
+    options: dict[str, Any] = {"dtype": DTYPES[dtype], **where}
     options |= {} if wanted is None else {"attn_implementation": wanted}
     options |= {} if quantization_config is None else {"quantization_config": quantization_config}
     rounded = quantization_config is not None or _rounding(config) is not None
     options |= {"device_map": device} if rounded else {}
-    model = _load_weights(name, source, causal, options, reporter)
+    model = _load_weights(name, source, causal, options, trust_remote_code, reporter)
     chosen = str(model.config._attn_implementation)
     if visible and chosen.startswith(FUSED):
         reporter.say(f"{name}: {chosen} shows no weights, so sdpa computes the same attention")
@@ -310,7 +310,7 @@ def _is_causal(config: Any, trust_remote_code: bool) -> bool:
     )
 
 
-def _load_weights(name: str, source: Any, causal: bool, options: dict[str, Any], reporter: Reporter) -> Any:
+def _load_weights(name: str, source: Any, causal: bool, options: Any, trust: bool, reporter: Reporter) -> Any:
     """The model with all its weights, where ``options`` of ``from_pretrained`` put it."""
     from transformers import AutoModel, AutoModelForCausalLM
 
@@ -318,7 +318,7 @@ def _load_weights(name: str, source: Any, causal: bool, options: dict[str, Any],
 
     with _loading(f"model: cannot load {name}", name), loading_bars(reporter, Path(name).name):
         loader = AutoModelForCausalLM if causal else AutoModel
-        model, info = loader.from_pretrained(source, output_loading_info=True, **options)
+        model, info = loader.from_pretrained(source, output_loading_info=True, trust_remote_code=trust, **options)
     missing = sorted(key for key in info["missing_keys"] if "pooler" not in key)  # of encoders, and not measured
     if missing:
         raise ModelError(

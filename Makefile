@@ -16,7 +16,7 @@ demo: $(VENV)/.compare
 test: $(VENV)/.ready lint docs
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not long"
 
-# what CI leaves out to stay below 20 minutes: ranks that stop, torchtitan's ranks, memory of long texts, back-copying,
+# what CI leaves out to stay below 20 minutes: GPTQ (it compiles code of its own), ranks that stop, torchtitan's ranks, memory of long texts, back-copying,
 # the server, the longest commands of the pages
 test-long: $(VENV)/.ready
 	$(BIN)/python -m pytest -m long

@@ -104,7 +104,7 @@ def settings(home, **changes):
     [
         ("hqq", (2, 4), (0.55, 0.12)),
         ("bnb", (4, 8), (0.12, 0.01)),
-        pytest.param("gptq", (2, 3), (0.8, 0.4), marks=pytest.mark.slow),
+        pytest.param("gptq", (2, 3), (0.8, 0.4), marks=[pytest.mark.slow, pytest.mark.long]),
     ],
 )
 def test_weights(home, tmp_path, method, bits, error, monkeypatch):

@@ -8,6 +8,7 @@ import torch
 
 transformers = pytest.importorskip("transformers")
 
+from small_models import DIMS, VISION  # noqa: E402
 from transformers import PreTrainedTokenizerFast  # noqa: E402
 
 from softpick.analysis.audit import AuditError, AuditSettings, audit  # noqa: E402
@@ -20,22 +21,6 @@ from softpick.experiment.samples import Source, synthetic_image, synthetic_sound
 from softpick.training.data import train_tokenizer  # noqa: E402
 
 TEXT = "the cat sat on a mat and the dog saw it run over the hill to the red barn " * 60
-DIMS = {
-    "d_model": 32,
-    "encoder_layers": 2,
-    "decoder_layers": 2,
-    "encoder_attention_heads": 4,
-    "decoder_attention_heads": 4,
-}
-DIMS |= {"encoder_ffn_dim": 48, "decoder_ffn_dim": 48, "init_std": 0.3}
-VISION = {
-    "hidden_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "intermediate_size": 48,
-    "initializer_range": 0.3,
-}
-VISION |= {"image_size": 32, "patch_size": 8}
 
 
 @pytest.fixture(scope="module")

@@ -7,6 +7,9 @@ import torch
 
 transformers = pytest.importorskip("transformers")
 
+from small_models import DIMS as TWO_LAYERS  # noqa: E402
+from small_models import VISION  # noqa: E402
+
 from softpick.analysis import calls, metrics  # noqa: E402
 from softpick.analysis.capture import attention_maps, measure, measure_parts, part_positions  # noqa: E402
 from softpick.analysis.metrics import Meter  # noqa: E402
@@ -17,22 +20,7 @@ from softpick.integrations.transformers import register  # noqa: E402
 register()
 T, TD = 24, 20
 SMALL = {"vocab_size": 60, "pad_token_id": 0, "eos_token_id": 2, "decoder_start_token_id": 1}
-DIMS = {
-    "d_model": 32,
-    "encoder_layers": 2,
-    "decoder_layers": 3,
-    "encoder_attention_heads": 4,
-    "decoder_attention_heads": 4,
-}
-DIMS |= {"encoder_ffn_dim": 48, "decoder_ffn_dim": 48, "init_std": 0.3}
-VISION = {
-    "hidden_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "intermediate_size": 48,
-    "initializer_range": 0.3,
-}
-VISION |= {"image_size": 32, "patch_size": 8}
+DIMS = TWO_LAYERS | {"decoder_layers": 3}
 
 
 def made(kind, config, implementation="eager"):

@@ -30,18 +30,21 @@ def run(*arguments, **options):
 # Start-up
 
 
+# what softpick's subjects stand on, each of which takes longer to import than to print a help text
+SLOW = ("torch", "numpy", "transformers", "tokenizers", "safetensors", "accelerate", "huggingface_hub", "datasets")
+SLOW += ("matplotlib", "pyarrow", "lm_eval", "fastapi", "torchao", "triton")
+
+
 @pytest.mark.parametrize("arguments", ["--version", "--help", "train --help", "compare --help", "quantize --help"])
-def test_help_and_version_need_no_torch(arguments):
+def test_help_and_version_import_nothing_slow(arguments):
     code = (
-        "import resource, sys\n"
-        "sys.modules['torch'] = None\n"  # an import would raise
+        "import sys\n"
+        f"sys.modules.update(dict.fromkeys({SLOW}))\n"  # an import would raise
         "from softpick.cli import main\n"
         "try:\n"
         f"    main({arguments.split()})\n"
         "except SystemExit as stop:\n"
         "    assert not stop.code, stop.code\n"
-        "used = resource.getrusage(resource.RUSAGE_SELF)\n"
-        "assert used.ru_utime + used.ru_stime < 0.6, used\n"  # 0.1 to 0.2 on an idle machine; torch alone takes 1.5
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=100)
     assert done.returncode == 0, done.stderr

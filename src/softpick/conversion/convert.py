@@ -463,6 +463,9 @@ def peak_memory(device: str) -> float:
     """GiB: of the GPU's memory what was allocated at most, else of the process what was resident at most."""
     if device.startswith("cuda"):
         return round(torch.cuda.max_memory_allocated() / 2**30, 2)
+    if sys.platform == "linux":  # getrusage would count the process that started this one, too
+        (line,) = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM:")]
+        return round(int(line.split()[1]) / 2**20, 2)
     unit = 1 if sys.platform == "darwin" else 1024
     return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30, 2)
 

@@ -136,7 +136,7 @@ def _sweep(
 
 @triton.jit(do_not_specialize=["kv_heads", "tq", "tk", "left", "right", "chunk", "t_b", "pages"])
 def decode_split(
-    query, key, value, part_out, part_total, part_m, mask, lengths, table,
+    query, key, value, partial_out, partial_total, partial_m, mask, lengths, table,
     q_b, q_h, q_t, q_d, k_b, k_h, k_t, k_d, v_b, v_h, v_t, v_d, m_b, m_h, m_q, m_k, t_b,
     kv_heads, groups, tq, tk, width, v_width, left, right, unit, softcap, chunk, pages,
     BASE: tl.constexpr, RECTIFY: tl.constexpr, ABSOLUTE: tl.constexpr, CONSTANT: tl.constexpr,
@@ -224,10 +224,10 @@ def decode_split(
         acc *= 1.0 / FP16_SCALE
     if not exponential(BASE):  # sums are not relative to anything
         m = tl.zeros([BLOCK_M], tl.float32)
-    part = ((b * kv_heads + kv) * tl.num_programs(0) + split) * BLOCK_M + r
-    tl.store(part_total + part, total, mask=rows)
-    tl.store(part_m + part, m, mask=rows)
-    tl.store(part_out + part[:, None] * BLOCK_DV + dv[None, :], acc, mask=rows[:, None])
+    slot = ((b * kv_heads + kv) * tl.num_programs(0) + split) * BLOCK_M + r
+    tl.store(partial_total + slot, total, mask=rows)
+    tl.store(partial_m + slot, m, mask=rows)
+    tl.store(partial_out + slot[:, None] * BLOCK_DV + dv[None, :], acc, mask=rows[:, None])
 
 
 @triton.jit
@@ -299,14 +299,15 @@ def share_of(tiles, programs, fewest):
 
 
 @triton.jit
-def _add_parts(
-    high, one, o, p, first, parts, r, dv, part_out, part_total, part_m, BLOCK_M: tl.constexpr, BLOCK_DV: tl.constexpr
-):
+def _add_partials(
+    high, one, o, p, first, partials, r, dv, partial_out, partial_total, partial_m,
+    BLOCK_M: tl.constexpr, BLOCK_DV: tl.constexpr,
+):  # fmt: skip
     """Add partial results ``p`` of row ``r`` to the sum ``one`` and the numerator ``o``, relative to the highest anchor."""
-    part = (first + p) * BLOCK_M + r
-    m = tl.load(part_m + part, mask=p < parts, other=-INF)
-    total = tl.load(part_total + part, mask=p < parts, other=0.0)
-    acc = tl.load(part_out + part[:, None] * BLOCK_DV + dv[None, :], mask=(p < parts)[:, None], other=0.0)
+    slot = (first + p) * BLOCK_M + r
+    m = tl.load(partial_m + slot, mask=p < partials, other=-INF)
+    total = tl.load(partial_total + slot, mask=p < partials, other=0.0)
+    acc = tl.load(partial_out + slot[:, None] * BLOCK_DV + dv[None, :], mask=(p < partials)[:, None], other=0.0)
     top = tl.maximum(high, tl.max(m, 0))
     fresh = tl.where(top == -INF, 0.0, top)
     factor, old = tl.exp2(m - fresh), tl.exp2(high - fresh)
@@ -327,16 +328,16 @@ def anchored(m, total, logit, eps):
 
 @triton.jit(do_not_specialize=["sequences", "kv_heads", "tq", "tk", "left", "right", "splits", "fewest"])
 def decode_merge(
-    part_out, part_total, part_m, sink, lengths, out, lse, o_b, o_h, o_t, o_d, l_b, l_h, l_t,
+    partial_out, partial_total, partial_m, sink, lengths, out, lse, o_b, o_h, o_t, o_d, l_b, l_h, l_t,
     sequences, kv_heads, groups, tq, tk, v_width, left, right, splits, fewest, eps,
     BASE: tl.constexpr, CONSTANT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_DV: tl.constexpr,
-    COLUMNS: tl.constexpr, PARTS: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, BOTTOM_RIGHT: tl.constexpr,
+    COLUMNS: tl.constexpr, PARTIALS: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, BOTTOM_RIGHT: tl.constexpr,
     LENGTHS: tl.constexpr, SHARED: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """Merge partial results, each relative to its ``m``, in the order of the keys.
 
-    Every sequence and key head has ``splits`` of them, PARTS or fewer; with SHARED, ``splits`` programs shared all key tiles
-    (``hopper/decode.py``), and what they left is added PARTS at a time. Grid: (queries times blocks of COLUMNS, heads, B).
+    Every sequence and key head has ``splits`` of them, PARTIALS or fewer; with SHARED, ``splits`` programs shared all key tiles
+    (``hopper/decode.py``), and what they left is added PARTIALS at a time. Grid: (queries times blocks of COLUMNS, heads, B).
     """
     i, h, b = tl.program_id(0) % tq, tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
     kv, r = h // groups, (h % groups) * tq + i
@@ -350,22 +351,24 @@ def decode_merge(
         share = share_of(tiles * kv_heads, splits, fewest)
         position = before * kv_heads + kv * n
         first = b * kv_heads + kv + position // share
-        parts = tl.where(n > 0, (position + n - 1) // share - position // share + 1, 0)
+        partials = tl.where(n > 0, (position + n - 1) // share - position // share + 1, 0)
     else:
-        first, parts = (b * kv_heads + kv) * splits, splits
+        first, partials = (b * kv_heads + kv) * splits, splits
     if EARLY:
         gdc_wait()
     dv = tl.program_id(0) // tq * COLUMNS + tl.arange(0, COLUMNS)
     high, one, o = tl.full([], -INF, tl.float32), tl.full([], 0.0, tl.float32), tl.zeros([COLUMNS], tl.float32)
     if SHARED:
-        for p in range(0, parts, PARTS):
-            high, one, o = _add_parts(
-                high, one, o, p + tl.arange(0, PARTS), first, parts, r, dv, part_out, part_total, part_m, BLOCK_M, BLOCK_DV
+        for p in range(0, partials, PARTIALS):
+            high, one, o = _add_partials(
+                high, one, o, p + tl.arange(0, PARTIALS), first, partials, r, dv,
+                partial_out, partial_total, partial_m, BLOCK_M, BLOCK_DV,
             )  # fmt: skip
     else:
-        high, one, o = _add_parts(
-            high, one, o, tl.arange(0, PARTS), first, parts, r, dv, part_out, part_total, part_m, BLOCK_M, BLOCK_DV
-        )
+        high, one, o = _add_partials(
+            high, one, o, tl.arange(0, PARTIALS), first, partials, r, dv,
+            partial_out, partial_total, partial_m, BLOCK_M, BLOCK_DV,
+        )  # fmt: skip
     if CONSTANT == SINK:
         logit = tl.load(sink + h).to(tl.float32) * LOG2E
         high, one, factor = anchored(tl.where(one == 0, -INF, high), one, logit, eps)

@@ -128,13 +128,14 @@ def _decode(
         plan = _plan(kind, tile, query, kv_heads, tk)
     pairs, splits = b * kv_heads, plan.splits
     shape = (0 if plan.whole else pairs + splits if plan.shared else pairs * splits, plan.rows)
-    part_out = torch.empty(*shape, common["BLOCK_DV"], dtype=torch.float32, device=query.device)
-    part_total, part_m = (torch.empty(shape, dtype=torch.float32, device=query.device) for _ in range(2))
+    partial_out = torch.empty(*shape, common["BLOCK_DV"], dtype=torch.float32, device=query.device)
+    partial_total, partial_m = (torch.empty(shape, dtype=torch.float32, device=query.device) for _ in range(2))
     if for_hopper:
         run(
             dispatch.hopper.decode_keys, (splits,) if plan.shared else (splits, kv_heads, b),
             query, dispatch.hopper.tiles(key, [1, 1, schedule.n, common["BLOCK_D"]]),
-            dispatch.hopper.tiles(value, [1, 1, schedule.n, common["BLOCK_DV"]]), part_out, part_total, part_m, out, lse, sink,
+            dispatch.hopper.tiles(value, [1, 1, schedule.n, common["BLOCK_DV"]]),
+            partial_out, partial_total, partial_m, out, lse, sink,
             lengths, table, *query.stride(), *out.stride(), *lse.stride(), 0 if table is None else table.stride(0),
             b, kv_heads, groups, tq, tk, query.shape[-1], value.shape[-1],
             spec.left, spec.right, score_unit(spec), spec.softcap, spec.eps, plan.fewest, key.shape[0],
@@ -149,7 +150,7 @@ def _decode(
         pointer, mask_strides = mask_arguments(mask)
         run(
             decode_split, (splits, kv_heads, b),
-            query, key, value, part_out, part_total, part_m, pointer, lengths, table,
+            query, key, value, partial_out, partial_total, partial_m, pointer, lengths, table,
             *query.stride(), *key.stride(), *value.stride(), *mask_strides, 0 if table is None else table.stride(0),
             kv_heads, groups, tq, tk, query.shape[-1], value.shape[-1],
             spec.left, spec.right, score_unit(spec), spec.softcap, plan.chunk, key.shape[0],
@@ -161,10 +162,11 @@ def _decode(
     columns = min(128 if plan.shared else 32, common["BLOCK_DV"])
     run(
         decode_merge, (tq * cdiv(value.shape[-1], columns), heads, b),
-        part_out, part_total, part_m, sink, lengths, out, lse, *out.stride(), *lse.stride(),
+        partial_out, partial_total, partial_m, sink, lengths, out, lse, *out.stride(), *lse.stride(),
         b, kv_heads, groups, tq, tk, value.shape[-1], spec.left, spec.right, splits, plan.fewest, spec.eps,
         **{name: common[name] for name in ("BASE", "CONSTANT", "BLOCK_DV", "LEFT", "RIGHT", "BOTTOM_RIGHT")},
-        BLOCK_M=plan.rows, BLOCK_N=plan.block_n, COLUMNS=columns, PARTS=tuning.FEW_PARTS if plan.shared else power_of_2(splits),
+        BLOCK_M=plan.rows, BLOCK_N=plan.block_n, COLUMNS=columns,
+        PARTIALS=tuning.FEW_PARTIALS if plan.shared else power_of_2(splits),
         LENGTHS=lengths is not None, SHARED=plan.shared, EARLY=early, num_warps=4,
         **({"launch_pdl": True} if early else {}),
     )  # fmt: skip

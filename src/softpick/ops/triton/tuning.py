@@ -21,7 +21,7 @@ __all__ = [
     "FEWEST_SHARED",
     "FEWEST_TILES",
     "FEWEST_TOGETHER",
-    "FEW_PARTS",
+    "FEW_PARTIALS",
     "HOPPER",
     "HOPPER_DECODE",
     "HOPPER_FORWARD",
@@ -233,7 +233,7 @@ EVEN_SHARE = 0.95
 """If whole pairs of sequence and key head fill at least this share of the resident programs, none is split: no merge."""
 MOST_PARTS = 256
 """Partial results of a sequence and key head, at most: the merge holds them at once."""
-FEW_PARTS = 4
+FEW_PARTIALS = 4
 """Partial results that the merge reads at a time where programs share all sequences and heads: most pairs have one or two."""
 
 

@@ -206,7 +206,7 @@ def _largest(
 
 @gluon.jit
 def _take(
-    b, kv, lo, hi, count, filled, offset, part, seen, taken, room, tensors, strides, numbers,
+    b, kv, lo, hi, count, filled, offset, slot, seen, taken, room, tensors, strides, numbers,
     BASE: gl.constexpr, RECTIFY: gl.constexpr, ABSOLUTE: gl.constexpr, CONSTANT: gl.constexpr, BLOCK_M: gl.constexpr,
     BLOCK_N: gl.constexpr, BLOCK_D: gl.constexpr, BLOCK_DV: gl.constexpr, STAGES: gl.constexpr, VALUES: gl.constexpr,
     LEFT: gl.constexpr, RIGHT: gl.constexpr, SOFTCAP: gl.constexpr, PAGE: gl.constexpr, LENGTHS: gl.constexpr,
@@ -217,7 +217,7 @@ def _take(
     ``seen`` key tiles and ``taken`` value tiles came through the rings before; returns how many have now.
     """
     q, keys, values, weights, ready, arrived = room
-    query, key_tiles, value_tiles, part_out, part_total, part_m, out, lse, sink, table = tensors
+    query, key_tiles, value_tiles, partial_out, partial_total, partial_m, out, lse, sink, table = tensors
     q_b, q_h, q_t, q_d, o_b, o_h, o_t, o_d, l_b, l_h, l_t, t_b = strides
     groups, tq, width, v_width, left, right, unit, softcap, eps, pages = numbers
     s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [num_warps, 1], [16, BLOCK_M, 16])
@@ -287,7 +287,7 @@ def _take(
             PAGE, LENGTHS, SKIP, True, s_layout, o_layout, num_warps,
         )  # fmt: skip
         seen += count
-    elif not ANCHORED:  # a part without keys says nothing about the largest score
+    elif not ANCHORED:  # a split without keys says nothing about the largest score
         m = gl.where(sees, 0.0, -INF)
     d = gl.arange(0, BLOCK_DV, layout=gl.SliceLayout(1, o_layout))
     if WHOLE:  # as the merge
@@ -310,18 +310,18 @@ def _take(
         inside = (r < groups * tq)[None, :] & (d < v_width)[:, None]
         gl.store(out + at[None, :] + d[:, None] * o_d, acc.to(out.dtype.element_ty), mask=inside)
     else:
-        part *= BLOCK_M
-        gl.store(part_total + part + r, total, mask=rows)
-        gl.store(part_m + part + r, m, mask=rows)
+        slot *= BLOCK_M
+        gl.store(partial_total + slot + r, total, mask=rows)
+        gl.store(partial_m + slot + r, m, mask=rows)
         r = gl.arange(0, BLOCK_M, layout=gl.SliceLayout(0, o_layout))
-        at = part_out + part * BLOCK_DV + r[None, :] * BLOCK_DV + d[:, None]
+        at = partial_out + slot * BLOCK_DV + r[None, :] * BLOCK_DV + d[:, None]
         gl.store(at, acc, mask=(r < groups * tq)[None, :] & (d < BLOCK_DV)[:, None])
     return seen, taken
 
 
 @gluon.jit(do_not_specialize=["sequences", "kv_heads", "tq", "tk", "left", "right", "fewest", "t_b", "pages"])
 def decode_keys(
-    query, key_tiles, value_tiles, part_out, part_total, part_m, out, lse, sink, lengths, table,
+    query, key_tiles, value_tiles, partial_out, partial_total, partial_m, out, lse, sink, lengths, table,
     q_b, q_h, q_t, q_d, o_b, o_h, o_t, o_d, l_b, l_h, l_t, t_b,
     sequences, kv_heads, groups, tq, tk, width, v_width, left, right, unit, softcap, eps, fewest, pages,
     BASE: gl.constexpr, RECTIFY: gl.constexpr, ABSOLUTE: gl.constexpr, CONSTANT: gl.constexpr,
@@ -356,7 +356,7 @@ def decode_keys(
     for stage in gl.static_range(VALUES):
         mbarrier.init(arrived.index(stage), count=1)
     room = (q, keys, values, weights, ready, arrived)
-    tensors = (query, key_tiles, value_tiles, part_out, part_total, part_m, out, lse, sink, table)
+    tensors = (query, key_tiles, value_tiles, partial_out, partial_total, partial_m, out, lse, sink, table)
     strides = (q_b, q_h, q_t, q_d, o_b, o_h, o_t, o_d, l_b, l_h, l_t, t_b)
     numbers = (groups, tq, width, v_width, left, right, unit, softcap, eps, pages)
     if SHARED:
@@ -394,9 +394,9 @@ def decode_keys(
             kv, first = rest // tiles, rest % tiles
             count = gl.minimum(tiles - first, end - position)
             lo += first * BLOCK_N
-            part = b.to(gl.int64) * kv_heads + kv + program
+            slot = b.to(gl.int64) * kv_heads + kv + program
             seen, taken = _take(
-                b, kv, lo, gl.minimum(hi, lo + count * BLOCK_N), count, filled, offset, part,
+                b, kv, lo, gl.minimum(hi, lo + count * BLOCK_N), count, filled, offset, slot,
                 seen, taken, room, tensors, strides, numbers,
                 BASE, RECTIFY, ABSOLUTE, CONSTANT, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, STAGES, VALUES, LEFT, RIGHT, SOFTCAP,
                 PAGE, LENGTHS, SKIP, WHOLE, num_warps,
@@ -410,9 +410,9 @@ def decode_keys(
         share = gl.cdiv(tiles, gl.num_programs(0))
         count = gl.maximum(0, gl.minimum(tiles - split * share, share))
         lo += split * share * BLOCK_N
-        part = (b.to(gl.int64) * kv_heads + kv) * gl.num_programs(0) + split
+        slot = (b.to(gl.int64) * kv_heads + kv) * gl.num_programs(0) + split
         _take(
-            b, kv, lo, gl.minimum(hi, lo + count * BLOCK_N), count, filled, offset, part,
+            b, kv, lo, gl.minimum(hi, lo + count * BLOCK_N), count, filled, offset, slot,
             0, 0, room, tensors, strides, numbers,
             BASE, RECTIFY, ABSOLUTE, CONSTANT, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, STAGES, VALUES, LEFT, RIGHT, SOFTCAP,
             PAGE, LENGTHS, SKIP, WHOLE, num_warps,

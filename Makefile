@@ -5,7 +5,9 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 VLLM := .vllm
-# modules are compiled when they are first imported, most never are: half of the time of an installation
+# Modules are compiled when they are first imported (most never are), which halves the time of an installation. What was
+# compiled has to be kept, or every process of the tests compiles it again, which doubles the time of the tests.
+unexport PYTHONDONTWRITEBYTECODE
 PIP = $(BIN)/pip install --quiet --disable-pip-version-check --no-compile
 
 .PHONY: demo test test-long test-real lint docs bench matrix mutants versions extras serving-test vllm-test gguf-test package hub-kernel clean

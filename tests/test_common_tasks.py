@@ -133,6 +133,7 @@ print(*(kernel.file for kernel in explain_backend(*leaves, is_causal=True, backe
 """
 
 
+@pytest.mark.thinned(every=3)
 @pytest.mark.parametrize("fault", [None, *FAULTS])
 def test_mend_a_wrong_gpu_result(copy, fault):
     """Triton's interpreter shows a fault, and its file is one of those that the task and explain_backend name."""

@@ -50,6 +50,7 @@ CALLS = {
 }
 
 
+@pytest.mark.thinned
 @pytest.mark.parametrize("dynamic", [None, True])
 @pytest.mark.parametrize("call", CALLS)
 def test_one_graph(call, dynamic):

@@ -85,6 +85,7 @@ EXACT = {case: options for case, options in cases().items() if options["dtype"] 
 LOW = {case: options for case, options in cases().items() if options["dtype"] != "float64"}
 
 
+@pytest.mark.thinned(every=3)
 @pytest.mark.slow
 @pytest.mark.parametrize("case", EXACT)
 def test_rings_are_exact_in_fp64(ranks, case):

@@ -179,9 +179,13 @@ LONG = {
     "docs/training.md",
     "docs/performance.md: python benchmarks/attention_cpu.py",
     "docs/quantization.md: softpick compare --seeds 0,1,2 --output runs/demo",
+    "docs/convert.md: softpick convert MODEL --recipe radlads_small --da",
+    "docs/results.md: softpick grid sinks_h200 data=sinks_text --normali",
     "docs/results.md: torchrun --nproc-per-node 2 -m softpick train pape",
     "docs/serving.md: python benchmarks/serving.py --output benchmarks/r",
+    "docs/training.md: softpick grid sinks_h200 data=sinks_text --normali",
     "docs/training.md: torchrun --nproc-per-node 2 -m softpick train tiny",
+    "docs/tutorials/pretrain-and-compare.md: python examples/pretrain_and_compare.py",
     "docs/tutorials/quantizes-badly.md: python examples/quantizes_badly.py MODEL",
 }
 

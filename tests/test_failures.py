@@ -110,6 +110,7 @@ def test_an_output_that_is_full(arguments):
     assert len(done.stderr.splitlines()) == 1
 
 
+@pytest.mark.thinned
 @pytest.mark.parametrize("closed", [">&-", "2>&-", "<&-", ">&- 2>&-", "<&- >&- 2>&-"])
 @pytest.mark.parametrize(
     ("arguments", "code"),

@@ -70,6 +70,7 @@ def tangents_of(inputs):
 # -------------------------------------------------------------------------------------------------- forward mode
 
 
+@pytest.mark.thinned
 @pytest.mark.parametrize("name", SMOOTH)
 @pytest.mark.parametrize("backend", ["auto", "reference"])
 @pytest.mark.parametrize("how", ["jvp", "linearize", "dual numbers", "dual number of one input"])

@@ -76,6 +76,7 @@ def test_the_reason_of_a_compiler_is_said():
         kernel_cache.run(Broken(CompilerError()), (1,))
 
 
+@pytest.mark.thinned
 @pytest.mark.parametrize("error", ERRORS, ids=lambda e: type(e).__name__)
 @pytest.mark.parametrize(
     "kernel", ["attention_forward", "row_statistics", "attention_backward_keys", "attention_backward_queries"]

@@ -77,6 +77,7 @@ def test_there_are_samples():
     assert {(3, 3, 3), (4, 4, 4), (3, 4, 4)} <= ranks  # also a query of fewer dimensions than the key
 
 
+@pytest.mark.thinned
 @pytest.mark.parametrize("index", range(len(attention_samples())))
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_softmax_attention_is_torchs(backend, index):
@@ -91,6 +92,7 @@ def test_softmax_attention_is_torchs(backend, index):
     compared(got, torch_attention(*others, **options), leaves, others, dtype)
 
 
+@pytest.mark.thinned
 @pytest.mark.parametrize("index", range(len(attention_samples())))
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_softpick_attention_is_the_oracles(backend, index):

@@ -54,8 +54,8 @@ def one_rank(corpus, tmp_path_factory):
     ("change", "as_gpus"),
     [
         ({"parallel": "ddp", "micro_batch_size": 2, "document_mask": True}, False),
-        ({"parallel": "fsdp", "micro_batch_size": 2}, True),
-        ({"tensor_parallel": 2}, True),
+        pytest.param({"parallel": "fsdp", "micro_batch_size": 2}, True, marks=pytest.mark.long),
+        pytest.param({"tensor_parallel": 2}, True, marks=pytest.mark.long),
     ],
     ids=["ddp", "fsdp", "tensor_parallel"],
 )

@@ -148,6 +148,7 @@ def test_pooling_and_routing_are_no_attention():
 # Masks and causality, by family: some compute with the mask, some never say that they are causal
 
 
+@pytest.mark.thinned(every=3)
 @pytest.mark.parametrize(
     "model_type",
     [

@@ -83,6 +83,7 @@ def check(name, q, k, v, mask=None, sink=None, tolerance=1e-5, **options):
 # ------------------------------------------------------------------------------------------------------------ attention
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize("pattern", PATTERNS)
 @pytest.mark.parametrize("name", NAMES)
 def test_matches_the_oracle_forward_and_backward(name, pattern, poisoned):
@@ -118,6 +119,7 @@ def test_matches_the_oracle_forward_and_backward(name, pattern, poisoned):
     close(got.max_score, stats.max_score)
 
 
+@pytest.mark.thinned
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize(("tq", "tk"), [(1, 1), (1, 40), (33, 1), (16, 32), (5, 0), (0, 5)], ids=lambda t: str(t))
 def test_awkward_lengths(name, tq, tk, poisoned):
@@ -126,6 +128,7 @@ def test_awkward_lengths(name, tq, tk, poisoned):
     check(name, q, k, v, sink=sink, is_causal=True, causal_alignment="bottom_right")
 
 
+@pytest.mark.thinned
 @pytest.mark.parametrize("name", ["softpick", "linear_softpick"])
 @pytest.mark.parametrize(("d", "dv"), [(80, 5), (5, 80), (16, 16), (1, 1)])
 def test_head_dimensions_and_groups(name, d, dv, poisoned):
@@ -204,6 +207,7 @@ def test_half_precision_inputs():
     assert got.lse.dtype == torch.float32
 
 
+@pytest.mark.thinned
 @pytest.mark.parametrize("name", [n for n in NAMES if NORMALIZERS[n].exponential])
 @pytest.mark.parametrize("scale", [0.3, 60.0], ids=["as hoped", "overflow"])
 def test_without_a_running_maximum(name, scale, monkeypatch, poisoned):
@@ -245,6 +249,7 @@ def test_fp16_at_tiny_scores(name, poisoned):
         assert g.isfinite().all()
 
 
+@pytest.mark.thinned
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("scale", [0.01, 100.0])
 def test_fp16_from_small_to_large_scores(name, scale, poisoned):
@@ -281,6 +286,7 @@ def test_dropping_everything():
 # ----------------------------------------------------------------------------------------------------- packed sequences
 
 
+@pytest.mark.thinned
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("causal", [False, True])
 def test_packed_sequences_equal_separate_ones(name, causal, poisoned):
@@ -340,6 +346,7 @@ def test_dropout():
     assert torch.equal(scaled_dot_product_attention(q, k, v, dropout_p=0.25, **options), dropped[0])
 
 
+@pytest.mark.thinned(every=3)
 @pytest.mark.parametrize("name", NAMES)
 def test_dropout_gradient_uses_the_same_mask(name):
     q, k, _ = make(b=1, h=2, hkv=2, tq=18, tk=20)
@@ -393,6 +400,7 @@ def paged(x, page):
     return pages, order.view(b, count).int()
 
 
+@pytest.mark.thinned
 @pytest.mark.parametrize("case", CACHES)
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("backend", ["triton", "reference"])
@@ -481,6 +489,7 @@ def test_arguments_that_mean_the_same_to_a_kernel():
     assert _meaning(None) is None
 
 
+@pytest.mark.thinned
 @pytest.mark.parametrize("pattern", PATTERNS)
 @pytest.mark.parametrize("name", KINDS.values())
 def test_few_queries_without_gradient_are_decoded(name, pattern, monkeypatch, poisoned):

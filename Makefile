@@ -18,10 +18,10 @@ demo: $(VENV)/.compare
 test: $(VENV)/.ready lint docs
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not long"
 
-# what CI leaves out to stay below 20 minutes: GPTQ (it compiles code of its own), ranks that stop, torchtitan's ranks, memory of long texts, back-copying,
-# the server, the longest commands of the pages
+# what CI leaves out to stay below 20 minutes: most cases of large families, GPTQ, several ranks, the server, memory of long texts,
+# the longest commands of the pages
 test-long: $(VENV)/.ready
-	$(BIN)/python -m pytest -m long
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m long
 
 lint: $(VENV)/.ready
 	$(BIN)/ruff check .

@@ -24,13 +24,13 @@ def thin(cases, times=1, every=0):
     """Some cases of a parametrized test: those in which every value of every parameter occurs ``times``, or every n-th case."""
     if every:
         return cases[::every]
-    kept, rest = [], list(cases)
+    values = {case: {(name, id(value)) for name, value in case.callspec.params.items()} for case in cases}
+    kept = []
     for _ in range(times):
-        unseen = {value for case in rest for value in case.callspec.indices.items()}
+        unseen = set().union(*values.values())
         while unseen:
-            best = max(rest, key=lambda case: len(unseen & set(case.callspec.indices.items())))
-            unseen -= set(best.callspec.indices.items())
-            rest.remove(best)
+            best = max(values, key=lambda case: len(unseen & values[case]))
+            unseen -= values.pop(best)
             kept.append(best)
     return kept
 
@@ -42,9 +42,9 @@ def pytest_collection_modifyitems(items):
         if mark := item.get_closest_marker("thinned"):
             families.setdefault(item.nodeid.split("[")[0], (mark, []))[1].append(item)
     for mark, cases in families.values():
-        kept = {id(case) for case in thin(cases, *mark.args, **mark.kwargs)}
+        kept = set(thin(cases, *mark.args, **mark.kwargs))
         for case in cases:
-            if id(case) not in kept:
+            if case not in kept:
                 case.add_marker("long")
     if not torch.cuda.is_available():
         for item in items:

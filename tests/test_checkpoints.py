@@ -113,6 +113,7 @@ def test_a_part_of_a_composite_model_marks_the_whole():
     )
 
 
+@pytest.mark.thinned(every=3)
 @pytest.mark.parametrize("argument", ["", ", attn_implementation=None", ", attn_implementation='sdpa'"])
 def test_transformers_without_softpick_refuses(argument, tmp_path):
     build("llama", "softpick")[0].save_pretrained(tmp_path)
@@ -134,6 +135,7 @@ def test_the_trainer_saves_marked_checkpoints(tmp_path):
     assert normalizer_of(auto.from_pretrained(tmp_path / "checkpoint-1")) == "softpick"
 
 
+@pytest.mark.long
 def test_the_hub_gets_marked_checkpoints(monkeypatch):
     """``push_to_hub`` of a model saves it into a folder and uploads that."""
     hub, seen = transformers.utils.hub, []

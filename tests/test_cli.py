@@ -187,6 +187,7 @@ def test_interrupt_through_the_request_and_resume(finished, corpus, tmp_path):
         assert {k: v for k, v in a.items() if k != "seconds"} == {k: v for k, v in b.items() if k != "seconds"}
 
 
+@pytest.mark.long
 def test_backcopy_runs(corpus, tmp_path):
     tiny = TINY | {"steps": 20}
     result = invoke("compare", "--task", "backcopy", "--data", corpus, "--output", tmp_path / "run", *flags(tiny))

@@ -78,6 +78,7 @@ def test_prints_a_table_and_writes_report_and_figures(finished):
     assert results["meta"]["sequence_length"] == 16
 
 
+@pytest.mark.long
 def test_checkpoints_load_after_one_import(finished):
     output, _ = finished
     for name in ("softpick", "learned_sink"):
@@ -104,6 +105,7 @@ def test_a_finished_run_is_not_trained_again_and_other_settings_are_refused(fini
     assert "steps" in printed
 
 
+@pytest.mark.long
 def test_ctrl_c_leaves_a_run_that_resumes_to_the_same_figures(corpus, finished, tmp_path):
     output = tmp_path / "interrupted"
     arguments = (

@@ -95,6 +95,7 @@ def calls(monkeypatch):
     return found
 
 
+@pytest.mark.thinned(every=2)
 @pytest.mark.parametrize(
     ("family", "name", "pages"),
     [

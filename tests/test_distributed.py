@@ -167,6 +167,7 @@ def test_one_rank_is_plain_attention(alone, name):
         torch.testing.assert_close(x, y)
 
 
+@pytest.mark.thinned(every=2)
 @pytest.mark.skipif(not interpreted(), reason="runs the GPU kernels in Triton's interpreter")
 @pytest.mark.parametrize("name", ["softmax", "softpick", "learned_sink", "linear_softpick"])
 def test_parts_of_the_gpu_kernels(name):

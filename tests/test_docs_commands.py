@@ -173,12 +173,17 @@ SHELL_BLOCKS = blocks(*SHELL)
 # Take more than about ten seconds on an idle machine: `make test-long` runs them
 LONG = {
     "docs/compare.md",
+    "docs/serving.md",
+    "docs/tutorials/first-model.md",
     "docs/compare.md: softpick normalizers",
     "docs/evaluation.md",
     "docs/quantization.md",
     "docs/training.md",
+    "docs/transformers.md",
     "docs/performance.md: python benchmarks/attention_cpu.py",
     "docs/quantization.md: softpick compare --seeds 0,1,2 --output runs/demo",
+    "docs/evaluation.md: python benchmarks/passkey_text.py passkey.jsonl",
+    "docs/evaluation.md: softpick train tiny_cpu normalizer=softmax --outpu",
     "docs/convert.md: softpick convert MODEL --recipe radlads_small --da",
     "docs/results.md: softpick grid sinks_h200 data=sinks_text --normali",
     "docs/results.md: torchrun --nproc-per-node 2 -m softpick train pape",

@@ -145,6 +145,7 @@ def test_files_do_not_take_the_place_of_a_closed_stream(tmp_path, closed):
     assert (tmp_path / "file").read_text() == "True"
 
 
+@pytest.mark.thinned(every=2)
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1", "cp1252"])
 def test_a_terminal_that_knows_few_characters(encoding):
     done = run("normalizers", env=os.environ | {"PYTHONIOENCODING": encoding})
@@ -369,6 +370,7 @@ def test_metrics_that_are_damaged(tmp_path):
                 call()
 
 
+@pytest.mark.long
 def test_warnings_of_softpick_are_one_line(tmp_path):
     (tmp_path / "a.txt").write_text("x" * 100)
     (tmp_path / "b.docx").write_text("x")

@@ -224,6 +224,7 @@ def test_shares(whole, recipe, tmp_path):
         grid(recipe, VARIANTS, (0,), tmp_path, device="cpu", share=(3, 2))
 
 
+@pytest.mark.long
 def test_killed_in_the_middle(whole, recipe, tmp_path):
     """SIGKILL in the second run: the first is not repeated, the second goes on, and the rows are those of a whole grid."""
     recipe_fields = [f"{k}={v}" for k, v in recipe.to_json().items() if k not in ("name", "seed") and v is not None]

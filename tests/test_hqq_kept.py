@@ -52,6 +52,7 @@ def job(request, tmp_path):
     return Job(subject, 4, 32, torch.zeros(1, 4, dtype=torch.long), tmp_path / "made", Silent())
 
 
+@pytest.mark.thinned(every=2)
 def test_what_was_saved_is_what_was_measured(job):
     made = quantize_weights("hqq", job)
     loaded = load_hqq(job.folder)

@@ -79,7 +79,7 @@ def test_rows_whose_exponentials_underflow(text, level, sink):
         check(record, out, leaves, logits, torch.randn_like(out), tolerance=2.0**-20)
 
 
-@pytest.mark.thinned(every=3)
+@pytest.mark.thinned(every=6)
 @pytest.mark.skipif(not interpreted(), reason="runs the GPU kernels in Triton's interpreter")
 @pytest.mark.parametrize("text", TEXTS)
 def test_every_record_in_the_kernels(text):

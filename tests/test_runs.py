@@ -127,6 +127,7 @@ def as_version_01(run):
 # train: checkpoints
 
 
+@pytest.mark.thinned(every=2)
 @pytest.mark.parametrize(
     ("name", "damage"),
     [
@@ -217,6 +218,7 @@ def test_what_this_run_did_not_write_is_not_used(run, recipe, name):
         train(recipe, run, device="cpu")
 
 
+@pytest.mark.thinned(every=2)
 @pytest.mark.parametrize("moment", ["config.json", "train.tokens", "old tokens"])
 @pytest.mark.parametrize("data", ["other folder", "other text", "same"])
 def test_killed_before_it_had_its_data_then_other_data(home, tmp_path, recipe, whole, monkeypatch, moment, data):
@@ -427,6 +429,6 @@ def test_audits_forget_their_own_files_only(compared, tmp_path):
 def test_killed_commands_lose_nothing():
     """The short form of ``python tests/kill_commands.py --kills 200``."""
     script = Path(__file__).parent / "kill_commands.py"
-    done = subprocess.run([sys.executable, str(script), "--kills", "10", "--seed", "5"], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, str(script), "--kills", "4", "--seed", "5"], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     assert ", 0 with a loss" in done.stdout

@@ -108,6 +108,7 @@ def test_softpick_attention_is_the_oracles(backend, index):
     compared(got, want.view(*lead, *want.shape[-2:]), leaves, others, dtype)
 
 
+@pytest.mark.thinned(every=2)
 @pytest.mark.parametrize(
     "shapes", [((4, 3), (2, 5, 4, 3), (4, 3)), ((5, 4, 3), (4, 3), (2, 5, 4, 3)), ((2, 1, 4, 3), (5, 4, 3), (4, 3))]
 )

@@ -290,6 +290,7 @@ class _Entered:
         return None
 
 
+@pytest.mark.thinned(every=2)
 @pytest.mark.parametrize("normalizer", NORMALIZERS)
 def test_every_normalizer_trains_and_its_model_loads(tmp_path, recipe, normalizer):
     result = train(replace(recipe, normalizer=normalizer), tmp_path, device="cpu")
@@ -367,6 +368,7 @@ def test_a_stopped_run_continues_bit_equal(tmp_path, recipe):
     assert seen == json.loads((tmp_path / "cut/results.json").read_text())
 
 
+@pytest.mark.long
 def test_killed_at_any_moment(tmp_path, recipe):
     """SIGKILL, wherever it strikes: the same command goes on, and the losses are those of a run that was never killed."""
     recipe = replace(recipe, steps=40, save_every=2, probe_every=0, evaluate_every=0)

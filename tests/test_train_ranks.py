@@ -49,13 +49,13 @@ def one_rank(corpus, tmp_path_factory):
     return run
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("change", "as_gpus"),
     [
         ({"parallel": "ddp", "micro_batch_size": 2, "document_mask": True}, False),
-        pytest.param({"parallel": "fsdp", "micro_batch_size": 2}, True, marks=pytest.mark.long),
-        pytest.param({"tensor_parallel": 2}, True, marks=pytest.mark.long),
+        ({"parallel": "fsdp", "micro_batch_size": 2}, True),
+        ({"tensor_parallel": 2}, True),
     ],
     ids=["ddp", "fsdp", "tensor_parallel"],
 )

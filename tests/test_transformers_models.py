@@ -91,6 +91,7 @@ PARTLY = {
 }
 
 
+@pytest.mark.thinned(every=2)
 @pytest.mark.parametrize("layer", PARTLY)
 def test_models_of_which_a_part_computes_softmax_are_refused_by_layer(layer):
     name, config = PARTLY[layer]
@@ -338,6 +339,7 @@ def test_a_configuration_may_ask_for_attentions(family, ids, tmp_path):
 # Compilation, models without memory, records of one's own
 
 
+@pytest.mark.thinned(every=2)
 @pytest.mark.parametrize("family", ["llama", "mistral", "gemma2", "t5"])
 def test_static_caches_compile_as_one_graph(family, ids):
     small = {**LLAMA, "num_key_value_heads": 2, "head_dim": 8, "sliding_window": 4}

@@ -224,7 +224,7 @@ def test_compiled(padded, ids):
 PADDED = ["llama", "mistral", "gemma2", "gemma3", "llama4", "gpt2", "olmo3"]
 
 
-@pytest.mark.thinned
+@pytest.mark.thinned(every=3)
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("family", PADDED)
 def test_left_padding_with_positions(family, compiled, ids):

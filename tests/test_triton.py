@@ -136,6 +136,7 @@ def test_head_dimensions_and_groups(name, d, dv, poisoned):
     check(name, q, k, v, is_causal=True)
 
 
+@pytest.mark.thinned(every=2)
 @pytest.mark.parametrize("layout", ["heads last", "every second", "expanded", "transposed head dim"])
 def test_strides(layout, poisoned):
     def strided(x):
@@ -286,7 +287,7 @@ def test_dropping_everything():
 # ----------------------------------------------------------------------------------------------------- packed sequences
 
 
-@pytest.mark.thinned
+@pytest.mark.thinned(every=3)
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("causal", [False, True])
 def test_packed_sequences_equal_separate_ones(name, causal, poisoned):

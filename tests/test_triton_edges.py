@@ -101,6 +101,7 @@ SUNK = {
 }
 
 
+@pytest.mark.thinned(every=2)
 @pytest.mark.parametrize("how", SUNK)
 def test_scores_and_sink_far_below_zero(how, monkeypatch):
     """More keys than a tile has, and sinks above, among and below the scores: nothing underflows. One head is ordinary."""

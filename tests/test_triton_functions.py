@@ -145,6 +145,7 @@ def test_rows_second_gradient(rows):
 # ------------------------------------------------------------------------------------------------------ torch machinery
 
 
+@pytest.mark.thinned(every=2)
 @pytest.mark.parametrize("pattern", ["causal", "additive"])
 def test_opcheck(pattern):
     q, k, v = make(tq=9, tk=13)
@@ -195,6 +196,7 @@ def test_opcheck_of_the_other_operators():
     )
 
 
+@pytest.mark.long
 def test_compiles_to_one_graph():
     q, k, v = make(tq=17)
     cu = torch.tensor([0, 9, 17], dtype=torch.int32)

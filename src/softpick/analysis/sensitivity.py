@@ -36,6 +36,7 @@ __all__ = ["REMEDIES", "SCHEMES", "Scheme", "cost", "group_of", "ignore_lists", 
 
 GROUP = 64  # neighbouring inputs that share a scale
 WORTH = 1.0  # percent of perplexity: what costs less needs no remedy
+SURE = 2.0  # standard errors: a change that is smaller is not told from none
 HOPELESS = 1000.0  # percent: such a scheme is not to be mended by a few layers
 STEPS = (1, 2, 4, 8, 16)  # layers that are kept in 16 bits, one after the other
 CHECKED = 4  # layers at the top of a ranking that are measured, each alone
@@ -346,6 +347,12 @@ def _spearman(a: Sequence[float], b: Sequence[float]) -> float | None:
     return found if math.isfinite(found) else None
 
 
+def costly(found: Mapping[str, float | None]) -> bool:
+    """Whether a change of perplexity asks for a remedy: more than ``WORTH`` percent and more than ``SURE`` standard errors."""
+    change, error = found["change_percent"], found["error_percent"]
+    return change is not None and change > max(WORTH, SURE * (error or 0.0))
+
+
 class _Measuring:
     """One model's losses under schemes, on the same few sequences."""
 
@@ -386,11 +393,10 @@ class _Measuring:
         for count in (n for n in STEPS if n < len(ranked)):
             names = ranked[:count]
             found = self.change(scheme, {name: m for name, m in self.layers.items() if name not in names})
-            left = found["change_percent"]
             share = 100.0 * sum(self.layers[name].weight.numel() for name in names) / total
             steps.append({"kept": count, "weights_percent": share} | found)
             bar()
-            if left is not None and left <= WORTH:
+            if found["change_percent"] is not None and not costly(found):
                 break
         known = [step for step in steps if step["change_percent"] is not None]
         best = min(known, key=lambda step: step["change_percent"], default=None)
@@ -476,8 +482,8 @@ def _measured(work: _Measuring, layers: list[dict[str, Any]], title: str) -> dic
             with quantized_cache(work.model, bits):
                 result["kv_cache"].append({"bits": bits} | work.compared())
             bar()
-    costly = [s for s in SCHEMES if (c := whole[s.name]["change_percent"]) is not None and WORTH < c < HOPELESS]
-    total = len(costly) * (CHECKED + len(STEPS) + len(REMEDIES))
+    to_mend = [s for s in SCHEMES if costly(whole[s.name]) and (whole[s.name]["change_percent"] or 0.0) < HOPELESS]
+    total = len(to_mend) * (CHECKED + len(STEPS) + len(REMEDIES))
     agreement: dict[str, float | None] = {}
     with work.reporter.progress(f"{title}: layers to keep, remedies", max(total, 1)) as progress:
         done = 0
@@ -487,7 +493,7 @@ def _measured(work: _Measuring, layers: list[dict[str, Any]], title: str) -> dic
             done += 1
             progress.update(min(done, max(total, 1)), None)
 
-        for scheme in costly:
+        for scheme in to_mend:
             by_cost = sorted(layers, key=lambda layer: -layer["schemes"][scheme.name]["estimate_percent"])
             for layer in by_cost[:CHECKED]:
                 name = layer["name"]

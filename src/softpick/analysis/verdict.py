@@ -234,7 +234,8 @@ def _outliers(run: Mapping[str, Any]) -> str | None:
     where = _first(run) if top["first_token_percent"] >= 99.5 else _token(run, top)
     writer = f", written by the {top['module']} of layer {top['rises']}" if top.get("module") else ""
     gone = f" and cancelled in layer {top['cancelled']}" if top.get("cancelled") is not None else ""
-    more = f" {len(events) - 1} more rows of channels and places are massive." if len(events) > 1 else ""
+    others = len(events) - 1
+    more = f" {others} more massive activation{' is' if others == 1 else 's are'} in the table." if others else ""
     return (
         f"Channel {top['channel']} of the residual stream is {top['value']:,.0f} on {where} from layer {top['from']} to "
         f"{top['to']}{writer}{gone}.{more} [Massive activations]"

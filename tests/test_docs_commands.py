@@ -53,6 +53,8 @@ TINY = {
     "python benchmarks/serving.py": "--requests 2 --new 4 --repetitions 1 --output rows",
 }
 TINY["torchrun --nproc-per-node 2 -m softpick train"] = TINY["softpick train"]
+# accelerate does not shard a model on the CPU; tests/test_train_ranks.py has FSDP2
+TINY["torchrun --nproc-per-node 2 -m softpick train paper_340m"] = TINY["softpick train"] + " parallel=ddp"
 # The same for blocks of Python, which take no options: what stands there, and what runs in its place.
 TINY_PYTHON = {
     "layers=4)": "data='text.txt', steps=3, layers=1, heads=2, width=16, batch_size=4, vocab_size=300)",

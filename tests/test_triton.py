@@ -287,7 +287,7 @@ def test_dropping_everything():
 # ----------------------------------------------------------------------------------------------------- packed sequences
 
 
-@pytest.mark.thinned(every=3)
+@pytest.mark.thinned(every=7)
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("causal", [False, True])
 def test_packed_sequences_equal_separate_ones(name, causal, poisoned):

@@ -1,10 +1,15 @@
 """Peak memory of ``softpick analyze`` on a model of 32 layers and 32 heads at T = 4096: at most 8 GB besides the weights.
 
     python benchmarks/audit_memory.py [--layers 32] [--heads 32] [--length 4096] [--implementation sdpa] [--knockout]
+    python benchmarks/audit_memory.py --device cuda --dtype bfloat16 --layers 16 --heads 32 --key-heads 8 --head-dim 64 \\
+        --vocabulary 128256 --length 32768 --knockout
 
 The model has random weights and a small width (its attention maps are as large as a 7B model's: 32 x 32 x 4096 x 4096 x 4
 bytes = 69 GB in fp32). It is measured in a process of its own, whose peak resident memory the kernel reports; subtracted
 is what the process held before, with torch, transformers and the weights loaded.
+
+The second line is a model of the shape of Llama 3.2 1B on a GPU, where all that torch allocated counts, weights too: at
+most 24 GB.
 """
 
 from __future__ import annotations
@@ -19,7 +24,12 @@ import tempfile
 import time
 from pathlib import Path
 
-LIMIT_GB = 8.0
+LIMIT_GB = {"cpu": 8.0, "cuda": 24.0}
+
+
+def resident() -> int:
+    """Bytes that this process held at most."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def measure(args: argparse.Namespace) -> None:
@@ -36,7 +46,7 @@ def measure(args: argparse.Namespace) -> None:
     register()
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
-        vocab_size=512,
+        vocab_size=args.vocabulary,
         hidden_size=args.heads * args.head_dim,
         intermediate_size=2 * args.heads * args.head_dim,
         num_hidden_layers=args.layers,
@@ -47,18 +57,21 @@ def measure(args: argparse.Namespace) -> None:
         bos_token_id=0,
         pad_token_id=None,
     )
-    model = transformers.LlamaForCausalLM._from_config(config, attn_implementation=args.implementation).eval()
+    model = transformers.LlamaForCausalLM._from_config(
+        config, attn_implementation=args.implementation, dtype=getattr(torch, args.dtype)
+    )
+    model = model.eval().to(args.device)
     ids = torch.randint(1, 512, (args.samples, args.length))
     ids[:, 0] = 0
-    model(ids[:1, :16])  # libraries make their buffers
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    model(ids[:1, :16].to(args.device))  # libraries make their buffers
+    before = 0 if args.device == "cuda" else resident()
     start = time.perf_counter()
     found = measure_model(model, [{"input_ids": ids}], bos_policy="bos", largest_score=True)
     seconds = time.perf_counter() - start
     if args.knockout:
         first = torch.zeros(len(ids), dtype=torch.long)
         knockout(Subject("model", model, None, True), [ids], first, 1, Silent(), "")
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    peak = torch.cuda.max_memory_allocated() if args.device == "cuda" else resident()
     row = {
         "layers": args.layers,
         "heads": args.heads,
@@ -67,9 +80,10 @@ def measure(args: argparse.Namespace) -> None:
         "implementation": args.implementation,
         "knockout": args.knockout,
         "maps_gb": args.samples * args.layers * args.heads * args.length**2 * 4 / 1e9,
-        "before_gb": before * 1024 / 1e9,
-        "peak_gb": peak * 1024 / 1e9,
-        "extra_gb": (peak - before) * 1024 / 1e9,
+        "device": torch.cuda.get_device_name() if args.device == "cuda" else "cpu",
+        "before_gb": before / 1e9,
+        "peak_gb": peak / 1e9,
+        "extra_gb": (peak - before) / 1e9,
         "seconds": seconds,
         "row_mass": found.rows["mass"],
         "versions": f"torch {torch.__version__}, transformers {transformers.__version__}, Python {platform.python_version()}",
@@ -94,6 +108,9 @@ def main() -> None:
     parser.add_argument("--head-dim", type=int, default=8)
     parser.add_argument("--length", type=int, default=4096)
     parser.add_argument("--samples", type=int, default=1)
+    parser.add_argument("--vocabulary", type=int, default=512)
+    parser.add_argument("--device", choices=sorted(LIMIT_GB), default="cpu")
+    parser.add_argument("--dtype", default="float32")
     parser.add_argument("--implementation", default="sdpa")
     parser.add_argument("--knockout", action="store_true", help="the three forward passes of a knockout as well")
     parser.add_argument("--result", help=argparse.SUPPRESS)
@@ -103,8 +120,8 @@ def main() -> None:
         return
     row = run(*sys.argv[1:])
     print(json.dumps(row, indent=1))
-    if row["extra_gb"] > LIMIT_GB:
-        sys.exit(f"{row['extra_gb']:.2f} GB are more than {LIMIT_GB:g} GB")
+    if row["extra_gb"] > LIMIT_GB[args.device]:
+        sys.exit(f"{row['extra_gb']:.2f} GB are more than {LIMIT_GB[args.device]:g} GB")
 
 
 if __name__ == "__main__":

@@ -109,23 +109,26 @@ def attention(q, k, v, grad, record, *, keep=None, bias=None, scale, softcap=Non
         a_rough = a_rough + (loose - f.abs()) * inverse.abs()
     dp_bound = grad.abs() @ v.abs().transpose(-1, -2)
     inner_bound = (a_bound * dp_bound).sum(-1, keepdim=True)
-    ds_bound = (df.abs() * dp_bound + dg.abs() * inner_bound) * inverse.abs() * condition * slope
+    ds_bound = (df.abs() * dp_bound + dg.abs() * inner_bound) * inverse.abs() * condition
     more = error + moved * condition + unit * (1 + condition)
-    ds_rough = ds_bound * more + dg.abs() * (a_rough * dp_bound).sum(-1, keepdim=True) * inverse.abs()
+    spread = dg.abs() * (a_rough * dp_bound).sum(-1, keepdim=True) * inverse.abs()
     if record.base in ("square", "sigmoid"):  # whose derivative moves with the score as well
-        ds_rough = ds_rough + error * 2 * dp_bound * inverse.abs() * keep
+        spread = spread + error * 2 * dp_bound * inverse.abs() * keep
+    ds_rough = ds_bound * more + spread
+    # before the softcap; the bias is added behind it
+    raw, raw_bound = ds * slope, ds_bound * slope
+    raw_rough = raw_bound * more + spread
     if softcap:
-        ds_rough = ds_rough + ds_bound.new_tensor(1.0) * (ds.abs() + inner_bound * 0) * error / softcap
+        raw_rough = raw_rough + ds.abs() * error / softcap
 
     def fold(x):
         return x.unflatten(1, (-1, groups)).sum(2)
 
-    ds_raw = ds * slope
     parts = {
         "out": (out, a_bound @ v.abs(), a_rough @ v.abs()),
-        "dq": tuple(scale * x @ y for x, y in ((ds_raw, k), (ds_bound, k.abs()), (ds_rough, k.abs()))),
+        "dq": tuple(scale * x @ y for x, y in ((raw, k), (raw_bound, k.abs()), (raw_rough, k.abs()))),
         "dk": tuple(
-            scale * fold(x.transpose(-1, -2) @ y) for x, y in ((ds_raw, q), (ds_bound, q.abs()), (ds_rough, q.abs()))
+            scale * fold(x.transpose(-1, -2) @ y) for x, y in ((raw, q), (raw_bound, q.abs()), (raw_rough, q.abs()))
         ),
         "dv": tuple(
             fold(x.transpose(-1, -2) @ y) for x, y in ((a, grad), (a_bound, grad.abs()), (a_rough, grad.abs()))

@@ -200,6 +200,7 @@ KERNELS = [
     ("normalizers.py", 'return self.base in ("expm1", "linear")', 'return self.base in ("expm1", "linear", "cube")'),
     ("normalizers.py", 'return self.base == "linear" and', 'return self.base in ("linear", "cube") and'),
     ("base_functions.py", '"linear": LINEAR.value}', '"linear": LINEAR.value, "cube": 3}'),
+    ("base_functions.py", "if base in (1, 2):", "if base in (1, 2, 3):"),
     (
         "base_functions.py",
         "        return s\n    elif",

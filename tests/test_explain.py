@@ -92,6 +92,10 @@ def test_explaining_checks_as_the_call_does():
         ({"decode": True, "enable_gqa": False}, "heads"),
         ({"decode": True, "attn_mask": q}, "attn_mask: packed sequences and decoding"),
         ({"decode": True, "backend": "tiled"}, "for decoding"),
+        ({"decode": True, "dropout_p": 0.1}, "dropout_p: decode_attention has no such argument"),
+        ({"decode": True, "causal_alignment": "top_left"}, "causal_alignment: decode_attention"),
+        ({"decode": True, "max_seqlen_q": 3}, "max_seqlen_q: decode_attention"),
+        ({"enable_gqa": True, "max_seqlen_k": 3}, "max_seqlen_k: only packed sequences"),
     ):
         with pytest.raises(ValueError, match=message):
             softpick.explain_backend(q, k, v, **options)

@@ -252,3 +252,13 @@ def test_rings_are_exact_where_rows_see_few_keys(alone, dtype, level):
     (want,) = torch.autograd.grad(truth, exact[0], grad.double())
     off = (got.double() - want)[:, :, :3].norm(dim=-1).mean() / want.norm(dim=-1).mean()
     assert off < torch.finfo(dtype).eps
+
+
+@pytest.mark.parametrize("backend", ["reference", "tiled"])
+def test_a_base_without_a_formula_computes_nothing(backend, monkeypatch):
+    """A name that was added to the choices alone: an error, not the formula of another base."""
+    monkeypatch.setitem(normalizers._CHOICES, "base", (*normalizers._CHOICES["base"], "cosh"))
+    record = Normalizer("cosh", base="cosh")
+    q = torch.randn(1, 1, 5, 4)
+    with pytest.raises(NotImplementedError, match="'cosh' has no formula"):
+        scaled_dot_product_attention(q, q, q, normalizer=record, backend=backend)

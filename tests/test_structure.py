@@ -143,8 +143,12 @@ def test_files_and_functions_are_short(path):
 def test_import_needs_only_torch():
     code = (
         "import sys, softpick; "
+        "[getattr(softpick, name) for name in softpick.__all__]; "
+        "import softpick.nn; "
         "heavy = {'transformers', 'tokenizers', 'typer', 'rich', 'pyarrow', 'accelerate', 'matplotlib', 'triton'}; "
         "heavy &= set(sys.modules); "
+        "heavy |= {name for name in sys.modules if name.startswith('softpick.ops.triton')}; "
+        "assert 'torch' in sys.modules; "
         "assert not heavy, heavy"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -134,6 +134,13 @@ def explain_backend(
     for name, given in only_plain.items():
         if given and (decode or packed):
             raise ValueError(f"{name}: packed sequences and decoding have no such argument")
+    not_decoding = {"dropout_p": dropout_p != 0, "causal_alignment": causal_alignment is not None}
+    only_packed = {"max_seqlen_q": max_seqlen_q is not None, "max_seqlen_k": max_seqlen_k is not None}
+    for name, given in (not_decoding | only_packed).items():
+        if given and decode:
+            raise ValueError(f"{name}: decode_attention has no such argument")
+        if given and name in only_packed and not packed:
+            raise ValueError(f"{name}: only packed sequences have this argument, and cu_seqlens_q was not given")
     options: Any = {"scale": scale, "normalizer": normalizer, "backend": backend, "window": window, "softcap": softcap}
     options |= {"sink": sink, "eps": eps, "enable_gqa": (decode or packed) if enable_gqa is None else enable_gqa}
     if decode:

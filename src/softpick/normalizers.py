@@ -235,6 +235,8 @@ class Normalizer:
             return torch.sigmoid(s)
         if self.base == "exp":
             return torch.exp(s - m)
+        if self.base != "expm1":
+            raise NotImplementedError(f"base {self.base!r} has no formula in Normalizer._base")
         # e^{s-m} - e^{-m} without cancellation or overflow: sign(s) e^{max(s,0)-m} (1 - e^{-|s|})
         return torch.exp(s.clamp(min=0) - m) * -torch.expm1(-s.abs()) * torch.sign(s)
 
@@ -245,6 +247,8 @@ class Normalizer:
             return 2.0 * s
         if self.base == "sigmoid":
             return torch.sigmoid(s) * torch.sigmoid(-s)
+        if not self.exponential:
+            raise NotImplementedError(f"base {self.base!r} has no derivative in Normalizer._dbase")
         return torch.exp(s - m)
 
     def _kept(self, s: Tensor) -> Tensor | None:

@@ -84,7 +84,11 @@ def plain_base(norm: Normalizer, s: Tensor) -> Tensor:
     """A base function without an exponential that could overflow, in place."""
     if norm.base == "square":
         return s.mul_(s)
-    return s.sigmoid_() if norm.base == "sigmoid" else s
+    if norm.base == "sigmoid":
+        return s.sigmoid_()
+    if norm.base != "linear":
+        raise NotImplementedError(f"base {norm.base!r} has no formula in plain_base")
+    return s
 
 
 def nothing_kept(norm: Normalizer, scores: Tensor) -> bool:

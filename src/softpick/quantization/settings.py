@@ -39,7 +39,7 @@ class QuantizeSettings:
     """What is quantized how, and on what it is evaluated."""
 
     model: str = setting(
-        help="Hub name or directory.",
+        help="Hub name, directory or GGUF file.",
         note=f"A GGUF file for {', '.join(_GGUF)} and simulated rounding.",
         positional=True,
     )

@@ -1,7 +1,7 @@
 """The normalizers in the kernels: base functions, their derivatives, and the rectification.
 
-A new base function is a code in ``CODES`` and a branch in each function of this file that has one for ``LINEAR``. Scores of
-exponentials are in base 2 (``s log2 e``), those of other base functions natural.
+A new base function is a code in ``CODES``, a branch in each function of this file that has one for ``LINEAR``, and its value
+at 0 in :func:`zero_at_zero`. Scores of exponentials are in base 2 (``s log2 e``), those of other base functions natural.
 """
 
 from __future__ import annotations
@@ -54,7 +54,11 @@ def exponential(base):
 @triton.constexpr_function
 def zero_at_zero(base):
     """Whether the base function of 0 is 0: a score of 0 is given to a key that a query does not see; else minus infinity."""
-    return base != 0
+    if base == 0:
+        return False
+    if base in (1, 2):
+        return True
+    raise NotImplementedError("zero_at_zero: a new base function has to be listed here")
 
 
 @triton.constexpr_function

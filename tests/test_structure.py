@@ -18,14 +18,13 @@ ALLOWED = {
     "softpick.ops": {"softpick.normalizers"},
     "softpick.vector": {"softpick.ops"},
     "softpick.functional": {"softpick.normalizers", "softpick.ops", "softpick.vector"},
-    "softpick.explain": {"softpick.normalizers", "softpick.functional", "softpick.ops"},
-    "softpick.distributed": {"softpick.normalizers", "softpick.functional", "softpick.ops"},
+    "softpick.explain": {"softpick.normalizers", "softpick.ops"},
+    "softpick.distributed": {"softpick.normalizers", "softpick.ops"},
     "softpick.nn": {"softpick.normalizers", "softpick.functional", "softpick.ops"},
     "softpick.integrations": {"softpick.normalizers", "softpick.functional", "softpick.nn", "softpick.distributed"},
     "softpick.experiment": {"softpick.integrations"},
     "softpick.analysis": {
         "softpick.normalizers",
-        "softpick.functional",
         "softpick.integrations",
         "softpick.experiment",
     },
@@ -43,7 +42,6 @@ ALLOWED = {
         "softpick.training",
     },
     "softpick.evaluation": {
-        "softpick.normalizers",
         "softpick.integrations",
         "softpick.experiment",
         "softpick.analysis",
@@ -51,13 +49,11 @@ ALLOWED = {
     "softpick.quantization": {"softpick.integrations", "softpick.experiment", "softpick.evaluation"},
     "softpick.serving": {"softpick.experiment"},
     "softpick.doctor": {
-        "softpick.normalizers",
         "softpick.functional",
         "softpick.ops",
         "softpick.explain",
         "softpick.experiment",
     },
-    "softpick.__main__": {"softpick.cli", "softpick.experiment"},
     "softpick.cli": {
         "softpick.doctor",
         "softpick.normalizers",
@@ -70,6 +66,9 @@ ALLOWED = {
         "softpick.quantization",
         "softpick.serving",
     },
+    "softpick.__main__": {
+        "softpick.cli",
+    },
 }
 
 
@@ -79,12 +78,8 @@ def modules():
         yield name.removesuffix(".__init__"), path
 
 
-@pytest.mark.parametrize(("name", "path"), list(modules()), ids=lambda x: x if isinstance(x, str) else "")
-def test_imports_point_one_way(name, path):
-    if name == "softpick":
-        return
-    home = next((home for home in ALLOWED if name == home or name.startswith(home + ".")), None)
-    assert home, f"{name} has no place in the house: add it to ALLOWED"
+def imported(name, path):
+    """What of softpick a file imports; the package itself only where nothing else would do (its attributes hide an import)."""
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{name}: relative import"
@@ -93,13 +88,36 @@ def test_imports_point_one_way(name, path):
             ]
         elif isinstance(node, ast.Import):
             found = [alias.name for alias in node.names]
+            assert "softpick" not in found, f"{name}: import the module that is needed, not softpick"
         else:
             continue
-        for target in found:
-            if not target.startswith("softpick.") or target == "softpick.__version__":
-                continue
-            fine = target == home or target.startswith((home + ".", *(a + "." for a in ALLOWED[home])))
-            assert fine or target in ALLOWED[home], f"{name} imports {target}"
+        yield from (x for x in found if x.startswith("softpick.") and x != "softpick.__version__")
+
+
+@pytest.mark.parametrize(("name", "path"), list(modules()), ids=lambda x: x if isinstance(x, str) else "")
+def test_imports_point_one_way(name, path):
+    if name == "softpick":
+        return
+    home = next((home for home in ALLOWED if name == home or name.startswith(home + ".")), None)
+    assert home, f"{name} has no place in the house: add it to ALLOWED"
+    for target in imported(name, path):
+        fine = target == home or target.startswith((home + ".", *(a + "." for a in ALLOWED[home])))
+        assert fine or target in ALLOWED[home], f"{name} imports {target}"
+
+
+def test_the_list_points_down_and_every_arrow_is_there():
+    """Each place may import what stands above it, and does."""
+    homes = list(ALLOWED)
+    for place, (home, below) in enumerate(ALLOWED.items()):
+        assert below <= set(homes[:place]), f"{home}: {below - set(homes[:place])} does not stand above it"
+        used = {
+            target
+            for name, path in modules()
+            if next((h for h in homes if name == h or name.startswith(h + ".")), None) == home
+            for target in imported(name, path)
+        }
+        unused = {to for to in below if not any(target == to or target.startswith(to + ".") for target in used)}
+        assert not unused, f"{home} imports nothing of {unused}: take them out of ALLOWED"
 
 
 LINES, FUNCTION = 600, 80

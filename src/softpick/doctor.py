@@ -16,8 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import softpick
 from softpick.experiment.environment import device_line, hardware, versions
+from softpick.explain import explain_backend
+from softpick.functional import decode_attention, scaled_dot_product_attention, varlen_attention
 from softpick.ops import switch
 from softpick.ops.calling import HAS_TRITON
 
@@ -182,7 +183,7 @@ def _run(call: _Call, device: str, check: Check) -> None:
     query, key, value, function, options = _arguments(call, device)
     trained = call.kind in ("attention", "packed")
     leaves = [x.detach().requires_grad_(trained) for x in (query, key, value)]
-    explain: Any = softpick.explain_backend
+    explain: Any = explain_backend
     explained = explain(*leaves, decode=not trained, **options)
     check.backend = explained.backend
     check.kernels = [kernel.file for kernel in explained.kernels]
@@ -247,19 +248,19 @@ def _arguments(call: _Call, device: str) -> tuple[Tensor, Tensor, Tensor, Callab
         starts = torch.tensor([0, tq // 4, tq // 4 + 5, tq], dtype=torch.int32, device=device)
         options |= {"cu_seqlens_q": starts, "cu_seqlens_k": starts, "is_causal": call.causal}
         query, key = draw_pair((tq, heads, d), (tk, kv_heads, d))
-        return query, key, draw(tk, kv_heads, d), softpick.varlen_attention, options
+        return query, key, draw(tk, kv_heads, d), varlen_attention, options
     query, key = draw_pair((b, heads, tq, d), (b, kv_heads, tk, d))
     value = draw(b, kv_heads, tk, d)
     if call.kind == "attention":
         options |= {"is_causal": call.causal, "enable_gqa": True, "window": call.window}
         options["causal_alignment"] = "bottom_right"
-        return query, key, value, softpick.scaled_dot_product_attention, options
+        return query, key, value, scaled_dot_product_attention, options
     options["cache_seqlens"] = torch.tensor([tk - 100 * i for i in range(b)], dtype=torch.int32, device=device)
     if call.kind == "paged":
         page = 64
         options["block_table"] = torch.randperm(b * tk // page, generator=generator).view(b, -1).int().to(device)
         key, value = (_paged(x, page, options["block_table"]) for x in (key, value))
-    return query, key, value, softpick.decode_attention, options
+    return query, key, value, decode_attention, options
 
 
 def _paged(x: Tensor, page: int, table: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-import softpick
+from softpick import __version__
 
 __all__ = ["chosen_device", "command_line", "device_line", "hardware", "missing_device", "versions"]
 
@@ -61,7 +61,7 @@ def missing_device(name: str) -> str | None:
 
 def versions(*packages: str) -> str:
     """Versions of softpick, torch, transformers and further packages (those that are installed), and of Python."""
-    found = [("softpick", softpick.__version__), ("torch", str(torch.__version__))]  # with what it was built for
+    found = [("softpick", __version__), ("torch", str(torch.__version__))]  # with what it was built for
     for name in ("transformers", *packages):
         loaded = getattr(sys.modules.get(name), "__version__", None)  # what runs, also where another copy is installed
         try:

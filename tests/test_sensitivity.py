@@ -274,7 +274,18 @@ def test_gptqmodel_leaves_the_layers():
 
 def audited(scheme):
     lists = ignore_lists(NAMES, "lm_head")
-    return [{"cost": {"keep": [{"scheme": scheme, "kept": 2, "names": NAMES, "ignore": lists}]}}, {"part": "no cost"}]
+    layers = [{"name": name, "group": 64} for name in (*NAMES, "another")]
+    keep = [{"scheme": scheme, "kept": 2, "names": NAMES, "ignore": lists}]
+    return [{"cost": {"keep": keep, "layers": layers}}, {"part": "no cost"}]
+
+
+def test_the_recipe_has_the_groups_of_each_width():
+    """A width that 64 does not divide has smaller groups in the simulation, so in the recipe too."""
+    runs = audited("int4-weights")
+    runs[0]["cost"]["layers"].append({"name": "narrow", "group": 32})
+    recipe = json.loads(keep_files(runs)["keep-int4-weights.llm-compressor.yaml"])
+    groups = recipe["default_stage"]["default_modifiers"]["QuantizationModifier"]["config_groups"].values()
+    assert {tuple(g["targets"]): g["weights"]["group_size"] for g in groups} == {("narrow",): 32, ("another",): 64}
 
 
 @pytest.mark.parametrize("scheme", BY_NAME)
@@ -287,7 +298,7 @@ def test_files_of_kept_layers(scheme, tmp_path):
     for text in files.values():
         plain = json.dumps(json.loads(text)).replace("\\\\", "")  # GPTQModel's are patterns
         assert all(name in plain for name in NAMES)
-    nothing = [{"cost": {"keep": [{"scheme": scheme, "kept": 0, "names": []}]}}]
+    nothing = [{"cost": {"keep": [{"scheme": scheme, "kept": 0, "names": []}], "layers": []}}]
     assert keep_files(nothing) == {}
     twice = keep_files([*audited(scheme), *audited(scheme)])
     assert set(twice) <= set(keep_file_names(2))

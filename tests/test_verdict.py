@@ -1,6 +1,7 @@
 """Sentences, conditions that fail an audit, published figures; kinds of sinks and origins of outliers on made-up models."""
 
 import json
+import math
 
 import pytest
 import torch
@@ -36,11 +37,11 @@ def made(rate=60.7, strongest=67.0, eviction=99.3, **more):
             "sink": sink,
             "heads": {"total": 270, "dead": 0, "dead_percent": 0.0},
             "sparsity": {"zero": 0.0},
-            "hidden": {"max_abs": 24926.0},
+            "hidden": {"max_abs": 24926.0, "massive": {"count": 1}},
         },
         "knockout": [
             {"key": "first", "all keys": 20.93, "eviction": 41.71, "eviction_percent": eviction, "absence": 20.44,
-             "absence_percent": -2.4, "after": 16},
+             "absence_percent": -2.4, "after": 16, "tokens": 3568},
         ],
         "outliers": {
             "massive": [
@@ -82,7 +83,7 @@ def test_sentences_have_the_numbers_and_their_rows():
 
 def test_sentences_of_a_model_without_sinks():
     run = made(rate=0.0, strongest=1.0, eviction=0.2, outliers={"massive": []}, cost=None)
-    run["measurements"]["hidden"]["max_abs"] = 36.0
+    run["measurements"]["hidden"] = {"max_abs": 36.0, "massive": {"count": 0}}
     run["measurements"]["sparsity"]["zero"] = 84.5
     said = verdict(run)
     assert said[0].startswith("There are hardly any sinks: 0.0 % of heads")
@@ -92,6 +93,53 @@ def test_sentences_of_a_model_without_sinks():
     # a small row mass must not pass for a model without sinks
     run["measurements"]["sink"]["first"]["rate_normalized"]["0.3"] = 40.0
     assert verdict(run)[0].startswith("0.0 % of heads (40.0 % as a share of row mass)")
+
+
+def test_sentences_of_figures_without_a_number():
+    """A perplexity beyond fp64 has no number: it is called so, counts as the worst, and is infinite in conditions."""
+    run = made(validation_loss=900.0, perplexity=None)
+    worst = run["knockout"][0] | {"key": 20, "all keys": None, "eviction": None, "eviction_percent": None}
+    run["knockout"].append(worst)
+    (said,) = [sentence for sentence in verdict(run) if "[Knockout]" in sentence]
+    assert "position 20 after 16 tokens changes perplexity beyond measure (beyond fp64 to beyond fp64)" in said
+    found = figures(run)
+    assert found["perplexity"] == found["eviction_20"] == math.inf
+    (sentence,) = failed([Condition("perplexity", ">", 1e6)], {"runs": [run]})
+    assert sentence == "smol: perplexity > 1e+06 (perplexity is inf)"
+
+
+def test_the_worst_of_several_knockouts_is_told_and_few_tokens_are_said():
+    run = made()
+    run["knockout"].insert(0, run["knockout"][0] | {"key": 20, "eviction_percent": 1.0})
+    run["knockout"].append(run["knockout"][0] | {"key": 7, "tokens": 0, "eviction_percent": None})
+    run["knockout"][1] |= {"tokens": 2, "after": 1}
+    (said,) = [sentence for sentence in verdict(run) if "[Knockout]" in sentence]
+    assert "the first token after 1 token changes perplexity by +99.3 %" in said
+    assert "of 2 tokens only" in said
+    assert "eviction_7" not in figures(run)
+
+
+def test_sentences_of_activations():
+    run = made(outliers={"massive": []})
+    run["measurements"]["hidden"] = {"max_abs": 5000.0, "massive": {"count": 2}}
+    assert "2 activations are massive, none of them in the samples" in " ".join(verdict(run))
+    run["measurements"]["hidden"] = {"max_abs": 0.0878, "massive": {"count": 0}}
+    assert "the largest |x| is 0.0878." in " ".join(verdict(run))
+
+
+def test_short_sequences_say_nothing_of_sinks():
+    run = made()
+    run["measurements"]["data"]["sequence_length"]["max"] = 8
+    assert "at this length uniform attention has 0.34 there" in verdict(run)[0]
+    run["measurements"]["data"]["sequence_length"]["max"] = 16
+    assert "uniform" not in verdict(run)[0]
+
+
+def test_a_remedy_that_does_harm_is_none():
+    run = made()
+    for remedy in run["cost"]["remedies"]:
+        remedy["change_percent"] = 500.0
+    assert not any("[Remedies]" in sentence for sentence in verdict(run))
 
 
 @pytest.mark.parametrize(

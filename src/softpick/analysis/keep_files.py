@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from softpick.analysis.sensitivity import GROUP, SCHEMES, Scheme
+from softpick.analysis.sensitivity import SCHEMES, Scheme
 
 __all__ = ["keep_file_names", "keep_files"]
 
@@ -52,7 +52,7 @@ def keep_files(runs: Sequence[Mapping[str, Any]]) -> dict[str, str]:
                 continue
             lists, scheme = entry["ignore"], by_name[entry["scheme"]]
             values = {
-                "llm-compressor.yaml": _recipe(scheme, lists["llm-compressor"]),
+                "llm-compressor.yaml": _recipe(scheme, lists["llm-compressor"], cost["layers"]),
                 "torchao.json": {"modules_to_not_convert": lists["torchao"]},
                 "gptqmodel.json": {"dynamic": lists["gptqmodel"]},
                 "bitsandbytes.json": {"llm_int8_skip_modules": lists["bitsandbytes"]},
@@ -64,17 +64,31 @@ def keep_files(runs: Sequence[Mapping[str, Any]]) -> dict[str, str]:
     return found
 
 
-def _recipe(scheme: Scheme, ignore: Sequence[str]) -> dict[str, Any]:
-    """A recipe of llm-compressor that rounds as the scheme does, in the terms of compressed-tensors."""
+def _recipe(scheme: Scheme, ignore: Sequence[str], layers: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """A recipe of llm-compressor that rounds as the scheme does, in the terms of compressed-tensors.
+
+    Layers whose widths have groups of another size are groups of the recipe by themselves.
+    """
     numbers = {
         "num_bits": 4 if scheme.fmt == "int4" else 8,
         "type": "float" if scheme.fmt == "fp8" else "int",
         "symmetric": True,
     }
     weights: dict[str, Any] = numbers | {"dynamic": False}
-    weights |= {"strategy": "group", "group_size": GROUP} if scheme.scales == "none" else {"strategy": "channel"}
-    group: dict[str, Any] = {"targets": ["Linear"], "weights": weights}
-    if scheme.scales != "none":
-        group["input_activations"] = numbers | {"strategy": scheme.scales, "dynamic": scheme.scales == "token"}
-    modifier = {"ignore": list(ignore), "config_groups": {"group_0": group}}
+    if scheme.scales == "none":
+        sizes = sorted({layer["group"] for layer in layers})
+        names = {size: [layer["name"] for layer in layers if layer["group"] == size] for size in sizes}
+        groups = [
+            {
+                "targets": ["Linear"] if len(sizes) == 1 else [x for x in names[size] if x not in ignore],
+                "weights": weights | {"strategy": "group", "group_size": size},
+            }
+            for size in sizes
+        ]
+    else:
+        inputs = numbers | {"strategy": scheme.scales, "dynamic": scheme.scales == "token"}
+        weights |= {"strategy": "channel"}
+        groups = [{"targets": ["Linear"], "weights": weights, "input_activations": inputs}]
+    groups = [group for group in groups if group["targets"]]
+    modifier = {"ignore": list(ignore), "config_groups": {f"group_{i}": group for i, group in enumerate(groups)}}
     return {"default_stage": {"default_modifiers": {"QuantizationModifier": modifier}}}

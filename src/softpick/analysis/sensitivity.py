@@ -25,6 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from softpick.analysis.knockout import perplexity_of
 from softpick.analysis.streams import float64
 from softpick.experiment.models import Subject
 from softpick.experiment.perplexity import change_percent
@@ -465,7 +466,12 @@ def cost(subject: Subject, batches: Sequence[Mapping[str, Tensor]], reporter: Re
 
 def _measured(work: _Measuring, layers: list[dict[str, Any]], title: str) -> dict[str, Any]:
     assert work.base is not None
-    result: dict[str, Any] = {"perplexity": math.exp(work.base), "kv_cache": [], "keep": [], "remedies": []}
+    result: dict[str, Any] = {
+        "perplexity": perplexity_of(work.base),
+        "kv_cache": [],
+        "keep": [],
+        "remedies": [],
+    }
     done = 0
     with work.reporter.progress(f"{title}: cost of rounding", len(SCHEMES) + len(_CACHE_BITS)) as progress:
 

@@ -5,6 +5,7 @@ Every sentence names the row that its numbers come from; thresholds are ``refere
 
 from __future__ import annotations
 
+import math
 import operator
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -18,24 +19,33 @@ from softpick.analysis.settings import AuditError
 __all__ = ["Condition", "failed", "figures", "parse_condition", "reference_rows", "verdict"]
 
 
+FEW_TOKENS = 100  # a knockout of fewer tokens says how many they are
+
+
+def _or_infinite(change: float | None) -> float:
+    """A change of perplexity; one that has no number is beyond all of them."""
+    return math.inf if change is None else change
+
+
+def _knockouts(run: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """Those in which tokens were counted."""
+    return [entry for entry in run.get("knockout") or [] if entry["tokens"]]
+
+
 def figures(run: Mapping[str, Any]) -> dict[str, float]:
-    """Every figure of a run that has a name: the rows of the summary, knockouts and costs of rounding."""
+    """Every figure of a run that has a name: the rows of the summary, knockouts and costs of rounding.
+
+    A perplexity, and a change of one, that is beyond all numbers is infinite here.
+    """
     found = {metric.key: value for metric in records.METRICS if (value := metric.value(run)) is not None}
-    for entry in run.get("knockout") or []:
+    if run.get("validation_loss") is not None and run.get("perplexity") is None:
+        found["perplexity"] = math.inf
+    for entry in _knockouts(run):
         for name in ("eviction", "absence"):
-            if entry.get(f"{name}_percent") is not None:
-                found[f"{name}_{entry['key']}"] = entry[f"{name}_percent"]
+            found[f"{name}_{entry['key']}"] = _or_infinite(entry[f"{name}_percent"])
     cost = run.get("cost") or {}
-    found |= {
-        f"cost_{scheme['name']}": scheme["change_percent"]
-        for scheme in cost.get("schemes", [])
-        if scheme["change_percent"] is not None
-    }
-    found |= {
-        f"cost_kv{entry['bits']}": entry["change_percent"]
-        for entry in cost.get("kv_cache", [])
-        if entry["change_percent"] is not None
-    }
+    found |= {f"cost_{scheme['name']}": _or_infinite(scheme["change_percent"]) for scheme in cost.get("schemes", [])}
+    found |= {f"cost_kv{entry['bits']}": _or_infinite(entry["change_percent"]) for entry in cost.get("kv_cache", [])}
     return found
 
 
@@ -180,6 +190,9 @@ def _sinks(run: Mapping[str, Any]) -> str | None:
         else ""
     )
     t = data["sequence_length"]["max"]
+    uniform = sum(1.0 / n for n in range(1, t + 1)) / t if data.get("causal", True) else 0.0
+    if uniform > 0.3:
+        beside = f", which says nothing: at this length uniform attention has {uniform:.2f} there"
     few = value < THRESHOLDS["sinks"].value and (normalized is None or normalized < THRESHOLDS["sinks"].value)
     opening = "There are hardly any sinks: " if few else ""
     return (
@@ -203,10 +216,11 @@ def _elsewhere(run: Mapping[str, Any]) -> str | None:
 
 
 def _knockout(run: Mapping[str, Any]) -> str | None:
-    entry = next((e for e in run.get("knockout") or [] if e.get("eviction_percent") is not None), None)
-    if entry is None:
+    entries = _knockouts(run)
+    if not entries:
         return None
-    lost = entry["eviction_percent"]
+    entry = max(entries, key=lambda e: _or_infinite(e["eviction_percent"]))
+    lost = _or_infinite(entry["eviction_percent"])
     which = {"first": "the first token", "strongest": "the strongest token"}.get(
         entry["key"], f"the token at position {entry['key']}"
     )
@@ -215,10 +229,12 @@ def _knockout(run: Mapping[str, Any]) -> str | None:
         if lost > THRESHOLDS["eviction"].value
         else f"a cache may drop {which}"
     )
+    change = "beyond measure" if lost == math.inf else f"by {lost:+.1f} %"
+    before, now = ("beyond fp64" if entry[x] is None else f"{entry[x]:.4g}" for x in ("all keys", "eviction"))
+    few = f", of {entry['tokens']:,} tokens only" if entry["tokens"] < FEW_TOKENS else ""
     return (
-        f"Evicting the key of {which} after {entry['after']} tokens changes perplexity by {lost:+.1f} % "
-        f"({entry['all keys']:.4g} to {'beyond fp64' if entry['eviction'] is None else format(entry['eviction'], '.4g')}): "
-        f"{advice}. [Knockout]"
+        f"Evicting the key of {which} after {entry['after']} token{'' if entry['after'] == 1 else 's'} changes perplexity "
+        f"{change} ({before} to {now}{few}): {advice}. [Knockout]"
     )
 
 
@@ -229,7 +245,13 @@ def _outliers(run: Mapping[str, Any]) -> str | None:
         return None
     if not events:
         largest = hidden["max_abs"]
-        return f"There are no massive activations; the largest |x| is {largest:,.0f}. [Massive activations]"
+        size = f"{largest:,.0f}" if largest >= 10 else f"{largest:.3g}"
+        if count := hidden["massive"]["count"]:
+            return (
+                f"{count:,} activation{' is' if count == 1 else 's are'} massive, none of them in the samples that were looked "
+                f"at closer; the largest |x| is {size}. [Massive activations]"
+            )
+        return f"There are no massive activations; the largest |x| is {size}. [Massive activations]"
     top = events[0]
     where = _first(run) if top["first_token_percent"] >= 99.5 else _token(run, top)
     writer = f", written by the {top['module']} of layer {top['rises']}" if top.get("module") else ""
@@ -288,7 +310,10 @@ def _cost(run: Mapping[str, Any]) -> list[str]:
             f"With {shown} in 16 bits ({entry['weights_percent']:.1f} % of the weights), {name} costs "
             f"{_changed(entry)}. [Layers to keep in 16 bits]"
         )
-    remedies = [r for r in cost["remedies"] if r["scheme"] == "int8-tensor" and r["change_percent"] is not None]
+    without = _or_infinite(by_name["int8-tensor"]["change_percent"])
+    remedies = [
+        r for r in cost["remedies"] if r["scheme"] == "int8-tensor" and _or_infinite(r["change_percent"]) < without
+    ]
     if remedies:
         best = min(remedies, key=lambda r: r["change_percent"])
         how = {

@@ -47,7 +47,7 @@ DTYPE = "auto (as saved), float32, bfloat16 or float16."
 FILES = "Text, JSONL, JSON, CSV, TSV or parquet file, also compressed, or a directory of them."
 OWN_TEXT = "sources of the Python standard library"
 TEXT_FIELD = "Field or column with the text; a text file has none."
-TRUST = "Run Python code that comes with a model or a tokenizer; never asked for, never run otherwise."
+TRUST = "Run Python code that comes with a model or a tokenizer; without this option such code is refused."
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,7 @@ from pathlib import Path
 import torch
 
 import softpick
+from softpick.experiment.environment import peak_resident
 
 HEADS, HEAD_DIM = 8, 64
 
@@ -100,14 +101,9 @@ def measure_own_memory(name: str, length: int, dtype: torch.dtype) -> None:
     f = torch_softmax if name == "torch" else contestant(name)
     step(f, inputs(1024, dtype))  # what is loaded once (oneDNN, MKL) is not the cost of a call
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from what is resident now
-    before = _peak_kib()
+    before = peak_resident()
     step(f, inputs(length, dtype))
-    print((_peak_kib() - before) / 1024)
-
-
-def _peak_kib() -> int:
-    status = Path("/proc/self/status").read_text()
-    return int(next(line for line in status.splitlines() if line.startswith("VmHWM")).split()[1])
+    print((peak_resident() - before) / 2**20)
 
 
 def main() -> None:

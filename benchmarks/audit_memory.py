@@ -17,7 +17,6 @@ from __future__ import annotations
 import argparse
 import json
 import platform
-import resource
 import subprocess
 import sys
 import tempfile
@@ -27,11 +26,6 @@ from pathlib import Path
 LIMIT_GB = {"cpu": 8.0, "cuda": 24.0}
 
 
-def resident() -> int:
-    """Bytes that this process held at most."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
 def measure(args: argparse.Namespace) -> None:
     """In the child: load, note the memory, measure, print both."""
     import torch
@@ -39,6 +33,7 @@ def measure(args: argparse.Namespace) -> None:
 
     from softpick.analysis import measure as measure_model
     from softpick.analysis.knockout import knockout
+    from softpick.experiment.environment import peak_resident
     from softpick.experiment.models import Subject
     from softpick.experiment.progress import Silent
     from softpick.integrations.transformers import register
@@ -64,14 +59,14 @@ def measure(args: argparse.Namespace) -> None:
     ids = torch.randint(1, 512, (args.samples, args.length))
     ids[:, 0] = 0
     model(ids[:1, :16].to(args.device))  # libraries make their buffers
-    before = 0 if args.device == "cuda" else resident()
+    before = 0 if args.device == "cuda" else peak_resident()
     start = time.perf_counter()
     found = measure_model(model, [{"input_ids": ids}], bos_policy="bos", largest_score=True)
     seconds = time.perf_counter() - start
     if args.knockout:
         first = torch.zeros(len(ids), dtype=torch.long)
         knockout(Subject("model", model, None, True), [ids], first, 1, Silent(), "")
-    peak = torch.cuda.max_memory_allocated() if args.device == "cuda" else resident()
+    peak = torch.cuda.max_memory_allocated() if args.device == "cuda" else peak_resident()
     row = {
         "layers": args.layers,
         "heads": args.heads,

@@ -426,9 +426,12 @@ def test_audits_forget_their_own_files_only(compared, tmp_path):
 
 
 @pytest.mark.slow
-def test_killed_commands_lose_nothing():
+@pytest.mark.parametrize("kills", ["4", pytest.param("10", marks=pytest.mark.long)])
+def test_killed_commands_lose_nothing(kills):
     """The short form of ``python tests/kill_commands.py --kills 200``."""
     script = Path(__file__).parent / "kill_commands.py"
-    done = subprocess.run([sys.executable, str(script), "--kills", "4", "--seed", "5"], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, str(script), "--kills", kills, "--seed", "5"], capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     assert ", 0 with a loss" in done.stdout

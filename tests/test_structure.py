@@ -78,8 +78,12 @@ def modules():
         yield name.removesuffix(".__init__"), path
 
 
+def home_of(name):
+    return next((home for home in ALLOWED if name == home or name.startswith(home + ".")), None)
+
+
 def imported(name, path):
-    """What of softpick a file imports; the package itself only where nothing else would do (its attributes hide an import)."""
+    """What of softpick a file imports. The package itself is refused: its attributes would hide what is imported."""
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{name}: relative import"
@@ -98,7 +102,7 @@ def imported(name, path):
 def test_imports_point_one_way(name, path):
     if name == "softpick":
         return
-    home = next((home for home in ALLOWED if name == home or name.startswith(home + ".")), None)
+    home = home_of(name)
     assert home, f"{name} has no place in the house: add it to ALLOWED"
     for target in imported(name, path):
         fine = target == home or target.startswith((home + ".", *(a + "." for a in ALLOWED[home])))
@@ -110,12 +114,7 @@ def test_the_list_points_down_and_every_arrow_is_there():
     homes = list(ALLOWED)
     for place, (home, below) in enumerate(ALLOWED.items()):
         assert below <= set(homes[:place]), f"{home}: {below - set(homes[:place])} does not stand above it"
-        used = {
-            target
-            for name, path in modules()
-            if next((h for h in homes if name == h or name.startswith(h + ".")), None) == home
-            for target in imported(name, path)
-        }
+        used = {target for name, path in modules() if home_of(name) == home for target in imported(name, path)}
         unused = {to for to in below if not any(target == to or target.startswith(to + ".") for target in used)}
         assert not unused, f"{home} imports nothing of {unused}: take them out of ALLOWED"
 

@@ -45,6 +45,7 @@ def test_kernels_compile_and_fit(capability, case, tmp_path):
     )
     assert done.returncode == 0, done.stderr[-3000:]
     (result,) = map(json.loads, done.stdout.splitlines())
+    assert result["case"] == case
     assert "error" not in result, result
     forward = "forward_queries" if ",128," in case else "forward_narrow"
     for_hopper = {forward, "backward_keys", "backward_queries", "decode_keys"}

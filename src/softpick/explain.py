@@ -131,16 +131,16 @@ def explain_backend(
         missing = "cu_seqlens_q" if cu_seqlens_q is None else "cu_seqlens_k"
         raise ValueError(f"{missing}: expected the starts of the sequences, because the other one is given; got None")
     only_plain = {"attn_mask": attn_mask is not None, "return_weights": return_weights}
-    for name, given in only_plain.items():
-        if given and (decode or packed):
-            raise ValueError(f"{name}: packed sequences and decoding have no such argument")
-    not_decoding = {"dropout_p": dropout_p != 0, "causal_alignment": causal_alignment is not None}
     only_packed = {"max_seqlen_q": max_seqlen_q is not None, "max_seqlen_k": max_seqlen_k is not None}
-    for name, given in (not_decoding | only_packed).items():
-        if given and decode:
-            raise ValueError(f"{name}: decode_attention has no such argument")
-        if given and name in only_packed and not packed:
-            raise ValueError(f"{name}: only packed sequences have this argument, and cu_seqlens_q was not given")
+    not_decoding = {"dropout_p": dropout_p != 0, "causal_alignment": causal_alignment is not None} | only_packed
+    for arguments, lacking, reason in (
+        (only_plain, decode or packed, "packed sequences and decoding have no such argument"),
+        (not_decoding, decode, "decode_attention has no such argument"),
+        (only_packed, not packed, "only packed sequences have this argument, and cu_seqlens_q was not given"),
+    ):
+        for name, given in arguments.items():
+            if given and lacking:
+                raise ValueError(f"{name}: {reason}")
     options: Any = {"scale": scale, "normalizer": normalizer, "backend": backend, "window": window, "softcap": softcap}
     options |= {"sink": sink, "eps": eps, "enable_gqa": (decode or packed) if enable_gqa is None else enable_gqa}
     if decode:

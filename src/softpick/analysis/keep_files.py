@@ -76,19 +76,17 @@ def _recipe(scheme: Scheme, ignore: Sequence[str], layers: Sequence[Mapping[str,
     }
     weights: dict[str, Any] = numbers | {"dynamic": False}
     if scheme.scales == "none":
-        sizes = sorted({layer["group"] for layer in layers})
-        names = {size: [layer["name"] for layer in layers if layer["group"] == size] for size in sizes}
+        sizes = {layer["name"]: layer["group"] for layer in layers if layer["name"] not in ignore}
+        targets = {size: [name for name in sizes if sizes[name] == size] for size in sorted(set(sizes.values()))}
         groups = [
             {
-                "targets": ["Linear"] if len(sizes) == 1 else [x for x in names[size] if x not in ignore],
+                "targets": names if len(targets) > 1 else ["Linear"],
                 "weights": weights | {"strategy": "group", "group_size": size},
             }
-            for size in sizes
+            for size, names in targets.items()
         ]
     else:
         inputs = numbers | {"strategy": scheme.scales, "dynamic": scheme.scales == "token"}
-        weights |= {"strategy": "channel"}
-        groups = [{"targets": ["Linear"], "weights": weights, "input_activations": inputs}]
-    groups = [group for group in groups if group["targets"]]
+        groups = [{"targets": ["Linear"], "weights": weights | {"strategy": "channel"}, "input_activations": inputs}]
     modifier = {"ignore": list(ignore), "config_groups": {f"group_{i}": group for i, group in enumerate(groups)}}
     return {"default_stage": {"default_modifiers": {"QuantizationModifier": modifier}}}

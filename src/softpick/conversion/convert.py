@@ -19,8 +19,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import resource
-import sys
 import time
 from contextlib import suppress
 from dataclasses import dataclass
@@ -39,7 +37,7 @@ from softpick.conversion import generation, models
 from softpick.conversion.recipes import ConvertError, ConvertSettings
 from softpick.conversion.stages import Aligner, Distiller, Penalties, parameter_groups
 from softpick.experiment.corpus import get_corpus, split_documents
-from softpick.experiment.environment import command_line, device_line, hardware, versions
+from softpick.experiment.environment import command_line, device_line, hardware, peak_resident, versions
 from softpick.experiment.files import digest, json_text, read_json, text_digest, write_json, write_text, writing
 from softpick.experiment.models import Subject, identity
 from softpick.experiment.perplexity import perplexity
@@ -463,11 +461,7 @@ def peak_memory(device: str) -> float:
     """GiB: of the GPU's memory what was allocated at most, else of the process what was resident at most."""
     if device.startswith("cuda"):
         return round(torch.cuda.max_memory_allocated() / 2**30, 2)
-    if sys.platform == "linux":  # getrusage would count the process that started this one, too
-        (line,) = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM:")]
-        return round(int(line.split()[1]) / 2**20, 2)
-    unit = 1 if sys.platform == "darwin" else 1024
-    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30, 2)
+    return round(peak_resident() / 2**30, 2)
 
 
 @torch.no_grad()

@@ -13,7 +13,17 @@ import torch
 
 from softpick import __version__
 
-__all__ = ["chosen_device", "command_line", "device_line", "hardware", "missing_device", "versions"]
+__all__ = ["chosen_device", "command_line", "device_line", "hardware", "missing_device", "peak_resident", "versions"]
+
+
+def peak_resident() -> int:
+    """Bytes of memory that this process held at most; on Linux without those of its parent, which getrusage counts too."""
+    if sys.platform == "linux":
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:")) * 1024
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def hardware(device: str = "cpu") -> str:

@@ -181,6 +181,6 @@ def _resident(programs: int, device: torch.device) -> int:
 def _splits(resident: int, fewest: int, pairs: int, tk: int, block_n: int) -> tuple[int, int]:
     """How many programs share a sequence and key head, and the keys of each: no more than run at a time, none too small."""
     tiles = max(1, cdiv(tk, block_n))
-    wanted = max(1, min(tuning.MOST_PARTS, resident // pairs, cdiv(tk, fewest)))
+    wanted = max(1, min(tuning.MOST_PARTIALS, resident // pairs, cdiv(tk, fewest)))
     chunk = cdiv(tiles, wanted) * block_n
     return max(1, cdiv(tk, chunk)), chunk

@@ -31,7 +31,7 @@ __all__ = [
     "LARGEST_OPTIMISTIC_EPS",
     "LONGEST_TILE",
     "MASK_PROGRAMS",
-    "MOST_PARTS",
+    "MOST_PARTIALS",
     "MOST_WORDS",
     "PROGRAMS",
     "SKIP_FROM",
@@ -231,7 +231,7 @@ FEWEST_SHARED = 2**20
 """Keys from which it pays to share those of sequences of different lengths evenly."""
 EVEN_SHARE = 0.95
 """If whole pairs of sequence and key head fill at least this share of the resident programs, none is split: no merge."""
-MOST_PARTS = 256
+MOST_PARTIALS = 256
 """Partial results of a sequence and key head, at most: the merge holds them at once."""
 FEW_PARTIALS = 4
 """Partial results that the merge reads at a time where programs share all sequences and heads: most pairs have one or two."""

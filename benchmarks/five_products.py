@@ -76,6 +76,7 @@ def _tile(
     BASE: gl.constexpr, RECTIFY: gl.constexpr, ABSOLUTE: gl.constexpr, NEGATIVE_GRADIENT: gl.constexpr,
     BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_D: gl.constexpr, STAGES: gl.constexpr,
     EDGE: gl.constexpr, s_layout: gl.constexpr, o_layout: gl.constexpr, q_layout: gl.constexpr, ADD: gl.constexpr,
+    SUMS: gl.constexpr,
 ):  # fmt: skip
     """Add one query tile to ``dk`` and ``dv``, and to ``total`` what the tile before it has of ``dQ``."""
     stage = it % STAGES
@@ -83,12 +84,12 @@ def _tile(
     statistics = rows.index(stage).reshape([4, BLOCK_M])
     q, do = queries.index(stage).reshape([BLOCK_M, BLOCK_D]), grads.index(stage).reshape([BLOCK_M, BLOCK_D])
     zero = gl.zeros([BLOCK_N, BLOCK_M], gl.float32, layout=s_layout)
-    if ADD == BY_TMA:
+    if ADD == BY_TMA and SUMS == 2:
         tma.store_wait(0)
     fence_async_shared()
     barrier()
     if ADD == BY_TMA:
-        add_tile(total_tiles, [earlier * BLOCK_D, 0], sums.index((it + 1) % 2))
+        add_tile(total_tiles, [earlier * BLOCK_D, 0], sums.index((it + 1) % SUMS))
     next_n, next_h = _fetch_queries(
         it + STAGES - 2, next_n, next_h, count, per_head, lo, row, query_tiles, grad_tiles, row_tiles, queries, grads, rows,
         ready, BLOCK_M, STAGES,
@@ -111,7 +112,10 @@ def _tile(
     if ADD == BY_THREADS:
         _add(total, before, dq, BLOCK_D, BLOCK_M, q_layout)
     if ADD == BY_TMA:
-        sums.index(it % 2).store(dq)
+        if SUMS == 1:
+            tma.store_wait(0)
+            barrier()
+        sums.index(it % SUMS).store(dq)
     ds = score_gradient(s, e, dp, delta, 0.0, BASE, RECTIFY, ABSOLUTE, NEGATIVE_GRADIENT, False).to(gl.bfloat16)
     slopes.index(it % 2).store(ds)
     ds = gl.convert_layout(ds, gl.DotOperandLayout(0, o_layout, 2))
@@ -129,7 +133,7 @@ def five_products(
     BASE: gl.constexpr, RECTIFY: gl.constexpr, ABSOLUTE: gl.constexpr, CONSTANT: gl.constexpr,
     NEGATIVE_GRADIENT: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_D: gl.constexpr,
     STAGES: gl.constexpr, RIGHT: gl.constexpr, BOTTOM_RIGHT: gl.constexpr, ADD: gl.constexpr, SPLIT: gl.constexpr,
-    num_warps: gl.constexpr,
+    SUMS: gl.constexpr, num_warps: gl.constexpr,
 ):  # fmt: skip
     """``dK`` and ``dV`` of one key tile, and its part of ``dQ``. Grid as in ``backward.py``."""
     s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [num_warps, 1], [16, BLOCK_M, 16])
@@ -149,7 +153,7 @@ def five_products(
     slopes = gl.allocate_shared_memory(gl.bfloat16, [2, BLOCK_N, BLOCK_M], slope_layout)
     sums = slopes
     if ADD == BY_TMA:
-        sums = gl.allocate_shared_memory(gl.float32, [2, BLOCK_D, BLOCK_M], total_tiles.layout)
+        sums = gl.allocate_shared_memory(gl.float32, [SUMS, BLOCK_D, BLOCK_M], total_tiles.layout)
     lo, full = 0, 0
     if RIGHT:
         lo = gl.minimum(gl.maximum(0, j0 - reach), tq) // BLOCK_M * BLOCK_M
@@ -177,14 +181,14 @@ def five_products(
                 group * per_head + n, lo + n * BLOCK_M, place + n, before, earlier, next_n, next_h, count, per_head, lo, row,
                 dk, dv, total, total_tiles, k, k, v, query_tiles, grad_tiles, row_tiles, queries, grads, rows, ready, slopes,
                 sums, j2, reach, unit, BASE, RECTIFY, ABSOLUTE, NEGATIVE_GRADIENT, BLOCK_M, BLOCK_N, BLOCK_D, STAGES, True,
-                s_layout, o_layout, q_layout, ADD,
+                s_layout, o_layout, q_layout, ADD, SUMS,
             )  # fmt: skip
         for n in range(edges, per_head):
             dk, dv, before, earlier, next_n, next_h = _tile(
                 group * per_head + n, lo + n * BLOCK_M, place + n, before, earlier, next_n, next_h, count, per_head, lo, row,
                 dk, dv, total, total_tiles, k, k, v, query_tiles, grad_tiles, row_tiles, queries, grads, rows, ready, slopes,
                 sums, j2, reach, unit, BASE, RECTIFY, ABSOLUTE, NEGATIVE_GRADIENT, BLOCK_M, BLOCK_N, BLOCK_D, STAGES, False,
-                s_layout, o_layout, q_layout, ADD,
+                s_layout, o_layout, q_layout, ADD, SUMS,
             )  # fmt: skip
         dk, dv = warpgroup_mma_wait(num_outstanding=0, deps=[dk, dv])
         dk, dv = warpgroup_mma_init(dk), warpgroup_mma_init(dv)
@@ -198,15 +202,18 @@ def five_products(
     fence_async_shared()
     barrier()
     if ADD == BY_TMA:
-        add_tile(total_tiles, [earlier * BLOCK_D, 0], sums.index((count + 1) % 2))
+        add_tile(total_tiles, [earlier * BLOCK_D, 0], sums.index((count + 1) % SUMS))
+        if SUMS == 1:
+            tma.store_wait(0)
+            barrier()
     # the last product stands after everything else: before the stores ptxas has every product of the kernel wait (C7515)
     dq_zero = gl.zeros([BLOCK_D, BLOCK_M], gl.float32, layout=q_layout)
     dq = warpgroup_mma(k.permute([1, 0]), slopes.index((count + 1) % 2), dq_zero, use_acc=False)
     if ADD == BY_TMA:
-        sums.index(count % 2).store(dq)
+        sums.index(count % SUMS).store(dq)
         fence_async_shared()
         barrier()
-        add_tile(total_tiles, [before * BLOCK_D, 0], sums.index(count % 2))
+        add_tile(total_tiles, [before * BLOCK_D, 0], sums.index(count % SUMS))
         tma.store_wait(0)
     else:
         _add(total, before, dq, BLOCK_D, BLOCK_M, q_layout)
@@ -239,7 +246,7 @@ def finish(
     tl.store(at, x.to(dquery.dtype.element_ty), mask=(i < tq) & (d < width))
 
 
-def backward(m: int, n: int, warps: int, stages: int, split: int, add: int) -> Callable[..., bool]:
+def backward(m: int, n: int, warps: int, stages: int, split: int, add: int, sums: int = 2) -> Callable[..., bool]:
     """What ``launch._backward_for_hopper`` is replaced by.
 
     Args:
@@ -249,6 +256,7 @@ def backward(m: int, n: int, warps: int, stages: int, split: int, add: int) -> C
         stages: tiles under way, at least 3.
         split: warps side by side in the product for ``dQ``.
         add: see :data:`BY_TMA`.
+        sums: tiles of ``dQ`` in shared memory that the accelerator reads from, 1 or 2.
     """
 
     def launch(spec: Any, common: Any, query, key, value, grad_out, statistics, dquery, dkey, dvalue) -> bool:
@@ -264,7 +272,7 @@ def backward(m: int, n: int, warps: int, stages: int, split: int, add: int) -> C
             TensorDescriptor(total, list(total.shape), list(total.stride()), [padded, m], layout),
             dkey, dvalue, total, *dkey.stride(), *dvalue.stride(), tiles_m,
             tiles, heads, kv_heads * b, together, groups, tq, tk, width, value.shape[-1], spec.right, score_unit(spec),
-            spec.scale, **shared, BLOCK_M=m, BLOCK_N=n, STAGES=stages, ADD=add, SPLIT=split, num_warps=warps,
+            spec.scale, **shared, BLOCK_M=m, BLOCK_N=n, STAGES=stages, ADD=add, SPLIT=split, SUMS=sums, num_warps=warps,
         )  # fmt: skip
         finish[(tiles_m, heads, b)](
             total, dquery, *dquery.stride(), heads, tiles_m, tq, width, spec.scale, M=m, D=padded, TMA=add == BY_TMA.value,

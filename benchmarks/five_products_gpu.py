@@ -22,25 +22,29 @@ NO_ADDITIONS, BY_THREADS, BY_THREADS_LATE, BY_TMA = range(4)
 # query heads, key heads, queries, keys, causal
 CHECKED = ((1, 4, 2, 1000, 1000, True), (2, 2, 2, 512, 448, False), (1, 2, 1, 300, 300, True))
 TIMED = {64: ((4, 16, 4096, 64), (8, 16, 2048, 64)), 128: ((4, 16, 4096, 128), (1, 16, 16384, 128))}
-# queries and keys of a tile, warps, stages, warps side by side, how dQ is added
+# queries and keys of a tile, warps, stages, warps side by side, how dQ is added, tiles that the accelerator reads from
 FORMS = {
     64: (
         (64, 64, 4, 3, 1, BY_THREADS),
-        (64, 64, 4, 3, 1, BY_TMA),
-        (64, 128, 8, 3, 2, BY_TMA),
+        (64, 64, 4, 3, 1, BY_TMA, 1),
+        (64, 64, 4, 3, 1, BY_TMA, 2),
+        (64, 128, 8, 3, 2, BY_TMA, 2),
+        (128, 64, 4, 3, 1, BY_TMA, 1),
         (64, 64, 4, 3, 1, NO_ADDITIONS),
     ),
     128: (
-        (32, 128, 8, 3, 1, BY_TMA),
+        (32, 128, 8, 3, 1, BY_TMA, 2),
+        (32, 128, 8, 3, 1, BY_TMA, 1),
         (32, 128, 8, 4, 1, BY_THREADS_LATE),
-        (32, 64, 4, 4, 1, BY_TMA),
+        (32, 64, 4, 3, 1, BY_TMA, 1),
+        (64, 128, 8, 3, 1, BY_TMA, 1),
         (32, 128, 8, 4, 1, NO_ADDITIONS),
     ),
 }
 LIMIT = 4e-3  # relative error of a bf16 gradient
 
 
-def attention(query, key, value, is_causal=True, backend=None):
+def attention(query, key, value, is_causal=True, backend="auto"):
     return softpick.scaled_dot_product_attention(
         query, key, value, is_causal=is_causal, enable_gqa=True, backend=backend
     )
@@ -68,8 +72,12 @@ def main() -> None:
         print(f"cuDNN, {TIMED[d]}:", [round(replay_times(cudnn, x[:3], x[3])[1], 3) for x in inputs], flush=True)
         for form in (None, *FORMS[d]):
             launch._backward_for_hopper = usual if form is None else five_products.backward(*form)
-            wrong = form is not None and form[-1] == NO_ADDITIONS
-            found = 0.0 if wrong else error(d)
+            wrong = form is not None and form[5] == NO_ADDITIONS
+            try:
+                found = 0.0 if wrong else error(d)
+            except Exception as error_of_form:  # of shared memory or the compiler: the next form
+                print(f"{form}: {type(error_of_form).__name__}: {str(error_of_form)[:200]}", flush=True)
+                continue
             if not found <= LIMIT:
                 print(f"{form}: gate failed, error {found:.1e}", flush=True)
                 continue

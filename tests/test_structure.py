@@ -72,6 +72,10 @@ ALLOWED = {
 }
 
 
+# packages that load their modules when they are asked for
+BY_NAME = {"softpick", "softpick.analysis", "softpick._moved"}
+
+
 def modules():
     for path in sorted(ROOT.rglob("*.py")):
         name = "softpick." + ".".join(path.relative_to(ROOT).with_suffix("").parts)
@@ -93,6 +97,9 @@ def imported(name, path):
         elif isinstance(node, ast.Import):
             found = [alias.name for alias in node.names]
             assert "softpick" not in found, f"{name}: import the module that is needed, not softpick"
+        elif isinstance(node, ast.Call) and name not in BY_NAME and "import_module" in ast.unparse(node.func):
+            assert "softpick" not in ast.unparse(node), f"{name}: {ast.unparse(node)}: write an import statement"
+            continue
         else:
             continue
         yield from (x for x in found if x.startswith("softpick.") and x != "softpick.__version__")

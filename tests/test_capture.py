@@ -277,13 +277,14 @@ def gpt_oss():
         "gpt-oss",
     ],
 )
-def test_pieces_change_nothing(make, monkeypatch):
-    """A head or two at a time (grouped queries stay together) give what the whole layer gives, also further down."""
+@pytest.mark.parametrize("at_once", [1, 2, 3])
+def test_pieces_change_nothing(make, at_once, monkeypatch):
+    """A head or two at a time (also of those that share a key head) give what the whole layer gives."""
     model, data = make(), batches()
     want = measure(model, data, largest_score=True).to_dict()
     pieces = []
-    monkeypatch.setattr(calls, "MAX_ENTRIES", T * T)
-    monkeypatch.setattr(metrics, "MAX_ENTRIES", T * T)
+    monkeypatch.setattr(calls, "MAX_ENTRIES", at_once * T * T)
+    monkeypatch.setattr(metrics, "MAX_ENTRIES", at_once * T * T)
     real = Meter.attention
 
     def counted(self, layer, weights, *args, **kwargs):
@@ -293,8 +294,9 @@ def test_pieces_change_nothing(make, monkeypatch):
     monkeypatch.setattr(Meter, "attention", counted)
     assert_close(measure(model, data, largest_score=True).to_dict(), want)
     # gpt-oss keeps its sinks in the attention module; softpick's function is given them
-    heads = 4 if make is gpt_oss else 1 if model.config.model_type in ("gpt2", "bert") else 2
-    assert set(pieces) == {(1, heads)}
+    total, grouped = model.config.num_attention_heads, model.config.model_type not in ("gpt2", "bert")
+    step = total if make is gpt_oss else min(at_once, 2) if grouped else at_once
+    assert set(pieces) == {(1, min(step, total - head)) for head in range(0, total, step)}
 
 
 def test_a_meter_goes_on():

@@ -20,6 +20,7 @@ from softpick.analysis.capture import watch_last_query
 from softpick.evaluation import passkey as passkey_module
 from softpick.evaluation.passkey import make_prompts, passkey, retrieving_heads, shortest_prompt
 from softpick.evaluation.tasks import EvaluationError, starts_with_bos
+from softpick.experiment import perplexity as perplexities
 from softpick.experiment.perplexity import learned_positions, perplexity, perplexity_by_position, position_edges
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -178,14 +179,18 @@ def test_passkeys_that_cannot_be_made(home, finders, tmp_path):
 # Perplexity
 
 
-def test_perplexity_is_that_of_transformers_loss(home):
+@pytest.mark.parametrize("at_once", [None, 7])
+def test_perplexity_is_that_of_transformers_loss(home, at_once, monkeypatch):
+    """Also where the fp32 logits of one sequence are made for 7 tokens at a time."""
     subject = load(home, "softpick")
+    if at_once:
+        monkeypatch.setattr(perplexities, "_LOGIT_ENTRIES", at_once * subject.model.config.vocab_size)
     tokens = torch.randint(2, 300, (5, 30), generator=torch.Generator().manual_seed(0))
     seen = []
     got = perplexity(subject.model, tokens, batch_size=2, progress=seen.append)
     with torch.no_grad():
         assert got == pytest.approx(math.exp(float(subject.model(tokens, labels=tokens).loss)), rel=1e-5)
-    assert seen == [2, 4, 5]
+    assert seen == ([1, 2, 3, 4, 5] if at_once else [2, 4, 5])
     with pytest.raises(ValueError, match=r"sequences: expected \(N, T\) with T at least 2, got \(3, 1\)"):
         perplexity(subject.model, tokens[:3, :1])
 

@@ -1,8 +1,8 @@
 """One call of an attention function by a layer of a model: who may see what, the weights in fp32, and a few heads at a time.
 
-Functions are called for a few samples and heads at a time (``MAX_ENTRIES`` weights), so that even one layer's maps of a
-long text are never in memory together. Heads are independent of each other; where a layer has parameters by head that
-its function would read from the module (gpt-oss), they are not divided.
+Functions are called for a few samples and heads at a time (``MAX_ENTRIES`` weights, at least one head), so that even one
+layer's maps of a long text are never in memory together. Heads are independent of each other, also those that share a key
+head; where a layer has parameters by head that its function would read from the module (gpt-oss), they are not divided.
 """
 
 from __future__ import annotations
@@ -132,25 +132,39 @@ def fp32_weights(
 
 def _pieces(
     name: str, module: nn.Module, query: Tensor, key: Tensor, kwargs: dict[str, Any]
-) -> Iterator[tuple[slice, slice]]:
-    """Samples and key heads that are worked on together: all of them if small, else of one sample as many as fit.
+) -> Iterator[tuple[slice, slice, slice]]:
+    """Samples, query heads and their key heads that are worked on together: all if small, else of one sample what fits.
 
     Softpick's functions know their arguments only; others may read parameters of the module.
     """
     b, h, t, _ = query.shape
-    tk = key.shape[2]
+    key_heads, tk = key.shape[1], key.shape[2]
     if b * h * t * tk <= MAX_ENTRIES:
-        yield slice(0, b), slice(0, key.shape[1])
+        yield slice(0, b), slice(0, h), slice(0, key_heads)
         return
-    counts = (h, key.shape[1])
     own = [*module.parameters(recurse=False), *module.buffers(recurse=False)] if name not in NORMALIZERS else []
-    by_head = any(x.dim() > 0 and x.shape[0] in counts for x in own)
+    by_head = any(x.dim() > 0 and x.shape[0] in (h, key_heads) for x in own)
     tensors = [x for name, x in kwargs.items() if isinstance(x, Tensor) and name != GATE]
     by_head |= any(x.dim() > 2 for x in tensors)  # a bias, perhaps one a head
-    step = key.shape[1] if by_head else max(1, MAX_ENTRIES // (t * tk * (h // key.shape[1])))
+    group, fit = h // key_heads, h if by_head else max(1, MAX_ENTRIES // (t * tk))
+    # whole groups of query heads, or a part of one group
+    step = fit // group * group if fit >= group else max(d for d in range(1, fit + 1) if group % d == 0)
     for sample in range(b):
-        for head in range(0, key.shape[1], step):
-            yield slice(sample, sample + 1), slice(head, min(head + step, key.shape[1]))
+        for head in range(0, h, step):
+            last = min(head + step, h)
+            yield slice(sample, sample + 1), slice(head, last), slice(head // group, (last - 1) // group + 1)
+
+
+class _Ungrouped:
+    """An attention module as eager functions see it when every query head has a key head of its own."""
+
+    num_key_value_groups = 1
+
+    def __init__(self, module: nn.Module) -> None:
+        self._module = module
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._module, name)
 
 
 def _part(x: Any, samples: slice, heads: slice, batch: int, total_heads: int) -> Any:
@@ -202,7 +216,11 @@ class Call:
         if self.kwargs.get(GATE) is not None:
             kwargs[GATE] = self.kwargs[GATE][samples, :, heads]
         query, key, value = self.query[samples, heads], self.key[samples, key_heads], self.value[samples, key_heads]
-        return replace(self, query=query, key=key, value=value, mask=mask, kwargs=kwargs)
+        module: Any = self.module
+        if query.shape[1] * self.key.shape[1] < self.query.shape[1] * key.shape[1]:  # a part of a group
+            key, value = (x.expand(-1, query.shape[1], -1, -1) for x in (key, value))
+            module = _Ungrouped(module)
+        return replace(self, module=module, query=query, key=key, value=value, mask=mask, kwargs=kwargs)
 
     def weighed(self) -> tuple[Tensor, Tensor]:
         """Outputs ``(b, T, h, Dv)`` and weights in fp32 (or fp64) of a call that asks for weights."""
@@ -221,11 +239,9 @@ def report(call: Call, layer: int, on_attention: Callable[[SeenAttention], None]
     seen = seen_keys(call.mask, call.name, call.module, call.query, call.key, call.kwargs, cross)
     seen = seen.expand(batch, -1, -1, -1)
     whole = call.function(*call.arguments, **call.kwargs)[0] if call.name == "sdpa" else None
-    group = total // call.key.shape[1]
     rows: dict[int, list[Tensor]] = {}
     mask: Any = None
-    for samples, key_heads in _pieces(call.name, call.module, call.query, call.key, call.kwargs):
-        heads = slice(key_heads.start * group, key_heads.stop * group)
+    for samples, heads, key_heads in _pieces(call.name, call.module, call.query, call.key, call.kwargs):
         see = seen[samples]
         if call.name == "sdpa" and not _is_additive(call.mask):  # eager functions add their mask
             if heads.start == 0:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from softpick.analysis.calls import PARTS, SeenAttention
 from softpick.analysis.metrics import Measurements, Meter
 from softpick.analysis.watching import is_encoder_decoder, parts_of, watch, watch_last_query
+from softpick.experiment.perplexity import token_losses
 from softpick.experiment.positions import KINDS_OF_TOKENS, kinds_of_tokens
 
 __all__ = [
@@ -157,8 +158,7 @@ def measure_parts(
     def on_output(output: Any) -> None:
         ids = inputs["input_ids"]
         for row, targets in zip(output.logits[:, 1:-1], ids[:, 2:], strict=True):
-            loss = torch.nn.functional.cross_entropy(row.float(), targets, reduction="sum")
-            meters[""].add_loss(float(loss), len(targets))
+            meters[""].add_loss(float(token_losses(row, targets).sum()), len(targets))
 
     with watch(model, on_attention, on_hidden, rest, on_output if losses else None) as run:
         for done, batch in enumerate([batches] if isinstance(batches, Tensor) else batches, 1):

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from softpick.analysis.calls import seen_keys
 from softpick.experiment.models import Subject
-from softpick.experiment.perplexity import change_percent
+from softpick.experiment.perplexity import change_percent, token_losses
 from softpick.experiment.progress import Reporter
 
 __all__ = ["LOGIT_ENTRIES", "hidden_key", "knockout", "knockout_note", "perplexity_of"]
@@ -96,8 +96,8 @@ def _losses(
                     hide(None if after is None else keys, after or 0)
                     logits = model(input_ids=ids, use_cache=False).logits
                     for row, targets, of in zip(logits[:, :-1], ids[:, 1:], counted, strict=True):
-                        loss = torch.nn.functional.cross_entropy(row[of].float(), targets[of], reduction="sum")
-                        sums[name] += float(loss)
+                        sums[name] += float(token_losses(row, targets)[of.cpu()].sum())
+                    del logits  # before the next are computed
             progress.update(done, None)
     return {name: total / max(tokens, 1) for name, total in sums.items()}, tokens
 

@@ -25,7 +25,8 @@ from softpick.analysis.streams import FloatHistogram, Moments, sum64
 
 __all__ = ["KEY_SUMS", "AttentionLayer", "HiddenLayer", "NotFiniteError"]
 
-BLOCK_ENTRIES = 1 << 20  # weights that are worked on at once
+BLOCK_ENTRIES = 1 << 20  # weights that are worked on at once: what the caches of a processor hold
+DEVICE_BLOCK_ENTRIES = 1 << 26  # on a GPU, where a block must outlast the start of some hundred kernels
 HISTOGRAM_BINS = 20
 
 KEY_SUMS = (
@@ -71,7 +72,8 @@ class AttentionLayer:
     def update(self, a: Tensor, o: Tensor, visible: Tensor, first_head: int) -> Tensor:
         """Some heads of one sample: ``a (h, T, Tk)`` and ``o (h, T, Dv)`` fp32, ``visible (T, Tk)`` boolean.
 
-        Worked on in blocks of rows that stay in the processor's cache: large temporaries would take most of the time.
+        Worked on in blocks of rows that stay in the processor's cache (large temporaries would take most of the time),
+        and in larger ones on a GPU.
 
         Returns:
             ``(len(KEY_SUMS), Tk)`` fp64: what these heads add to the sums of every key.
@@ -83,7 +85,8 @@ class AttentionLayer:
         # by key: sum of weights, sum of shares of row mass, rows with mass that see it
         columns = torch.zeros(3, h, tk, dtype=torch.float64)
         tallest = TILES[-1][0]
-        step = max(1, BLOCK_ENTRIES // (h * tk * tallest)) * tallest
+        entries = BLOCK_ENTRIES if a.device.type == "cpu" else DEVICE_BLOCK_ENTRIES
+        step = max(1, entries // (h * tk * tallest)) * tallest
         for start in range(0, t, step):
             rows = slice(start, start + step)
             columns += self._rows(a[:, rows], o[:, rows], visible[rows], at)

@@ -26,9 +26,8 @@ import torch
 from torch import Tensor, nn
 
 from softpick.analysis.knockout import perplexity_of
-from softpick.analysis.streams import float64
 from softpick.experiment.models import Subject
-from softpick.experiment.perplexity import change_percent
+from softpick.experiment.perplexity import change_percent, token_losses
 from softpick.experiment.progress import Reporter
 from softpick.experiment.rounding import FORMATS, inner_layers, quantized_cache, round_to
 from softpick.experiment.samples import size_of
@@ -333,10 +332,8 @@ def _losses(model: Any, batches: Sequence[Mapping[str, Tensor]]) -> Tensor:
     found = []
     for ids in torch.cat([batch["input_ids"] for batch in batches]).to(device).split(4):
         logits = model(input_ids=ids, use_cache=False).logits[:, 1:-1]
-        found.append(
-            torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), ids[:, 2:].flatten(), reduction="none")
-        )
-    return float64(torch.cat(found)).cpu()
+        found.append(token_losses(logits.flatten(0, 1), ids[:, 2:].flatten()))
+    return torch.cat(found)
 
 
 def _spearman(a: Sequence[float], b: Sequence[float]) -> float | None:

@@ -12,7 +12,14 @@ from torch import Tensor, nn
 
 from softpick.experiment.models import learned_positions
 
-__all__ = ["change_percent", "learned_positions", "perplexity", "perplexity_by_position", "position_edges"]
+__all__ = [
+    "change_percent",
+    "learned_positions",
+    "perplexity",
+    "perplexity_by_position",
+    "position_edges",
+    "token_losses",
+]
 
 _LOGIT_ENTRIES = 1 << 27  # vocabulary logits of a forward pass: half a gigabyte in fp32
 _OVERFLOW = 700.0  # nats: exp() of more is beyond fp64
@@ -94,6 +101,17 @@ def perplexity_by_position(
     return found
 
 
+def token_losses(logits: Tensor, targets: Tensor) -> Tensor:
+    """``(N,)`` fp64 on the CPU: the loss of each token in nats, from ``logits (N, V)`` and ``targets (N,)``.
+
+    Computed in fp32 for some tokens at a time: a copy of 32,768 tokens' logits for 128,256 words would be 17 GB.
+    """
+    step = max(1, _LOGIT_ENTRIES // logits.shape[1])
+    pieces = zip(logits.split(step), targets.split(step), strict=True)
+    losses = [nn.functional.cross_entropy(x.float(), y, reduction="none").cpu().double() for x, y in pieces]
+    return torch.cat(losses)
+
+
 def change_percent(loss: float, base: float) -> float | None:
     """By how many percent the perplexity of one mean loss (nats) is above that of another; None where it is beyond fp64."""
     return 100.0 * math.expm1(loss - base) if loss - base < _OVERFLOW else None
@@ -136,10 +154,7 @@ def _losses(
     for batch in sequences.split(max(1, min(batch_size, _LOGIT_ENTRIES // entries))):
         ids = batch.to(device)
         logits = model(input_ids=ids, use_cache=False).logits
-        losses = [
-            nn.functional.cross_entropy(row[:-1].float(), targets[1:], reduction="none").cpu().double()
-            for row, targets in zip(logits, ids, strict=True)
-        ]
+        losses = [token_losses(row[:-1], targets[1:]) for row, targets in zip(logits, ids, strict=True)]
         del logits
         yield done, torch.stack(losses)
         done += len(batch)

@@ -170,10 +170,26 @@ def test_conditions_fail_and_do_not():
     assert found == ["smol: sink_first_0.3 > 5 (sink_first_0.3 is 60.7)"]
     assert failed([parse_condition("sink_first_0.3 > 60.7")], report) == []
     assert len(failed([parse_condition("sink_first_0.3 >= 60.7")], report)) == 1
-    with pytest.raises(AuditError, match=r"no model has the figure 'cost_fp4'; there are .*cost_fp8-tensor"):
-        failed([parse_condition("cost_fp4 > 1")], report)
-    with pytest.raises(AuditError, match=r"figures of cost_\.\.\. need --cost"):
-        AuditSettings("x", fail_if=("cost_int8-token > 1",)).check()
+    with pytest.raises(AuditError, match=r"no model has the figure 'cost_fp8-group'; there are .*cost_fp8-tensor"):
+        failed([parse_condition("cost_fp8-group > 1")], report)
+
+
+@pytest.mark.parametrize(
+    ("condition", "options", "message"),
+    [
+        ("cost_int8-token > 1", {}, "the figure cost_int8-token needs --cost"),
+        ("cost_fp4 > 1", {"cost": True}, "no figure is named 'cost_fp4'; .*cost_fp8-token.* cost_kv4"),
+        ("eviction_first > 1", {"knockout": ()}, "the figure eviction_first needs --knockout first"),
+        ("absence_strongest > 1", {}, "the figure absence_strongest needs --knockout strongest"),
+        ("eviction_3 > 1", {"knockout": (2, "first")}, "the figure eviction_3 needs --knockout 3"),
+        ("eviction > 1", {}, "no figure is named 'eviction'"),
+    ],
+)
+def test_conditions_on_figures_that_the_options_leave_out(condition, options, message):
+    """Known before anything is measured."""
+    with pytest.raises(AuditError, match=f"fail_if: {message}"):
+        AuditSettings("x", fail_if=(condition,), **options).check()
+    AuditSettings("x", fail_if=("eviction_2 > 1", "cost_kv4 > 3"), knockout=(2,), cost=True).check()
 
 
 def test_published_figures_stand_beside_the_users():

@@ -32,7 +32,7 @@ from softpick.experiment.progress import Reporter
 from softpick.experiment.rounding import FORMATS, inner_layers, quantized_cache, round_to
 from softpick.experiment.samples import size_of
 
-__all__ = ["REMEDIES", "SCHEMES", "Scheme", "cost", "group_of", "ignore_lists", "rounded"]
+__all__ = ["COSTS", "REMEDIES", "SCHEMES", "Scheme", "cost", "group_of", "ignore_lists", "rounded"]
 
 GROUP = 64  # neighbouring inputs that share a scale
 WORTH = 1.0  # percent of perplexity: what costs less needs no remedy
@@ -71,6 +71,9 @@ SCHEMES: tuple[Scheme, ...] = (
     Scheme("int4-weights", "int4", "none"),
 )
 """In the order of the report."""
+
+COSTS = (*(scheme.name for scheme in SCHEMES), *(f"kv{bits}" for bits in _CACHE_BITS))
+"""What can be measured: the schemes, and the key-value cache in so many bits."""
 
 REMEDIES = {
     "prefix": "the first token stays in 16 bits (as a key-value prefix that is computed once)",

@@ -151,9 +151,12 @@ class AuditSettings:
         for text in self.texts:
             check_text(text, "texts: a text", AuditError)
         for condition in self.fail_if:
-            parse_condition(condition)
+            name = parse_condition(condition).name
+            of, _, key = name.partition("_")
+            if of == "cost" and not self.cost:
+                raise AuditError(f"fail_if: the figure {name} needs --cost")
+            if of in ("eviction", "absence") and key not in map(str, self.knockout):
+                raise AuditError(f"fail_if: the figure {name} needs --knockout {key}")
         for name in self.report_to:
             if name not in TRACKERS:
                 raise AuditError(f"report_to: expected one of {', '.join(TRACKERS)}; got {name!r}")
-        if not self.cost and any("cost_" in condition for condition in self.fail_if):
-            raise AuditError("fail_if: figures of cost_... need --cost")

@@ -14,6 +14,7 @@ from typing import Any
 
 from softpick.analysis import records
 from softpick.analysis.references import REFERENCES, THRESHOLDS
+from softpick.analysis.sensitivity import COSTS
 from softpick.analysis.settings import AuditError
 
 __all__ = ["Condition", "failed", "figures", "parse_condition", "reference_rows", "verdict"]
@@ -88,11 +89,10 @@ def parse_condition(text: str) -> Condition:
     if parts is None:
         raise AuditError(f"fail_if: expected NAME > NUMBER (or >=, <, <=), got {text!r}")
     name = parts[1]
-    known = [metric.key for metric in records.METRICS]
-    if name not in known and not name.startswith(("eviction_", "absence_", "cost_")):
+    known = [*(metric.key for metric in records.METRICS), *(f"cost_{cost}" for cost in COSTS)]
+    if name not in known and not name.startswith(("eviction_", "absence_")):
         raise AuditError(
-            f"fail_if: no figure is named {name!r}; expected one of {', '.join(known)}, eviction_KEY, absence_KEY, "
-            "cost_SCHEME"
+            f"fail_if: no figure is named {name!r}; expected one of {', '.join(known)}, eviction_KEY, absence_KEY"
         )
     return Condition(name, parts[2], float(parts[3]))
 

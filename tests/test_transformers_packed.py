@@ -14,6 +14,7 @@ transformers = pytest.importorskip("transformers")
 from transformers import AutoModelForCausalLM, masking_utils  # noqa: E402
 
 import softpick.integrations.transformers as st  # noqa: E402
+from softpick.integrations import transformers_packing  # noqa: E402
 
 SIZES = {
     "vocab_size": 60, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -131,7 +132,6 @@ def test_offsets(family, how, ids):
 @pytest.mark.parametrize("family", ["llama", "mistral", "gemma2", "gemma3", "olmo3", "softpick_llama"])
 def test_offsets_need_no_mask_and_leave_nothing_of_it(family, ids, monkeypatch):
     """The fast way: no layer computes with a mask, whatever the window."""
-    from softpick.integrations import transformers_packing
 
     calls = []
     true = transformers_packing.varlen_attention
@@ -279,6 +279,21 @@ def test_packed_sequences_behind_left_padding(family, ids):
         else:
             logits = model(padded, attention_mask=mask, position_ids=positions, use_cache=False).logits
             close(logits[0, 3:], alone(model, ids))
+
+
+def test_chunks_that_older_transformers_cut_in_wrong_places_are_refused(ids, monkeypatch):
+    """Packed sequences by positions in a model with chunks, and nothing else."""
+    monkeypatch.setattr(transformers_packing, "_CHUNKS_FROM_THE_ROW", True)
+    plain = torch.arange(ids.shape[1])[None]
+    with torch.no_grad():
+        with pytest.raises(
+            ValueError, match=r"position_ids: packed sequences of a llama4_text .* need transformers 5\.23"
+        ):
+            model_of("llama4")(ids, position_ids=POSITIONS, use_cache=False)
+        assert model_of("llama4")(ids, position_ids=plain, use_cache=False).logits.isfinite().all()
+        close(
+            model_of("mistral")(ids, position_ids=POSITIONS, use_cache=False).logits[0], alone(model_of("mistral"), ids)
+        )
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError, SystemExit])

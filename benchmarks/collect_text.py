@@ -115,8 +115,8 @@ def _key(text: str) -> int:
 def _prose(folders: list[Path]) -> Iterator[str]:
     """English paragraphs, each once, in pieces; pieces in the order of their hash."""
     files: list[Path] = []
-    for folder in folders:
-        files += sorted(path for path in folder.rglob("*") if _is_document(path))
+    for folder in sorted(folders):
+        files += sorted(path for path in folder.rglob("*") if _is_document(path, folder))
     seen: set[int] = set()
     pieces: list[str] = []
     with Pool(2) as pool:
@@ -131,8 +131,10 @@ def _prose(folders: list[Path]) -> Iterator[str]:
     yield from pieces
 
 
-def _is_document(path: Path) -> bool:
-    if not path.is_file() or path.is_symlink() or NOT_PROSE & set(path.parts) or path.stat().st_size > LARGEST:
+def _is_document(path: Path, folder: Path) -> bool:
+    if not path.is_file() or path.is_symlink() or NOT_PROSE & set(path.relative_to(folder).parts):
+        return False
+    if path.stat().st_size > LARGEST:
         return False
     suffix = path.with_suffix("").suffix if path.suffix == ".gz" else path.suffix
     return suffix in DOCUMENTS or path.parent.name == "fortunes"

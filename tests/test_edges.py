@@ -175,6 +175,20 @@ def test_gradient_where_a_score_is_exactly_zero(name, backend, scores):
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("backend", ["tiled", "reference"])
+@pytest.mark.parametrize("sink", [math.inf, -math.inf])
+def test_an_infinite_sink_takes_all_or_nothing(sink, backend, dtype):
+    q, k, v = (draw(1, 2, n, 4) for n in (5, 7, 7))
+    leaves = [x.to(dtype).requires_grad_() for x in (q, k, v, torch.tensor([sink, 0.5]))]
+    out = scaled_dot_product_attention(*leaves[:3], normalizer="learned_sink", sink=leaves[3], backend=backend)
+    plain = scaled_dot_product_attention(*(x.detach() for x in leaves[:3]), normalizer="softmax", backend="reference")
+    want = torch.zeros_like(plain) if sink > 0 else plain
+    torch.testing.assert_close(out[:, 0], want[:, 0], rtol=1e-4, atol=1e-5)
+    for gradient in torch.autograd.grad(out.sum(), leaves):
+        assert gradient.isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("backend", ["tiled", "reference"])
 @pytest.mark.parametrize("sink", [-1000.0, -100.0, 0.0, 60.0, 100.0, 1000.0])
 @pytest.mark.parametrize("scores", [0.0, -200.0, 90.0])
 def test_a_sink_of_any_size(backend, dtype, sink, scores):

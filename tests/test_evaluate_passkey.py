@@ -114,11 +114,13 @@ def test_what_counts_as_an_answer(text, right):
     assert passkey_module._is_key(text, "123") is right
 
 
-@pytest.mark.parametrize("name", ["softmax", "softpick", "gpt2"])
+@pytest.mark.parametrize("name", ["softmax", "softpick", "gpt2", "linear_softpick"])
 def test_heads_are_those_of_the_full_maps(home, name):
     """Mass, largest weight and weight on the key, from whole maps of prompt and answer, one prompt at a time."""
-    subject = load(home, name)
+    subject = load(home, "softpick" if name == "linear_softpick" else name)
     model, tokenizer = subject.model, subject.tokenizer
+    if name == "linear_softpick":  # some weights are negative
+        model.set_attn_implementation(name)
     bos = starts_with_bos(model, tokenizer)
     shortest = shortest_prompt(tokenizer, bos)
     length = next(  # with prompts of different lengths, so that some are padded
@@ -141,8 +143,10 @@ def test_heads_are_those_of_the_full_maps(home, name):
         assert answer["answer"].startswith(tokenizer.decode(ids[len(prompt.ids) :]).split("<eos>")[0].rstrip("\ufffd"))
         maps = attention_maps(model, torch.tensor(ids))
         rows = maps[:, :, len(prompt.ids) - 1 : len(prompt.ids) - 1 + size]
-        on_key, mass = rows[..., list(prompt.key_tokens)].sum(3), rows.sum(3)
-        figures = torch.stack([on_key, torch.where(mass > 0, on_key / mass, 0.0), mass, rows.amax(3)])
+        on_key = rows[..., list(prompt.key_tokens)]
+        mass, moved = rows.abs().sum(3), on_key.abs().sum(3)
+        assert bool((rows < 0).any()) is (name == "linear_softpick")
+        figures = torch.stack([on_key.sum(3), torch.where(mass > 0, moved / mass, 0.0), rows.sum(3), rows.amax(3)])
         want["first"].append(figures[..., :1])
         want["answer"].append(figures)
     for kind, parts in want.items():

@@ -32,19 +32,21 @@ from transformers import (
     XLMRobertaConfig,
 )
 
+from softpick.analysis import audit as audit_module
 from softpick.analysis.audit import AuditSettings, audit
+from softpick.evaluation import evaluate as evaluate_module
 from softpick.evaluation.evaluate import EvaluateSettings, evaluate
 from softpick.evaluation.passkey import _generate
 from softpick.experiment.models import (
     ModelError,
-    first_position,
     load_config,
     load_subject,
     load_tokenizer,
-    positions,
     sees_the_future,
 )
+from softpick.experiment.positions import first_position, positions
 from softpick.experiment.progress import Silent
+from softpick.quantization import quantize as quantize_module
 from softpick.quantization.apply import Job, check
 from softpick.quantization.methods import METHODS
 from softpick.quantization.quantize import QuantizeSettings, quantize
@@ -92,6 +94,37 @@ def home(tmp_path_factory):
 
 def given(home, model, **more):
     return {"model": str(home / model), "data": str(home / "text.txt"), "samples": 3, "sequence_length": 24} | more
+
+
+WRONG = {
+    "missing": r"model: there is no directory or file \S+missing",
+    "text.txt": r"model: \S+text.txt has no config.json",
+    "missing.gguf": r"model: there is no file \S+missing.gguf",
+    "bert": r"model: \S+bert is an encoder \(bert\)",
+}
+
+
+@pytest.mark.parametrize("wrong", [*WRONG, "device"])
+@pytest.mark.parametrize("command", ["analyze", "evaluate", "quantize"])
+def test_a_wrong_second_model_is_refused_before_the_first_is_loaded(home, command, wrong, tmp_path, monkeypatch):
+    """Also a device that is not there."""
+    BertConfig(**BERT).save_pretrained(home / "bert")
+    modules = {"analyze": audit_module, "evaluate": evaluate_module, "quantize": quantize_module}
+    monkeypatch.setattr(modules[command], "load_subject", lambda *a, **k: pytest.fail("a model was loaded"))
+    other = str(home / (wrong if wrong != "device" else "gemma"))
+    more = {"device": "cuda:99"} if wrong == "device" else {}
+    message = WRONG.get(wrong, "device: cannot move .* 'cuda:99'")
+    if command == "analyze" and wrong == "bert":
+        pytest.skip("audits take encoders")
+    run = {
+        "analyze": lambda: audit(AuditSettings(**given(home, "llama", against=other, **more))),
+        "evaluate": lambda: evaluate(EvaluateSettings(**given(home, "llama", against=(other,), tasks=(), **more))),
+        "quantize": lambda: quantize(
+            QuantizeSettings(**given(home, "llama", against=(other,), **more)), tmp_path / "out"
+        ),
+    }
+    with pytest.raises(ModelError, match=message):
+        run[command]()
 
 
 # ---------------------------------------------------------------------------------------------------------------------

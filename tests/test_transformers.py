@@ -540,6 +540,10 @@ def test_softpick_llama_refuses_foreign_implementations(tmp_path, ids):
     assert model.config.normalizer == "linear_softpick"
     with pytest.raises(ValueError, match="normalizer: expected one of"):
         st.SoftpickLlamaConfig(normalizer="sofpick")
+    for switch in ("output_gate", "score_scale"):
+        for value in ("no", 2, None):
+            with pytest.raises(TypeError, match=f"{switch}: expected True or False, got "):
+                st.SoftpickLlamaConfig(**{switch: value})
 
 
 def test_softpick_llama_classifier(ids):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import math
 from dataclasses import replace
 
@@ -15,6 +16,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, AutoModelFo
 from transformers.generation.configuration_utils import CompileConfig  # noqa: E402
 
 import softpick.integrations.transformers as st  # noqa: E402
+from softpick.integrations.transformers_layers import _keeps_causality, source_of  # noqa: E402
 from softpick.normalizers import NORMALIZERS  # noqa: E402
 
 LLAMA = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -88,7 +90,72 @@ PARTLY = {
         "ClapAudioModel",
         lambda: transformers.ClapAudioConfig(patch_embeds_hidden_size=16, depths=[1]),
     ),
+    "Gemma3nAudioAttention": (
+        "Gemma3nAudioEncoder",
+        lambda: transformers.Gemma3nAudioConfig(
+            hidden_size=32, conf_num_attention_heads=4, conf_num_hidden_layers=1, vocab_size=8
+        ),
+    ),
 }
+
+
+class ByMethod(torch.nn.Module):
+    def forward(self, q, k):
+        scores = q @ k.mT
+        return self.weigh(scores)
+
+    def weigh(self, scores):
+        return scores.softmax(-1)
+
+
+class ByMethodOfABase(ByMethod):
+    def forward(self, q, k):
+        return self.weigh(torch.matmul(q, k.mT) / 8)
+
+
+class ByModule(torch.nn.Module):
+    def forward(self, hidden):
+        query, key = self.project(hidden)
+        logits = self.compare(query, key)
+        return torch.nn.functional.softmax(logits, dim=-1)
+
+
+class Router(torch.nn.Module):
+    def forward(self, hidden):
+        return self.choose(self.gate(hidden))
+
+    def choose(self, logits):
+        return logits.softmax(-1)
+
+
+class Pooling(torch.nn.Module):
+    def forward(self, query, key, value):
+        query, key = self.rotate(query, key)
+        out = self.attend(query, key, value)
+        return self.gate(value).softmax(-1) * out.mean()
+
+
+@pytest.mark.parametrize(
+    ("kind", "softmax"),
+    [(ByMethod, True), (ByMethodOfABase, True), (ByModule, True), (Router, False), (Pooling, False)],
+)
+def test_softmax_of_scores_wherever_a_layer_takes_it(kind, softmax):
+    assert source_of(kind).softmax is softmax
+
+
+@pytest.mark.parametrize(
+    ("source", "keeps"),
+    [
+        ("def __init__(self, is_causal=False): pass", True),
+        ("def __init__(self, is_causal=True): pass", False),
+        ("def __init__(self, is_causal): pass", False),
+        ("def __init__(self, bias=False): pass", False),
+        ("def other(self, is_causal=False): pass", False),
+        ("def __init__(self, is_causal=False): Layer(is_causal=True)", False),
+    ],
+)
+def test_files_whose_layers_are_never_told_that_they_are_causal(source, keeps):
+    assert _keeps_causality(ast.parse(source)) is keeps
 
 
 @pytest.mark.thinned(every=2)

@@ -296,6 +296,53 @@ def test_chunks_that_older_transformers_cut_in_wrong_places_are_refused(ids, mon
         )
 
 
+ENCODERS = {
+    "BertModel": transformers.BertConfig,
+    "RobertaModel": transformers.RobertaConfig,
+    "ElectraModel": transformers.ElectraConfig,
+    "EsmModel": transformers.EsmConfig,
+    "LayoutLMModel": transformers.LayoutLMConfig,  # says that it is causal, and has a mask of one row
+    "ModernBertModel": transformers.ModernBertConfig,
+}
+
+
+@pytest.mark.parametrize("name", ENCODERS)
+def test_positions_alone_do_not_pack_in_an_encoder(name, ids):
+    """Its sequences would see one another: refused, unless offsets or a mask tell them apart."""
+    settings = SIZES | {"intermediate_size": 48, "initializer_range": 0.3, "cls_token_id": 1, "sep_token_id": 2}
+    model = getattr(transformers, name)._from_config(ENCODERS[name](**settings), attn_implementation="softpick").eval()
+    other = ids.clone()
+    other[0, 1] = 5 + (ids[0, 1] + 7) % 50
+    plain = torch.arange(ids.shape[1])[None]
+    padding = torch.ones_like(ids)
+    padding[:, -2:] = 0
+    same = torch.block_diag(*(torch.ones(n, n) for n in LENGTHS)).bool()[None, None]
+    with torch.no_grad():
+        for given in ({}, {"attention_mask": torch.ones_like(ids)}, {"attention_mask": padding}):
+            with pytest.raises(ValueError, match=r"position_ids: start again at 0, .*Attention looks both ways"):
+                model(ids, position_ids=POSITIONS, **given)
+            assert model(ids, position_ids=plain, **given).last_hidden_state.isfinite().all()
+        ways = (
+            [OFFSETS]
+            if name in ("LayoutLMModel", "ModernBertModel", "EsmModel")
+            else [OFFSETS, {"attention_mask": same}]
+        )
+        for way in ways:
+            of_both = [model(x, position_ids=POSITIONS, **way).last_hidden_state[0, LENGTHS[0] :] for x in (ids, other)]
+            close(*of_both)
+
+
+def test_layers_that_look_both_ways_need_no_offsets_where_another_model_has_them(monkeypatch):
+    """A vision tower beside a text that is packed by offsets is not refused, a causal layer is."""
+    layer = torch.nn.Linear(1, 1)
+    monkeypatch.setattr(transformers_packing._running, "given", True, raising=False)
+    transformers_packing.check_offsets(layer, False, None)
+    transformers_packing.check_offsets(layer, False, torch.ones(1, 1, 4, 4).bool())
+    for causal, mask in ((True, None), (False, torch.ones(1, 1, 4, 4).bool().tril())):
+        with pytest.raises(ValueError, match="cu_seq_lens_q: the model does not hand it on to Linear"):
+            transformers_packing.check_offsets(layer, causal, mask)
+
+
 @pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError, SystemExit])
 @pytest.mark.parametrize("family", ["llama", "gemma2", "softpick_llama"])
 def test_an_interrupted_forward_pass_leaves_nothing(family, error, ids):

@@ -172,8 +172,7 @@ def ring_attention(
         softcap: scores become ``softcap * tanh(scores / softcap)``.
         sink: ``(H,)`` logits, the same on every rank; required by ``learned_sink`` and by no other. Its gradient is that of
             this rank's queries: sum it over the group, as FSDP and DDP do with every parameter.
-        eps: added to the denominator once that was divided by ``e^m``, ``m = max(0, max_j s_j)`` over all keys; the table's
-            value if None.
+        eps: as in :func:`softpick.scaled_dot_product_attention`, with ``m`` of all keys; the table's value if None.
 
     Returns:
         ``(..., H, Tq, Dv)`` in the query's dtype: the outputs of this rank's queries.

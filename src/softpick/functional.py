@@ -160,7 +160,8 @@ def scaled_dot_product_attention(
             for ``|i - j| < w``.
         softcap: scores become ``softcap * tanh(scores / softcap)`` (Gemma).
         sink: ``(H,)`` logits; required by ``learned_sink`` and by no other. Receives a gradient.
-        eps: added to the denominator once that was divided by ``e^m``, ``m = max(0, max_j s_j)``; the table's value if None.
+        eps: added to the denominator once that was divided by ``e^m``; the table's value if None. ``m`` is the row's largest
+            score, and at least 0 except with plain exponentials and no constant, as in softmax.
         return_stats: also return lse, row mass and largest score.
         return_weights: also return the weights (reference backend).
 

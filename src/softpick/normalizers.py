@@ -292,7 +292,7 @@ class Normalizer:
         if self.constant == 1:
             return torch.exp(-m)
         assert sink is not None
-        return torch.exp(sink - m)
+        return torch.exp(torch.where(m == math.inf, 0.0, sink - m))  # a sink of plus infinity takes all
 
 
 _TABLE = (

@@ -28,7 +28,7 @@ from softpick.analysis.watching import parts_of
 from softpick.experiment.environment import chosen_device, command_line, device_line, versions
 from softpick.experiment.failures import first_line
 from softpick.experiment.files import OutputError, writing
-from softpick.experiment.models import Subject, identity, is_gguf, load_config, load_subject
+from softpick.experiment.models import Subject, check_models, identity, is_gguf, load_config, load_subject
 from softpick.experiment.positions import KINDS_OF_TOKENS, what_it_reads
 from softpick.experiment.progress import Reporter, Silent
 from softpick.experiment.result_cache import ResultCache, titles
@@ -91,6 +91,7 @@ def _audit(
     source = Source(settings.data, settings.text_field)
     runs: list[dict[str, Any]] = []
     names = (settings.model, *([settings.against] if settings.against else []))
+    check_models(names, settings.device, trust_remote_code=settings.trust_remote_code)
     for name, title in zip(names, given or titles(names), strict=True):
         for run in _runs(name, title, settings, source, reporter, state):
             if any(run["normalizer"] == other["normalizer"] for other in runs):

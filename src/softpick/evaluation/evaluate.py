@@ -31,7 +31,7 @@ from softpick.evaluation.tasks import (
 )
 from softpick.experiment.corpus import get_corpus
 from softpick.experiment.environment import chosen_device, command_line, device_line, hardware, versions
-from softpick.experiment.models import ModelError, Subject, identity, load_subject
+from softpick.experiment.models import ModelError, Subject, check_models, identity, load_subject
 from softpick.experiment.perplexity import learned_positions, perplexity_by_position, position_edges
 from softpick.experiment.progress import Reporter, Silent, Titled
 from softpick.experiment.reading import Corpus
@@ -82,6 +82,8 @@ def evaluate(
 
 
 def _evaluate(settings: EvaluateSettings, reporter: Reporter, command: str, state: str | Path | None) -> dict[str, Any]:
+    trust = settings.trust_remote_code
+    check_models(settings.models, settings.device, trust_remote_code=trust, decoder=True)
     corpus = None
     if settings.perplexity:
         corpus = get_corpus(settings.data, settings.text_field, _CORPUS_CHARACTERS)

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from softpick.evaluation.tasks import EvaluationError, starts_with_bos
 from softpick.experiment.corpus import token_ids
-from softpick.experiment.models import first_position
+from softpick.experiment.positions import first_position
 
 __all__ = ["LENGTHS", "PasskeyPrompt", "make_prompts", "passkey", "prompt_text", "retrieving_heads", "shortest_prompt"]
 

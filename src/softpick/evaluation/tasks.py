@@ -23,7 +23,7 @@ from typing import Any
 from softpick.evaluation.benchmarks import HEADLINES, RECORDS, TASKS, EvaluationError, Task
 from softpick.experiment.corpus import token_ids
 from softpick.experiment.failures import first_line
-from softpick.experiment.models import positions
+from softpick.experiment.positions import positions
 from softpick.experiment.progress import Reporter, Silent
 from softpick.experiment.reading import check_text, json_lines
 from softpick.integrations.patches import replaced

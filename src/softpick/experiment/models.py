@@ -15,12 +15,12 @@ from types import MappingProxyType
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from softpick.experiment.corpus import token_ids
 from softpick.experiment.environment import chosen_device, missing_device
 from softpick.experiment.failures import ModelError, first_line
-from softpick.experiment.positions import KINDS_OF_TOKENS, what_it_reads
+from softpick.experiment.positions import KINDS_OF_TOKENS, positions, what_it_reads
 from softpick.experiment.progress import Reporter
 from softpick.experiment.reading import Corpus, DataError
 from softpick.experiment.result_cache import stamps
@@ -30,14 +30,12 @@ __all__ = [
     "FUSED",
     "ModelError",
     "Subject",
-    "first_position",
+    "check_models",
     "identity",
     "is_gguf",
-    "learned_positions",
     "load_config",
     "load_subject",
     "load_tokenizer",
-    "positions",
     "saved_positions",
     "sees_the_future",
 ]
@@ -240,14 +238,9 @@ def load_subject(
             device that is not there; with ``decoder`` also a model whose predictions depend on the tokens after them.
         ImportError: transformers is missing.
     """
-    device = chosen_device(device)
-    absent = missing_device(device)
-    if absent:
-        raise ModelError(f"device: cannot move {name} to {device!r}: {absent}")
+    device = _usable(device, name)
     config, source, where = load_config(name, trust_remote_code=trust_remote_code, any_kind=any_kind)
-    causal = _is_causal(config, trust_remote_code)
-    if decoder and not causal:
-        raise ModelError(f"model: {name} is an encoder ({config.model_type}); expected a causal language model")
+    causal = _is_causal(config, trust_remote_code, name if decoder else None)
     reads = what_it_reads(config) if any_kind else "text"
     processor = None if reads == "text" else _load_processor(name, source, reads, trust_remote_code)
     has_text = reads != "images"
@@ -296,18 +289,51 @@ def _rounding(config: Any) -> Mapping[str, Any] | None:
     return None if given is None or getattr(method, "value", method) == "gguf" else given
 
 
-def _is_causal(config: Any, trust_remote_code: bool) -> bool:
-    """Whether a configuration is of a model that predicts the next token, and has no encoder."""
+def check_models(names: Sequence[str], device: str, *, trust_remote_code: bool = False, decoder: bool = False) -> None:
+    """Refuse before any model is loaded what :func:`load_subject` would refuse of one of them after the work for the others.
+
+    Args:
+        names: as for :func:`load_subject`; of a GGUF file, whose description takes long to read, only that it is there.
+        device: as for :func:`load_subject`.
+        trust_remote_code: the same.
+        decoder: the same; otherwise any kind of model will do.
+
+    Raises:
+        ModelError: as :func:`load_subject`, for a device, a name, a configuration or an encoder.
+    """
+    for name in names:
+        _usable(device, name)
+        if not (is_gguf(name) and Path(name).is_file()):
+            config = load_config(name, trust_remote_code=trust_remote_code, any_kind=not decoder)[0]
+            _is_causal(config, trust_remote_code, name if decoder else None)
+
+
+def _usable(device: str, name: str) -> str:
+    """The device for a model."""
+    device = chosen_device(device)
+    absent = missing_device(device)
+    if absent:
+        raise ModelError(f"device: cannot move {name} to {device!r}: {absent}")
+    return device
+
+
+def _is_causal(config: Any, trust_remote_code: bool, expected: str | None = None) -> bool:
+    """Whether a configuration is of a model that predicts the next token, and has no encoder.
+
+    Raises:
+        ModelError: it is not, and the model of the name ``expected`` must be.
+    """
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING
 
     kind = type(config)
-    if getattr(config, "is_encoder_decoder", False):
-        return False
-    if "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {}) and trust_remote_code:
-        return True
-    return kind in MODEL_FOR_CAUSAL_LM_MAPPING and (
+    own = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {}) and trust_remote_code
+    known = kind in MODEL_FOR_CAUSAL_LM_MAPPING and (
         kind not in MODEL_FOR_MASKED_LM_MAPPING or getattr(config, "is_decoder", False)
     )
+    causal = (own or known) and not getattr(config, "is_encoder_decoder", False)
+    if expected is not None and not causal:
+        raise ModelError(f"model: {expected} is an encoder ({config.model_type}); expected a causal language model")
+    return causal
 
 
 def _load_weights(name: str, source: Any, causal: bool, options: Any, trust: bool, reporter: Reporter) -> Any:
@@ -478,45 +504,6 @@ def _kernels(value: Any, key: str = "", inside: bool = False) -> Iterator[tuple[
             yield from _kernels(item, f"{key}.{name}".strip("."), named)
 
 
-def learned_positions(model: Any) -> int | None:
-    """How many positions a model has a learned embedding for (GPT-2, OPT); None where it needs none (RoPE, ALiBi).
-
-    RoBERTa and its relatives count from the index after the padding token's on, so they have that many fewer than rows.
-
-    Args:
-        model: of transformers.
-    """
-    table = _position_table(model)
-    if table is None:
-        return None
-    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    rows = len(table.weight) - first_position(model)
-    return min(longest, rows) if isinstance(longest, int) and longest > 0 else rows
-
-
-def first_position(model: Any) -> int:
-    """The position id of a sequence's first token, for models that take ``position_ids``: 0, but not RoBERTa's.
-
-    Args:
-        model: of transformers.
-    """
-    padding = getattr(_position_table(model), "padding_idx", None)
-    return 0 if padding is None else padding + 1
-
-
-def positions(model: Any) -> int | None:
-    """How many positions a model has, learned or not; None where it does not say.
-
-    Args:
-        model: of transformers.
-    """
-    learned = learned_positions(model)
-    if learned is not None:
-        return learned
-    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    return longest if isinstance(longest, int) and longest > 0 else None
-
-
 def saved_positions(name: str, *, trust_remote_code: bool = False) -> int | None:
     """:func:`positions` of a language model that is not loaded: it is made without weights, since only the model knows.
 
@@ -538,18 +525,6 @@ def saved_positions(name: str, *, trust_remote_code: bool = False) -> int | None
             return positions(AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code))
         except Exception:  # whatever a configuration can do wrong
             return None
-
-
-def _position_table(model: Any) -> Any:
-    """The module of position embeddings; also one of a class of its own, as I-BERT's, which is known by its weight."""
-    words = model.get_input_embeddings()
-    for name, module in model.named_modules():
-        last = name.rpartition(".")[2]
-        embeds = isinstance(module, nn.Embedding) or type(module).__name__.endswith("Embedding")
-        weight = getattr(module, "weight", None)
-        if embeds and weight is not None and module is not words and ("pos" in last or last == "wpe"):
-            return module
-    return None
 
 
 @torch.no_grad()

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from softpick.experiment.models import learned_positions
+from softpick.experiment.positions import learned_positions
 
 __all__ = [
     "change_percent",

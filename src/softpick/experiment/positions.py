@@ -1,4 +1,4 @@
-"""What stands at the positions of a model that reads no text: [CLS], registers and patches of an image, frames of a sound."""
+"""Positions of a model: how many, and what stands there where it reads no text ([CLS], patches, frames of a sound)."""
 
 from __future__ import annotations
 
@@ -7,7 +7,14 @@ from typing import Any
 
 from torch import nn
 
-__all__ = ["KINDS_OF_TOKENS", "kinds_of_tokens", "what_it_reads"]
+__all__ = [
+    "KINDS_OF_TOKENS",
+    "first_position",
+    "kinds_of_tokens",
+    "learned_positions",
+    "positions",
+    "what_it_reads",
+]
 
 KINDS_OF_TOKENS = ("[CLS]", "[DIST]", "register", "patch", "frame")
 """What stands for a token id where a model reads images or sound."""
@@ -79,3 +86,58 @@ def what_it_reads(config: Any) -> str:
     kind = kind[0] if isinstance(kind, tuple | list) else kind
     first = getattr(kind, "main_input_name", "input_ids")
     return {"pixel_values": "images", "input_features": "sound"}.get(first, "text")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# How many
+
+
+def learned_positions(model: Any) -> int | None:
+    """How many positions a model has a learned embedding for (GPT-2, OPT); None where it needs none (RoPE, ALiBi).
+
+    RoBERTa and its relatives count from the index after the padding token's on, so they have that many fewer than rows.
+
+    Args:
+        model: of transformers.
+    """
+    table = _position_table(model)
+    if table is None:
+        return None
+    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    rows = len(table.weight) - first_position(model)
+    return min(longest, rows) if isinstance(longest, int) and longest > 0 else rows
+
+
+def first_position(model: Any) -> int:
+    """The position id of a sequence's first token, for models that take ``position_ids``: 0, but not RoBERTa's.
+
+    Args:
+        model: of transformers.
+    """
+    padding = getattr(_position_table(model), "padding_idx", None)
+    return 0 if padding is None else padding + 1
+
+
+def positions(model: Any) -> int | None:
+    """How many positions a model has, learned or not; None where it does not say.
+
+    Args:
+        model: of transformers.
+    """
+    learned = learned_positions(model)
+    if learned is not None:
+        return learned
+    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return longest if isinstance(longest, int) and longest > 0 else None
+
+
+def _position_table(model: Any) -> Any:
+    """The module of position embeddings; also one of a class of its own, as I-BERT's, which is known by its weight."""
+    words = model.get_input_embeddings()
+    for name, module in model.named_modules():
+        last = name.rpartition(".")[2]
+        embeds = isinstance(module, nn.Embedding) or type(module).__name__.endswith("Embedding")
+        weight = getattr(module, "weight", None)
+        if embeds and weight is not None and module is not words and ("pos" in last or last == "wpe"):
+            return module
+    return None

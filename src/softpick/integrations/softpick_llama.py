@@ -43,6 +43,7 @@ class SoftpickLlamaConfig(LlamaConfig):
 
     Raises:
         ValueError: for an unknown normalizer.
+        TypeError: for a switch that is neither True nor False.
     """
 
     model_type = "softpick_llama"
@@ -53,6 +54,9 @@ class SoftpickLlamaConfig(LlamaConfig):
 
     def __post_init__(self, **kwargs: Any) -> None:
         norm = get_normalizer(self.normalizer)
+        for name in ("output_gate", "score_scale"):
+            if type(getattr(self, name)) is not bool:
+                raise TypeError(f"{name}: expected True or False, got {getattr(self, name)!r}")
         super().__post_init__(**kwargs)
         # one entry a head: each rank of tensor parallelism has those of its heads
         attention = "layers.*.self_attn"

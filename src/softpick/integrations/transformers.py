@@ -60,6 +60,7 @@ from softpick.integrations.transformers_packing import (
     apart,
     attend_packed,
     check_offsets,
+    check_restarts,
     chunk_of,
     find_packing,
     masked,
@@ -183,6 +184,7 @@ def attention_forward(
     packed = cu_seq_lens_q is not None or cu_seq_lens_k is not None
     if tq > 1 and not packed:
         check_offsets(module, is_causal, attention_mask)
+        check_restarts(module, tq, key.shape[2], is_causal, attention_mask)
     # Without a mask transformers means: full attention for one query (decoding), else causal from the top left, also
     # when a still empty static cache has more keys than there are queries. The order keeps the result a plain bool.
     causal = is_causal and attention_mask is None and tq > 1

@@ -12,7 +12,7 @@ import inspect
 import re
 import sys
 import textwrap
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -75,7 +75,8 @@ def source_of(kind: type[nn.Module]) -> SourceOfLayer:
     if not trees:
         return SourceOfLayer(False)
     asks = any(_INTERFACE in _names(tree) or "ALL_ATTENTION_FUNCTIONS" in _names(tree) for tree, _ in trees)
-    softmax = any(_computes_softmax(tree, module) for tree, module in trees)
+    methods = {name: function for tree, _ in reversed(trees) for name, function in _functions(tree).items()}
+    softmax = any(_computes_softmax(tree, module, methods) for tree, module in trees)
     passes: set[str] = set()
     hands_on = False
     for tree, _ in trees:
@@ -114,17 +115,31 @@ def _multiplies(tree: ast.AST, products: set[str]) -> bool:
     )
 
 
-def _computes_softmax(tree: ast.AST, module: Any, depth: int = 2) -> bool:
-    """Whether code calls torch's attention or the softmax of a matrix product, or a function of its own file that does.
+def _compares(value: ast.AST, target: ast.AST) -> bool:
+    """Whether one variable becomes what a module makes of queries and keys, which a rotation of both (two results) is not."""
+    if not isinstance(value, ast.Call) or not isinstance(value.func, ast.Attribute) or not isinstance(target, ast.Name):
+        return False
+    given = {name for argument in value.args for name in _names(argument)}
+    return any(map(_QUERIES.search, given)) and any(map(_KEYS.search, given))
 
-    The softmax of anything else (routers, gates, pooling) is not attention's.
+
+def _functions(tree: ast.AST) -> dict[str, ast.FunctionDef]:
+    return {n.name: n for n in ast.walk(tree) if isinstance(n, ast.FunctionDef)}
+
+
+def _computes_softmax(tree: ast.AST, module: Any, methods: Mapping[str, ast.FunctionDef], depth: int = 2) -> bool:
+    """Whether code calls torch's attention or the softmax of scores, itself, in a method or in a function of its own file.
+
+    Scores are a matrix product, or what a module makes of queries and keys. The softmax of anything else (routers, gates,
+    pooling) is not attention's.
     """
-    for function in (n for n in ast.walk(tree) if isinstance(n, ast.FunctionDef)):
+    for function in _functions(tree).values():
         products: set[str] = {a.arg for a in function.args.args} if depth < 2 else set()
         for n in ast.walk(function):
-            if isinstance(n, ast.Assign | ast.AugAssign | ast.AnnAssign) and n.value and _multiplies(n.value, products):
+            if isinstance(n, ast.Assign | ast.AugAssign | ast.AnnAssign) and n.value:
                 for target in n.targets if isinstance(n, ast.Assign) else [n.target]:
-                    products |= {x.id for x in ast.walk(target) if isinstance(x, ast.Name)}
+                    if _multiplies(n.value, products) or _compares(n.value, target):
+                        products |= {x.id for x in ast.walk(target) if isinstance(x, ast.Name)}
         for call in (n for n in ast.walk(function) if isinstance(n, ast.Call)):
             name = _called(call)
             if name in _ATTENTION:
@@ -132,10 +147,14 @@ def _computes_softmax(tree: ast.AST, module: Any, depth: int = 2) -> bool:
             named = "softmax" in name.lower() or (isinstance(call.func, ast.Call) and _called(call.func) == "Softmax")
             if named and "log" not in name.lower() and _multiplies(call, products):
                 return True
+            method = methods.get(name) if depth and ast.unparse(call.func) == f"self.{name}" else None
+            handed = any(_multiplies(argument, products) for argument in call.args)
+            if method is not None and handed and _computes_softmax(method, module, methods, depth - 1):
+                return True
             helper = getattr(module, name, None) if depth and isinstance(call.func, ast.Name) else None
             if inspect.isfunction(helper) and helper.__module__ == getattr(module, "__name__", None):
                 inner = _tree(helper)
-                if inner is not None and _computes_softmax(inner, module, depth - 1):
+                if inner is not None and _computes_softmax(inner, module, {}, depth - 1):
                     return True
     return False
 

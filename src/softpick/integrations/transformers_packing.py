@@ -23,6 +23,7 @@ __all__ = [
     "apart",
     "attend_packed",
     "check_offsets",
+    "check_restarts",
     "chunk_of",
     "excluded",
     "find_packing",
@@ -69,7 +70,8 @@ def find_packing(
         cu_seq_lens_q: ``(N + 1,)`` offsets among the ``B Tq`` tokens; win over positions.
         cu_seq_lens_k: the same.
         longest: the longest sequence, if it is known.
-        is_causal: whether the layer is causal; if False, positions count only beside a causal mask.
+        is_causal: whether the layer is causal; if False, positions count only beside a causal mask (:func:`check_restarts`
+            refuses them elsewhere).
         mask: ``(B, 1 or H, Tq, Tk)``, or None.
 
     Raises:
@@ -107,10 +109,15 @@ def _packed(position_ids: Tensor | None, batch: int, tq: int) -> bool:
 
 
 class _Running(threading.local):
-    """What the models that run in this thread were given: whether offsets, and those of continuous batching."""
+    """What the models that run in this thread were given: whether offsets, and those of continuous batching.
+
+    ``starts (B or 1, T)`` is where sequences start by the positions that the innermost model was given, or None if they tell
+    of no packed sequences, or are not all that does.
+    """
 
     given = False
     paged = False
+    starts: Tensor | None = None
 
 
 _running = _Running()
@@ -126,31 +133,35 @@ def watch_offsets(kind: type[nn.Module]) -> None:
     def watched(self: Any, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling():
             return forward(self, *args, **kwargs)
-        before = _running.given, _running.paged
+        before = _running.given, _running.paged, _running.starts
         try:
             _running.given = before[0] or kwargs.get("cu_seq_lens_q") is not None
             _running.paged = before[1] or kwargs.get("read_index") is not None
-            _check_mixing(self, kwargs)
+            packed = getattr(self.config, "_attn_implementation", None) in NORMALIZERS and _gives_packed(kwargs)
+            if packed:
+                _check_mixing(self)
+            _running.starts = kwargs["position_ids"] == 0 if packed and _by_positions(kwargs) else None
             return forward(self, *args, **kwargs)
         finally:
-            _running.given, _running.paged = before
+            _running.given, _running.paged, _running.starts = before
 
     watched._softpick = True  # type: ignore[attr-defined]
     kind.forward = watched
 
 
-_MIXING = re.compile(r"Mamba\w*Mixer|SSM|ShortConv|Linear\w*Attention|Lightning\w*Attention|Recurrent|DeltaNet|RWKV")
+_MIXING = re.compile(
+    r"Mamba\w*Mixer|SSM|ShortConv|Linear\w*Attention|Lightning\w*Attention|Recurrent|Delta(Net|\w*Attention)|RWKV|"
+    r"LSTM|Retention|Compressor"
+)
 """Names of classes of layers that carry something from token to token and are no attention."""
 
 
-def _check_mixing(model: nn.Module, given: dict[str, Any]) -> None:
+def _check_mixing(model: nn.Module) -> None:
     """Refuse packed sequences for a model of ours that has layers which carry one sequence into the next.
 
     Raises:
         ValueError: naming the layer.
     """
-    if getattr(model.config, "_attn_implementation", None) not in NORMALIZERS or not _gives_packed(given):
-        return
     for name, layer in _own_modules(model):
         kind = type(layer)
         convolves = isinstance(layer, nn.Conv1d) and layer.kernel_size[0] > 1
@@ -173,6 +184,12 @@ def _gives_packed(given: dict[str, Any]) -> bool:
         padding = None
     offset = 0 if padding is None else padding.shape[-1] - tokens
     return _packed(positions, rows, tokens) and bool(_starts_behind_tokens(positions, padding, offset).any())
+
+
+def _by_positions(given: dict[str, Any]) -> bool:
+    """Whether only positions tell packed sequences apart: neither offsets nor a mask of who sees whom."""
+    mask = given.get("attention_mask")
+    return given.get("cu_seq_lens_q") is None and not (isinstance(mask, Tensor) and mask.dim() == 4)
 
 
 def _own_modules(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
@@ -203,6 +220,35 @@ def check_offsets(module: nn.Module, is_causal: bool, mask: Tensor | None) -> No
         raise ValueError(
             f"cu_seq_lens_q: the model does not hand it on to {type(module).__name__}, whose packed sequences would see one "
             "another; pass position_ids that start again at 0"
+        )
+
+
+def check_restarts(module: nn.Module, tq: int, tk: int, is_causal: bool, mask: Tensor | None) -> None:
+    """Refuse a layer that looks both ways in a model whose packed sequences only positions tell apart.
+
+    Args:
+        module: the layer.
+        tq: number of queries.
+        tk: number of keys.
+        is_causal: what it says of itself; the mask counts if that is False, or if the mask is one for all queries.
+        mask: ``(B, 1 or H, Tq or 1, Tk)``, or None.
+
+    Raises:
+        ValueError: naming the layer.
+    """
+    starts = None if torch.compiler.is_compiling() else _running.starts
+    causal = is_causal and (mask is None or mask.shape[-2] > 1)
+    if starts is None or causal or not tq == tk == starts.shape[1] or looks_back(mask):
+        return
+    sequence = starts.cumsum(-1)
+    joined = (sequence[:, :, None] != sequence[:, None, :])[:, None]
+    if mask is not None:
+        seen = visible(mask).expand(*mask.shape[:2], tq, tk)
+        joined = joined & seen & seen.any(-2)[..., None]  # padding, which no query sees, may see everything
+    if bool(joined.any()):
+        raise ValueError(
+            f"position_ids: start again at 0, which packs sequences, and {type(module).__name__} looks both ways: they would "
+            "see one another; pass cu_seq_lens_q and cu_seq_lens_k, or an attention_mask (B, 1, T, T) of who sees whom"
         )
 
 

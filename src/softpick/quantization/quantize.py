@@ -28,7 +28,7 @@ from softpick.experiment.corpus import get_corpus, split_documents
 from softpick.experiment.environment import chosen_device, command_line, device_line, hardware, versions
 from softpick.experiment.figures import as_cell
 from softpick.experiment.files import writing
-from softpick.experiment.models import Subject, identity, is_gguf, load_subject, saved_positions
+from softpick.experiment.models import Subject, check_models, identity, is_gguf, load_subject, saved_positions
 from softpick.experiment.perplexity import perplexity
 from softpick.experiment.progress import Reporter, Silent, Titled
 from softpick.experiment.reading import Corpus
@@ -114,6 +114,8 @@ def quantize(
 
 
 def _quantize(settings: QuantizeSettings, output: Path, reporter: Reporter, command: str) -> dict[str, Any]:
+    trust = settings.trust_remote_code
+    check_models(settings.models, settings.device, trust_remote_code=trust, decoder=True)
     corpus = get_corpus(settings.data, settings.text_field, _CORPUS_CHARACTERS)
     reporter.say(f"data: {corpus.description}")
     calibration, held, split = split_documents(corpus.documents)

@@ -18,7 +18,8 @@ from transformers.cli.serving.model_manager import ModelManager
 from transformers.cli.serving.utils import CBGenerateManager, GenerateManager, GenerationState
 
 from softpick.experiment.failures import ModelError
-from softpick.experiment.models import Subject, positions
+from softpick.experiment.models import Subject
+from softpick.experiment.positions import positions
 from softpick.serving.requests import check_body, check_room, refuse
 
 __all__ = ["HANDLERS", "Leaving", "Models", "State"]

@@ -14,7 +14,8 @@ from typing import Any
 
 from softpick.experiment.environment import chosen_device, device_line
 from softpick.experiment.failures import ModelError
-from softpick.experiment.models import Subject, load_subject, positions
+from softpick.experiment.models import Subject, load_subject
+from softpick.experiment.positions import positions
 from softpick.experiment.progress import Reporter
 from softpick.serving.settings import ServeSettings
 

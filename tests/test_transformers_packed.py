@@ -11,6 +11,7 @@ import torch
 
 transformers = pytest.importorskip("transformers")
 
+from sweep_models import build, shrink  # noqa: E402
 from transformers import AutoModelForCausalLM, masking_utils  # noqa: E402
 
 import softpick.integrations.transformers as st  # noqa: E402
@@ -294,6 +295,20 @@ def test_chunks_that_older_transformers_cut_in_wrong_places_are_refused(ids, mon
         close(
             model_of("mistral")(ids, position_ids=POSITIONS, use_cache=False).logits[0], alone(model_of("mistral"), ids)
         )
+
+
+def test_keys_compressed_from_neighbouring_tokens_are_refused():
+    """DeepSeek-V4: a compressor takes tokens of two sequences together."""
+    shrunk = shrink(transformers.CONFIG_MAPPING["deepseek_v4"]())
+    model = build(transformers.DeepseekV4ForCausalLM, shrunk, "learned_sink")
+    ids = torch.randint(3, 60, (1, sum(LENGTHS)))
+    with torch.no_grad():
+        assert model(ids, use_cache=False).logits.isfinite().all()
+        for given in ({"position_ids": POSITIONS}, OFFSETS):
+            with pytest.raises(
+                ValueError, match=r"packed sequences need a model of attention layers only; .*Compressor"
+            ):
+                model(ids, use_cache=False, **given)
 
 
 ENCODERS = {

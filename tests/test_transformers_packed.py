@@ -297,6 +297,7 @@ def test_chunks_that_older_transformers_cut_in_wrong_places_are_refused(ids, mon
         )
 
 
+@pytest.mark.skipif("deepseek_v4" not in transformers.CONFIG_MAPPING, reason="transformers has no DeepSeek-V4 yet")
 def test_keys_compressed_from_neighbouring_tokens_are_refused():
     """DeepSeek-V4: a compressor takes tokens of two sequences together."""
     shrunk = shrink(transformers.CONFIG_MAPPING["deepseek_v4"]())

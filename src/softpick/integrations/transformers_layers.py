@@ -133,7 +133,7 @@ def _computes_softmax(tree: ast.AST, module: Any, methods: Mapping[str, ast.Func
     Scores are a matrix product, or what a module makes of queries and keys. The softmax of anything else (routers, gates,
     pooling) is not attention's.
     """
-    for function in _functions(tree).values():
+    for function in (n for n in ast.walk(tree) if isinstance(n, ast.FunctionDef)):
         products: set[str] = {a.arg for a in function.args.args} if depth < 2 else set()
         for n in ast.walk(function):
             if isinstance(n, ast.Assign | ast.AugAssign | ast.AnnAssign) and n.value:

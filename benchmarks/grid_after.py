@@ -1,0 +1,180 @@
+"""The trained models of a grid, measured: perplexity by position, passkeys, knockout, and what quantization costs.
+
+    softpick grid sinks_h200 data=sinks_text ... --output grid
+    python benchmarks/grid_after.py grid [--only softmax-s0,softpick-s0] [--device cuda]
+    python benchmarks/grid_after.py grid --table
+
+For each finished run of the grid that still has its model, `softpick evaluate`, `analyze` and `quantize` run at the same time
+on text that training did not see (the grid's validation tokens, decoded). Their figures become one line of
+``grid/after.jsonl``; a model with a line is not measured again. ``--table`` prints the lines as a table in Markdown, means
+over the seeds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy
+from transformers import AutoTokenizer
+
+from softpick.evaluation.passkey import shortest_prompt
+from softpick.experiment.files import write_text
+from softpick.training.grid import read_rows
+
+DOCUMENTS = 1500  # held-out documents that are decoded, at most
+PASSKEYS = (0.5, 0.75, 1, 1.5, 2, 4)  # lengths of prompts, in lengths of the training sequences
+
+
+def held_out(grid: Path, run: Path) -> Path:
+    """The held-out documents of a run as JSONL; the same file for all runs with the same tokens."""
+    tokens = numpy.fromfile(run / "validation.tokens", dtype="<u2")
+    path = grid / f"held_out-{len(tokens)}.jsonl"
+    if not path.exists():
+        tokenizer = AutoTokenizer.from_pretrained(run / "tokenizer")
+        ends = numpy.flatnonzero(tokens == tokenizer.eos_token_id)[:DOCUMENTS]
+        starts = [0, *(ends[:-1] + 1)]
+        texts = [tokenizer.decode(tokens[a:b].tolist()) for a, b in zip(starts, ends, strict=True)]
+        write_text(path, "".join(json.dumps({"text": text}) + "\n" for text in texts if text.strip()))
+    return path
+
+
+def commands(model: Path, text: Path, length: int, out: Path, device: str, quantizers: str) -> dict[str, list[str]]:
+    """What is run on a model, by name."""
+    shared = ["--data", str(text), "--device", device]
+    tokenizer = AutoTokenizer.from_pretrained(model.parent / "tokenizer")
+    least = shortest_prompt(tokenizer, tokenizer.bos_token_id)
+    passkeys = ",".join(str(round(share * length)) for share in PASSKEYS if share * length >= least) or "none"
+    return {
+        "evaluate": [
+            "evaluate", str(model), "--tasks", "none", "--passkey", passkeys, "--passkey-prompts", "100", *shared,
+            "--samples", "256", "--sequence-length", str(4 * length), "--batch-size", "32", "--output", str(out / "evaluate"),
+        ],
+        "analyze": [
+            "analyze", str(model), *shared, "--sequence-length", str(length), "--samples", "64", "--knockout",
+            "first,strongest", "--knockout-samples", "64", "--output", str(out / "analyze"),
+        ],
+        "quantize": [
+            "quantize", str(model), *shared, "--method", quantizers, "--bits", "8,4,3", "--activations",
+            "int8-tensor,int8-token,int4-token,fp8-tensor,fp8-token", "--kv-cache", "8,4", "--sequence-length", str(length),
+            "--samples", "256", "--output", str(out / "quantize"),
+        ],
+    }  # fmt: skip
+
+
+def measure(grid: Path, row: dict[str, Any], device: str, quantizers: str) -> dict[str, Any]:
+    """One line of ``after.jsonl``; raises if a command fails."""
+    name = f"{row['variant']}-s{row['seed']}"
+    run, out = grid / "runs" / name, grid / "after" / name
+    length = row["recipe"]["sequence_length"]
+    asked = commands(run / "model", held_out(grid, run), length, out, device, quantizers)
+    out.mkdir(parents=True, exist_ok=True)
+    begin, processes = time.monotonic(), {}
+    for command, arguments in asked.items():
+        if not (out / command / "results.json").exists():
+            with (out / f"{command}.log").open("w") as log:
+                processes[command] = subprocess.Popen(
+                    [sys.executable, "-m", "softpick", *arguments], stdout=log, stderr=subprocess.STDOUT
+                )
+    for command, process in processes.items():
+        if process.wait():
+            raise SystemExit(
+                f"{name}: {command} ended with {process.returncode}:\n{(out / f'{command}.log').read_text()[-2000:]}"
+            )
+    found = {command: json.loads((out / command / "results.json").read_text()) for command in asked}
+    seconds = round(time.monotonic() - begin, 1)
+    provenance = {
+        key: found["evaluate"][key] for key in ("hardware", "versions", "created") if key in found["evaluate"]
+    }
+    return {"variant": row["variant"], "seed": row["seed"], **figures(found), "seconds": seconds, **provenance}
+
+
+def figures(found: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """The figures that the table shows and the positions' losses, from the three commands' results."""
+    evaluated, analyzed, quantized = (found[name]["runs"][0] for name in ("evaluate", "analyze", "quantize"))
+    unquantized = next(cell for cell in quantized["cells"] if cell["kind"] == "none")["perplexity"]
+    return {
+        "by_position": [
+            {key: part[key] for key in ("from", "to", "loss", "loss_stderr")}
+            for part in evaluated["perplexity"]["ranges"]
+        ],
+        "loss_within": math.log(evaluated["perplexity"]["within"]),
+        "loss_beyond": math.log(evaluated["perplexity"]["beyond"]),
+        "passkey": {str(part["length"]): part["accuracy"] for part in evaluated["passkey"]},
+        "knockout": {
+            part["key"]: {"eviction": part["eviction_percent"], "absence": part["absence_percent"]}
+            for part in analyzed["knockout"]
+        },
+        "perplexity": unquantized,
+        "quantized": {
+            cell["title"]: 100 * (cell["perplexity"] / unquantized - 1)
+            for cell in quantized["cells"]
+            if cell["kind"] != "none" and cell.get("perplexity")
+        },
+    }
+
+
+def table(lines: list[dict[str, Any]]) -> str:
+    """Variants beside each other, means over seeds."""
+    variants = list(dict.fromkeys(line["variant"] for line in lines))
+    groups = [[line for line in lines if line["variant"] == variant] for variant in variants]
+    rows: dict[str, list[list[float]]] = {}
+
+    def row(title: str, get: Any) -> None:
+        rows[title] = [[value for line in group if (value := get(line)) is not None] for group in groups]
+
+    row("loss at trained positions", lambda line: line["loss_within"])
+    row("loss beyond, to 4 times the length", lambda line: line["loss_beyond"])
+    for length in sorted({int(length) for line in lines for length in line["passkey"]}):
+        row(f"passkey at {length} tokens, %", lambda line, key=str(length): line["passkey"].get(key))
+    for key in ("first", "strongest"):
+        for kind in ("eviction", "absence"):
+            row(
+                f"perplexity, {key} key's {kind}, %",
+                lambda line, key=key, kind=kind: line["knockout"].get(key, {}).get(kind),
+            )
+    titles = dict.fromkeys(title for line in lines for title in line["quantized"])
+    for title in titles:
+        row(f"perplexity, {title}, %", lambda line, title=title: line["quantized"].get(title))
+    text = ["| | " + " | ".join(variants) + " |", "|---" * (len(variants) + 1) + "|"]
+    text.append("| seeds | " + " | ".join(", ".join(str(line["seed"]) for line in group) for group in groups) + " |")
+    for title, cells in rows.items():
+        style = "{:.4f}" if title.startswith("loss") else "{:+.1f}" if title.startswith("perplexity") else "{:.0f}"
+        shown = [style.format(statistics.fmean(cell)) if cell else "–" for cell in cells]
+        text.append(f"| {title} | " + " | ".join(shown) + " |")
+    return "\n".join(text)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("grid", type=Path)
+    parser.add_argument("--only", help="comma-separated VARIANT-sSEED")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--quantizers", default="hqq", help="of softpick quantize (default: %(default)s)")
+    parser.add_argument("--table", action="store_true", help="print after.jsonl as a table and stop")
+    options = parser.parse_args()
+    path = options.grid / "after.jsonl"
+    lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    if options.table:
+        print(table(lines))
+        return
+    known = {(line["variant"], line["seed"]) for line in lines}
+    for row in read_rows(options.grid):
+        name = f"{row['variant']}-s{row['seed']}"
+        wanted = options.only is None or name in options.only.split(",")
+        if wanted and (row["variant"], row["seed"]) not in known and (options.grid / "runs" / name / "model").exists():
+            line = measure(options.grid, row, options.device, options.quantizers)
+            with path.open("a") as file:
+                file.write(json.dumps(line) + "\n")
+            print(f"{name}: {line['seconds']} s", flush=True)
+
+
+if __name__ == "__main__":
+    main()

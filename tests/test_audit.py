@@ -223,6 +223,12 @@ def test_an_encoder(home):
     assert len(sink["by_position"]["rate"]["0.3"]) == 24
 
 
+@pytest.mark.parametrize("model", ["softmax", "gpt2", "bert"])
+def test_models_with_few_positions_are_measured_by_default(home, model):
+    run = audit(settings(home, model, sequence_length=None, against=str(home / "softpick")))["runs"][0]
+    assert run["measurements"]["data"]["sequence_length"]["max"] == 32
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [

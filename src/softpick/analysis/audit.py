@@ -21,7 +21,7 @@ from torch import Tensor
 from softpick.analysis.capture import Positions, part_positions
 from softpick.analysis.kinds import look_closer
 from softpick.analysis.knockout import LOGIT_ENTRIES, knockout, knockout_note, perplexity_of
-from softpick.analysis.settings import KNOCKOUTS, SAMPLE_TEXTS, AuditError, AuditSettings
+from softpick.analysis.settings import KNOCKOUTS, LONGEST, SAMPLE_TEXTS, AuditError, AuditSettings
 from softpick.analysis.trackers import check_trackers
 from softpick.analysis.verdict import failed, parse_condition, reference_rows, verdict
 from softpick.analysis.watching import parts_of
@@ -92,6 +92,8 @@ def _audit(
     runs: list[dict[str, Any]] = []
     names = (settings.model, *([settings.against] if settings.against else []))
     check_models(names, settings.device, trust_remote_code=settings.trust_remote_code)
+    settings = replace(settings, sequence_length=_length(names, settings))
+    settings.check()
     for name, title in zip(names, given or titles(names), strict=True):
         for run in _runs(name, title, settings, source, reporter, state):
             if any(run["normalizer"] == other["normalizer"] for other in runs):
@@ -110,6 +112,19 @@ def _audit(
         "references": reference_rows(report),
         "failed": failed([parse_condition(text) for text in settings.fail_if], report),
     }
+
+
+def _length(names: Sequence[str], settings: AuditSettings) -> int:
+    """Tokens of a sequence: as asked for, else so many as all models have positions, and no more than the default."""
+    if settings.sequence_length is not None:
+        return settings.sequence_length
+    lengths = [LONGEST]
+    for name in names:
+        if not is_gguf(name):  # its description takes long to read
+            config = load_config(name, trust_remote_code=settings.trust_remote_code, any_kind=True)[0]
+            longest = getattr(config.get_text_config(), "max_position_embeddings", None)
+            lengths += [longest] if isinstance(longest, int) and longest > 0 else []
+    return min(lengths)
 
 
 def _runs(
@@ -176,7 +191,7 @@ def _measure(
 ) -> list[dict[str, Any]]:
     start = time.perf_counter()
     _check_cost(subject, settings)
-    samples = source.samples(subject, settings.samples, settings.sequence_length, settings.batch_size)
+    samples = source.samples(subject, settings.samples, settings.length, settings.batch_size)
     reporter.say(f"data: {samples.description}")
     count = sum(map(size_of, samples.batches))
     long = {name: x.shape[1] for name, x in samples.batches[0].items() if name.endswith("input_ids")}

@@ -19,7 +19,7 @@ from softpick.experiment.settings import (
     setting,
 )
 
-__all__ = ["KNOCKOUTS", "SAMPLE_TEXTS", "TRACKERS", "AuditError", "AuditSettings"]
+__all__ = ["KNOCKOUTS", "LONGEST", "SAMPLE_TEXTS", "TRACKERS", "AuditError", "AuditSettings"]
 
 SAMPLE_TEXTS = (
     "The lighthouse keeper wrote one line in his book every night. On the last night of the year he wrote two, and in the "
@@ -33,6 +33,7 @@ SAMPLE_TEXTS = (
 
 KNOCKOUTS = ("first", "strongest")
 TRACKERS = ("tensorboard", "trackio", "wandb")
+LONGEST = 256  # tokens of a sequence, unless the user says otherwise
 
 
 class AuditError(ModelError):
@@ -56,7 +57,9 @@ class AuditSettings:
         shown="three samples",
     )
     samples: int = setting(64, "Sequences that are measured.")
-    sequence_length: int = setting(256, "Tokens of a sequence, special tokens included.")
+    sequence_length: int | None = setting(
+        None, "Tokens of a sequence, special tokens included.", shown="the fewest positions of a model, at most 256"
+    )
     batch_size: int = setting(8, "Sequences per forward pass.")
     map_tokens: int = setting(
         64,
@@ -117,7 +120,12 @@ class AuditSettings:
     @property
     def eviction(self) -> int:
         """``evict_after``, or its default."""
-        return min(16, self.sequence_length // 4) if self.evict_after is None else self.evict_after
+        return min(16, self.length // 4) if self.evict_after is None else self.evict_after
+
+    @property
+    def length(self) -> int:
+        """``sequence_length``; before the models are known, the most that it is by default."""
+        return LONGEST if self.sequence_length is None else self.sequence_length
 
     def check(self) -> None:
         """Raise :class:`AuditError` for values that cannot work."""
@@ -131,16 +139,16 @@ class AuditSettings:
         for key in self.knockout:
             if key not in KNOCKOUTS and not (isinstance(key, int) and not isinstance(key, bool)):
                 raise AuditError(f"knockout: expected {', '.join(KNOCKOUTS)}, or a position; got {key!r}")
-            last = self.sequence_length - 2 - 2 * self.eviction
+            last = self.length - 2 - 2 * self.eviction
             if last < 0:
                 raise AuditError(
                     f"evict_after: {self.eviction} needs sequences of {2 * self.eviction + 2} tokens or more, got a "
-                    f"sequence_length of {self.sequence_length}; give a smaller one (or --knockout none)"
+                    f"sequence_length of {self.length}; give a smaller one (or --knockout none)"
                 )
             if isinstance(key, int) and not 0 <= key <= last:
                 raise AuditError(
                     f"knockout: expected a position from 0 to {last} (more than twice evict_after, {self.eviction}, must "
-                    f"follow it in a sequence of {self.sequence_length}), got {key}"
+                    f"follow it in a sequence of {self.length}), got {key}"
                 )
         if (self.attn_implementation or "").startswith(FUSED):
             raise AuditError(

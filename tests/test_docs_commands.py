@@ -50,6 +50,7 @@ TINY = {
     "python benchmarks/pack_tokens.py": "--vocab-size 300",
     "python benchmarks/collect_text.py text.jsonl": "SITE-PACKAGES",
     "python benchmarks/collect_text.py text.jsonl text/sources": "",
+    "python benchmarks/grid_after.py": "--only softpick-s0",
     "python benchmarks/serving.py": "--requests 2 --new 4 --repetitions 1 --output rows",
 }
 TINY["torchrun --nproc-per-node 2 -m softpick train"] = TINY["softpick train"]

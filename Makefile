@@ -15,7 +15,8 @@ PIP = $(BIN)/pip install --quiet --disable-pip-version-check --no-compile
 demo: $(VENV)/.compare
 	$(BIN)/softpick compare --output runs/demo
 
-test: $(VENV)/.ready lint docs
+test: $(VENV)/.ready
+	$(MAKE) --no-print-directory -j 2 lint docs
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not long"
 
 # what CI leaves out to stay below 20 minutes: most cases of large families, GPTQ, several ranks, the server, memory of long texts,

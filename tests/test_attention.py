@@ -505,6 +505,7 @@ def test_opcheck(pattern):
     torch.library.opcheck(torch.ops.softpick.attention_forward.default, args)
 
 
+@pytest.mark.thinned
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", ["softpick", "learned_sink"])
 def test_compiles_to_one_graph(backend, name):

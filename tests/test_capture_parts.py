@@ -94,6 +94,7 @@ def maps_of(model, batch, part):
         return getattr(model(**batch, output_attentions=True), name)
 
 
+@pytest.mark.thinned
 @pytest.mark.parametrize("implementation", ["eager", "sdpa", "softpick"])
 @pytest.mark.parametrize("part", ["encoder", "decoder", "cross-attention"])
 @pytest.mark.parametrize("name", WRITERS)
@@ -147,6 +148,7 @@ def by_loops(maps, batches, decoder=False):
     }
 
 
+@pytest.mark.thinned
 @pytest.mark.parametrize("pad", [True, False])
 @pytest.mark.parametrize("name", ["t5", "bart", "whisper"])
 def test_cross_attention_by_loops(name, pad, monkeypatch):

@@ -1,0 +1,179 @@
+"""What a trained model lets decoding leave out: the share of value blocks that are read, and the time that this takes.
+
+    python benchmarks/decode_trained.py MODEL --data TEXT --lengths 256,1024 [--samples 4] [--steps 16] [--output rows.jsonl]
+
+The model reads ``--samples`` texts of each length. Then, for each layer, its keys and values are a cache, and the queries of
+the last ``--steps`` positions decode, each from the keys up to its own. A block of 16, 32 or 64 values has to be read for
+a key head if one of the head's queries gives a weight other than 0 to one of the block's keys. On a GPU the last query of
+every text is also timed, all layers one after the other: softpick's decode kernel, and torch's FlashAttention 2 and cuDNN,
+which compute softmax attention from the same cache. The gate before: the kernel's output against the formula in fp64. Last,
+tokens a second of ``generate`` from each length.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+import softpick
+import softpick.integrations.transformers as adapter
+from softpick.experiment.corpus import get_corpus
+from softpick.experiment.environment import chosen_device, hardware, versions
+from softpick.experiment.files import write_text
+from softpick.experiment.models import Subject, load_subject
+from softpick.experiment.progress import Silent
+
+BLOCKS = (16, 32, 64)
+TOLERANCE = 2.0**-6  # of the largest output: bf16 keeps 8 bits
+
+
+class Cache(NamedTuple):
+    """What one layer keeps and asks: ``query (B, H, steps, D)`` of the last positions, ``key`` and ``value (B, Hkv, T, D)``."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    scale: float | None
+    normalizer: str
+
+
+@torch.no_grad()
+def caches(subject: Subject, tokens: Tensor, steps: int) -> list[Cache]:
+    """Of each layer, after the model has read ``(B, T)`` tokens."""
+    found: list[Cache] = []
+
+    def around(name: str, function: Any, eager: Any) -> Any:
+        def attention(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, **options: Any) -> Any:
+            found.append(Cache(query[:, :, -steps:].clone(), key.clone(), value.clone(), options.get("scaling"), name))
+            return function(module, query, key, value, mask, **options)
+
+        return attention
+
+    with adapter.intercept_attention(subject.model, around):
+        subject.model(tokens, use_cache=False, logits_to_keep=1)
+    return found
+
+
+def weights(cache: Cache) -> Tensor:
+    """``(B, H, steps, T)`` in fp32: each query sees the keys up to its own position."""
+    steps, length = cache.query.shape[2], cache.key.shape[2]
+    visible = torch.ones(steps, length, dtype=torch.bool, device=cache.key.device).tril(length - steps)
+    return softpick.scaled_dot_product_attention(
+        cache.query.float(), cache.key.float(), cache.value.float(), visible, scale=cache.scale, enable_gqa=True,
+        normalizer=cache.normalizer, backend="reference", return_weights=True,
+    ).weights  # fmt: skip
+
+
+def shares(cache: Cache) -> dict[str, float]:
+    """Percent: weights other than 0, and blocks of values that are read, of those with a visible key."""
+    used = weights(cache) != 0
+    batch, _, steps, length = used.shape
+    seen = torch.arange(length - steps + 1, length + 1, device=used.device)  # keys, by query
+    result = {"weights": 100 * float((used.sum(-1) / seen).mean())}
+    groups = used.view(batch, cache.key.shape[1], -1, steps, length).any(2)
+    for size in BLOCKS:
+        padded = torch.nn.functional.pad(groups, (0, -length % size))
+        read = padded.unflatten(-1, (-1, size)).any(-1).sum(-1)
+        result[f"blocks of {size}"] = 100 * float((read / ((seen + size - 1) // size)).mean())
+    return result
+
+
+def check(cache: Cache) -> None:
+    """The kernel's output for the last query against the formula in fp64."""
+    query = cache.query[:, :, -1:]
+    out = decode(cache)
+    wide = [x.double() for x in (query, cache.key, cache.value)]
+    want = softpick.decode_attention(
+        *wide, is_causal=True, scale=cache.scale, normalizer=cache.normalizer, backend="reference"
+    )
+    error = float((out.double() - want).abs().max() / want.abs().max().clamp(min=1e-30))
+    if not error <= TOLERANCE:
+        raise SystemExit(f"decode_attention: an error of {error:.2e} of the largest output, more than {TOLERANCE:.2e}")
+
+
+def decode(cache: Cache) -> Tensor:
+    return softpick.decode_attention(
+        cache.query[:, :, -1:], cache.key, cache.value, is_causal=True, scale=cache.scale, normalizer=cache.normalizer
+    )
+
+
+def times(found: list[Cache]) -> dict[str, float]:
+    """Milliseconds of all layers, from replays of CUDA graphs."""
+    from peers_gpu import _replay, cudnn, fa2
+
+    calls = {
+        "softpick": lambda: [decode(cache) for cache in found],
+        "fa2": lambda: [fa2(cache.query[:, :, -1:], cache.key, cache.value) for cache in found],
+        "cudnn": lambda: [cudnn(cache.query[:, :, -1:], cache.key, cache.value) for cache in found],
+    }
+    stream, result = torch.cuda.Stream(), {}
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.no_grad(), torch.cuda.stream(stream):
+        for name, call in calls.items():
+            try:
+                result[name] = _replay(call, stream)
+            except RuntimeError as error:  # a peer that does not take the shape
+                print(f"{name}: {str(error).splitlines()[0]}")
+    return result
+
+
+@torch.no_grad()
+def generated(subject: Subject, tokens: Tensor, new: int = 64) -> float:
+    """Tokens a second of ``generate``, the reading of the text left out."""
+    seconds = []
+    for count in (1, 1 + new):
+        begin = time.perf_counter()
+        subject.model.generate(
+            tokens, attention_mask=torch.ones_like(tokens), min_new_tokens=count, max_new_tokens=count, do_sample=False
+        )
+        if tokens.is_cuda:
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - begin)
+    return len(tokens) * new / (seconds[1] - seconds[0])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model")
+    parser.add_argument("--data", help="text (default: sources of the Python standard library)")
+    parser.add_argument("--lengths", default="256,1024", help="comma-separated tokens (default: %(default)s)")
+    parser.add_argument("--samples", type=int, default=4, help="texts (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=16, help="queries of each text (default: %(default)s)")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--output", type=Path, help="JSONL file that gets a row for each layer and length")
+    options = parser.parse_args()
+    device = chosen_device(options.device)
+    dtype = "bfloat16" if device.startswith("cuda") else "float32"
+    subject = load_subject(options.model, reporter=Silent(), device=device, dtype=dtype)
+    corpus, rows = get_corpus(options.data, characters=20_000_000), []
+    about = {"model": options.model, "normalizer": subject.normalizer, "dtype": dtype, "hardware": hardware(device)}
+    for length in map(int, options.lengths.split(",")):
+        tokens = subject.sequences(corpus, options.samples, length, beyond=True).to(device)
+        found = caches(subject, tokens, options.steps)
+        for layer, cache in enumerate(found):
+            rows.append({**about, "length": length, "texts": len(tokens), "layer": layer, **shares(cache)})
+        mean = {key: sum(row[key] for row in rows[-len(found) :]) / len(found) for key in shares(found[0])}
+        print(f"{length} tokens, mean of {len(found)} layers, percent read:", {k: round(v, 1) for k, v in mean.items()})
+        for row in rows[-len(found) :]:
+            print(f"  layer {row['layer']}:", {key: round(row[key], 1) for key in mean})
+        if device.startswith("cuda"):
+            for cache in found:
+                check(cache)
+            rows.append({**about, "length": length, "texts": len(tokens), "milliseconds": times(found)})
+            print("  milliseconds, all layers:", {k: round(v, 4) for k, v in rows[-1]["milliseconds"].items()})
+        rows.append({**about, "length": length, "texts": len(tokens), "generate": generated(subject, tokens)})
+        print(f"  generate: {rows[-1]['generate']:,.0f} tokens a second", flush=True)
+    print(versions(), time.strftime("%Y-%m-%d"))
+    if options.output is not None:
+        dated = [{**row, "versions": versions(), "date": time.strftime("%Y-%m-%d")} for row in rows]
+        write_text(options.output, "".join(json.dumps(row) + "\n" for row in dated))
+
+
+if __name__ == "__main__":
+    main()

@@ -245,7 +245,7 @@ def _outliers(run: Mapping[str, Any]) -> str | None:
         return None
     if not events:
         largest = hidden["max_abs"]
-        size = f"{largest:,.0f}" if largest >= 10 else f"{largest:.3g}"
+        size = f"{largest:,.0f}" if largest >= 1000 else f"{largest:.3g}"
         if count := hidden["massive"]["count"]:
             return (
                 f"{count:,} activation{' is' if count == 1 else 's are'} massive, none of them in the samples that were looked "

@@ -211,3 +211,21 @@ def test_what_is_not_refused():
         Q, POOL_K[:1, :1], POOL_V[:1, :1], block_table=torch.zeros(2, 1, dtype=torch.int32), normalizer="softmax"
     )
     torch.testing.assert_close(one[0, :, 0], POOL_V[0, 0].repeat_interleave(2, 0))
+
+
+@pytest.mark.parametrize("paged", [False, True])
+def test_a_cache_of_fewer_heads_needs_grouped_queries(paged):
+    """No other size of the cache is taken for its heads."""
+    query, cache = torch.randn(2, 3, 1, 5), torch.randn(2, 3, 4, 5)
+
+    def call(cache, **options):
+        if paged:  # a page a sequence
+            pages = cache.transpose(1, 2).contiguous()
+            table = torch.arange(2, dtype=torch.int32)[:, None]
+            return decode_attention(query, pages, pages, block_table=table, is_causal=True, **options)
+        return decode_attention(query, cache, cache, is_causal=True, **options)
+
+    torch.testing.assert_close(call(cache, enable_gqa=False), call(cache), rtol=0, atol=0)
+    with pytest.raises(ValueError, match="key_cache: expected the query's 3 heads, got 1"):
+        call(cache[:, :1], enable_gqa=False)
+    call(cache[:, :1])

@@ -182,7 +182,7 @@ class CacheCall(NamedTuple):
     def rows(self) -> int:
         """How many rows of queries share a key head."""
         heads = self.key.shape[1]
-        return (self.query.shape[1] // heads if heads else 1) * self.query.shape[2]
+        return self.query.shape[1] // max(1, heads) * self.query.shape[2]
 
 
 def check_cache_call(

@@ -454,7 +454,7 @@ def packed_in_masks(
 
 
 # older transformers count the tokens of a chunk from the start of the row, and give their layers no positions to do better
-_CHUNKS_FROM_THE_ROW = not hasattr(masking_utils, "packed_sequence_compatibility_function")
+_CHUNKS_FROM_THE_ROW = not hasattr(masking_utils, "remap_positions_for_packed_sequence")
 
 
 def _has_chunks(config: Any) -> bool:

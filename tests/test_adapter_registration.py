@@ -238,6 +238,13 @@ def test_layers_are_looked_at_when_they_are_built():
     assert of(model) == before
 
 
+@pytest.mark.parametrize("name", ["softpick", "eager"])
+def test_models_are_finished_by_transformers(name):
+    config = transformers.LlamaConfig(**TINY, tie_word_embeddings=True)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation=name)
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+
+
 def test_names_that_nobody_registered_are_refused_as_before():
     with pytest.raises(ValueError, match="sofpick"):
         llama("sofpick")

@@ -99,6 +99,9 @@ PLANS = {
             (
                 [
                     "test_adapter_edges.py",
+                    "test_adapter_packing.py",
+                    "test_adapter_registration.py",
+                    "test_adapter_running.py",
                     "test_transformers_packed.py",
                     "test_transformers.py",
                     "test_transformers_whole.py",

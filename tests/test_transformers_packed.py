@@ -24,7 +24,7 @@ SIZES = {
 }  # fmt: skip
 LAYERS = ["sliding_attention", "full_attention"]
 LENGTHS = [3, 9, 2]
-CHUNKS_FROM_THE_ROW = not hasattr(masking_utils, "packed_sequence_compatibility_function")  # before transformers 5.23
+CHUNKS_FROM_THE_ROW = not hasattr(masking_utils, "remap_positions_for_packed_sequence")  # before transformers 5.23
 
 
 def config(family):

@@ -347,7 +347,7 @@ def register() -> None:
     for name in IMPLEMENTATIONS:
         AttentionInterface.register(name, make_attention_function(name))
         AttentionMaskInterface.register(name, attention_mask)
-    if not hasattr(PreTrainedConfig.to_dict, "_softpick"):
+    if not getattr(PreTrainedConfig.to_dict, "_softpick", False):
         for target, wrap in (
             ("transformers:PreTrainedConfig.to_dict", _remember_choice),
             ("transformers:PreTrainedModel.get_correct_attn_implementation", _never_softmax_silently),
@@ -432,10 +432,10 @@ def _never_softmax_silently(check: Callable[..., str]) -> Callable[..., str]:
     """
 
     @functools.wraps(check)
-    def wrapper(self: Any, requested_attention: str | None, *args: Any, **kwargs: Any) -> str:
+    def wrapper(self: Any, requested_attention: Any, *args: Any, **kwargs: Any) -> str:
         if requested_attention is None:
             requested_attention = getattr(self.config, _SECOND_KEY, None)
-        if requested_attention is not None and requested_attention in NORMALIZERS:
+        if requested_attention in NORMALIZERS:
             prepare(self, requested_attention)
         return check(self, requested_attention, *args, **kwargs)
 

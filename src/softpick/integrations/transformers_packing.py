@@ -90,11 +90,11 @@ def find_packing(
     assert position_ids is not None
     starts = position_ids == 0
     index = torch.arange(tq, device=position_ids.device)
-    position = index - torch.where(starts, index, 0).cummax(-1).values
-    first = torch.cat([torch.ones_like(starts[:, :1]), starts[:, 1:]], -1)
-    flat = first.expand(batch, tq).reshape(-1).nonzero().flatten()
+    position = index - torch.where(starts, index, 0).cummax(1).values
+    first = torch.cat([torch.ones_like(starts[:, :1]), starts[:, 1:]], 1)
+    flat = first.expand(batch, tq).flatten().nonzero().flatten()
     offsets = torch.cat([flat, flat.new_tensor([batch * tq])]).int()
-    return Packing(starts.cumsum(-1), position, offsets, tq)
+    return Packing(starts.cumsum(1), position, offsets, tq)
 
 
 def _packed(position_ids: Tensor | None, batch: int, tq: int) -> bool:
@@ -126,7 +126,7 @@ _running = _Running()
 def watch_offsets(kind: type[nn.Module]) -> None:
     """Note while a model of a class runs whether it was given ``cu_seq_lens``: some keep them from their layers."""
     forward: Any = kind.forward
-    if hasattr(forward, "_softpick"):
+    if getattr(forward, "_softpick", False):
         return
 
     @functools.wraps(forward)
@@ -180,7 +180,7 @@ def _gives_packed(given: dict[str, Any]) -> bool:
     if not isinstance(positions, Tensor) or positions.dim() != 2 or is_tracing(positions):
         return False
     rows, tokens = positions.shape
-    if not isinstance(padding, Tensor) or padding.dim() != 2 or padding.shape[-1] < tokens:
+    if not isinstance(padding, Tensor) or padding.shape[-1] < tokens:
         padding = None
     offset = 0 if padding is None else padding.shape[-1] - tokens
     return _packed(positions, rows, tokens) and bool(_starts_behind_tokens(positions, padding, offset).any())
@@ -231,20 +231,21 @@ def check_restarts(module: nn.Module, tq: int, tk: int, is_causal: bool, mask: T
         tq: number of queries.
         tk: number of keys.
         is_causal: what it says of itself; the mask counts if that is False, or if the mask is one for all queries.
-        mask: ``(B, 1 or H, Tq or 1, Tk)``, or None.
+        mask: ``(..., Tq or 1, Tk)``, or None.
 
     Raises:
         ValueError: naming the layer.
     """
     starts = None if torch.compiler.is_compiling() else _running.starts
-    causal = is_causal and (mask is None or mask.shape[-2] > 1)
-    if starts is None or causal or not tq == tk == starts.shape[1] or looks_back(mask):
+    if starts is None or not tq == tk == starts.shape[1]:
         return
-    sequence = starts.cumsum(-1)
+    if (is_causal and (mask is None or mask.shape[-2] > 1)) or looks_back(mask):
+        return
+    sequence = starts.cumsum(1)
     joined = (sequence[:, :, None] != sequence[:, None, :])[:, None]
     if mask is not None:
-        seen = visible(mask).expand(*mask.shape[:2], tq, tk)
-        joined = joined & seen & seen.any(-2)[..., None]  # padding, which no query sees, may see everything
+        seen = visible(mask).expand(torch.broadcast_shapes(mask.shape, joined.shape))
+        joined = joined & seen & seen.any(2)[..., None]  # padding, which no query sees, may see everything
     if bool(joined.any()):
         raise ValueError(
             f"position_ids: start again at 0, which packs sequences, and {type(module).__name__} looks both ways: they would "
@@ -262,7 +263,7 @@ def _offsets(tq: int, tk: int, cu_q: Tensor | None, cu_k: Tensor | None) -> Tens
     return cu_q
 
 
-_last_positions: tuple[weakref.ref[Tensor], int, bool] | None = None
+_last_positions: tuple[weakref.ref[Tensor], int | None, bool] | None = None
 
 
 def _restarts(position_ids: Tensor) -> bool:
@@ -271,8 +272,8 @@ def _restarts(position_ids: Tensor) -> bool:
     Reading it waits for the device, and all layers of a model ask about one tensor: the last answer is remembered.
     """
     global _last_positions
-    last, version = _last_positions, -1 if position_ids.is_inference() else position_ids._version
-    if last is not None and version >= 0 and last[0]() is position_ids and last[1] == version:
+    last, version = _last_positions, None if position_ids.is_inference() else position_ids._version
+    if last is not None and version is not None and last[0]() is position_ids and last[1] == version:
         return last[2]
     answer = bool((position_ids[:, 1:] == 0).any())
     _last_positions = (weakref.ref(position_ids), version, answer)
@@ -415,7 +416,7 @@ def packed_in_masks(
     ) -> tuple[Any, ...]:
         found = preprocess(config, inputs_embeds, attention_mask, past_key_values, position_ids, *args, **kwargs)
         early, padding, packed, q_length, kv_length, q_offset = found[:6]
-        if packed is not None and not early and ours(config):
+        if packed is not None and ours(config):
             _refuse_wrong_chunks(config, position_ids)
         if early or packed is not None or position_ids is None or not ours(config) or q_length == 1 or runs_paged():
             return found
@@ -448,13 +449,13 @@ def packed_in_masks(
             )
         else:
             _refuse_wrong_chunks(config, position_ids)
-        return (*found[:2], (position_ids == 0).cumsum(-1).expand(batch, -1), *found[3:])
+        return (*found[:2], (position_ids == 0).cumsum(1).expand(batch, -1), *found[3:])
 
     return wrapper
 
 
 # older transformers count the tokens of a chunk from the start of the row, and give their layers no positions to do better
-_CHUNKS_FROM_THE_ROW = not hasattr(masking_utils, "packed_sequence_compatibility_function")
+_CHUNKS_FROM_THE_ROW = not hasattr(masking_utils, "remap_positions_for_packed_sequence")
 
 
 def _has_chunks(config: Any) -> bool:
@@ -485,4 +486,4 @@ def _starts_behind_tokens(position_ids: Tensor, padding: Tensor | None, q_offset
     if padding is None or padding.dim() != 2:
         return starts
     columns = torch.arange(starts.shape[1], device=padding.device) + q_offset
-    return starts & (padding.cumsum(-1)[:, columns.clamp(max=padding.shape[-1] - 1)] > 0)
+    return starts & (padding.cumsum(1)[:, columns.clamp(max=padding.shape[1] - 1)] > 0)

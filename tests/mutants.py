@@ -98,6 +98,7 @@ PLANS = {
         f"integrations/{name}.py": [
             (
                 [
+                    *(["test_adapter_layers.py", "test_adapter_masks.py"] if name == "transformers_layers" else []),
                     "test_adapter_edges.py",
                     "test_adapter_packing.py",
                     "test_adapter_registration.py",

@@ -67,7 +67,7 @@ def source_of(kind: type[nn.Module]) -> SourceOfLayer:
     """
     trees = []
     for base in kind.__mro__:
-        if base.__module__.partition(".")[0] == "torch" or base in (object, PreTrainedModel):
+        if base.__module__.partition(".")[0] == "torch" or base in PreTrainedModel.__mro__:
             continue
         tree = _tree(base)
         if tree is not None:
@@ -105,6 +105,10 @@ def _called(call: ast.Call) -> str:
     return getattr(call.func, "attr", getattr(call.func, "id", ""))
 
 
+def _arguments(call: ast.Call) -> list[ast.expr]:
+    return [*call.args, *(keyword.value for keyword in call.keywords)]
+
+
 def _multiplies(tree: ast.AST, products: set[str]) -> bool:
     """Whether an expression has a matrix product in it, or a variable that holds one."""
     return any(
@@ -119,8 +123,21 @@ def _compares(value: ast.AST, target: ast.AST) -> bool:
     """Whether one variable becomes what a module makes of queries and keys, which a rotation of both (two results) is not."""
     if not isinstance(value, ast.Call) or not isinstance(value.func, ast.Attribute) or not isinstance(target, ast.Name):
         return False
-    given = {name for argument in value.args for name in _names(argument)}
+    given = {name for argument in _arguments(value) for name in _names(argument)}
     return any(map(_QUERIES.search, given)) and any(map(_KEYS.search, given))
+
+
+def _products(function: ast.FunctionDef, products: set[str]) -> set[str]:
+    """Variables of a function that hold a matrix product, given some; in whichever order the lines stand."""
+    while True:
+        before = len(products)
+        for n in ast.walk(function):
+            if isinstance(n, ast.Assign | ast.AugAssign | ast.AnnAssign) and n.value:
+                for target in n.targets if isinstance(n, ast.Assign) else [n.target]:
+                    if _multiplies(n.value, products) or _compares(n.value, target):
+                        products |= {x.id for x in ast.walk(target) if isinstance(x, ast.Name)}
+        if len(products) == before:
+            return products
 
 
 def _functions(tree: ast.AST) -> dict[str, ast.FunctionDef]:
@@ -134,12 +151,8 @@ def _computes_softmax(tree: ast.AST, module: Any, methods: Mapping[str, ast.Func
     pooling) is not attention's.
     """
     for function in (n for n in ast.walk(tree) if isinstance(n, ast.FunctionDef)):
-        products: set[str] = {a.arg for a in function.args.args} if depth < 2 else set()
-        for n in ast.walk(function):
-            if isinstance(n, ast.Assign | ast.AugAssign | ast.AnnAssign) and n.value:
-                for target in n.targets if isinstance(n, ast.Assign) else [n.target]:
-                    if _multiplies(n.value, products) or _compares(n.value, target):
-                        products |= {x.id for x in ast.walk(target) if isinstance(x, ast.Name)}
+        given = {a.arg for a in [*function.args.args, *function.args.kwonlyargs]} - {"self"}
+        products = _products(function, given if depth < 2 else set())
         for call in (n for n in ast.walk(function) if isinstance(n, ast.Call)):
             name = _called(call)
             if name in _ATTENTION:
@@ -148,7 +161,7 @@ def _computes_softmax(tree: ast.AST, module: Any, methods: Mapping[str, ast.Func
             if named and "log" not in name.lower() and _multiplies(call, products):
                 return True
             method = methods.get(name) if depth and ast.unparse(call.func) == f"self.{name}" else None
-            handed = any(_multiplies(argument, products) for argument in call.args)
+            handed = any(_multiplies(argument, products) for argument in _arguments(call))
             if method is not None and handed and _computes_softmax(method, module, methods, depth - 1):
                 return True
             helper = getattr(module, name, None) if depth and isinstance(call.func, ast.Name) else None
@@ -290,7 +303,10 @@ def _keeps_causality(tree: ast.AST) -> bool:
     asks = any(
         argument.arg == "is_causal" and isinstance(default, ast.Constant) and default.value is False
         for made in makers
-        for argument, default in zip(reversed(made.args.args), reversed(made.args.defaults), strict=False)
+        for argument, default in [
+            *zip(reversed(made.args.args), reversed(made.args.defaults), strict=False),
+            *zip(made.args.kwonlyargs, made.args.kw_defaults, strict=True),
+        ]
     )
     return asks and not any(k.arg == "is_causal" for n in ast.walk(tree) if isinstance(n, ast.Call) for k in n.keywords)
 

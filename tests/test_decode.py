@@ -7,6 +7,7 @@ import torch
 from oracle import attention as oracle
 
 from softpick import NORMALIZERS, decode_attention
+from softpick.ops.calls import check_cache_call
 
 NAMES = list(NORMALIZERS)
 PAGE = 4
@@ -229,3 +230,18 @@ def test_a_cache_of_fewer_heads_needs_grouped_queries(paged):
     with pytest.raises(ValueError, match="key_cache: expected the query's 3 heads, got 1"):
         call(cache[:, :1], enable_gqa=False)
     call(cache[:, :1])
+
+
+@pytest.mark.parametrize(("heads", "key_heads", "queries", "rows"), [(8, 2, 3, 12), (4, 4, 5, 5), (3, 1, 1, 3)])
+@pytest.mark.parametrize("paged", [False, True])
+def test_rows_that_a_key_head_shares(heads, key_heads, queries, rows, paged):
+    """What the kernels' limit of 128 counts."""
+    query = torch.randn(2, heads, queries, 4)
+    cache = torch.randn(2, 16, key_heads, 4) if paged else torch.randn(2, key_heads, 16, 4)
+    table = torch.arange(2, dtype=torch.int32)[:, None] if paged else None
+    call = check_cache_call(
+        query, cache, cache, cache_seqlens=None, block_table=table, is_causal=True, scale=None, enable_gqa=True,
+        normalizer="softpick", backend="auto", window=None, softcap=None, sink=None, eps=None,
+    )  # fmt: skip
+    assert call.rows == rows
+    assert call.key.shape == (2, key_heads, 16, 4)

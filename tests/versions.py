@@ -29,7 +29,7 @@ CORE = (
 ADAPTER = (
     "test_transformers.py", "test_transformers_whole.py", "test_transformers_models.py", "test_transformers_packed.py",
     "test_adapter_edges.py", "test_adapter_packing.py", "test_adapter_registration.py", "test_adapter_running.py",
-    "test_models.py", "test_checkpoints.py", "test_fla.py",
+    "test_adapter_layers.py", "test_adapter_masks.py", "test_models.py", "test_checkpoints.py", "test_fla.py",
 )  # fmt: skip
 SHOWN = ("torch", "triton", "transformers", "accelerate", "torchtitan")
 

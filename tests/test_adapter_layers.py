@@ -188,7 +188,11 @@ ASKS = [
 ]
 
 
-@pytest.mark.parametrize(("asks", "passes", "hands_on", "body"), ASKS, ids=str)
+def named(x):
+    return "+".join(sorted(x)) if isinstance(x, set) else str(x)  # in the same order in every process
+
+
+@pytest.mark.parametrize(("asks", "passes", "hands_on", "body"), ASKS, ids=named)
 def test_what_a_layer_gives_to_the_function_it_asked_for(asks, passes, hands_on, body, written):
     found = source_of(written(layer(f"def forward(self, q, **kwargs): {body}")).Layer)
     assert found == SourceOfLayer(True, asks, False, frozenset(passes), hands_on)

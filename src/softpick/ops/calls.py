@@ -143,7 +143,7 @@ def attention_backend(call: Call, backend: str) -> Backend:
             "'reference'"
         )
     tensors = call.q, call.k, call.v, call.mask
-    if call.plain and (backend == "sdpa" or (backend == "auto" and takes_sdpa(*tensors))):
+    if call.plain and backend == "auto" and takes_sdpa(*tensors):
         return Backend("sdpa")
     if call.weights:
         if backend in ("tiled", "triton"):

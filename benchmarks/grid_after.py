@@ -15,10 +15,10 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,8 @@ from transformers import AutoTokenizer
 from softpick.evaluation.passkey import shortest_prompt
 from softpick.experiment.files import write_text
 from softpick.training.grid import read_rows
+from softpick.training.grid_report import variants_table
+from softpick.training.token_files import TokenFile
 
 DOCUMENTS = 1500  # held-out documents that are decoded, at most
 PASSKEYS = (0.5, 0.75, 1, 1.5, 2, 4)  # lengths of prompts, in lengths of the training sequences
@@ -35,10 +37,10 @@ PASSKEYS = (0.5, 0.75, 1, 1.5, 2, 4)  # lengths of prompts, in lengths of the tr
 
 def held_out(grid: Path, run: Path) -> Path:
     """The held-out documents of a run as JSONL; the same file for all runs with the same tokens."""
-    tokens = numpy.fromfile(run / "validation.tokens", dtype="<u2")
+    tokenizer = AutoTokenizer.from_pretrained(run / "tokenizer")
+    tokens = TokenFile(run / "validation.tokens", 2, len(tokenizer), tokenizer.bos_token_id).tokens
     path = grid / f"held_out-{len(tokens)}.jsonl"
     if not path.exists():
-        tokenizer = AutoTokenizer.from_pretrained(run / "tokenizer")
         ends = numpy.flatnonzero(tokens == tokenizer.eos_token_id)[:DOCUMENTS]
         starts = [0, *(ends[:-1] + 1)]
         texts = [tokenizer.decode(tokens[a:b].tolist()) for a, b in zip(starts, ends, strict=True)]
@@ -121,35 +123,18 @@ def figures(found: dict[str, dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def table(lines: list[dict[str, Any]]) -> str:
-    """Variants beside each other, means over seeds."""
-    variants = list(dict.fromkeys(line["variant"] for line in lines))
-    groups = [[line for line in lines if line["variant"] == variant] for variant in variants]
-    rows: dict[str, list[list[float]]] = {}
-
-    def row(title: str, get: Any) -> None:
-        rows[title] = [[value for line in group if (value := get(line)) is not None] for group in groups]
-
-    row("loss at trained positions", lambda line: line["loss_within"])
-    row("loss beyond, to 4 times the length", lambda line: line["loss_beyond"])
+def columns(lines: list[dict[str, Any]]) -> Iterator[tuple[str, str, Any]]:
+    """Title, style and figure of each row of the table."""
+    yield "loss at trained positions", ".4f", lambda line: line["loss_within"]
+    yield "loss beyond, to 4 times the length", ".4f", lambda line: line["loss_beyond"]
     for length in sorted({int(length) for line in lines for length in line["passkey"]}):
-        row(f"passkey at {length} tokens, %", lambda line, key=str(length): line["passkey"].get(key))
+        yield f"passkey at {length} tokens, %", ".0f", lambda line, key=str(length): line["passkey"].get(key)
     for key in ("first", "strongest"):
         for kind in ("eviction", "absence"):
-            row(
-                f"perplexity, {key} key's {kind}, %",
-                lambda line, key=key, kind=kind: line["knockout"].get(key, {}).get(kind),
-            )
-    titles = dict.fromkeys(title for line in lines for title in line["quantized"])
-    for title in titles:
-        row(f"perplexity, {title}, %", lambda line, title=title: line["quantized"].get(title))
-    text = ["| | " + " | ".join(variants) + " |", "|---" * (len(variants) + 1) + "|"]
-    text.append("| seeds | " + " | ".join(", ".join(str(line["seed"]) for line in group) for group in groups) + " |")
-    for title, cells in rows.items():
-        style = "{:.4f}" if title.startswith("loss") else "{:+.1f}" if title.startswith("perplexity") else "{:.0f}"
-        shown = [style.format(statistics.fmean(cell)) if cell else "–" for cell in cells]
-        text.append(f"| {title} | " + " | ".join(shown) + " |")
-    return "\n".join(text)
+            title = f"perplexity, {key} key's {kind}, %"
+            yield title, "+.1f", lambda line, key=key, kind=kind: line["knockout"].get(key, {}).get(kind)
+    for scheme in dict.fromkeys(scheme for line in lines for scheme in line["quantized"]):
+        yield f"perplexity, {scheme}, %", "+.1f", lambda line, scheme=scheme: line["quantized"].get(scheme)
 
 
 def main() -> None:
@@ -163,7 +148,7 @@ def main() -> None:
     path = options.grid / "after.jsonl"
     lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
     if options.table:
-        print(table(lines))
+        print("\n".join(variants_table(lines, columns(lines))))
         return
     known = {(line["variant"], line["seed"]) for line in lines}
     for row in read_rows(options.grid):

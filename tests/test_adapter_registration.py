@@ -48,26 +48,22 @@ def of(model):
     return {type(part).__name__: part.config._attn_implementation for part in parts}
 
 
+def what_is_replaced():
+    return [
+        PreTrainedConfig.to_dict,
+        PreTrainedConfig.validate_output_attentions,
+        PreTrainedConfig.output_attentions,
+        transformers.PreTrainedModel.get_correct_attn_implementation,
+        transformers.PreTrainedModel.set_attn_implementation,
+        transformers.PreTrainedModel.post_init,
+        transformers.masking_utils._preprocess_mask_arguments,
+    ]
+
+
 def test_registering_again_changes_nothing():
-    replaced = [
-        PreTrainedConfig.to_dict,
-        PreTrainedConfig.validate_output_attentions,
-        PreTrainedConfig.output_attentions,
-        transformers.PreTrainedModel.get_correct_attn_implementation,
-        transformers.PreTrainedModel.set_attn_implementation,
-        transformers.PreTrainedModel.post_init,
-        transformers.masking_utils._preprocess_mask_arguments,
-    ]
+    before = what_is_replaced()
     st.register()
-    assert replaced == [
-        PreTrainedConfig.to_dict,
-        PreTrainedConfig.validate_output_attentions,
-        PreTrainedConfig.output_attentions,
-        transformers.PreTrainedModel.get_correct_attn_implementation,
-        transformers.PreTrainedModel.set_attn_implementation,
-        transformers.PreTrainedModel.post_init,
-        transformers.masking_utils._preprocess_mask_arguments,
-    ]
+    assert what_is_replaced() == before
 
 
 def test_each_name_has_its_function_and_mask():

@@ -29,7 +29,7 @@ from softpick.experiment.environment import chosen_device, command_line, device_
 from softpick.experiment.failures import first_line
 from softpick.experiment.files import OutputError, writing
 from softpick.experiment.models import Subject, check_models, identity, is_gguf, load_config, load_subject
-from softpick.experiment.positions import KINDS_OF_TOKENS, what_it_reads
+from softpick.experiment.positions import KINDS_OF_TOKENS, stated_positions, what_it_reads
 from softpick.experiment.progress import Reporter, Silent
 from softpick.experiment.result_cache import ResultCache, titles
 from softpick.experiment.resume import Workspace, scratch
@@ -122,8 +122,7 @@ def _length(names: Sequence[str], settings: AuditSettings) -> int:
     for name in names:
         if not is_gguf(name):  # its description takes long to read
             config = load_config(name, trust_remote_code=settings.trust_remote_code, any_kind=True)[0]
-            longest = getattr(config.get_text_config(), "max_position_embeddings", None)
-            lengths += [longest] if isinstance(longest, int) and longest > 0 else []
+            lengths.append(stated_positions(config) or LONGEST)
     return min(lengths)
 
 

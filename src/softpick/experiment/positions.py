@@ -13,6 +13,7 @@ __all__ = [
     "kinds_of_tokens",
     "learned_positions",
     "positions",
+    "stated_positions",
     "what_it_reads",
 ]
 
@@ -127,7 +128,16 @@ def positions(model: Any) -> int | None:
     learned = learned_positions(model)
     if learned is not None:
         return learned
-    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return stated_positions(model.config)
+
+
+def stated_positions(config: Any) -> int | None:
+    """How many positions a configuration states; None where it does not, as for positions that are not counted.
+
+    Args:
+        config: of transformers.
+    """
+    longest = getattr(config.get_text_config(), "max_position_embeddings", None)
     return longest if isinstance(longest, int) and longest > 0 else None
 
 

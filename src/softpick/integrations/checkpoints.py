@@ -86,7 +86,7 @@ def install() -> None:
     ``PreTrainedConfig._dict_from_json_file`` the one place that reads. ``PreTrainedConfig.from_dict`` and
     ``AutoConfig.for_model`` take what somebody else has read. Configurations without our names are unchanged.
     """
-    if hasattr(PreTrainedConfig.to_json_file, "_softpick"):
+    if getattr(PreTrainedConfig.to_json_file, "_softpick", False):
         return
     read = original("transformers:PreTrainedConfig._dict_from_json_file").__func__
     build = original("transformers:PreTrainedConfig.from_dict").__func__

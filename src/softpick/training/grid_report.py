@@ -5,7 +5,8 @@ from __future__ import annotations
 import importlib.util
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from softpick.analysis.report import DASH, METRICS
 from softpick.experiment.figures import COLORS, as_label, new_figure, save_figures
 from softpick.experiment.progress import Reporter
 
-__all__ = ["COLUMNS", "value", "write_grid_report"]
+__all__ = ["COLUMNS", "value", "variants_table", "write_grid_report"]
 
 _PROBED = (
     "sink_first_0.3",
@@ -94,7 +95,7 @@ def write_grid_report(folder: str | Path, rows: Sequence[Mapping[str, Any]], exp
         "",
         f"{tokens:,} tokens a run. Mean over seeds, and in brackets the smallest and the largest where there are several.",
         "",
-        *_table(trained),
+        *variants_table(trained, [(title, style, partial(value, key=key)) for key, (title, style) in COLUMNS.items()]),
         "",
         *(f"- {row['variant']}, seed {row['seed']}: failed: {row['failed']}" for row in rows if "failed" in row),
         "",
@@ -111,13 +112,22 @@ def write_grid_report(folder: str | Path, rows: Sequence[Mapping[str, Any]], exp
     return folder / "report.md"
 
 
-def _table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+def variants_table(
+    rows: Sequence[Mapping[str, Any]], columns: Iterable[tuple[str, str, Callable[[Mapping[str, Any]], float | None]]]
+) -> list[str]:
+    """A table in Markdown with a column for each variant: means over its seeds, and in brackets the smallest and largest.
+
+    Args:
+        rows: one a run, with ``variant`` and ``seed``.
+        columns: title, style of the numbers, and the figure of a run (None where it has none); those without any are left
+            out.
+    """
     variants = list(dict.fromkeys(row["variant"] for row in rows))
     lines = ["| | " + " | ".join(variants) + " |", "|---" * (len(variants) + 1) + "|"]
     groups = [[row for row in rows if row["variant"] == variant] for variant in variants]
     lines.append("| seeds | " + " | ".join(", ".join(str(row["seed"]) for row in group) for group in groups) + " |")
-    for key, (title, style) in COLUMNS.items():
-        cells = [[found for row in group if (found := value(row, key)) is not None] for group in groups]
+    for title, style, get in columns:
+        cells = [[found for row in group if (found := get(row)) is not None] for group in groups]
         if any(cells):
             lines.append(f"| {title} | " + " | ".join(_cell(cell, style) for cell in cells) + " |")
     return lines

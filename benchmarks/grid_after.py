@@ -71,6 +71,12 @@ def commands(model: Path, text: Path, length: int, out: Path, device: str, quant
     }  # fmt: skip
 
 
+def program(model: Path) -> list[str]:
+    """What runs the command softpick for a model: of a candidate, the script that knows it."""
+    tried = json.loads((model / "config.json").read_text())["model_type"] == "softpick_candidate"
+    return [str(Path(__file__).with_name("candidates.py"))] if tried else ["-m", "softpick"]
+
+
 def measure(grid: Path, row: dict[str, Any], device: str, quantizers: str) -> dict[str, Any]:
     """One line of ``after.jsonl``; raises if a command fails."""
     name = f"{row['variant']}-s{row['seed']}"
@@ -83,7 +89,7 @@ def measure(grid: Path, row: dict[str, Any], device: str, quantizers: str) -> di
         if not (out / command / "results.json").exists():
             with (out / f"{command}.log").open("w") as log:
                 processes[command] = subprocess.Popen(
-                    [sys.executable, "-m", "softpick", *arguments], stdout=log, stderr=subprocess.STDOUT
+                    [sys.executable, *program(run / "model"), *arguments], stdout=log, stderr=subprocess.STDOUT
                 )
     for command, process in processes.items():
         if process.wait():

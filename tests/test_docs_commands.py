@@ -189,6 +189,7 @@ LONG = {
     "docs/evaluation.md: python benchmarks/passkey_text.py passkey.jsonl",
     "docs/evaluation.md: softpick train tiny_cpu normalizer=softmax --outpu",
     "docs/convert.md: softpick convert MODEL --recipe radlads_small --da",
+    "docs/choosing.md: softpick grid sinks_h200 data=sinks_text --normali",
     "docs/results.md: softpick grid sinks_h200 data=sinks_text --normali",
     "docs/results.md: torchrun --nproc-per-node 2 -m softpick train pape",
     "docs/serving.md: python benchmarks/serving.py --output benchmarks/r",

@@ -79,17 +79,19 @@ class _Kernel(Module):
         score_scale: Tensor | None,
         positions: Tensor | None,
     ) -> Tensor:
-        out = shared.attend(
-            q_BLNH.transpose(1, 2),
-            k_BLNH.transpose(1, 2),
-            v_BLNH.transpose(1, 2),
-            self.normalizer,
-            sink=sink,
-            score_scale=score_scale,
-            positions=positions,
-            group=self.group,
-        )
-        return out.transpose(1, 2)
+        # what ranks hold is said by the sharding of this module, and checked at its borders
+        with spmd.no_typecheck():
+            out = shared.attend(
+                q_BLNH.transpose(1, 2),
+                k_BLNH.transpose(1, 2),
+                v_BLNH.transpose(1, 2),
+                self.normalizer,
+                sink=sink,
+                score_scale=score_scale,
+                positions=positions,
+                group=self.group,
+            )
+            return out.transpose(1, 2)
 
 
 class _Attention(GQAttention):

@@ -43,6 +43,7 @@ with (
     from torchtitan.components.metrics import MetricsProcessor
 
     import softpick.integrations.torchtitan  # noqa: F401 (once, before the ranks are forked)
+
     if torchtitan.__version__ == "0.2.2":
         import softpick.integrations.torchtitan_02 as shards
 
@@ -80,7 +81,12 @@ def work(rank, run, port):
             with Path(run["losses"]).open("a") as file:
                 file.write(json.dumps([step, loss, norm]) + "\n")
 
-    MetricsProcessor.log = log
+    def log_validation(self, loss, step, **__):
+        if rank == 0:
+            with Path(run["losses"] + ".validation").open("a") as file:
+                file.write(json.dumps([step, loss]) + "\n")
+
+    MetricsProcessor.log, MetricsProcessor.log_validation = log, log_validation
     # two seconds of sleep at the end of every run
     clock.time = SimpleNamespace(perf_counter=time.perf_counter, sleep=nothing)
     torchtitan.train.ConfigManager.parse_args.__defaults__ = (run["arguments"],)

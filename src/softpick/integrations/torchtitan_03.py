@@ -9,10 +9,11 @@ import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Annotated, Any
 
 import spmd_types as spmd
 import torch
+import tyro
 from torch import Tensor, nn
 from torchtitan.components.loss import BaseLoss, ChunkedLossWrapper, CrossEntropyLoss
 from torchtitan.components.optimizer import default_adamw
@@ -140,6 +141,8 @@ class SoftpickTransformer(Llama3Model):
 
     @dataclass(kw_only=True, slots=True)
     class Config(Llama3Model.Config):
+        """The tree of configurations that ``SoftpickModelArgs.config`` makes."""
+
         def update_from_config(self, *, config: Any, **kwargs: Any) -> None:
             """Take the sequence length over, say how layers are shared among ranks, and refuse what is not served.
 
@@ -175,8 +178,10 @@ def _share_heads(attention: Any) -> None:
         attention.output_gate.sharding_config = colwise_config()
 
 
-def parallelize(model: SoftpickTransformer, *, parallel_dims: ParallelDims, ac_config: Any, **options: Any) -> nn.Module:
-    """torchtitan's own parallelization of a Llama, with a ring for context parallelism.
+def parallelize(
+    model: SoftpickTransformer, *, parallel_dims: ParallelDims, ac_config: Any, **options: Any
+) -> nn.Module:
+    """Parallelize a model as torchtitan does its Llama, with a ring for context parallelism.
 
     Args:
         model: on the meta device.
@@ -214,10 +219,10 @@ class _SelectiveAC(SelectiveAC):
 
 @dataclass
 class SoftpickModelArgs(shared.ModelArguments):
-    __doc__ = shared.ModelArguments.__doc__
+    """What a model is: see ``softpick.integrations.torchtitan_shared.ModelArguments``."""
 
     def config(self) -> SoftpickTransformer.Config:
-        """torchtitan's tree of configurations of a model with these arguments."""
+        """The tree of configurations that torchtitan makes the model of."""
         normal = partial(nn.init.trunc_normal_, std=0.02)
         output = self.dim**-0.5
         return SoftpickTransformer.Config(
@@ -239,7 +244,7 @@ class SoftpickModelArgs(shared.ModelArguments):
         return RMSNorm.Config(normalized_shape=self.dim, eps=self.norm_eps, param_init={"weight": nn.init.ones_})
 
     def _layer(self, index: int, drawn: dict[str, Any]) -> Llama3TransformerBlock.Config:
-        """torchtitan's initial weights of a Llama: those that end a residual branch are smaller the deeper they are."""
+        """A block; initial weights are those of torchtitan's Llama, smaller in deeper blocks where a residual branch ends."""
         deep = {"weight": partial(nn.init.trunc_normal_, std=depth_scaled_std(0.02, index))}
         width = compute_ffn_hidden_dim(
             self.dim, multiple_of=self.multiple_of, ffn_dim_multiplier=self.ffn_dim_multiplier
@@ -303,7 +308,7 @@ class SequenceDataLoader(HuggingFaceTextDataLoader):
 
     @dataclass(kw_only=True, slots=True)
     class Config(HuggingFaceTextDataLoader.Config):
-        pass
+        """As torchtitan's."""
 
     def __iter__(self) -> Iterator[tuple[dict[str, Tensor], Tensor]]:
         for inputs, labels in super().__iter__():
@@ -315,6 +320,9 @@ class SoftpickTrainer(Trainer):
 
     @dataclass(kw_only=True, slots=True)
     class Config(Trainer.Config):
+        """As torchtitan's, and the flavor."""
+
+        model_spec: Annotated[ModelSpec | None, tyro.conf.Suppress] = None
         flavor: str = "340M-softpick"
         """SIZE-NORMALIZER, after it +output_gate or +score_scale if wanted"""
 
@@ -363,6 +371,8 @@ def _refuse(config: Any, model: SoftpickTransformer.Config) -> None:
         raise ValueError(
             "training.disable_cuda_graphs: expected True, CUDA graphs were not tried with these kernels; got False"
         )
+    if config.compile.enable_async_tensor_parallel:
+        raise ValueError("compile.enable_async_tensor_parallel: expected False, it was not tried here; got True")
     if config.override.imports:
         raise ValueError(f"override.imports: expected none (no override was tried here), got {config.override.imports}")
     loaders = {"dataloader": config.dataloader}

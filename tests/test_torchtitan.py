@@ -1,6 +1,5 @@
 """torchtitan: the same losses however the model is shared among ranks; weights to and from transformers; refusals."""
 
-import dataclasses
 import importlib.metadata
 import importlib.util
 import json
@@ -17,7 +16,7 @@ pytest.importorskip("torchtitan")
 pytest.importorskip("transformers")
 
 import torch.distributed.checkpoint as dcp
-from titan_lines import OLD, command_line
+from titan_lines import OLD, command_line, drawn, refused, write_tokenizer
 from torchtitan.hf_datasets.text_datasets import DATASETS
 
 from softpick import NORMALIZERS
@@ -37,16 +36,8 @@ SINK = "tiny-learned_sink"
 @pytest.fixture(scope="module")
 def assets(tmp_path_factory):
     """A tokenizer of words, and documents that are a sequence each, so that any number of ranks sees the same batches."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-
     folder = tmp_path_factory.mktemp("assets")
-    words = ["<s>", "</s>", *(f"w{i}" for i in range(500))]
-    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="w0"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer.add_special_tokens(["<s>", "</s>"])
-    tokenizer.save(str(folder / "tokenizer.json"))
-    special = {"bos_token": "<s>", "eos_token": "</s>", "tokenizer_class": "PreTrainedTokenizerFast"}
-    (folder / "tokenizer_config.json").write_text(json.dumps(special))
+    write_tokenizer(folder)
     with (folder / "data.jsonl").open("w") as file:
         for _ in range(2 * STEPS * BATCH):
             numbers = torch.randint(40, (LENGTH - 1,)).cumsum(0) % 500
@@ -82,6 +73,9 @@ TENSOR, CONTEXT = {"parallelism__tensor_parallel_degree": 2}, {"parallelism__con
 SHARDS, HALF = {"parallelism__data_parallel_shard_degree": 2}, {"training__local_batch_size": BATCH // 2}
 REPLICAS, QUARTER = {"parallelism__data_parallel_replicate_degree": 2}, {"training__local_batch_size": BATCH // 4}
 COMPILED = {"compile__enable": True, "compile__components": "model", "compile__backend": "aot_eager"}
+PIPELINE = {"parallelism__pipeline_parallel_degree": 2} | {
+    f"parallelism__pipeline_parallel_{end}_stage_less_layers": 0 for end in ("first", "last")
+}
 CHECKED = {"debug__spmd_typechecking": True}  # of the types of what ranks hold
 # name: flavor, ranks, options
 RUNS = {
@@ -98,6 +92,9 @@ if not OLD:
         "tensor-checked": (ALL, 2, TENSOR | CHECKED),
         "context-tensor-checked": (SINK, 4, CONTEXT | TENSOR | CHECKED),
         "tensor-alone": (SINK, 2, TENSOR | {"parallelism__no-enable-sequence-parallel": True}),
+        "pipeline": (ALL, 2, PIPELINE | {"activation_checkpoint__mode": "full"}),
+        "pipeline-context": (ALL, 4, PIPELINE | CONTEXT),
+        "pipeline-tensor": (SINK, 4, PIPELINE | TENSOR | COMPILED),
         "only-replicas": (SINK, 2, REPLICAS | HALF | {"parallelism__data_parallel_shard_degree": 1}),
     }
 
@@ -271,16 +268,6 @@ def test_command_line_converts_there_and_back(runs, assets, tmp_path):
 # In this process
 
 
-def drawn(model_args):
-    model = model_args.build()
-    with torch.no_grad():
-        model.init_weights()
-        for name, parameter in model.named_parameters():
-            if name.endswith(("sinks", "score_scale")):
-                parameter.add_(torch.rand_like(parameter))
-    return model
-
-
 @pytest.mark.parametrize("normalizer", NORMALIZERS)
 @pytest.mark.parametrize("shape", [{}, {"n_kv_heads": 2, "multiple_of": 100, "ffn_dim_multiplier": 0.5}])
 def test_logits_of_the_converted_model(normalizer, shape):
@@ -342,6 +329,7 @@ def test_registered():
 
         spec = get_train_spec("softpick_llama")
         assert spec.model_cls is SoftpickTransformer
+        assert spec.pipelining_fn is None
     else:
         from torchtitan.config import ConfigManager
 
@@ -353,39 +341,11 @@ def test_registered():
         assert attention.inner_attention.normalizer == "rectified"
         assert attention.output_gate is not None
         assert attention.score_scale is attention.sinks is None
-    assert spec.pipelining_fn is None
-
-
-def refused(changes, message):
-    """Options by their places in the configuration, for a run on two ranks of tensor times two of context parallelism."""
-    if OLD:
-        from torchtitan.config import JobConfig
-
-        config, update = JobConfig(), FLAVORS["tiny"].update_from_config
-    else:
-        config = adapter.softpick_llama()
-        config = dataclasses.replace(config, flavor="tiny")
-        config.training.seq_len = 64
-        update = config.model_spec.model.update_from_config
-    config.parallelism.context_parallel_degree = config.parallelism.tensor_parallel_degree = 2
-    for place, value in changes.items():
-        *sections, name = place.split(".")
-        section = config
-        for part in sections:
-            section = getattr(section, part)
-        setattr(section, name, value)
-    with pytest.raises(ValueError, match=f"^{message}"):
-        update(config) if OLD else update(config=config)
 
 
 @pytest.mark.parametrize(
     ("place", "value", "message"),
     [
-        (
-            "parallelism.pipeline_parallel_degree",
-            2,
-            "parallelism.pipeline_parallel_degree: expected 1, because .*; got 2. Use FSDP",
-        ),
         ("parallelism.expert_parallel_degree", 2, "parallelism.expert_parallel_degree: expected 1"),
         (
             "parallelism.tensor_parallel_degree",
@@ -408,6 +368,11 @@ def test_refusals(place, value, message):
 @pytest.mark.parametrize(
     ("place", "value", "message"),
     [
+        (
+            "parallelism.pipeline_parallel_degree",
+            2,
+            "parallelism.pipeline_parallel_degree: expected 1, because .* unscaled; got 2. Use FSDP",
+        ),
         ("parallelism.context_parallel_rotate_method", "alltoall", ".*context_parallel_rotate_method: expected"),
         ("compile.enable", True, "compile.enable, .* expected False with tensor parallelism"),
         (
@@ -420,72 +385,6 @@ def test_refusals(place, value, message):
 )
 def test_refusals_of_the_old_version(place, value, message):
     refused({place: value}, message)
-
-
-@new
-@pytest.mark.parametrize(
-    ("place", "value", "message"),
-    [
-        (
-            "parallelism.spmd_backend",
-            "full_dtensor",
-            "parallelism.spmd_backend: expected 'spmd_types', .*'full_dtensor'",
-        ),
-        ("training.disable_cuda_graphs", False, "training.disable_cuda_graphs: expected True, .* got False"),
-        ("compile.enable_async_tensor_parallel", True, "compile.enable_async_tensor_parallel: expected False, .* True"),
-        ("override.imports", ["a.b"], "override.imports: expected none .* got .'a.b'"),
-        ("loss.loss_fn.global_vocab_size", 7, "loss.global_vocab_size: expected 512, the model's, or None; got 7"),
-    ],
-)
-def test_refusals_of_the_new_version(place, value, message):
-    refused({place: value}, message)
-
-
-@new
-def test_loaders_that_count_within_documents_are_refused():
-    from torchtitan.components.loss import MSELoss
-    from torchtitan.hf_datasets.text_datasets import HuggingFaceTextDataLoader
-
-    other = HuggingFaceTextDataLoader.Config()
-    message = "dataloader: expected softpick's SequenceDataLoader.Config, .* got HuggingFaceTextDataLoader.Config"
-    refused({"dataloader": other}, message)
-    refused({"validator.enable": True, "validator.dataloader": other}, f"validator.{message}")
-    refused({"loss": MSELoss.Config()}, "loss: expected a cross entropy, .* got MSELoss.Config")
-
-
-@new
-def test_positions_count_through_the_sequence(assets, tmp_path):
-    """Documents of other lengths than a sequence; what a loader had left is the same after a checkpoint."""
-    from torchtitan.components.tokenizer import HuggingFaceTokenizer
-
-    from softpick.integrations.torchtitan_03 import SequenceDataLoader
-
-    lengths = [5, 30, 1, 17, 40, 9, 22, 13, 8, 50]
-    texts = [[f"w{7 * i + j}" for j in range(length)] for i, length in enumerate(lengths)]
-    (tmp_path / "data.jsonl").write_text("\n".join(json.dumps({"text": " ".join(text)}) for text in texts))
-    tokenizer = HuggingFaceTokenizer.Config().build(tokenizer_path=str(assets))
-    tokens = [[0, *(int(word[1:]) + 2 for word in text), 1] for text in texts]
-    inputs = [token for document in tokens for token in document[:-1]]
-    labels = [token for document in tokens for token in document[1:]]
-
-    def loader():
-        config = SequenceDataLoader.Config(dataset="files", dataset_path=str(tmp_path / "data.jsonl"), infinite=False)
-        return config.build(dp_world_size=1, dp_rank=0, tokenizer=tokenizer, seq_len=16, local_batch_size=2)
-
-    found = list(loader())
-    assert len(found) == len(inputs) // 32
-    for at, (given, expected) in enumerate(found):
-        assert given["input"].flatten().tolist() == inputs[32 * at : 32 * at + 32]
-        assert expected.flatten().tolist() == labels[32 * at : 32 * at + 32]
-        assert given["positions"].tolist() == [list(range(16))] * 2
-    first = loader()
-    stream = iter(first)
-    next(stream)
-    again = loader()
-    again.load_state_dict(first.state_dict())
-    rest = list(again)
-    assert len(rest) == len(found) - 1
-    assert all(torch.equal(one[0]["input"], other[0]["input"]) for one, other in zip(rest, found[1:], strict=True))
 
 
 @old

@@ -1,6 +1,11 @@
-"""The same run of torchtitan as its versions are told of it: options by the names of 0.2.2, in words of the installed one."""
+"""What the tests of torchtitan share: its command line in the words of the installed version, a tokenizer, refusals."""
 
+import dataclasses
+import json
 from importlib.metadata import version
+
+import pytest
+import torch
 
 OLD = version("torchtitan") == "0.2.2"
 NAMES = {  # of 0.3.0, where they are other ones; None for what it does not have
@@ -35,3 +40,50 @@ def command_line(**options):
             continue
         line += [f"--{name}"] if value is True else [f"--{name}", str(value)]
     return line if OLD else [*line, f"activation_checkpoint:{mode}"]
+
+
+def write_tokenizer(folder):
+    """A tokenizer of words: w0 is token 2."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    words = ["<s>", "</s>", *(f"w{i}" for i in range(500))]
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="w0"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.add_special_tokens(["<s>", "</s>"])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    special = {"bos_token": "<s>", "eos_token": "</s>", "tokenizer_class": "PreTrainedTokenizerFast"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(special))
+
+
+def drawn(model_args):
+    """A model with weights, and with sinks and scales that are not those it starts from."""
+    model = model_args.build()
+    with torch.no_grad():
+        model.init_weights()
+        for name, parameter in model.named_parameters():
+            if name.endswith(("sinks", "score_scale")):
+                parameter.add_(torch.rand_like(parameter))
+    return model
+
+
+def refused(changes, message):
+    """Options by their places in the configuration, for a run on two ranks of tensor times two of context parallelism."""
+    from softpick.integrations import torchtitan as adapter
+
+    if OLD:
+        from torchtitan.config import JobConfig
+
+        config, update = JobConfig(), adapter.FLAVORS["tiny"].update_from_config
+    else:
+        config = dataclasses.replace(adapter.softpick_llama(), flavor="tiny")
+        config.training.seq_len = 64
+        update = config.model_spec.model.update_from_config
+    config.parallelism.context_parallel_degree = config.parallelism.tensor_parallel_degree = 2
+    for place, value in changes.items():
+        *sections, name = place.split(".")
+        section = config
+        for part in sections:
+            section = getattr(section, part)
+        setattr(section, name, value)
+    with pytest.raises(ValueError, match=f"^{message}"):
+        update(config) if OLD else update(config=config)

@@ -77,12 +77,12 @@ def work(rank, run, port):
     setattr(shards, SHARDS, sums_only(getattr(shards, SHARDS)))
 
     def log(self, step, loss, _, norm, **__):
-        if rank == 0:
+        if rank == run["ranks"] - 1:  # of a pipeline the last ranks know the loss
             with Path(run["losses"]).open("a") as file:
                 file.write(json.dumps([step, loss, norm]) + "\n")
 
     def log_validation(self, loss, step, **__):
-        if rank == 0:
+        if rank == run["ranks"] - 1:  # of a pipeline the last ranks know the loss
             with Path(run["losses"] + ".validation").open("a") as file:
                 file.write(json.dumps([step, loss]) + "\n")
 

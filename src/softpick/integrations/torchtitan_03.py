@@ -21,6 +21,7 @@ from torchtitan.components.validate import Validator
 from torchtitan.config import TrainingConfig
 from torchtitan.distributed import ParallelDims
 from torchtitan.distributed.activation_checkpoint import SelectiveAC
+from torchtitan.distributed.pipeline_parallel import pipeline_llm
 from torchtitan.hf_datasets import DatasetConfig
 from torchtitan.hf_datasets.text_datasets import DATASETS, HuggingFaceTextDataLoader
 from torchtitan.models.common import ComplexRoPE, Embedding, Linear, RMSNorm, compute_ffn_hidden_dim
@@ -126,6 +127,8 @@ class _Attention(GQAttention):
     ) -> Tensor:
         if attention_masks is not None:
             raise ValueError("attention_masks: expected None, this model is causal and has no other masks")
+        if self.inner_attention.group is not None and positions is None:
+            raise ValueError("positions: expected those of this rank's tokens where ranks share a sequence, got None")
         query, key, value = self.qkv_linear(x_BLD)
         query, key = self.rope(query, key, positions)
         out = self.inner_attention(
@@ -143,12 +146,11 @@ class SoftpickTransformer(Llama3Model):
     class Config(Llama3Model.Config):
         """The tree of configurations that ``SoftpickModelArgs.config`` makes."""
 
-        def update_from_config(self, *, config: Any, **kwargs: Any) -> None:
+        def update_from_config(self, *, config: Any) -> None:
             """Take the sequence length over, say how layers are shared among ranks, and refuse what is not served.
 
             Args:
                 config: torchtitan's configuration of a run.
-                kwargs: torchtitan's.
 
             Raises:
                 ValueError: for options of torchtitan that this model does not support.
@@ -157,7 +159,7 @@ class SoftpickTransformer(Llama3Model):
             length = config.training.seq_len
             for layer in self.layers:
                 layer.attention.rope = dataclasses.replace(layer.attention.rope, max_seq_len=length)
-            Llama3Model.Config.update_from_config(self, config=config, **kwargs)
+            Llama3Model.Config.update_from_config(self, config=config)
             for layer in self.layers:
                 _share_heads(layer.attention)
 
@@ -333,7 +335,7 @@ class SoftpickTrainer(Trainer):
                     flavor=self.flavor,
                     model=FLAVORS[self.flavor].config(),
                     parallelize_fn=parallelize,
-                    pipelining_fn=None,
+                    pipelining_fn=pipeline_llm,
                     post_optimizer_build_fn=None,
                     state_dict_adapter=SoftpickStateDictAdapter,
                 )
@@ -359,9 +361,14 @@ def _refuse(config: Any, model: SoftpickTransformer.Config) -> None:
         parallelism,
         config.training.seq_len,
         (attention.n_heads, attention.n_kv_heads or attention.n_heads),
-        pipeline="pipelines were not tried with torchtitan 0.3.0",
+        pipeline=None,
         rotates=False,
     )
+    if parallelism.pipeline_parallel_degree > 1 and parallelism.pipeline_parallel_schedule != "1F1B":
+        raise ValueError(
+            "parallelism.pipeline_parallel_schedule: expected '1F1B', the only one that was tried; got "
+            f"{parallelism.pipeline_parallel_schedule!r}"
+        )
     if parallelism.spmd_backend != "spmd_types":
         raise ValueError(
             "parallelism.spmd_backend: expected 'spmd_types', torchtitan's default and the only one that was tried; got "

@@ -142,7 +142,7 @@ class Flavors(Mapping[str, Any]):
 
 
 def refuse_parallelism(
-    parallelism: Any, sequence_length: int, heads: tuple[int, int], pipeline: str, rotates: bool
+    parallelism: Any, sequence_length: int, heads: tuple[int, int], pipeline: str | None, rotates: bool
 ) -> None:
     """Refuse what neither version serves.
 
@@ -150,13 +150,13 @@ def refuse_parallelism(
         parallelism: torchtitan's section of its configuration.
         sequence_length: of the run.
         heads: query heads and key heads.
-        pipeline: why there are no pipelines.
+        pipeline: why there are no pipelines, or None where there are.
         rotates: whether this version has a rotate method of context parallelism.
 
     Raises:
         ValueError: for degrees and options that are not served.
     """
-    if parallelism.pipeline_parallel_degree > 1:
+    if pipeline is not None and parallelism.pipeline_parallel_degree > 1:
         raise ValueError(
             f"parallelism.pipeline_parallel_degree: expected 1, because {pipeline}; got "
             f"{parallelism.pipeline_parallel_degree}. Use FSDP, tensor and context parallelism"

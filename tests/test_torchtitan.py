@@ -290,6 +290,18 @@ def test_logits_of_the_converted_model(normalizer, shape):
     assert all(torch.equal(back[key], state[key]) for key in state)
 
 
+@pytest.mark.parametrize("flavor", [ALL, SINK])
+def test_extras_start_as_in_transformers(flavor):
+    model = FLAVORS[flavor].build()
+    with torch.no_grad():
+        model.init_weights()
+    converted = adapter.to_transformers(FLAVORS[flavor], model.state_dict())
+    fresh = SoftpickLlamaForCausalLM(converted.config).state_dict()
+    named = {name: x for name, x in converted.state_dict().items() if name.endswith(("sinks", "score_scale"))}
+    assert len(named) == len(model.layers)
+    assert all(torch.equal(x, fresh[name]) for name, x in named.items())
+
+
 @pytest.mark.parametrize(("size", "recipe"), [("tiny", tiny_cpu()), ("340M", paper_340m()), ("1.8B", paper_1_8b())])
 def test_sizes_are_those_of_the_recipes(size, recipe):
     model_args = SIZES[size]

@@ -17,10 +17,11 @@ from torchtitan.components.tokenizer import HuggingFaceTokenizer
 from torchtitan.config import ConfigManager
 from torchtitan.distributed.activation_checkpoint import FullAC, SelectiveAC
 from torchtitan.hf_datasets.text_datasets import HuggingFaceTextDataLoader
+from torchtitan.models.llama3 import llama3_configs
 
 from softpick.integrations import torchtitan as adapter
 from softpick.integrations import torchtitan_03
-from softpick.integrations.torchtitan import FLAVORS, SIZES
+from softpick.integrations.torchtitan import FLAVORS, SIZES, SoftpickModelArgs
 from softpick.integrations.torchtitan_03 import SequenceDataLoader
 
 
@@ -35,6 +36,18 @@ def test_a_size_of_ones_own(tmp_path, monkeypatch):
     line = command_line(experimental__custom_import="sizes_of_mine", model__flavor="mine-softmax")
     model = ConfigManager().parse_args(line).model_spec.model.build()
     assert model.layers["0"].attention.qkv_linear.wk.weight.shape == (8, 24)
+
+
+def test_initial_weights_are_those_of_torchtitans_llama():
+    own = llama3_configs["debugmodel"](attn_backend="flex").build()
+    ours = SoftpickModelArgs(dim=256, n_layers=6, n_heads=16, vocab_size=2048).build()
+    for model in (own, ours):
+        torch.manual_seed(0)
+        with torch.no_grad():
+            model.init_weights()
+    expected, found = own.state_dict(), ours.state_dict()
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
 def test_a_run_may_have_longer_sequences_than_its_size():

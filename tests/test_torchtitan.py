@@ -89,6 +89,7 @@ RUNS = {
 if not OLD:
     RUNS |= {
         "tensor-compiled": (ALL, 2, TENSOR | COMPILED),
+        "shards-tensor-compiled": (ALL, 4, SHARDS | HALF | TENSOR | COMPILED),
         "tensor-checked": (ALL, 2, TENSOR | CHECKED),
         "context-tensor-checked": (SINK, 4, CONTEXT | TENSOR | CHECKED),
         "tensor-alone": (SINK, 2, TENSOR | {"parallelism__no-enable-sequence-parallel": True}),

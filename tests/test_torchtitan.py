@@ -16,9 +16,8 @@ pytest.importorskip("torchtitan")
 pytest.importorskip("transformers")
 
 import torch.distributed.checkpoint as dcp
-from torchtitan.config import JobConfig
+from titan_lines import OLD, command_line, drawn, refused, write_tokenizer
 from torchtitan.hf_datasets.text_datasets import DATASETS
-from torchtitan.protocols.train_spec import get_train_spec
 
 from softpick import NORMALIZERS
 from softpick.integrations import torchtitan as adapter
@@ -26,6 +25,8 @@ from softpick.integrations.torchtitan import FLAVORS, SIZES, SoftpickModelArgs, 
 from softpick.integrations.transformers import SoftpickLlamaForCausalLM
 from softpick.training.recipes import paper_1_8b, paper_340m, tiny_cpu
 
+old = pytest.mark.skipif(not OLD, reason="torchtitan 0.2.2")
+new = pytest.mark.skipif(OLD, reason="torchtitan 0.3.0")
 HERE = Path(__file__).parent
 STEPS, BATCH, LENGTH = 4, 4, 64
 ALL = "tiny-softpick+output_gate+score_scale"
@@ -35,16 +36,8 @@ SINK = "tiny-learned_sink"
 @pytest.fixture(scope="module")
 def assets(tmp_path_factory):
     """A tokenizer of words, and documents that are a sequence each, so that any number of ranks sees the same batches."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-
     folder = tmp_path_factory.mktemp("assets")
-    words = ["<s>", "</s>", *(f"w{i}" for i in range(500))]
-    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="w0"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer.add_special_tokens(["<s>", "</s>"])
-    tokenizer.save(str(folder / "tokenizer.json"))
-    special = {"bos_token": "<s>", "eos_token": "</s>", "tokenizer_class": "PreTrainedTokenizerFast"}
-    (folder / "tokenizer_config.json").write_text(json.dumps(special))
+    write_tokenizer(folder)
     with (folder / "data.jsonl").open("w") as file:
         for _ in range(2 * STEPS * BATCH):
             numbers = torch.randint(40, (LENGTH - 1,)).cumsum(0) % 500
@@ -52,10 +45,8 @@ def assets(tmp_path_factory):
     return folder
 
 
-def command_line(assets, folder, flavor, **options):
-    options = {
-        "experimental.custom_import": "softpick.integrations.torchtitan",
-        "model.name": "softpick_llama",
+def options_of(assets, folder, flavor, **options):
+    return {
         "model.flavor": flavor,
         "model.hf_assets_path": assets,
         "training.dataset": "files",
@@ -76,10 +67,37 @@ def command_line(assets, folder, flavor, **options):
         "checkpoint.no-last-save-model-only": True,
         "job.dump_folder": folder,
     } | {name.replace("__", "."): value for name, value in options.items()}
-    line = []
-    for name, value in options.items():
-        line += [f"--{name}"] if value is True else [f"--{name}", str(value)]
-    return line
+
+
+TENSOR, CONTEXT = {"parallelism__tensor_parallel_degree": 2}, {"parallelism__context_parallel_degree": 2}
+SHARDS, HALF = {"parallelism__data_parallel_shard_degree": 2}, {"training__local_batch_size": BATCH // 2}
+REPLICAS, QUARTER = {"parallelism__data_parallel_replicate_degree": 2}, {"training__local_batch_size": BATCH // 4}
+COMPILED = {"compile__enable": True, "compile__components": "model", "compile__backend": "aot_eager"}
+PIPELINE = {"parallelism__pipeline_parallel_degree": 2} | {
+    f"parallelism__pipeline_parallel_{end}_stage_less_layers": 0 for end in ("first", "last")
+}
+CHECKED = {"debug__spmd_typechecking": True}  # of the types of what ranks hold
+# name: flavor, ranks, options
+RUNS = {
+    "tensor": (SINK, 2, TENSOR | {"activation_checkpoint__mode": "full"}),
+    "context": (SINK, 2, CONTEXT | {"activation_checkpoint__selective_ac_option": "op"}),
+    "context-compiled": (ALL, 2, CONTEXT | COMPILED),
+    "context-tensor": (ALL, 4, CONTEXT | TENSOR),
+    "shards": (ALL, 2, SHARDS | HALF),
+    "replicas": (SINK, 4, SHARDS | REPLICAS | QUARTER),
+}
+if not OLD:
+    RUNS |= {
+        "tensor-compiled": (ALL, 2, TENSOR | COMPILED),
+        "shards-tensor-compiled": (ALL, 4, SHARDS | HALF | TENSOR | COMPILED),
+        "tensor-checked": (ALL, 2, TENSOR | CHECKED),
+        "context-tensor-checked": (SINK, 4, CONTEXT | TENSOR | CHECKED),
+        "tensor-alone": (SINK, 2, TENSOR | {"parallelism__no-enable-sequence-parallel": True}),
+        "pipeline": (ALL, 2, PIPELINE | {"activation_checkpoint__mode": "full"}),
+        "pipeline-context": (ALL, 4, PIPELINE | CONTEXT),
+        "pipeline-tensor": (SINK, 4, PIPELINE | TENSOR | COMPILED),
+        "only-replicas": (SINK, 2, REPLICAS | HALF | {"parallelism__data_parallel_shard_degree": 1}),
+    }
 
 
 @pytest.fixture(scope="module")
@@ -93,26 +111,27 @@ def runs(assets, tmp_path_factory):
         folders[name] = folder
         seed = root / f"seed-{flavor}" / "checkpoint" / "step-0"
         if not name.startswith("seed"):
-            options["checkpoint__initial_load_path"] = seed
-        line = command_line(assets, folder, flavor, **options)
+            options.setdefault("checkpoint__initial_load_path", seed)
+        line = command_line(**options_of(assets, folder, flavor, **options))
         plan.append({"name": name, "ranks": ranks, "arguments": line, "losses": f"{folder}.jsonl"})
 
-    tensor, context = {"parallelism__tensor_parallel_degree": 2}, {"parallelism__context_parallel_degree": 2}
-    shards = {"parallelism__data_parallel_shard_degree": 2}
     for flavor in (ALL, SINK):
         add(f"seed-{flavor}", flavor, checkpoint__create_seed_checkpoint=True)
         add(f"one-{flavor}", flavor, activation_checkpoint__mode="none")
-    add("tensor", SINK, 2, activation_checkpoint__mode="full", **tensor)
-    add("context", SINK, 2, activation_checkpoint__selective_ac_option="op", **context)
-    compiled = {"compile__enable": True, "compile__components": "model", "compile__backend": "aot_eager"}
-    add("context-compiled", ALL, 2, **context, **compiled)
-    add("context-tensor", ALL, 4, **context, **tensor)
-    half = {"training__local_batch_size": BATCH // 2}
-    add("shards", ALL, 2, **shards, **half)
-    add("killed", ALL, 2, training__steps=2, folder="resumed", **shards, **half)
-    add("resumed", ALL, 2, **shards, **half)
-    replicas = {"parallelism__data_parallel_replicate_degree": 2, "training__local_batch_size": BATCH // 4}
-    add("replicas", SINK, 4, **shards, **replicas)
+    for name, (flavor, ranks, options) in RUNS.items():
+        add(name, flavor, ranks, **options)
+    add("killed", ALL, 2, training__steps=2, folder="resumed", **SHARDS, **HALF)
+    add("resumed", ALL, 2, **SHARDS, **HALF)
+    if not OLD:
+        valid = {"enable": True, "freq": 2, "steps": 2, "dataloader__dataset": "files"}
+        valid["dataloader__dataset_path"] = assets / "data.jsonl"
+        add("validated", SINK, 2, **CONTEXT, **{f"validator__{name}": value for name, value in valid.items()})
+        start = root / "transformers"
+        adapter.to_transformers(FLAVORS[ALL], drawn(FLAVORS[ALL]).state_dict()).save_pretrained(start)
+        options = {"initial_load_path": start, "initial_load_in_hf": True, "last_save_model_only": True}
+        options |= {"last_save_in_hf": True, "no-last-save-model-only": None}
+        add("transformers", ALL, 2, **TENSOR, **{f"checkpoint__{name}": value for name, value in options.items()})
+        folders["start"] = start
 
     path = root / "plan.json"
     path.write_text(json.dumps(plan))
@@ -132,25 +151,45 @@ def losses(folder):
 
 
 def weights(folder, flavor, step=STEPS):
-    model = SoftpickTransformer(FLAVORS[flavor])
+    model = FLAVORS[flavor].build()
     state = model.state_dict()
     dcp.load(state, checkpoint_id=folder / "checkpoint" / f"step-{step}", no_dist=True)
     return state
 
 
+def batch_of(assets, step):
+    """The inputs and labels of a step, counted from 1: every document is a sequence and its last label."""
+    with (assets / "data.jsonl").open() as file:
+        texts = [json.loads(line)["text"] for line in file][(step - 1) * BATCH : step * BATCH]
+    tokens = torch.tensor([[0, *(int(word[1:]) + 2 for word in text.split()), 1] for text in texts])
+    return tokens[:, :-1], tokens[:, 1:]
+
+
+def loss_and_norm(model, assets, step):
+    """Of a transformers model; labels are not shifted, they are the next tokens already."""
+    inputs, labels = batch_of(assets, step)
+    model.zero_grad()
+    loss = torch.nn.functional.cross_entropy(model(inputs).logits.flatten(0, 1), labels.flatten())
+    loss.backward()
+    return float(loss.detach()), float(torch.stack([p.grad.norm() for p in model.parameters()]).norm())
+
+
 @pytest.mark.long
-@pytest.mark.parametrize(
-    ("name", "flavor"),
-    [
-        ("tensor", SINK),
-        ("context", SINK),
-        ("context-compiled", ALL),
-        ("context-tensor", ALL),
-        ("shards", ALL),
-        ("replicas", SINK),
-    ],
-)
-def test_ranks_give_what_one_gives(runs, name, flavor):
+@pytest.mark.parametrize("flavor", [ALL, SINK])
+def test_losses_and_gradients_are_those_of_transformers(runs, assets, flavor):
+    found = losses(runs[f"one-{flavor}"])
+    for step, folder in ((1, runs[f"seed-{flavor}"]), (3, runs[f"one-{flavor}"])):
+        model = adapter.to_transformers(FLAVORS[flavor], weights(folder, flavor, step - 1))
+        loss, norm = loss_and_norm(model, assets, step)
+        assert found[step][0] == pytest.approx(loss, abs=2e-5)
+        assert found[step][1] == pytest.approx(norm, rel=1e-3)
+    assert found[1][0] != pytest.approx(found[3][0], abs=1e-3)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", RUNS)
+def test_ranks_give_what_one_gives(runs, name):
+    flavor = RUNS[name][0]
     expected, found = losses(runs[f"one-{flavor}"]), losses(runs[name])
     assert found.keys() == expected.keys() == set(range(1, STEPS + 1))
     for step, (loss, norm) in expected.items():
@@ -172,6 +211,35 @@ def test_resumed(runs):
     assert all(torch.equal(whole[key], resumed[key]) for key in whole)
 
 
+@new
+@pytest.mark.long
+def test_validated(runs, assets):
+    """The second batch of two that were taken from the beginning, by the weights of that step."""
+    found = [json.loads(line) for line in Path(f"{runs['validated']}.jsonl.validation").read_text().splitlines()]
+    assert [step for step, _ in found] == [1, 2, 4]
+    assert losses(runs["validated"]) == losses(runs["context"])
+    model = adapter.to_transformers(FLAVORS[SINK], weights(runs["validated"], SINK))
+    expected = sum(loss_and_norm(model, assets, step)[0] for step in (1, 2)) / 2
+    assert found[-1][1] == pytest.approx(expected, abs=2e-5)
+
+
+@new
+@pytest.mark.long
+def test_torchtitan_reads_and_writes_what_transformers_reads(runs, assets):
+    """The bytes of a folder of transformers, not converted: ``initial_load_in_hf`` and ``last_save_in_hf``."""
+    start = SoftpickLlamaForCausalLM.from_pretrained(runs["start"])
+    loss, norm = loss_and_norm(start, assets, 1)
+    assert losses(runs["transformers"])[1] == (pytest.approx(loss, abs=2e-5), pytest.approx(norm, rel=1e-3))
+    last = runs["transformers"] / "checkpoint" / f"step-{STEPS}"
+    (last / "config.json").write_text((runs["start"] / "config.json").read_text())  # torchtitan writes none
+    end, loading = SoftpickLlamaForCausalLM.from_pretrained(last, output_loading_info=True)
+    assert not any(loading.values())
+    assert loss_and_norm(end, assets, 1)[0] < loss  # it has learned
+    before = weights(runs["transformers"], ALL, STEPS // 2)
+    middle = adapter.to_transformers(FLAVORS[ALL], before)
+    assert losses(runs["transformers"])[3][0] == pytest.approx(loss_and_norm(middle, assets, 3)[0], abs=2e-5)
+
+
 @pytest.mark.long
 def test_command_line_converts_there_and_back(runs, assets, tmp_path):
     step = runs["context"] / "checkpoint" / f"step-{STEPS}"
@@ -183,7 +251,7 @@ def test_command_line_converts_there_and_back(runs, assets, tmp_path):
     assert (config["model_type"], config["architectures"]) == ("softpick_llama", ["SoftpickLlamaForCausalLM"])
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
     assert model.config.eos_token_id == AutoTokenizer.from_pretrained(tmp_path / "model").eos_token_id == 1
-    ours = SoftpickTransformer(FLAVORS[SINK])
+    ours = drawn(FLAVORS[SINK])
     ours.load_state_dict(weights(runs["context"], SINK))
     tokens = torch.randint(500, (2, LENGTH))
     torch.testing.assert_close(ours(tokens), model(tokens).logits, atol=1e-5, rtol=1e-4)
@@ -199,16 +267,6 @@ def test_command_line_converts_there_and_back(runs, assets, tmp_path):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # In this process
-
-
-def drawn(model_args):
-    model = SoftpickTransformer(model_args)
-    with torch.no_grad():
-        model.init_weights()
-        for name, parameter in model.named_parameters():
-            if name.endswith(("sinks", "score_scale")):
-                parameter.add_(torch.rand_like(parameter))
-    return model
 
 
 @pytest.mark.parametrize("normalizer", NORMALIZERS)
@@ -227,10 +285,22 @@ def test_logits_of_the_converted_model(normalizer, shape):
     torch.testing.assert_close(model(tokens), converted(tokens).logits, atol=2e-5, rtol=1e-4)
 
     back_args, back = adapter.from_transformers(converted)
-    again = SoftpickTransformer(back_args).double()
+    again = back_args.build().double()
     again.load_state_dict(back)
     assert back.keys() == state.keys()
     assert all(torch.equal(back[key], state[key]) for key in state)
+
+
+@pytest.mark.parametrize("flavor", [ALL, SINK])
+def test_extras_start_as_in_transformers(flavor):
+    model = FLAVORS[flavor].build()
+    with torch.no_grad():
+        model.init_weights()
+    converted = adapter.to_transformers(FLAVORS[flavor], model.state_dict())
+    fresh = SoftpickLlamaForCausalLM(converted.config).state_dict()
+    named = {name: x for name, x in converted.state_dict().items() if name.endswith(("sinks", "score_scale"))}
+    assert len(named) == len(model.layers)
+    assert all(torch.equal(x, fresh[name]) for name, x in named.items())
 
 
 @pytest.mark.parametrize(("size", "recipe"), [("tiny", tiny_cpu()), ("340M", paper_340m()), ("1.8B", paper_1_8b())])
@@ -240,7 +310,8 @@ def test_sizes_are_those_of_the_recipes(size, recipe):
     assert found == (recipe.width, recipe.layers, recipe.heads, recipe.vocab_size, recipe.sequence_length)
     assert model_args.rope_theta == recipe.rope_theta
     with torch.device("meta"):
-        model = SoftpickTransformer(model_args)
+        model = model_args.build()
+    assert isinstance(model, SoftpickTransformer)
     assert sum(p.numel() for p in model.parameters()) == recipe.parameters
     assert model.layers["0"].feed_forward.w1.weight.shape[0] == recipe.intermediate
 
@@ -258,46 +329,81 @@ def test_flavors():
     assert SIZES["1.8B"].max_seq_len == FLAVORS["1.8B"].max_seq_len == 4096
     assert len(list(FLAVORS)) == len(FLAVORS) == len(SIZES) * len(NORMALIZERS)
     assert all(FLAVORS[flavor] for flavor in FLAVORS)
+    option = "model.flavor" if OLD else "flavor"
     for wrong in ("7B", "340M-soft", "340M-softpick+gate", "340M+output_gate"):
-        with pytest.raises(ValueError, match=r"model.flavor: expected SIZE-NORMALIZER"):
+        with pytest.raises(ValueError, match=f"^{option}: expected SIZE-NORMALIZER"):
             FLAVORS[wrong]
 
 
 def test_registered():
-    spec = get_train_spec("softpick_llama")
-    assert spec.model_cls is SoftpickTransformer
-    assert spec.pipelining_fn is None
-    assert "files" in DATASETS
+    assert {"files", "fineweb_edu"} <= DATASETS.keys()
+    if OLD:
+        from torchtitan.protocols.train_spec import get_train_spec
+
+        spec = get_train_spec("softpick_llama")
+        assert spec.model_cls is SoftpickTransformer
+        assert spec.pipelining_fn is None
+    else:
+        from torchtitan.config import ConfigManager
+
+        line = command_line(model__flavor="tiny-rectified+output_gate", training__seq_len=16)
+        config = ConfigManager().parse_args(line)
+        spec = config.model_spec
+        assert (spec.name, spec.flavor, config.training.seq_len) == ("softpick_llama", config.flavor, 16)
+        attention = spec.model.build().layers["1"].attention
+        assert attention.inner_attention.normalizer == "rectified"
+        assert attention.output_gate is not None
+        assert attention.score_scale is attention.sinks is None
 
 
 @pytest.mark.parametrize(
-    ("section", "name", "value", "message"),
+    ("place", "value", "message"),
     [
-        ("parallelism", "pipeline_parallel_degree", 2, "pipeline_parallel_degree: expected 1, .* unscaled; got 2"),
-        ("parallelism", "expert_parallel_degree", 2, "expert_parallel_degree: expected 1"),
+        ("parallelism.expert_parallel_degree", 2, "parallelism.expert_parallel_degree: expected 1"),
         (
-            "parallelism",
-            "tensor_parallel_degree",
+            "parallelism.tensor_parallel_degree",
             8,
-            "tensor_parallel_degree: expected a divisor of the 4 heads .* got 8",
+            "parallelism.tensor_parallel_degree: expected a divisor of the 4 heads .* got 8",
         ),
-        ("parallelism", "context_parallel_load_balancer", None, "context_parallel_load_balancer: expected 'headtail'"),
-        ("parallelism", "context_parallel_rotate_method", "alltoall", "context_parallel_rotate_method: expected"),
-        ("training", "seq_len", 62, "training.seq_len: expected a multiple of 8 .* got 62"),
-        ("compile", "enable", True, "compile.enable, .* expected False with tensor parallelism"),
-        ("parallelism", "enable_async_tensor_parallel", True, "enable_async_tensor_parallel: expected False"),
-        ("model", "converters", ["float8"], "model.converters: expected none"),
+        (
+            "parallelism.context_parallel_load_balancer",
+            None,
+            "parallelism.context_parallel_load_balancer: expected 'headtail'",
+        ),
+        ("training.seq_len", 62, "training.seq_len: expected a multiple of 8 .* got 62"),
     ],
 )
-def test_refusals(section, name, value, message):
-    config = JobConfig()
-    config.parallelism.context_parallel_degree = config.parallelism.tensor_parallel_degree = 2
-    setattr(getattr(config, section), name, value)
-    with pytest.raises(ValueError, match=message):
-        FLAVORS["tiny"].update_from_config(config)
+def test_refusals(place, value, message):
+    refused({place: value}, message)
 
 
+@old
+@pytest.mark.parametrize(
+    ("place", "value", "message"),
+    [
+        (
+            "parallelism.pipeline_parallel_degree",
+            2,
+            "parallelism.pipeline_parallel_degree: expected 1, because .* unscaled; got 2. Use FSDP",
+        ),
+        ("parallelism.context_parallel_rotate_method", "alltoall", ".*context_parallel_rotate_method: expected"),
+        ("compile.enable", True, "compile.enable, .* expected False with tensor parallelism"),
+        (
+            "parallelism.enable_async_tensor_parallel",
+            True,
+            ".*enable_async_tensor_parallel: expected False with tensor",
+        ),
+        ("model.converters", ["float8"], "model.converters: expected none"),
+    ],
+)
+def test_refusals_of_the_old_version(place, value, message):
+    refused({place: value}, message)
+
+
+@old
 def test_replicas_are_refused():
+    from torchtitan.config import JobConfig
+
     dims = SimpleNamespace(dp_replicate_enabled=True, fsdp_enabled=False, dp_replicate=2)
     with pytest.raises(
         ValueError, match=r"data_parallel_replicate_degree: expected 1 where nothing is sharded, .* got 2"
@@ -311,7 +417,12 @@ def test_replicas_are_refused():
         ({"normalizer": "soft"}, ValueError, "normalizer: expected one of"),
         ({"n_heads": 3}, ValueError, "n_heads: expected a divisor of dim 64"),
         ({"n_kv_heads": 3}, ValueError, "n_heads: expected .* a multiple of n_kv_heads 3"),
-        ({"attn_type": "flex"}, ValueError, "attn_type, attn_mask_type: expected 'sdpa' and 'causal'"),
+        pytest.param(
+            {"attn_type": "flex"},
+            ValueError,
+            "attn_type, attn_mask_type: expected 'sdpa' and 'causal'",
+            marks=old,
+        ),
     ],
 )
 def test_arguments_are_checked(change, error, message):
@@ -336,13 +447,15 @@ def test_masks_are_refused():
 
 
 @pytest.mark.parametrize(
-    ("found", "message"),
+    ("found", "torch_version", "message"),
     [
-        ("0.3.0", "is for torchtitan 0.2.2, .* found 0.3.0"),
-        (None, r"needs torchtitan 0.2.2: pip install 'softpick\[torchtitan\]'"),
+        ("0.4.0", "2.14.0", "is for torchtitan 0.2.2 and 0.3.0, .* found 0.4.0"),
+        ("0.2.1", "2.13.0", "is for torchtitan 0.2.2 and 0.3.0, .* found 0.2.1"),
+        ("0.3.0", "2.13.0+cpu", r"torchtitan 0.3.0 needs torch 2.14 or newer, found 2.13.0\+cpu"),
+        (None, "2.14.0", r"needs torchtitan 0.2.2 or 0.3.0: pip install 'softpick\[torchtitan\]'"),
     ],
 )
-def test_other_versions_are_refused(monkeypatch, found, message):
+def test_other_versions_are_refused(monkeypatch, found, torch_version, message):
     def version(name):
         assert name == "torchtitan"
         if found is None:
@@ -350,6 +463,7 @@ def test_other_versions_are_refused(monkeypatch, found, message):
         return found
 
     monkeypatch.setattr(importlib.metadata, "version", version)
+    monkeypatch.setattr(torch, "__version__", torch_version)
     spec = importlib.util.spec_from_file_location("adapter_again", adapter.__file__)
     with pytest.raises(ImportError, match=message):
         spec.loader.exec_module(importlib.util.module_from_spec(spec))

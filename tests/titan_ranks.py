@@ -42,7 +42,17 @@ with (
     import torchtitan.train
     from torchtitan.components.metrics import MetricsProcessor
 
-    import softpick.integrations.torchtitan as adapter
+    import softpick.integrations.torchtitan  # noqa: F401 (once, before the ranks are forked)
+
+    if torchtitan.__version__ == "0.2.2":
+        import softpick.integrations.torchtitan_02 as shards
+
+        SHARDS, clock = "apply_fsdp", torchtitan.train
+    else:
+        import torchtitan.models.llama3.parallelize as shards
+        import torchtitan.trainer as clock
+
+        SHARDS = "apply_fsdp_to_decoder"
 
 
 def sums_only(apply_fsdp):
@@ -64,18 +74,23 @@ def work(rank, run, port):
         "MASTER_ADDR": "localhost",
         "MASTER_PORT": str(port),
     }
-    adapter.apply_fsdp = sums_only(adapter.apply_fsdp)
+    setattr(shards, SHARDS, sums_only(getattr(shards, SHARDS)))
 
     def log(self, step, loss, _, norm, **__):
-        if rank == 0:
+        if rank == run["ranks"] - 1:  # of a pipeline the last ranks know the loss
             with Path(run["losses"]).open("a") as file:
                 file.write(json.dumps([step, loss, norm]) + "\n")
 
-    MetricsProcessor.log = log
+    def log_validation(self, loss, step, **__):
+        if rank == run["ranks"] - 1:  # of a pipeline the last ranks know the loss
+            with Path(run["losses"] + ".validation").open("a") as file:
+                file.write(json.dumps([step, loss]) + "\n")
+
+    MetricsProcessor.log, MetricsProcessor.log_validation = log, log_validation
     # two seconds of sleep at the end of every run
-    torchtitan.train.time = SimpleNamespace(perf_counter=time.perf_counter, sleep=nothing)
+    clock.time = SimpleNamespace(perf_counter=time.perf_counter, sleep=nothing)
     torchtitan.train.ConfigManager.parse_args.__defaults__ = (run["arguments"],)
-    torchtitan.train.main(torchtitan.train.Trainer)
+    torchtitan.train.main(*([torchtitan.train.Trainer] if clock is torchtitan.train else []))
     sys.stdout.flush()
     os._exit(0)  # gloo's threads sometimes abort when Python ends
 

@@ -54,7 +54,9 @@ ROWS = {
     "python-3.14": Row((*CORE, "test_adapter_edges.py"), torch="torch==2.15.*", python="3.14"),
     "torchtitan-0.2.2": Row(("test_torchtitan.py",), more=("transformers==5.23.0", "torchtitan==0.2.2")),
     "torchtitan-0.3": Row(
-        ("test_torchtitan.py",), torch="torch==2.14.*", more=("transformers==5.23.0", "torchtitan==0.3.*")
+        ("test_torchtitan.py", "test_torchtitan_03.py"),
+        torch="torch==2.14.*",
+        more=("transformers==5.23.0", "torchtitan==0.3.*"),
     ),
 }
 

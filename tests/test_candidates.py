@@ -68,6 +68,7 @@ def test_heads_are_normalized(candidates):
     assert norm(torch.zeros(1, 1, 16, dtype=torch.float64)).abs().max() == 0  # a dead head stays one
 
 
+@pytest.mark.long
 def test_a_grid_of_candidates(tmp_path):
     """Each runs, its row says what it is, and the script loads what it saved while transformers alone does not."""
     (tmp_path / "text.txt").write_text("A line of text, and another one.\n" * 400)
@@ -94,11 +95,9 @@ def test_a_grid_of_candidates(tmp_path):
     ]  # the last tenths of the steps are softpick's
     assert saved["steps_done"] == 20
     words = "evaluate grid/runs/softpick+anneal-s0/model --data text.txt --tasks none --passkey none --samples 2"
-    measure = [*words.split(), "--sequence-length", "16", "--output", "out"]
-    done = subprocess.run([sys.executable, str(SCRIPT), *measure], cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
-    done = subprocess.run(
-        [sys.executable, "-m", "softpick", *measure[:-1], "other"], cwd=tmp_path, capture_output=True, text=True
-    )
-    assert done.returncode == 2
+    measure = [*words.split(), "--sequence-length", "16", "--output"]
+    for program, code in ([str(SCRIPT)], 0), (["-m", "softpick"], 2):
+        command = [sys.executable, *program, *measure, f"out{code}"]
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode == code, done.stderr[-3000:]
     assert "softpick_candidate" in done.stderr

@@ -1,9 +1,15 @@
-"""The softmax attention of torch on this GPU: FlexAttention, FA2 and cuDNN, forward and backward. Imported by the others."""
+"""Softmax attention of others on this GPU, forward and backward: torch's FlexAttention, FA2 and cuDNN, and FlashAttention-4.
+
+FlashAttention-4 is there if the package ``flash-attn-4`` is; all times are then also of its deterministic backward pass.
+Imported by the other benchmarks.
+"""
 
 from __future__ import annotations
 
 import functools
+import importlib.util
 import itertools
+import sys
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -40,8 +46,21 @@ def _sdpa(backend):
     return call
 
 
+def fa4(q, k, v, deterministic=False):
+    """FlashAttention-4, whose tensors are ``(B, T, H, D)``."""
+    from flash_attn.cute import flash_attn_func
+
+    found = flash_attn_func(*(x.transpose(1, 2) for x in (q, k, v)), causal=q.shape[2] > 1, deterministic=deterministic)
+    out = found[0] if isinstance(found, tuple) else found  # some versions also return the logarithms of the sums
+    return out.transpose(1, 2)
+
+
 fa2, cudnn = _sdpa(SDPBackend.FLASH_ATTENTION), _sdpa(SDPBackend.CUDNN_ATTENTION)
 PEERS = {"flex": flex, "fa2": fa2, "cudnn": cudnn}
+if importlib.util.find_spec("flash_attn") and importlib.util.find_spec("flash_attn.cute"):
+    PEERS |= {"fa4": fa4, "fa4, deterministic": functools.partial(fa4, deterministic=True)}
+else:
+    print("flash-attn-4 is not installed: no times of FlashAttention-4", file=sys.stderr)
 
 
 def times(call, q, k, v, grad) -> tuple[float, float]:

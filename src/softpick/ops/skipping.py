@@ -231,8 +231,8 @@ def _denominators(
     # e^s - 1 is convex: its mean is at least that of the mean, and at most the chord's there
     chord = around.weight * high + (1 - around.weight) * low
     if softcap is None:  # or what the second derivative allows, where the variance is small
-        top = torch.expm1(around.mean_high)
-        chord = torch.fmin(chord, top + (1 + top) * around.variance * _curvature(around.high - around.mean_low))
+        excess = _excess(around.mean_high, around.high - around.mean_low)
+        chord = torch.fmin(chord, torch.expm1(around.mean_high) + around.variance * excess)
     least = -torch.where(whole, chord, high)
     most = -torch.where(whole, mean, low)
     positive = low if softcap is not None else torch.where(whole, torch.maximum(low, mean), low)
@@ -240,8 +240,9 @@ def _denominators(
     return seen * least, seen * torch.where(dead, most, 0.0)
 
 
-def _curvature(x: Tensor) -> Tensor:
-    """At least ``(e^x - 1 - x) / x^2``, for ``x >= 0``."""
+def _excess(mean: Tensor, x: Tensor) -> Tensor:
+    """At least ``e^mean (e^x - 1 - x) / x^2``, for ``x >= 0``."""
     unit, _ = rounding(x.dtype)
-    series = 0.5 + x / 6 + x * x / (24 - 4.8 * x.clamp(max=1.0))
-    return torch.where(x < 1, series, (torch.expm1(x) - x) / (x * x)) * (1 + 16 * unit)
+    of_mean = torch.exp(mean)
+    series = of_mean * (0.5 + x / 6 + x * x / (24 - 4.8 * x.clamp(max=1.0)))
+    return torch.where(x < 1, series, (torch.exp(mean + x) - of_mean * (1 + x)) / (x * x)) * (1 + 32 * unit)

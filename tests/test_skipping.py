@@ -48,7 +48,21 @@ def make(kind, *, batch=2, heads=4, kv_heads=2, queries=1, positions=100, d=8, s
     seed=st.integers(0, 2**20),
 )
 def test_the_error_is_never_above_the_bound(
-    kind, name, heads, queries, positions, shorter, window, block_size, page, softcap, scale, spread, max_error, stats, seed
+    kind,
+    name,
+    heads,
+    queries,
+    positions,
+    shorter,
+    window,
+    block_size,
+    page,
+    softcap,
+    scale,
+    spread,
+    max_error,
+    stats,
+    seed,
 ):
     q, k, v = make(
         kind, heads=heads[0], kv_heads=heads[1], queries=queries, positions=positions, seed=seed, spread=spread
@@ -113,7 +127,14 @@ def test_the_examples_leave_something_out():
         q, k, v = make(kind, positions=200, spread=0.02)
         counts = [
             decode_attention(
-                q, k, v, key_bounds=key_bounds(k, block_size=16), max_error=e, scale=1.0, return_error=True, return_stats=True
+                q,
+                k,
+                v,
+                key_bounds=key_bounds(k, block_size=16),
+                max_error=e,
+                scale=1.0,
+                return_error=True,
+                return_stats=True,
             ).blocks.sum((0, 1))
             for e in (0.0, 1e-3, 1e-2)
         ]
@@ -228,10 +249,16 @@ def test_what_is_not_finite_is_read(where, number):
         k[:, :, 2 if where == "key" else 50, 0] = number
     options = {"scale": 1.0, "return_stats": True}
     want = decode_attention(q, k, v, **options)
-    got = decode_attention(q, k, v, **options, key_bounds=key_bounds(k, block_size=16), max_error=0.1, return_error=True)
+    got = decode_attention(
+        q, k, v, **options, key_bounds=key_bounds(k, block_size=16), max_error=0.1, return_error=True
+    )
     finite = want.output.isfinite()
     assert (got.output.isfinite() == finite).all()
-    assert (got.output - want.output).abs()[finite].max() <= 0.1 * want.output[finite].abs().max() if finite.any() else True
+    assert (
+        (got.output - want.output).abs()[finite].max() <= 0.1 * want.output[finite].abs().max()
+        if finite.any()
+        else True
+    )
 
 
 def test_every_row_of_a_tile_counts():
@@ -278,7 +305,9 @@ def on_interpreter():
 
 @pytest.mark.parametrize("name", SPARSE)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-@pytest.mark.parametrize("options", [{}, {"window": 50}, {"softcap": 2.0}, {"is_causal": False, "window": (60, 3)}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"window": 50}, {"softcap": 2.0}, {"is_causal": False, "window": (60, 3)}], ids=str
+)
 def test_the_kernel_reads_the_same_blocks(name, dtype, options, monkeypatch):
     """Against the reference, with several programs a head; lengths that end within blocks; in pages, too."""
     on_interpreter()

@@ -234,8 +234,8 @@ def _summary(keys: Tensor, count: Tensor) -> tuple[Tensor, Tensor, Tensor, Tenso
     size, width = keys.shape[-2:]
     filled = (torch.arange(size, device=keys.device) < count[..., None])[..., None]
     x = torch.where(filled, keys, 0.0).to(dtype)  # what was never written may be NaN
-    average = x.sum(-2) / count.clamp(min=1)[..., None]
-    mean = average.to(keys.dtype)
+    several = count.clamp(min=1)[..., None]
+    mean = (x.sum(-2) / several).to(keys.dtype)
     centre = mean.to(dtype)
 
     def up(norm: Tensor) -> Tensor:
@@ -248,12 +248,12 @@ def _summary(keys: Tensor, count: Tensor) -> tuple[Tensor, Tensor, Tensor, Tenso
     norm = up(longest(x))
     away = torch.where(filled, x - centre[..., None, :], 0.0)
     radius = up(longest(away))
-    offset = up(torch.linalg.vector_norm(average - centre, dim=-1)) + (size + 4) * unit * norm
+    offset = up(torch.linalg.vector_norm(away.sum(-2) / several, dim=-1)) + (size + 4) * unit * radius
     # the largest eigenvalue of a matrix of products is at most the root of the length of its square
     products = away @ away.transpose(-2, -1)
     sum_of_squares = products.diagonal(dim1=-2, dim2=-1).sum(-1)
     scaled = products / sum_of_squares.clamp(min=torch.finfo(dtype).tiny)[..., None, None]
     largest = torch.linalg.matrix_norm(scaled @ scaled).sqrt() + (width + size**2 + 16) * unit
     largest = (largest + product_error(dtype) * size) * (1 + 8 * unit)
-    spread = (largest * sum_of_squares / count.clamp(min=1)).sqrt() * (1 + 4 * unit) + (size * width) ** 0.5 * lost
+    spread = (largest * sum_of_squares / several[..., 0]).sqrt() * (1 + 4 * unit) + (size * width) ** 0.5 * lost
     return mean, radius, offset, torch.minimum(spread, radius), norm

@@ -120,6 +120,38 @@ def test_the_enclosures_are_true(kind, dtype, softcap):
         assert ((total - plan.rest).abs() <= plan.doubt).all()
 
 
+@pytest.mark.parametrize("softcap", [None, 0.3, 2.0])
+@pytest.mark.parametrize("kind", [*KINDS, "spread", "changing"])
+def test_denominators_are_enclosed_block_by_block(kind, softcap, monkeypatch):
+    """Of dead blocks from both sides, of all others from below: what the choice of blocks rests on."""
+    found = {}
+    monkeypatch.setattr(skipping, "_choose", lambda *args: found.update(args=args))
+    for seed, (lengths, covered, left) in enumerate(
+        [([96, 70], [96, 70], -1), ([96, 70], [90, 40], -1), ([96, 70], [90, 64], 9), ([60, 33], [96, 96], 40)]
+    ):
+        q, k, v = make(kind if kind in KINDS else "rank one", positions=96, seed=seed, queries=2)
+        if kind == "spread":  # scores of both sides of a softcap's bend, in one direction
+            k = k * torch.linspace(-0.4, 1, 96)[:, None]
+        if kind == "changing":  # as many keys as the bounds are of, but others
+            k = -k * torch.where(torch.arange(96) < 90, 1, 1e-3)[:, None]
+        call = check_cache_call(
+            q, k, v, cache_seqlens=torch.tensor(lengths), block_table=None, is_causal=True, scale=0.1, enable_gqa=True,
+            normalizer="softpick", backend="auto", window=(left, 0), softcap=softcap, sink=None, eps=None, max_error=0.1,
+            key_bounds=key_bounds(k, block_size=16, cache_seqlens=torch.tensor(covered)),
+        )  # fmt: skip
+        call.plan(torch.tensor(lengths), None, True)
+        doubt, middle, least, dead = found["args"][:4]
+        s = scores(q, k, 0.1, softcap)
+        g = torch.where(seen(lengths, 96, 2, left, 0), torch.expm1(s).abs(), 0.0)
+        g = g.unflatten(-1, (6, 16)).sum(-1).view(least.shape)
+        largest = (
+            s.masked_fill(~seen(lengths, 96, 2, left, 0), -math.inf).unflatten(-1, (6, 16)).amax(-1).view(least.shape)
+        )
+        assert (largest[dead] <= 0).all()
+        assert (least <= g + 1e-12).all()
+        assert ((g - middle).abs() <= doubt + 1e-12)[dead].all()
+
+
 def test_the_examples_leave_something_out():
     """The tests above would pass if everything were read."""
     left = {}

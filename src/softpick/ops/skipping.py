@@ -118,8 +118,9 @@ def plan_blocks(
         seen, whole = (x.repeat(1, groups, 1)[:, None] for x in (seen, whole))  # (B, 1, rows, blocks)
         around = _enclosure(q, bounds, scale, softcap)
         dead = around.high <= 0 if norm.rectify == "positive" else around.high < 0
-        dead = dead & covered[:, None, None]
-        least, most = _denominators(norm, around, dead, whole, seen, softcap)
+        covered = covered[:, None, None]
+        dead = dead & covered
+        least, most = _denominators(norm, around, dead, whole, seen * covered, softcap)
         doubt, middle = (most - least) / 2, (most + least) / 2
         unit, _ = rounding(middle.dtype)
         doubt = torch.where(middle > 0, doubt + 4 * unit * middle, doubt)  # of expm1
@@ -221,7 +222,10 @@ def _denominators(
     seen: Tensor,
     softcap: float | None,
 ) -> tuple[Tensor, Tensor]:
-    """At least and at most the sum of ``g`` over the keys of a block that a row sees; at most only of ``dead`` blocks."""
+    """At least and at most the sum of ``g`` over the keys of a block that a row sees; at most only of ``dead`` blocks.
+
+    ``seen``: how many keys these are, of which there are bounds; ``whole``: whether they are all of which there are bounds.
+    """
     zero = torch.zeros_like(around.high)
     if not norm.absolute_denominator or not norm.normalized:
         return zero, zero  # more could be said of other blocks, but there is no doubt to compare it with

@@ -29,7 +29,7 @@ def make(kind, *, batch=2, heads=4, kv_heads=2, queries=1, positions=100, d=8, s
     return query, cache(kind, query, kv_heads, positions, seed, spread), draw(batch, kv_heads, positions, 5)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=300, deadline=None)
 @given(
     kind=st.sampled_from(KINDS),
     name=st.sampled_from(SPARSE),
@@ -335,6 +335,7 @@ def on_interpreter():
         pytest.skip("the kernels run on the GPU here")
 
 
+@pytest.mark.thinned
 @pytest.mark.parametrize("name", SPARSE)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize(
@@ -347,10 +348,10 @@ def test_the_kernel_reads_the_same_blocks(name, dtype, options, monkeypatch):
 
     monkeypatch.setattr(launch_decode, "_splits", lambda resident, fewest, pairs, tk, block_n: (3, 64))
     q, k, v = (x.to(dtype) for x in make("aligned", positions=160, queries=2, spread=0.05))
-    lengths = torch.tensor([160, 77])
-    options = {"cache_seqlens": lengths, "normalizer": name, "is_causal": True} | options
-    for block_size, page in ((16, 0), (32, 0), (16, 32), (64, 64)):
-        where, call = (k, v), dict(options)
+    # the last sequences see so few keys that 16-bit weights are computed with more care
+    for block_size, page, last in ((16, 0, 77), (32, 0, 9), (16, 32, 77), (16, 16, 7), (64, 64, 77)):
+        lengths = torch.tensor([160, last])
+        where, call = (k, v), {"cache_seqlens": lengths, "normalizer": name, "is_causal": True} | options
         if page:
             *where, call["block_table"] = pages((k, v), lengths.tolist(), page)
         at = {x: call[x] for x in ("cache_seqlens", "block_table") if x in call}
@@ -403,7 +404,8 @@ def test_the_kernel_is_named():
         softpick.explain_backend(q, k, v, max_error=1e-3, enable_gqa=True)
 
 
-def test_one_graph():
+@pytest.mark.parametrize("dynamic", [False, pytest.param(True, marks=pytest.mark.long)])
+def test_one_graph(dynamic):
     """Compiled, with any sizes, as outside; and shapes without values."""
     torch._dynamo.reset()
     k, v = torch.linspace(-1, 0.5, 2 * 2 * 40 * 8).double().view(2, 2, 40, 8), draw(2, 2, 40, 8)
@@ -415,8 +417,8 @@ def test_one_graph():
         )
         return found.output, found.error, found.blocks
 
-    compiled = torch.compile(call, backend="aot_eager", fullgraph=True, dynamic=True)
-    for length in (1, 3):
+    compiled = torch.compile(call, backend="aot_eager", fullgraph=True, dynamic=dynamic)
+    for length in (1, 3) if dynamic else (3,):
         q = torch.rand(2, 4, length, 8).double()
         torch.testing.assert_close(compiled(q), call(q), rtol=1e-5, atol=1e-6)
     meta = softpick.KeyBounds(*(x.to("meta") for x in bounds[:-1]), 16)

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import softpick
-from softpick import NORMALIZERS, decode_attention, key_bounds
+from softpick import NORMALIZERS, decode_attention, key_bounds, update_key_bounds
 from softpick.ops import skipping
 from softpick.ops.calls import check_cache_call
 
@@ -408,10 +408,11 @@ def test_the_kernel_is_named():
 def test_one_graph(dynamic):
     """Compiled, with any sizes, as outside; and shapes without values."""
     torch._dynamo.reset()
-    k, v = torch.linspace(-1, 0.5, 2 * 2 * 40 * 8).double().view(2, 2, 40, 8), draw(2, 2, 40, 8)
+    k, v = torch.linspace(-1, 0.5, 2 * 2 * 40 * 8).view(2, 2, 40, 8), draw(2, 2, 40, 8).float()
     bounds, lengths = key_bounds(k, block_size=16), torch.tensor([40, 23])
 
     def call(q):
+        update_key_bounds(bounds, k, lengths)
         found = decode_attention(
             q, k, v, cache_seqlens=lengths, key_bounds=bounds, max_error=0.05, is_causal=True, return_error=True
         )
@@ -419,7 +420,7 @@ def test_one_graph(dynamic):
 
     compiled = torch.compile(call, backend="aot_eager", fullgraph=True, dynamic=dynamic)
     for length in (1, 3) if dynamic else (3,):
-        q = torch.rand(2, 4, length, 8).double()
+        q = torch.rand(2, 4, length, 8)
         torch.testing.assert_close(compiled(q), call(q), rtol=1e-5, atol=1e-6)
     meta = softpick.KeyBounds(*(x.to("meta") for x in bounds[:-1]), 16)
     q, k, v = (x.to("meta") for x in (q[:, :, :1], k, v))

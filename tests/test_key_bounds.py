@@ -63,7 +63,7 @@ def test_bounds_are_true_and_tight(kind, dtype):
                     assert offset <= rounding + 2e-5 * radius + 1e-15
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("new", [1, 3, 16, 40])
 @pytest.mark.parametrize("page", [0, 16, 64])
 def test_an_update_equals_bounds_made_anew(dtype, new, page):
@@ -122,6 +122,32 @@ def test_pages_are_shared():
     for b, j in ((0, 0), (0, 1)):
         at = table[b, j].item()
         torch.testing.assert_close(bounds.mean[at], alone.mean[b, :, 2 * j : 2 * j + 2])
+
+
+def test_an_update_of_a_shared_page():
+    """Each writes the bounds of the longest, so that no mixture of two stays."""
+    key = keys(positions=32)
+    pool, table = pages((key[:1],), [32], 32)
+    table = table.repeat(3, 1)
+    bounds = key_bounds(pool, block_size=16, block_table=table, cache_seqlens=torch.tensor([0, 0, 0]))
+    for lengths in ([3, 30, 17], [30, 2, 0]):
+        update_key_bounds(bounds, pool, torch.tensor(lengths), block_table=table, new=30)
+        equal(bounds, key_bounds(pool, block_size=16, block_table=table, cache_seqlens=torch.tensor(lengths)))
+
+
+def test_a_sequence_that_is_taken_back():
+    """Written over, position by position: what decoding sees is right after every update."""
+    key = keys(positions=64)
+    bounds = key_bounds(key, block_size=16)
+    key = -key
+    for length in range(20, 40):
+        key[:, :, length - 1] *= -2
+        update_key_bounds(bounds, key, torch.tensor([length, 64]))
+        anew = key_bounds(key, block_size=16, cache_seqlens=torch.tensor([length, 64]))
+        now = (length - 1) // 16
+        for x, y in zip(bounds[:5], anew[:5], strict=True):
+            assert torch.equal(x[0, :, now], y[0, :, now])
+        assert bounds.filled[0, now] == anew.filled[0, now]
 
 
 def test_numbers_beyond_the_range_bound_nothing():

@@ -481,8 +481,8 @@ def decode_attention(
         eps: as in :func:`scaled_dot_product_attention`.
         key_bounds: bounds of the keys by block, of :func:`softpick.key_bounds`; only for normalizers with a rectified
             numerator. Values of blocks whose scores they show to be at most 0 are not needed, and keys as ``max_error`` says.
-            Blocks that were filled since the bounds were made are read. Keys that were overwritten since are an error that
-            nobody notices: see :func:`softpick.update_key_bounds`.
+            Blocks that were filled since the bounds were made are read. Keys that were overwritten since, without
+            :func:`softpick.update_key_bounds`, make results wrong that nobody notices.
         max_error: from 0 to below 1. Keys are left unread, too, as long as ``|output - exact| <= max_error * |exact|`` is
             certain for every number of the output, rounding aside. With 0 (exact) these are keys that count nowhere: for
             ``relu_softpick`` and ``rectified`` keys with scores below 0, for every normalizer those of heads whose output
@@ -532,8 +532,12 @@ def decode_attention(
                 raise
             fall_back(failure, "the reference computes it instead, slowly (backend='auto')")
     if not found:
-        options: Any = {name: getattr(call, name) for name in ("scale", "eps", "softcap", "sink")} | {
-            "normalizer": norm
+        options: Any = {
+            "normalizer": norm,
+            "scale": call.scale,
+            "eps": call.eps,
+            "softcap": call.softcap,
+            "sink": call.sink,
         }
         where: Any = (query, key, value, cache_seqlens, block_table, call.room, call.left, call.right)
         found = cache_reference(*where, **options) if plan is None else skipping_reference(plan, *where, **options)
@@ -542,11 +546,9 @@ def decode_attention(
     if not (return_stats or return_error):
         return found[0]
     result = AttentionOutput(*found) if return_stats else AttentionOutput(found[0])
-    return (
-        result
-        if plan is None or not return_error
-        else result._replace(error=plan.error(found[1]), blocks=plan.counts())
-    )
+    if plan is not None and return_error:
+        result = result._replace(error=plan.error(found[1]), blocks=plan.counts())
+    return result
 
 
 def _causal_in_cache(is_causal: bool | None, query: Tensor) -> bool:

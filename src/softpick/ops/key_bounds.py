@@ -96,7 +96,8 @@ def update_key_bounds(
 ) -> None:
     """Follow a cache to which the last ``new`` positions of each sequence were written: computes their blocks anew, in place.
 
-    Reads the keys of those blocks only, and never waits for a GPU. The result equals that of :func:`key_bounds` to the bit.
+    Reads the keys of those blocks only, and never waits for a GPU. The result is that of :func:`key_bounds`: to the bit on the
+    CPU, on a GPU up to the order of sums.
 
     Args:
         bounds: of :func:`key_bounds`; changed.
@@ -134,6 +135,9 @@ def update_key_bounds(
     # an entry that is not there writes what the first one that is there writes; if there is none, what was there
     which = torch.where(there, torch.arange(len(at), device=device), there.int().argmax())
     at, block, count = at[which], block[which], count[which]
+    if block_table is not None:  # sequences that share a page write the same: of the longest
+        same = (at[:, None] == at) & (block[:, None] == block)
+        count = torch.where(same, count, 0).amax(1)
     positions = (block[:, None] * size + torch.arange(size, device=device)).clamp(max=key.shape[2] - 1)
     found = (*_summary(key[at[:, None], :, positions].transpose(1, 2), count[:, None]), count.int())
     for tensor, fresh in zip(bounds[:-1], found, strict=True):
@@ -233,7 +237,7 @@ def _summary(keys: Tensor, count: Tensor) -> tuple[Tensor, Tensor, Tensor, Tenso
     unit, lost = rounding(dtype)
     size, width = keys.shape[-2:]
     filled = (torch.arange(size, device=keys.device) < count[..., None])[..., None]
-    x = torch.where(filled, keys, 0.0).to(dtype)  # what was never written may be NaN
+    x = torch.where(filled, keys, 0.0).to(dtype).contiguous()  # what was never written may be NaN
     several = count.clamp(min=1)[..., None]
     mean = (x.sum(-2) / several).to(keys.dtype)
     centre = mean.to(dtype)

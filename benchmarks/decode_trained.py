@@ -4,7 +4,10 @@
 
 The model reads ``--samples`` texts of each length. Then, for each layer, its keys and values are a cache, and the queries of
 the last ``--steps`` positions decode, each from the keys up to its own. A block of 16, 32 or 64 values has to be read for
-a key head if one of the head's queries gives a weight other than 0 to one of the block's keys. On a GPU the last query of
+a key head if one of the head's queries gives a weight other than 0 to one of the block's keys. For normalizers with a
+rectified numerator, the blocks whose keys ``softpick.key_bounds`` leaves unread are counted as well, at ``max_error`` 0, 0.001
+and 0.01, and how far above the largest score a block's bound is. The gate there: no output is farther from that of the formula
+in fp64 than the error that is returned. On a GPU the last query of
 every text is also timed, all layers one after the other: softpick's decode kernel, and torch's FlashAttention 2 and cuDNN,
 which compute softmax attention from the same cache. The gate before: the kernel's output against the formula in fp64. Last,
 tokens a second of ``generate`` from each length.
@@ -30,6 +33,7 @@ from softpick.experiment.models import Subject, load_subject
 from softpick.experiment.progress import Silent
 
 BLOCKS = (16, 32, 64)
+ERRORS = (0.0, 1e-3, 1e-2)
 TOLERANCE = 2.0**-6  # of the largest output: bf16 keeps 8 bits
 
 
@@ -82,6 +86,59 @@ def shares(cache: Cache) -> dict[str, float]:
     return result
 
 
+def bounded(cache: Cache) -> dict[str, float]:
+    """Percent of blocks with a visible key whose values, and whose keys at each of ``ERRORS``, the bounds leave unread; and
+    :func:`tightness`.
+    """
+    result: dict[str, float] = {}
+    steps = cache.query.shape[2]
+    exact = [decode(cache._replace(query=cache.query.double(), key=cache.key.double(), value=cache.value.double()),
+                    step=step, backend="reference") for step in range(steps)]  # fmt: skip
+    for size in BLOCKS:
+        bounds = [
+            softpick.key_bounds(cache.key, block_size=size, cache_seqlens=lengths(cache, step)) for step in range(steps)
+        ]
+        for error in ERRORS:
+            counts = torch.zeros(3)
+            for step in range(steps):
+                found = decode(cache, step=step, key_bounds=bounds[step], max_error=error, return_error=True)
+                counts += found.blocks.sum((0, 1)).float().cpu()
+                off = (found.output.double() - exact[step]).abs() - found.error[..., None].double() * exact[step].abs()
+                if not float(off.max()) <= TOLERANCE * float(exact[step].abs().max()):
+                    raise SystemExit(f"decode_attention: an error above the returned one by {float(off.max()):.2e}")
+            visible, keys, values = counts.tolist()
+            result[f"keys of {size} skipped at {error:g}"] = 100 * (1 - keys / visible)
+            if not error:
+                result[f"values of {size} skipped"] = 100 * (1 - values / visible)
+        result |= {f"{name}, {size}": x for name, x in tightness(cache, size).items()}
+    return result
+
+
+def tightness(cache: Cache, size: int) -> dict[str, float]:
+    """Of the last query and the full blocks: bounds by mean and radius (what is stored) and by a box (twice the bytes).
+
+    Percent of pairs of query head and block whose largest score, or its bound, is at most 0; and by how many standard
+    deviations of the scores bounds exceed it.
+    """
+    groups, blocks = cache.query.shape[1] // cache.key.shape[1], cache.key.shape[2] // size
+    if not blocks:
+        return {}
+    query = cache.query[:, :, -1:].float() * (cache.scale or cache.query.shape[-1] ** -0.5)
+    key = cache.key[:, :, : blocks * size].float().repeat_interleave(groups, 1).unflatten(2, (blocks, size))
+    scores = torch.einsum("bhqd,bhnkd->bhnk", query, key)
+    mean, low, high = key.mean(3), key.amin(3), key.amax(3)
+    radius = (key - mean[:, :, :, None]).norm(dim=-1).amax(-1)
+    by = {
+        "score": scores.amax(-1),
+        "radius": (query * mean).sum(-1) + query.norm(dim=-1) * radius,
+        "box": (torch.maximum(query * low, query * high)).sum(-1),
+    }
+    spread = scores.std().clamp(min=1e-30)
+    found = {f"at most 0 by {name}": 100 * float((x <= 0).float().mean()) for name, x in by.items()}
+    over = {name: float(((by[name] - by["score"]) / spread).mean()) for name in ("radius", "box")}
+    return found | {f"{name} over score": x for name, x in over.items()}
+
+
 def check(cache: Cache) -> None:
     """The kernel's output for the last query against the formula in fp64."""
     out = decode(cache)
@@ -92,10 +149,19 @@ def check(cache: Cache) -> None:
         raise SystemExit(f"decode_attention: an error of {error:.2e} of the largest output, more than {TOLERANCE:.2e}")
 
 
-def decode(cache: Cache, backend: str = "auto") -> Tensor:
+def lengths(cache: Cache, step: int) -> Tensor | None:
+    """How many keys the query of a step sees, for each text; None for all."""
+    seen = cache.key.shape[2] - cache.query.shape[2] + step + 1
+    return None if seen == cache.key.shape[2] else torch.full((len(cache.key),), seen, device=cache.key.device)
+
+
+def decode(cache: Cache, backend: str = "auto", step: int = -1, **options: Any) -> Any:
+    """The output for the query of a step; the last one sees all keys."""
+    step %= cache.query.shape[2]
+    options["cache_seqlens"] = lengths(cache, step)
     return softpick.decode_attention(
-        cache.query[:, :, -1:], cache.key, cache.value, is_causal=True, scale=cache.scale, normalizer=cache.normalizer,
-        backend=backend,
+        cache.query[:, :, step : step + 1], cache.key, cache.value, is_causal=True, scale=cache.scale,
+        normalizer=cache.normalizer, backend=backend, **options,
     )  # fmt: skip
 
 
@@ -163,6 +229,13 @@ def main() -> None:
         print(f"{length} tokens, mean of {len(found)} layers, percent read:", {k: round(v, 1) for k, v in mean.items()})
         for row in rows[-len(found) :]:
             print(f"  layer {row['layer']}:", {key: round(row[key], 1) for key in mean})
+        if softpick.get_normalizer(found[0].normalizer).sparse:
+            print("  with bounds of the keys, percent skipped (mean of layers, largest):")
+            for row, cache in zip(rows[-len(found) :], found, strict=True):
+                row.update(bounded(cache))
+            for key in (key for key in rows[-1] if key not in {*about, *kinds, "length", "texts", "layer"}):
+                values = [row[key] for row in rows[-len(found) :]]
+                print(f"    {key}: {sum(values) / len(values):.2f}, {max(values):.2f}")
         if device.startswith("cuda"):
             for cache in found:
                 check(cache)

@@ -36,16 +36,20 @@ from .functional import (
     varlen_attention,
 )
 from .normalizers import NORMALIZERS, Normalizer, get_normalizer
+from .ops.key_bounds import KeyBounds, key_bounds, update_key_bounds
 
 __all__ = [
     "NORMALIZERS",
     "AttentionOutput",
+    "KeyBounds",
     "Normalizer",
     "decode_attention",
     "get_normalizer",
+    "key_bounds",
     "linear_softpick",
     "scaled_dot_product_attention",
     "softpick",
+    "update_key_bounds",
     "varlen_attention",
 ]
 '''

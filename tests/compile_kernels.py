@@ -63,6 +63,12 @@ def build(case):
         lengths, table = torch.empty(1, dtype=torch.int32), torch.empty(1, 4, dtype=torch.int32)
         k, v = (torch.empty(9, 4, 64, d, dtype=dtype) for _ in range(2))
         launch_decode.decode(spec, q[:, :, :1], k, v, None, sink, lengths, table, out[:, :, :1], lse[:, :, :1])
+        if norm.sparse:
+            blocks = torch.empty(1, 4, 4, dtype=torch.int32), torch.empty(1, 4, dtype=torch.int32), torch.empty(1, 4, 1)
+            listed = launch_decode.Listed(*blocks, 64)
+            launch_decode.decode(
+                spec, q[:, :, :1], k, v, None, sink, lengths, table, out[:, :, :1], lse[:, :, :1], listed
+            )
     if name == "softpick":
         # the last but one is read twice, as its rows do not begin at multiples of 16 bytes; the last is shared by programs
         # that wait for each other

@@ -20,7 +20,14 @@ if __name__ == "__main__" and "TRITON_INTERPRET" not in os.environ:
 import torch
 from formula import attention as formula
 
-from softpick import NORMALIZERS, Normalizer, decode_attention, scaled_dot_product_attention, varlen_attention
+from softpick import (
+    NORMALIZERS,
+    Normalizer,
+    decode_attention,
+    key_bounds,
+    scaled_dot_product_attention,
+    varlen_attention,
+)
 from softpick.ops.calling import interpreted
 
 LOW = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32, "float64": torch.float64}
@@ -238,6 +245,8 @@ class Case:
                 stores.append(store)
             call["block_table"] = order.view(self.b, pages).int()
             k, v = stores
+        elif self.record.sparse and r.random() < 0.5:  # leaves out what counts nowhere
+            call["key_bounds"] = key_bounds(k.detach(), block_size=16, **call)
         with torch.no_grad():
             out = decode_attention(q, k, v, sink=self.sink, **call, **common, **self.options)
         wrong = []

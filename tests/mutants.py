@@ -81,6 +81,11 @@ PLANS = {
     "ops/cpu.py": [(_ATTENTION, ""), (_RECORDS, "")],
     "ops/cpu_functions.py": [(_ATTENTION, ""), (_RECORDS, "")],
     "ops/operators.py": [(_ATTENTION, ""), (_OPERATORS, ""), (_COMPILED, ""), (_TRITON, _TO_TRITON)],
+    "ops/key_bounds.py": [(["test_key_bounds.py", *_QUICK], "")],
+    "ops/skipping.py": [
+        (["test_skipping.py", "-k", "enclosed or enclosures or cheapest or exact or later or nothing or finite"], ""),
+        (["test_skipping.py", *_QUICK], ""),
+    ],
     "ops/operators_decode.py": [(_FAILURES, ""), (["test_decode.py", *_QUICK], ""), (_GRAPHS, "")],
     "ops/operators_rows.py": [(["test_triton_functions.py", *_ROWS], ""), (_FAILURES, ""), (_GRAPHS, "")],
     "ops/calling.py": [

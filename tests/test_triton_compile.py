@@ -27,6 +27,7 @@ TARGETS = [
             (90, "learned_sink,64,bfloat16,hopper"),
             (90, "softpick,128,bfloat16,bias"),
             (90, "softmax,64,bfloat16,pages"),
+            (90, "softpick,128,bfloat16,pages"),  # with a list of blocks, too
             (90, "softpick,80,float32,none"),
             (86, "softpick,256,bfloat16,none"),
             (86, "softpick,256,float32,none"),

@@ -20,7 +20,7 @@ from triton_gpu_cases import (
     sink_for,
 )
 
-from softpick import decode_attention
+from softpick import NORMALIZERS, decode_attention, key_bounds, update_key_bounds
 
 pytestmark = pytest.mark.gpu
 
@@ -227,3 +227,59 @@ def test_decoding_with_as_many_rows_as_there_may_be(d, dtype):
         got = decode_attention(q, k, v)
         want = decode_attention(*exact(q, k, v), backend="reference")
     assert relative(got, want) < TOLERANCE[dtype][0]
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if NORMALIZERS[name].sparse])
+@pytest.mark.parametrize(("dtype", "d"), [(BF16, 64), (BF16, 128), (FP16, 128), (FP32, 64)])
+@pytest.mark.parametrize("page", [0, 64])
+def test_blocks_that_bounds_leave_unread(name, dtype, d, page, poisoned):
+    """Against the formula in fp64: within the error that is returned, and rounding. Half of the blocks are far below 0."""
+    q, k, v = (t.detach().to(dtype) for t in inputs((3, 8, 2, 1, 960, d, d), FP32))
+    q = q[:, ::4].repeat_interleave(4, 1) + 0.02 * q
+    against = (torch.arange(960, device=DEVICE) // 64 % 2 == 0)[:, None]
+    k = torch.where(against, 0.02 * k - 3 * q[:, ::4] / q[:, ::4].norm(dim=-1, keepdim=True), k)
+    lengths = torch.tensor([960, 517, 3], device=DEVICE, dtype=torch.int32)
+    true = exact(q, k, v)
+    want = decode_attention(*true, cache_seqlens=lengths, normalizer=name, scale=1.0, backend="reference")
+    options = {"cache_seqlens": lengths}
+    if page:
+        (k, options["block_table"]), (v, _) = paged(k, page), paged(v, page)
+    for block_size in (16, 32, 64):
+        bounds = key_bounds(k, block_size=block_size, **options)
+        update_key_bounds(bounds, k, lengths, block_table=options.get("block_table"))
+        got = decode_attention(
+            q, k, v, **options, normalizer=name, scale=1.0, key_bounds=bounds, max_error=1e-2, return_error=True,
+            backend="triton",
+        )  # fmt: skip
+        assert float(got.error.max()) <= 1e-2
+        assert int(got.blocks[0, :, 1].max()) < int(got.blocks[0, :, 0].min())
+        off = (got.output.double() - want).abs() - got.error[..., None] * want.abs()
+        assert float(off.max()) <= 2 * TOLERANCE[dtype][0] * float(want.abs().max())
+
+
+def test_bounds_in_a_graph():
+    """A capture that follows the cache and decodes: nothing waits for the GPU, and replays see new keys and lengths."""
+    q, k, v = (t.detach() for t in inputs((2, 8, 2, 1, 512, 64, 64), BF16))
+    lengths = torch.tensor([300, 100], device=DEVICE)
+    bounds = key_bounds(k, block_size=64, cache_seqlens=lengths)
+
+    def step():
+        update_key_bounds(bounds, k, lengths)
+        return decode_attention(q, k, v, cache_seqlens=lengths, key_bounds=bounds, max_error=0.05, return_error=True)
+
+    step()
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = step()
+    for _ in range(3):
+        k[0, :, int(lengths[0])] *= -1
+        lengths += 1
+        graph.replay()
+        want = decode_attention(*exact(q, k, v), cache_seqlens=lengths, backend="reference")
+        off = (found.output.double() - want).abs() - found.error[..., None] * want.abs()
+        assert float(off.max()) <= 2e-2 * float(want.abs().max())

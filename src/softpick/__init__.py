@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     )
     from softpick.normalizers import NORMALIZERS, Normalizer, get_normalizer
     from softpick.ops.backends import BACKENDS
+    from softpick.ops.key_bounds import KeyBounds, key_bounds, update_key_bounds
     from softpick.ops.switch import use_backend
 
 __version__ = "0.1.0"
@@ -38,14 +39,17 @@ __all__ = [
     "NORMALIZERS",
     "AttentionOutput",
     "Explanation",
+    "KeyBounds",
     "Normalizer",
     "decode_attention",
     "explain_backend",
     "get_normalizer",
+    "key_bounds",
     "linear_softpick",
     "nn",
     "scaled_dot_product_attention",
     "softpick",
+    "update_key_bounds",
     "use_backend",
     "varlen_attention",
 ]
@@ -55,6 +59,9 @@ _HOME = {
     "Explanation": "explain",
     "explain_backend": "explain",
     "use_backend": "ops.switch",
+    "KeyBounds": "ops.key_bounds",
+    "key_bounds": "ops.key_bounds",
+    "update_key_bounds": "ops.key_bounds",
     "NORMALIZERS": "normalizers",
     "Normalizer": "normalizers",
     "get_normalizer": "normalizers",

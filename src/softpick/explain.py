@@ -11,6 +11,7 @@ from softpick.normalizers import Normalizer
 from softpick.ops import switch
 from softpick.ops.backends import find_backend
 from softpick.ops.calls import CacheCall, Call, attention_backend, check_cache_call, check_call, is_decoding
+from softpick.ops.key_bounds import KeyBounds
 from softpick.ops.operators import call_spec
 from softpick.ops.transforms import wants_reference
 
@@ -80,12 +81,15 @@ def explain_backend(
     decode: bool = False,
     cache_seqlens: Tensor | None = None,
     block_table: Tensor | None = None,
+    key_bounds: KeyBounds | None = None,
+    max_error: float = 0.0,
 ) -> Explanation:
     """Say which backend and kernels a call takes, and why not faster ones, without computing it.
 
     The arguments are those of :func:`softpick.scaled_dot_product_attention`; with ``cu_seqlens_q`` those of
-    :func:`softpick.varlen_attention`; with ``decode=True``, ``cache_seqlens`` or ``block_table`` those of
-    :func:`softpick.decode_attention` (``key`` and ``value`` are its caches). They are checked as that function checks them.
+    :func:`softpick.varlen_attention`; with ``decode=True``, ``cache_seqlens``, ``block_table`` or ``key_bounds``
+    those of :func:`softpick.decode_attention` (``key`` and ``value`` are its caches). They are checked as that function checks
+    them.
     The answer holds for this call in this place: gradients that are recorded, autocast, and ``softpick.use_backend`` count.
 
     Args:
@@ -113,6 +117,8 @@ def explain_backend(
         decode: whether the arguments are those of ``decode_attention``.
         cache_seqlens: likewise.
         block_table: likewise.
+        key_bounds: likewise.
+        max_error: likewise.
 
     Returns:
         A record whose ``str`` is what a person reads.
@@ -121,21 +127,23 @@ def explain_backend(
         TypeError: as the function that the arguments are those of.
         ValueError: likewise, and for arguments of two functions at a time.
     """
-    decode = decode or cache_seqlens is not None or block_table is not None
+    decode = decode or any(x is not None for x in (cache_seqlens, block_table, key_bounds))
     packed = cu_seqlens_q is not None or cu_seqlens_k is not None
     if decode and packed:
         raise ValueError(
-            "cu_seqlens_q: packed sequences have no cache; give cu_seqlens_q, or cache_seqlens and block_table"
+            "cu_seqlens_q: packed sequences have no cache; give cu_seqlens_q, or cache_seqlens, block_table and key_bounds"
         )
     if packed and (cu_seqlens_q is None or cu_seqlens_k is None):
         missing = "cu_seqlens_q" if cu_seqlens_q is None else "cu_seqlens_k"
         raise ValueError(f"{missing}: expected the starts of the sequences, because the other one is given; got None")
     only_plain = {"attn_mask": attn_mask is not None, "return_weights": return_weights}
     only_packed = {"max_seqlen_q": max_seqlen_q is not None, "max_seqlen_k": max_seqlen_k is not None}
+    only_decoding = {"max_error": max_error != 0}
     not_decoding = {"dropout_p": dropout_p != 0, "causal_alignment": causal_alignment is not None} | only_packed
     for arguments, lacking, reason in (
         (only_plain, decode or packed, "packed sequences and decoding have no such argument"),
         (not_decoding, decode, "decode_attention has no such argument"),
+        (only_decoding, not decode, "only decode_attention has this argument; give decode=True"),
         (only_packed, not packed, "only packed sequences have this argument, and cu_seqlens_q was not given"),
     ):
         for name, given in arguments.items():
@@ -145,7 +153,8 @@ def explain_backend(
     options |= {"sink": sink, "eps": eps, "enable_gqa": (decode or packed) if enable_gqa is None else enable_gqa}
     if decode:
         causal = True if is_causal is None else is_causal
-        cache: Any = {"cache_seqlens": cache_seqlens, "block_table": block_table}
+        cache: Any = {"cache_seqlens": cache_seqlens, "block_table": block_table, "key_bounds": key_bounds}
+        cache["max_error"] = max_error
         return _of_cache(
             check_cache_call(query, key, value, is_causal=causal, **cache, **options), backend, block_table is not None
         )
@@ -196,17 +205,18 @@ def _of_cache(call: CacheCall, backend: str, paged: bool) -> Explanation:
             call.norm.text, call.scale, call.eps, call.left, call.right, True, call.softcap or 0.0, 0.0, rule
         )  # fmt: skip
         page = call.key.shape[2] if paged else 0
-        kernels = (_decode_kernel(spec, call.query, call.key, call.value, None, page, call.room),)
+        listed = call.bounds is not None
+        kernels = (_decode_kernel(spec, call.query, call.key, call.value, None, page, call.room, listed),)
     refused = () if found.reason is None else (("triton", found.reason),)
     return Explanation("decode_attention", found.name, kernels, refused, rule)
 
 
 def _decode_kernel(
-    spec: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, page: int, room: int
+    spec: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, page: int, room: int, listed: bool = False
 ) -> KernelChoice:
     from softpick.ops.triton import dispatch
 
-    choice = dispatch.decode_kernel(spec, q, k, v, mask, page, q.shape[0] * k.shape[1] * room)
+    choice = dispatch.decode_kernel(spec, q, k, v, mask, page, q.shape[0] * k.shape[1] * room, listed)
     return KernelChoice("forward", choice.kernel, choice.reason)
 
 

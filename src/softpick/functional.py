@@ -26,10 +26,11 @@ from softpick.ops.arguments import (
 from softpick.ops.backends import announce, choose_backend, operator_name
 from softpick.ops.calls import Call, attention_backend, check_cache_call, check_call, is_decoding
 from softpick.ops.kernel_errors import KernelError, fall_back
+from softpick.ops.key_bounds import KeyBounds
 from softpick.ops.operators import attention
 from softpick.ops.operators_decode import decode
 from softpick.ops.reference import attention_reference
-from softpick.ops.reference_layouts import cache_reference, packed_reference
+from softpick.ops.reference_layouts import cache_reference, packed_reference, skipping_reference
 from softpick.ops.transforms import wants_reference
 from softpick.vector import linear_softpick, softpick
 
@@ -59,6 +60,11 @@ class AttentionOutput(NamedTuple):
     """As ``row_mass``: largest score of a row that is not masked, minus infinity where there is none."""
     weights: Tensor | None = None
     """``(..., H, Tq, Tk)``, before dropout (reference backend only)."""
+    error: Tensor | None = None
+    """``(B, H, Tq)``, of ``decode_attention`` with ``key_bounds``: ``|output - exact| <= error * |exact|``, rounding aside; the
+    denominator, whose logarithm lse is, differs by no larger factor."""
+    blocks: Tensor | None = None
+    """``(B, Hkv, 3)`` int32, likewise: blocks with visible keys, blocks whose keys were read, and whose values were."""
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -387,7 +393,10 @@ def decode_attention(
     softcap: float | None = ...,
     sink: Tensor | None = ...,
     eps: float | None = ...,
+    key_bounds: KeyBounds | None = ...,
+    max_error: float = ...,
     return_stats: Literal[False] = ...,
+    return_error: Literal[False] = ...,
     return_lse: Literal[False] = ...,
 ) -> Tensor: ...
 
@@ -409,7 +418,10 @@ def decode_attention(
     softcap: float | None = ...,
     sink: Tensor | None = ...,
     eps: float | None = ...,
+    key_bounds: KeyBounds | None = ...,
+    max_error: float = ...,
     return_stats: bool = ...,
+    return_error: bool = ...,
     return_lse: bool = ...,
 ) -> Tensor | AttentionOutput | tuple[Tensor, Tensor]: ...
 
@@ -430,7 +442,10 @@ def decode_attention(
     softcap: float | None = None,
     sink: Tensor | None = None,
     eps: float | None = None,
+    key_bounds: KeyBounds | None = None,
+    max_error: float = 0.0,
     return_stats: bool = False,
+    return_error: bool = False,
     return_lse: bool = False,
 ) -> Tensor | AttentionOutput | tuple[Tensor, Tensor]:
     """Attention of few queries against a cache of keys and values that is partly filled, contiguous or in pages.
@@ -464,51 +479,76 @@ def decode_attention(
         softcap: as in :func:`scaled_dot_product_attention`.
         sink: as in :func:`scaled_dot_product_attention`.
         eps: as in :func:`scaled_dot_product_attention`.
-        return_stats: also return statistics: lse by every backend, row mass and largest score by the reference alone.
+        key_bounds: bounds of the keys by block, of :func:`softpick.key_bounds`; only for normalizers with a rectified
+            numerator. Values of blocks whose scores they show to be at most 0 are not needed, and keys as ``max_error`` says.
+            Blocks that were filled since the bounds were made are read. Keys that were overwritten since, without
+            :func:`softpick.update_key_bounds`, make results wrong that nobody notices.
+        max_error: from 0 to below 1. Keys are left unread, too, as long as ``|output - exact| <= max_error * |exact|`` is
+            certain for every number of the output, rounding aside. With 0 (exact) these are keys that count nowhere: for
+            ``relu_softpick`` and ``rectified`` keys with scores below 0, for every normalizer those of heads whose output
+            is 0.
+        return_stats: also return statistics: lse by every backend, row mass and largest score by the reference alone; with
+            ``key_bounds`` no largest score.
+        return_error: also return the bound that was kept, ``error``, and how many ``blocks`` were read; needs
+            ``key_bounds``.
         return_lse: deprecated, for ``return_stats``: a pair of the output and lse.
 
     Returns:
-        ``(B, H, Tq, Dv)`` in the query's dtype, or an :class:`AttentionOutput` if statistics are asked for, each ``(B, H, Tq)``
-        in fp32 (fp64 for fp64). A query that sees no key is 0.
+        ``(B, H, Tq, Dv)`` in the query's dtype, or an :class:`AttentionOutput` if statistics or the error are asked for, each
+        ``(B, H, Tq)`` in fp32 (fp64 for fp64). A query that sees no key is 0.
 
     Raises:
         TypeError: for wrong types and dtypes.
         ValueError: for wrong shapes, devices, lengths, unknown names, inputs that require a gradient while gradients are
             recorded, or an input that the named backend does not take.
     """
-    numbers.flags(return_stats=return_stats, return_lse=return_lse)
+    numbers.flags(return_stats=return_stats, return_error=return_error, return_lse=return_lse)
     if return_lse:
         _deprecated("return_lse: give return_stats=True, which returns an AttentionOutput with lse")
     call = check_cache_call(
         query, key_cache, value_cache, cache_seqlens=cache_seqlens, block_table=block_table,
         is_causal=_causal_in_cache(is_causal, query), scale=scale, enable_gqa=enable_gqa, normalizer=normalizer,
-        backend=backend, window=window, softcap=softcap, sink=sink, eps=eps,
+        backend=backend, window=window, softcap=softcap, sink=sink, eps=eps, key_bounds=key_bounds, max_error=max_error,
+        return_error=return_error,
     )  # fmt: skip
-    norm, query, key, value, sink, room, left, right, scale, softcap, eps = call
-    wanted = wants_reference(query, key, value, sink)
+    norm, query, key, value = call[:4]
+    wanted = wants_reference(query, key, value, call.sink)
     chosen = choose_backend(backend, query, value, norm, "reference", call.rows, wanted=wanted)
-    used = None
-    if block_table is not None and (chosen == "reference" or checkable(block_table)):
-        used = used_blocks(cache_seqlens, block_table, key.shape[2], query.shape[2], left)
-        check_pages(block_table, used, key.shape[0])
+    if block_table is not None and checkable(block_table):
+        check_pages(
+            block_table, used_blocks(cache_seqlens, block_table, key.shape[2], query.shape[2], call.left), key.shape[0]
+        )
+    plan = None if call.bounds is None else call.plan(cache_seqlens, block_table, return_stats or return_lse)
+    found: tuple[Tensor, ...] = ()
     if chosen == "triton":
-        cap, name = softcap or 0.0, operator_name(backend, chosen)
+        listed: Any = () if plan is None else plan.listed
         try:
-            out, lse = decode(
-                query, key, value, None, sink, cache_seqlens, block_table, norm.text, scale, eps, left, right, True, cap, name
+            found = decode(
+                query, key, value, None, call.sink, cache_seqlens, block_table, norm.text, call.scale, call.eps, call.left,
+                call.right, True, call.softcap or 0.0, operator_name(backend, chosen), *listed,
             )  # fmt: skip
-            return (out, lse) if return_lse else AttentionOutput(out, lse) if return_stats else out
         except KernelError as failure:
             if backend == "triton":
                 raise
             fall_back(failure, "the reference computes it instead, slowly (backend='auto')")
-            if block_table is not None:
-                used = used_blocks(cache_seqlens, block_table, key.shape[2], query.shape[2], left)
-    options: Any = {"normalizer": norm, "scale": scale, "eps": eps, "softcap": softcap, "sink": sink}
-    found = cache_reference(query, key, value, cache_seqlens, block_table, used, room, left, right, **options)
+    if not found:
+        options: Any = {
+            "normalizer": norm,
+            "scale": call.scale,
+            "eps": call.eps,
+            "softcap": call.softcap,
+            "sink": call.sink,
+        }
+        where: Any = (query, key, value, cache_seqlens, block_table, call.room, call.left, call.right)
+        found = cache_reference(*where, **options) if plan is None else skipping_reference(plan, *where, **options)
     if return_lse:
-        return found[:2]
-    return AttentionOutput(*found) if return_stats else found[0]
+        return found[0], found[1]
+    if not (return_stats or return_error):
+        return found[0]
+    result = AttentionOutput(*found) if return_stats else AttentionOutput(found[0])
+    if plan is not None and return_error:
+        result = result._replace(error=plan.error(found[1]), blocks=plan.counts())
+    return result
 
 
 def _causal_in_cache(is_causal: bool | None, query: Tensor) -> bool:

@@ -26,6 +26,8 @@ from softpick.ops.arguments import (
     window_bounds,
 )
 from softpick.ops.backends import Backend, check_backend, few_queries, find_backend, plain_softmax, takes_sdpa
+from softpick.ops.key_bounds import KeyBounds, check_bounds
+from softpick.ops.skipping import Plan, check_rectified, plan_blocks
 from softpick.ops.transforms import wants_reference
 
 __all__ = ["CacheCall", "Call", "attention_backend", "check_cache_call", "check_call", "is_decoding"]
@@ -177,6 +179,16 @@ class CacheCall(NamedTuple):
     scale: float
     softcap: float | None
     eps: float
+    bounds: KeyBounds | None
+    max_error: float
+
+    def plan(self, lengths: Tensor | None, table: Tensor | None, lse_wanted: bool) -> Plan:
+        """Which blocks of keys are read, by their bounds."""
+        assert self.bounds is not None
+        return plan_blocks(
+            self.norm, self.query, self.bounds, lengths, table, self.room, self.left, self.right, self.scale, self.softcap,
+            self.max_error, lse_wanted,
+        )  # fmt: skip
 
     @property
     def rows(self) -> int:
@@ -201,6 +213,9 @@ def check_cache_call(
     softcap: float | None,
     sink: Tensor | None,
     eps: float | None,
+    key_bounds: KeyBounds | None = None,
+    max_error: float = 0.0,
+    return_error: bool = False,
 ) -> CacheCall:
     """The record of a call of ``decode_attention``; pages are not looked at.
 
@@ -227,4 +242,17 @@ def check_cache_call(
             )
     scale, softcap, eps = default_scale(scale, query.shape[-1]), check_softcap(softcap), default_eps(eps, norm)
     key, value = (x if block_table is None else x.transpose(1, 2) for x in (key_cache, value_cache))
-    return CacheCall(norm, query, key, value, sink, room, left, right, scale, softcap, eps)
+    max_error = float(numbers.number("max_error", max_error, "a number from 0 to below 1", 0.0))
+    if max_error >= 1:
+        raise ValueError(f"max_error: expected a number from 0 to below 1, got {max_error}")
+    if key_bounds is None:
+        for name, given in (("max_error", max_error > 0), ("return_error", return_error)):
+            if given:
+                raise ValueError(
+                    f"{name}: expected key_bounds beside it, without which every key is read; got None (softpick.key_bounds "
+                    "makes them)"
+                )
+    else:
+        check_rectified(norm)
+        check_bounds(key_bounds, key, block_table)
+    return CacheCall(norm, query, key, value, sink, room, left, right, scale, softcap, eps, key_bounds, max_error)

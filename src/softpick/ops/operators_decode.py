@@ -29,18 +29,29 @@ def _decode(
     bottom_right: bool,
     softcap: float,
     backend: str,
+    blocks: Tensor | None = None,
+    counts: Tensor | None = None,
+    rest: Tensor | None = None,
+    block_size: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """Output ``(B, H, Tq, Dv)`` and lse ``(B, H, Tq)`` of few queries, by Triton.
 
     ``key`` is ``(B, Hkv, S, D)``, or with ``block_table`` ``(B, max_blocks)`` a view ``(num_blocks, Hkv, page, D)`` of
     pages. ``lengths`` ``(B,)`` says how many positions are filled.
-    ``backend`` is that of ``attention_forward``.
+    ``backend`` is that of ``attention_forward``. With ``block_size``, the first ``counts (B, Hkv)`` of ``blocks (B, Hkv, n)``
+    are the blocks of keys that are read, and ``rest (B, H, Tq)`` is what the others add to the denominator.
     """
     from softpick.ops.triton import launch_decode
 
     out, lse = _empty_decoded(query, value)
     if block_table is not None and block_table.stride(-1) != 1:
         block_table = block_table.contiguous()
+    listed = None
+    if block_size:
+        assert blocks is not None
+        assert counts is not None
+        assert rest is not None
+        listed = launch_decode.Listed(blocks.contiguous(), counts.contiguous(), rest.contiguous(), block_size)
     with on_device_of(query):
         launch_decode.decode(
             call_spec(normalizer, scale, eps, left, right, bottom_right, softcap, 0.0, backend),
@@ -53,6 +64,7 @@ def _decode(
             block_table,
             out,
             lse,
+            listed,
         )
     return out, lse
 
@@ -62,15 +74,13 @@ _decode_operator = torch.library.custom_op("softpick::decode", _decode, mutates_
 
 def decode(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     """:func:`_decode`, by the operator where :func:`plain` is false or a gradient would be asked for."""
-    tensors = [query, key, value, *rest[:4]]
+    tensors = [query, key, value, *(x for x in rest if isinstance(x, Tensor))]
     if transformed():
         raise NotImplementedError(
             "decoding by the 'triton' backend has no transforms of torch.func and no forward-mode derivatives; use "
             "backend='reference'"
         )
-    watched = not plain(*tensors) or (
-        torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
-    )
+    watched = not plain(*tensors) or (torch.is_grad_enabled() and any(x.requires_grad for x in tensors))
     call: Any = _decode_operator if watched else _decode
     return call(query, key, value, *rest)
 

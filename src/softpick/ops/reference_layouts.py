@@ -7,10 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from softpick.ops.arguments import keep_and_bias, no_autocast, packed_keep, readable, spans
-from softpick.ops.reference import attention_reference
+from softpick.normalizers import Normalizer
+from softpick.ops.arguments import keep_and_bias, no_autocast, packed_keep, readable, spans, used_blocks
+from softpick.ops.reference import attention_reference, normalize
+from softpick.ops.skipping import Plan
 
-__all__ = ["cache_reference", "packed_reference"]
+__all__ = ["cache_reference", "packed_reference", "skipping_reference"]
 
 
 def packed_reference(
@@ -60,7 +62,6 @@ def cache_reference(
     value: Tensor,
     lengths: Tensor | None,
     block_table: Tensor | None,
-    used: Tensor | None,
     room: int,
     left: int,
     right: int,
@@ -74,7 +75,6 @@ def cache_reference(
         value: as ``key``.
         lengths: ``(B,)``: how many positions are filled; None for all.
         block_table: ``(B, max_blocks)``: the pages of each sequence; None for a cache that is no pages.
-        used: ``(B, max_blocks)`` boolean: entries of ``block_table`` with a filled position within reach of a query.
         room: positions of a sequence.
         left: keys before a query's own position, -1 for all.
         right: keys after it, -1 for all.
@@ -90,7 +90,7 @@ def cache_reference(
         filled = lengths.clamp(max=room)[:, None, None, None]
     there = j < filled  # (B or 1, 1, 1, room)
     if block_table is not None:
-        assert used is not None
+        used = used_blocks(lengths, block_table, key.shape[2], query.shape[2], left)
         valid = used & (block_table >= 0) & (block_table < key.shape[0])
         pages = block_table.masked_fill(~valid, 0).long()
         there = there & valid.repeat_interleave(key.shape[2], 1)[:, None, None]
@@ -108,3 +108,73 @@ def cache_reference(
     with no_autocast(query):
         out, lse, mass, largest, _ = attention_reference(query, key, value, keep=keep, **options)
     return out, lse, mass, largest
+
+
+def skipping_reference(
+    plan: Plan,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    lengths: Tensor | None,
+    block_table: Tensor | None,
+    room: int,
+    left: int,
+    right: int,
+    *,
+    normalizer: Normalizer,
+    scale: float,
+    eps: float,
+    softcap: float | None,
+    sink: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As :func:`cache_reference`, over a copy of the blocks alone that the plan reads.
+
+    Returns:
+        Output ``(B, H, Tq, Dv)``, and lse and row mass ``(B, H, Tq)``.
+    """
+    (b, heads, tq, width), (kv_heads, device) = query.shape, (key.shape[1], query.device)
+    work = torch.float64 if query.dtype == torch.float64 else torch.float32
+    groups, block_size = heads // max(1, kv_heads), plan.block_size
+    # blocks with values come first, then those of which the keys alone are read; the others are cut off
+    kinds = plan.keys.int() + plan.values.int()
+    order = kinds.argsort(dim=-1, descending=True, stable=True)
+    most, most_values = (
+        int(x.sum(-1).max()) if x.numel() and readable(x) else x.shape[-1] for x in (plan.keys, plan.values)
+    )
+    order = order[..., :most]
+    read = plan.keys.gather(-1, order).repeat_interleave(block_size, -1)  # (B, Hkv, positions)
+    at = (order[..., None] * block_size + torch.arange(block_size, device=device)).flatten(2)
+    filled = torch.full((1,), room, device=device) if lengths is None else lengths.clamp(max=room)
+    read = read & (at < filled[:, None, None])
+    at = torch.where(read, at, 0)
+    behind = torch.arange(tq, device=device)[:, None] + (filled[:, None, None, None] - tq) - at[:, :, None]
+    keep = read[:, :, None].expand(-1, -1, tq, -1)
+    keep = keep & (behind >= -right) if right >= 0 else keep
+    keep = keep & (behind <= left) if left >= 0 else keep  # (B, Hkv, Tq, positions)
+
+    def copied(x: Tensor, positions: int) -> Tensor:
+        there, where = read[..., :positions], at[..., :positions]
+        first = torch.arange(b, device=device)[:, None, None]
+        if block_table is not None:
+            pages = block_table[first, where // x.shape[2]].long()
+            there = there & (pages >= 0) & (pages < x.shape[0])
+            first, where = torch.where(there, pages, 0), where % x.shape[2]
+        found = x[first, torch.arange(kv_heads, device=device)[:, None], where]
+        return found.masked_fill(~there[..., None], 0.0).to(work)
+
+    if not most:
+        read, at, keep = (x[..., :0] for x in (read, at, keep))
+    with no_autocast(query):
+        rows = query.to(work).reshape(b, kv_heads, groups * tq, width)
+        scores = (rows * scale) @ copied(key, most * block_size).transpose(-2, -1)
+        if softcap is not None:
+            scores = softcap * torch.tanh(scores / softcap)
+        logits = None if sink is None else sink.to(work).repeat_interleave(tq).view(1, kv_heads, groups * tq, 1)
+        weights, lse, mass, _ = normalize(scores, normalizer, keep=keep.repeat(1, 1, groups, 1), sink=logits, eps=eps)
+        out = weights[..., : most_values * block_size] @ copied(value, most_values * block_size)
+        lse, mass = lse.view(b, heads, tq), mass.view(b, heads, tq)
+        # what is not read is one more term of the denominator
+        total = torch.logaddexp(lse, plan.rest.log())
+        share = torch.where(total == -torch.inf, 1.0, torch.exp(lse - total))
+        out = out.reshape(b, heads, tq, -1) * share[..., None]
+    return out.to(query.dtype), total, mass * share

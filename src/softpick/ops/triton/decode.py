@@ -2,7 +2,8 @@
 
 The queries of a group of heads that share a key head are rows of one tile, so each key is read once. The cache is
 contiguous or paged (``block_table``). A page that the cache does not have is not read, and its keys count as masked. With
-SKIP the values of a key for which no query of the tile keeps its score are not read.
+SKIP the values of a key for which no query of the tile keeps its score are not read. With LISTED, which is the size of the
+blocks, programs take blocks of keys from a list and read no others (``ops/skipping.py``).
 """
 
 from __future__ import annotations
@@ -71,18 +72,22 @@ def _load_wanted(base, j, n, d, wanted, stride_block, stride_t, stride_d, table,
 
 @triton.jit
 def _sweep(
-    acc, total, m, q, key, value, mask, table, pages, i2, lo, hi, tq, tk, width, v_width, offset, left, right, unit, softcap,
-    k_b, k_t, k_d, v_b, v_t, v_d, m_q, m_k,
+    acc, total, m, q, key, value, mask, table, blocks, pages, i2, lo, hi, tq, tk, width, v_width, offset, left, right, unit,
+    softcap, k_b, k_t, k_d, v_b, v_t, v_d, m_q, m_k,
     BASE: tl.constexpr, RECTIFY: tl.constexpr, ABSOLUTE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr, PAD_D: tl.constexpr, PAD_DV: tl.constexpr, MASK: tl.constexpr, MASK_ROWS: tl.constexpr,
     LEFT: tl.constexpr, RIGHT: tl.constexpr, SOFTCAP: tl.constexpr, PAGE: tl.constexpr, EDGE: tl.constexpr,
-    EXACT: tl.constexpr, SKIP: tl.constexpr, RELU_ASM: tl.constexpr, PRECISION: tl.constexpr, SPLIT: tl.constexpr,
+    EXACT: tl.constexpr, SKIP: tl.constexpr, LISTED: tl.constexpr, RELU_ASM: tl.constexpr, PRECISION: tl.constexpr,
+    SPLIT: tl.constexpr,
 ):  # fmt: skip
     d, dv, n = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV), tl.arange(0, BLOCK_N)
     if SKIP:  # which values are wanted is known late: their product waits until the next tile's scores are there
         waiting = tl.zeros([q.shape[0], BLOCK_N], q.dtype)
         v = tl.zeros([BLOCK_N, BLOCK_DV], q.dtype)
-    for j in tl.range(lo, hi, BLOCK_N):
+    for at in tl.range(lo, hi, BLOCK_N):
+        j = at
+        if LISTED != 0:
+            j = tl.load(blocks + at // LISTED) * LISTED + at % LISTED
         k = _load_keys(key, j, n, d, tk, k_b, k_t, k_d, table, pages, PAGE, width, EDGE, PAD_D)
         if not SKIP:
             v = _load_keys(value, j, n, dv, tk, v_b, v_t, v_d, table, pages, PAGE, v_width, EDGE, PAD_DV)
@@ -136,17 +141,19 @@ def _sweep(
 
 @triton.jit(do_not_specialize=["kv_heads", "tq", "tk", "left", "right", "chunk", "t_b", "pages"])
 def decode_split(
-    query, key, value, partial_out, partial_total, partial_m, mask, lengths, table,
+    query, key, value, partial_out, partial_total, partial_m, mask, lengths, table, blocks, counts,
     q_b, q_h, q_t, q_d, k_b, k_h, k_t, k_d, v_b, v_h, v_t, v_d, m_b, m_h, m_q, m_k, t_b,
     kv_heads, groups, tq, tk, width, v_width, left, right, unit, softcap, chunk, pages,
     BASE: tl.constexpr, RECTIFY: tl.constexpr, ABSOLUTE: tl.constexpr, CONSTANT: tl.constexpr,
     NEGATIVE_GRADIENT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr, PAD_D: tl.constexpr, PAD_DV: tl.constexpr, MASK: tl.constexpr, MASK_ROWS: tl.constexpr,
     LEFT: tl.constexpr, RIGHT: tl.constexpr, BOTTOM_RIGHT: tl.constexpr, SOFTCAP: tl.constexpr, PAGE: tl.constexpr,
-    LENGTHS: tl.constexpr, EXACT: tl.constexpr, SKIP: tl.constexpr, RELU_ASM: tl.constexpr, PRECISION: tl.constexpr,
-    EARLY: tl.constexpr,
+    LENGTHS: tl.constexpr, EXACT: tl.constexpr, SKIP: tl.constexpr, LISTED: tl.constexpr, RELU_ASM: tl.constexpr,
+    PRECISION: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """Keys ``[split * chunk, (split + 1) * chunk)`` of one sequence and key head. Grid: (splits, Hkv, B).
+
+    LISTED: an even share of the ``counts (B, Hkv)`` blocks of a list ``(B, Hkv, chunk)``.
 
     Writes the unnormalized output, the sum of ``g`` and ``m`` of every row, contiguous ``(B, Hkv, splits, BLOCK_M, ...)``.
     EARLY: the merge may be launched while this runs; it waits by itself.
@@ -178,7 +185,15 @@ def decode_split(
     if MASK != 0:
         mask += b * m_b + (head * m_h)[:, None]
     lo, full_lo, full_hi, hi = keys_of_queries(0, tq, tk, offset, left, right, BLOCK_N, LEFT, RIGHT)
-    lo, hi = tl.maximum(lo, split * chunk), tl.minimum(hi, (split + 1) * chunk)
+    blocks_of = blocks
+    if LISTED != 0:
+        pair = b * kv_heads + kv
+        blocks_of = blocks + pair * chunk
+        count = tl.load(counts + pair)
+        share = tl.cdiv(count, tl.num_programs(0))
+        lo, hi = split * share * LISTED, tl.minimum(count, (split + 1) * share) * LISTED
+    else:
+        lo, hi = tl.maximum(lo, split * chunk), tl.minimum(hi, (split + 1) * chunk)
     hi = tl.maximum(lo, hi)
     full_lo = tl.minimum(tl.maximum(full_lo, lo), hi)
     full_hi = tl.maximum(tl.minimum(full_hi, hi), full_lo)
@@ -193,30 +208,37 @@ def decode_split(
         few = few_seen(0, tq, tk, offset, left, right, LEFT, RIGHT)
     if few:
         acc, total, m = _sweep(
-            acc, total, m, q, key, value, mask, table_of, pages, i[:, None], lo, hi, tq, tk, width, v_width, offset, left,
-            right, unit, softcap, k_b, k_t, k_d, v_b, v_t, v_d, m_q, m_k,
+            acc, total, m, q, key, value, mask, table_of, blocks_of, pages, i[:, None], lo, hi, tq, tk, width, v_width, offset,
+            left, right, unit, softcap, k_b, k_t, k_d, v_b, v_t, v_d, m_q, m_k,
             BASE, RECTIFY, ABSOLUTE, BLOCK_N, BLOCK_D, BLOCK_DV, PAD_D, PAD_DV, MASK, MASK_ROWS, LEFT, RIGHT, SOFTCAP,
-            PAGE, True, True, False, RELU_ASM, PRECISION, True,
+            PAGE, True, True, False, LISTED, RELU_ASM, PRECISION, True,
+        )  # fmt: skip
+    elif LISTED != 0:
+        acc, total, m = _sweep(
+            acc, total, m, q, key, value, mask, table_of, blocks_of, pages, i[:, None], lo, hi, tq, tk, width, v_width, offset,
+            left, right, unit, softcap, k_b, k_t, k_d, v_b, v_t, v_d, m_q, m_k,
+            BASE, RECTIFY, ABSOLUTE, BLOCK_N, BLOCK_D, BLOCK_DV, PAD_D, PAD_DV, MASK, MASK_ROWS, LEFT, RIGHT, SOFTCAP,
+            PAGE, True, EXACT, SKIP, LISTED, RELU_ASM, PRECISION, False,
         )  # fmt: skip
     else:
         if LEFT:
             acc, total, m = _sweep(
-                acc, total, m, q, key, value, mask, table_of, pages, i[:, None], lo, full_lo, tq, tk, width, v_width, offset,
-                left, right, unit, softcap, k_b, k_t, k_d, v_b, v_t, v_d, m_q, m_k,
+                acc, total, m, q, key, value, mask, table_of, blocks_of, pages, i[:, None], lo, full_lo, tq, tk, width,
+                v_width, offset, left, right, unit, softcap, k_b, k_t, k_d, v_b, v_t, v_d, m_q, m_k,
                 BASE, RECTIFY, ABSOLUTE, BLOCK_N, BLOCK_D, BLOCK_DV, PAD_D, PAD_DV, MASK, MASK_ROWS, LEFT, RIGHT, SOFTCAP,
-                PAGE, True, EXACT, SKIP, RELU_ASM, PRECISION, False,
+                PAGE, True, EXACT, SKIP, LISTED, RELU_ASM, PRECISION, False,
             )  # fmt: skip
         acc, total, m = _sweep(
-            acc, total, m, q, key, value, mask, table_of, pages, i[:, None], full_lo, full_hi, tq, tk, width, v_width, offset,
-            left, right, unit, softcap, k_b, k_t, k_d, v_b, v_t, v_d, m_q, m_k,
+            acc, total, m, q, key, value, mask, table_of, blocks_of, pages, i[:, None], full_lo, full_hi, tq, tk, width,
+            v_width, offset, left, right, unit, softcap, k_b, k_t, k_d, v_b, v_t, v_d, m_q, m_k,
             BASE, RECTIFY, ABSOLUTE, BLOCK_N, BLOCK_D, BLOCK_DV, PAD_D, PAD_DV, MASK, MASK_ROWS, LEFT, RIGHT, SOFTCAP,
-            PAGE, False, EXACT, SKIP, RELU_ASM, PRECISION, False,
+            PAGE, False, EXACT, SKIP, LISTED, RELU_ASM, PRECISION, False,
         )  # fmt: skip
         acc, total, m = _sweep(
-            acc, total, m, q, key, value, mask, table_of, pages, i[:, None], full_hi, hi, tq, tk, width, v_width, offset,
-            left, right, unit, softcap, k_b, k_t, k_d, v_b, v_t, v_d, m_q, m_k,
+            acc, total, m, q, key, value, mask, table_of, blocks_of, pages, i[:, None], full_hi, hi, tq, tk, width, v_width,
+            offset, left, right, unit, softcap, k_b, k_t, k_d, v_b, v_t, v_d, m_q, m_k,
             BASE, RECTIFY, ABSOLUTE, BLOCK_N, BLOCK_D, BLOCK_DV, PAD_D, PAD_DV, MASK, MASK_ROWS, LEFT, RIGHT, SOFTCAP,
-            PAGE, True, EXACT, SKIP, RELU_ASM, PRECISION, False,
+            PAGE, True, EXACT, SKIP, LISTED, RELU_ASM, PRECISION, False,
         )  # fmt: skip
     if q.dtype == tl.float16:
         if not exponential(BASE):
@@ -328,16 +350,17 @@ def anchored(m, total, logit, eps):
 
 @triton.jit(do_not_specialize=["sequences", "kv_heads", "tq", "tk", "left", "right", "splits", "fewest"])
 def decode_merge(
-    partial_out, partial_total, partial_m, sink, lengths, out, lse, o_b, o_h, o_t, o_d, l_b, l_h, l_t,
+    partial_out, partial_total, partial_m, sink, lengths, rest, out, lse, o_b, o_h, o_t, o_d, l_b, l_h, l_t,
     sequences, kv_heads, groups, tq, tk, v_width, left, right, splits, fewest, eps,
     BASE: tl.constexpr, CONSTANT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_DV: tl.constexpr,
     COLUMNS: tl.constexpr, PARTIALS: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, BOTTOM_RIGHT: tl.constexpr,
-    LENGTHS: tl.constexpr, SHARED: tl.constexpr, EARLY: tl.constexpr,
+    LENGTHS: tl.constexpr, LISTED: tl.constexpr, SHARED: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """Merge partial results, each relative to its ``m``, in the order of the keys.
 
     Every sequence and key head has ``splits`` of them, PARTIALS or fewer; with SHARED, ``splits`` programs shared all key tiles
-    (``hopper/decode.py``), and what they left is added PARTIALS at a time. Grid: (queries times blocks of COLUMNS, heads, B).
+    (``hopper/decode.py``), and what they left is added PARTIALS at a time. With LISTED, ``rest (B, heads, tq)`` is what the
+    blocks that were not read add to the denominator. Grid: (queries times blocks of COLUMNS, heads, B).
     """
     i, h, b = tl.program_id(0) % tq, tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
     kv, r = h // groups, (h % groups) * tq + i
@@ -369,6 +392,8 @@ def decode_merge(
             high, one, o, tl.arange(0, PARTIALS), first, partials, r, dv,
             partial_out, partial_total, partial_m, BLOCK_M, BLOCK_DV,
         )  # fmt: skip
+    if LISTED != 0:
+        one += tl.load(rest + (b * kv_heads * groups + h) * tq + i) * tl.exp2(-high)
     if CONSTANT == SINK:
         logit = tl.load(sink + h).to(tl.float32) * LOG2E
         high, one, factor = anchored(tl.where(one == 0, -INF, high), one, logit, eps)

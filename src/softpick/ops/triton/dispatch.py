@@ -42,6 +42,7 @@ if not triton.knobs.runtime.interpret:  # Gluon has no interpreter
         )
 
 PORTABLE_TAKES = "the Triton kernels for every GPU take its place: up to twice the time of those for Hopper GPUs"
+_LISTED = "key_bounds: only decode.py takes blocks of keys from a list"
 LEFT_OUT = "left out by softpick.use_backend or SOFTPICK_BACKEND"
 
 
@@ -106,10 +107,20 @@ def backward_kernel(
 
 
 def decode_kernel(
-    spec: AttentionSpec, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, page: int, keys: int
+    spec: AttentionSpec,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    page: int,
+    keys: int,
+    listed: bool = False,
 ) -> Choice:
-    """Choose the kernel for few queries against a cache; ``page``: positions of a page, or 0; ``keys``: of all heads."""
-    reason = hopper_refuses_decode(spec, query, key, value, mask, page, keys)
+    """Choose the kernel for few queries against a cache; ``page``: positions of a page, or 0; ``keys``: of all heads.
+
+    ``listed``: blocks of keys that their bounds show to be needless are not read.
+    """
+    reason = _LISTED if listed else hopper_refuses_decode(spec, query, key, value, mask, page, keys)
     return Choice("hopper/decode.py" if reason is None else "decode.py", reason)
 
 

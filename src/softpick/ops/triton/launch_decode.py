@@ -36,17 +36,34 @@ def decode(
     table: Tensor | None,
     out: Tensor,
     lse: Tensor,
+    listed: Listed | None = None,
 ) -> None:
-    """Few queries against a cache: ``(B, Hkv, Tk, D)``, or with ``table`` pages ``(blocks, Hkv, page, D)``."""
+    """Few queries against a cache: ``(B, Hkv, Tk, D)``, or with ``table`` pages ``(blocks, Hkv, page, D)``.
+
+    ``listed``: the blocks that are read; all if None.
+    """
     if not query.numel():
         return
     page = 0 if table is None else key.shape[2]
     tk = key.shape[2] if table is None else table.shape[1] * page
     keys = query.shape[0] * key.shape[1] * tk
     tensors = query, key, value, mask, sink, lengths, table, out, lse
-    for_hopper = dispatch.decode_kernel(spec, query, key, value, mask, page, keys).hopper
-    if not (for_hopper and tried(_decode, True, spec, page, tk, *tensors)):
-        _decode(False, spec, page, tk, *tensors)
+    for_hopper = dispatch.decode_kernel(spec, query, key, value, mask, page, keys, listed is not None).hopper
+    if not (for_hopper and tried(_decode, True, spec, page, tk, None, *tensors)):
+        _decode(False, spec, page, tk, listed, *tensors)
+
+
+class Listed(NamedTuple):
+    """Blocks of keys that are read, of all."""
+
+    blocks: Tensor
+    """``(B, Hkv, blocks)`` int32, contiguous: the blocks of a sequence and key head that are read, then others."""
+    counts: Tensor
+    """``(B, Hkv)`` int32, contiguous: how many."""
+    rest: Tensor
+    """``(B, H, Tq)`` fp32, contiguous: what the others add to the denominator."""
+    size: int
+    """Keys of a block."""
 
 
 class _Plan(NamedTuple):
@@ -101,6 +118,7 @@ def _decode(
     spec: AttentionSpec,
     page: int,
     tk: int,
+    listed: Listed | None,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -117,7 +135,8 @@ def _decode(
     groups = heads // kv_heads
     common = common_switches(spec, query, value, mask)
     widest = max(common["BLOCK_D"], common["BLOCK_DV"])
-    skip = skips_values(spec, for_hopper, b * kv_heads * tk)
+    blocks, counts, rest, size = listed or (None, None, None, 0)
+    skip = skips_values(spec, for_hopper, b * kv_heads * tk) or size > 0
     early = dependent_launch(query)
     if for_hopper:
         schedule = tuning.HOPPER_DECODE[widest]
@@ -125,6 +144,8 @@ def _decode(
     else:
         kind = "decode_skip" if skip else "decode"
         tile = tuning.blocks(kind, widest, query.dtype, query.device)
+        if size:
+            tile = tile._replace(n=min(tile.n, size))
         plan = _plan(kind, tile, query, kv_heads, tk)
     pairs, splits = b * kv_heads, plan.splits
     shape = (0 if plan.whole else pairs + splits if plan.shared else pairs * splits, plan.rows)
@@ -150,24 +171,25 @@ def _decode(
         pointer, mask_strides = mask_arguments(mask)
         run(
             decode_split, (splits, kv_heads, b),
-            query, key, value, partial_out, partial_total, partial_m, pointer, lengths, table,
+            query, key, value, partial_out, partial_total, partial_m, pointer, lengths, table, blocks, counts,
             *query.stride(), *key.stride(), *value.stride(), *mask_strides, 0 if table is None else table.stride(0),
             kv_heads, groups, tq, tk, query.shape[-1], value.shape[-1],
-            spec.left, spec.right, score_unit(spec), spec.softcap, plan.chunk, key.shape[0],
+            spec.left, spec.right, score_unit(spec), spec.softcap,
+            plan.chunk if blocks is None else blocks.shape[-1], key.shape[0],
             **common,
-            BLOCK_M=plan.rows, BLOCK_N=plan.block_n, PAGE=page, LENGTHS=lengths is not None, SKIP=skip,
+            BLOCK_M=plan.rows, BLOCK_N=plan.block_n, PAGE=page, LENGTHS=lengths is not None, SKIP=skip, LISTED=size,
             RELU_ASM=relu_asm(query), EARLY=early, num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
     # several programs a row where it has many partial results; where it has one or two, programs would only start late
     columns = min(128 if plan.shared else 32, common["BLOCK_DV"])
     run(
         decode_merge, (tq * cdiv(value.shape[-1], columns), heads, b),
-        partial_out, partial_total, partial_m, sink, lengths, out, lse, *out.stride(), *lse.stride(),
+        partial_out, partial_total, partial_m, sink, lengths, rest, out, lse, *out.stride(), *lse.stride(),
         b, kv_heads, groups, tq, tk, value.shape[-1], spec.left, spec.right, splits, plan.fewest, spec.eps,
         **{name: common[name] for name in ("BASE", "CONSTANT", "BLOCK_DV", "LEFT", "RIGHT", "BOTTOM_RIGHT")},
         BLOCK_M=plan.rows, BLOCK_N=plan.block_n, COLUMNS=columns,
         PARTIALS=tuning.FEW_PARTIALS if plan.shared else power_of_2(splits),
-        LENGTHS=lengths is not None, SHARED=plan.shared, EARLY=early, num_warps=4,
+        LENGTHS=lengths is not None, LISTED=size, SHARED=plan.shared, EARLY=early, num_warps=4,
         **({"launch_pdl": True} if early else {}),
     )  # fmt: skip
     return True

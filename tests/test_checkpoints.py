@@ -123,6 +123,72 @@ def test_transformers_without_softpick_refuses(argument, tmp_path):
     assert "llama_with_softpick" in result.stderr.splitlines()[-1] or "llama_with_softpick" in result.stderr
 
 
+OURS_ALONE = [{"normalizer": name} for name in ("softpick", "learned_sink", "softmax")]
+OURS_ALONE += [{"output_gate": True}, {"score_scale": True}]
+
+
+@pytest.mark.parametrize("argument", [{}, {"attn_implementation": None}])
+@pytest.mark.parametrize("fields", OURS_ALONE, ids=str)
+def test_the_llama_of_others_does_not_take_ours(fields, argument, tmp_path):
+    """Its class would find all weights but those of gate, scale and sinks, and run softmax."""
+    torch.manual_seed(0)
+    config = SoftpickLlamaConfig(intermediate_size=48, **SMALL, **fields)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    model.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="softpick_llama"):
+        transformers.LlamaForCausalLM.from_pretrained(tmp_path, **argument)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, **argument)
+    assert (type(loaded), loaded.config._attn_implementation) == (type(model), config.normalizer)
+    with torch.no_grad():
+        assert torch.equal(loaded(IDS)[0], model(IDS)[0])
+    old = saved(tmp_path)  # without these entries, as 0.1.0 wrote it
+    for entry in ("attn_implementation", "softpick_normalizer"):
+        assert old.pop(entry) == "softpick_llama"
+    (tmp_path / "config.json").write_text(json.dumps(old))
+    assert AutoModelForCausalLM.from_pretrained(tmp_path).config.to_dict() == loaded.config.to_dict()
+
+
+@pytest.mark.parametrize("ours", ["llama", "softpick_llama"])
+def test_the_llama_of_transformers_without_softpick_refuses_ours(ours, tmp_path):
+    if ours == "llama":
+        build("llama", "softpick")[0].save_pretrained(tmp_path)
+    else:
+        config = SoftpickLlamaConfig(intermediate_size=48, **SMALL)
+        AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    code = f"import transformers; transformers.LlamaForCausalLM.from_pretrained({str(tmp_path)!r})"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.returncode != 0
+    assert "attn_implementation" in result.stderr
+
+
+def test_the_choice_of_a_part_of_a_part_marks_the_whole(tmp_path):
+    config = AutoConfig.for_model("qwen2_5_omni")
+    config.thinker_config.text_config._attn_implementation = "softpick"
+    config.save_pretrained(tmp_path)
+    assert saved(tmp_path)["model_type"] == "qwen2_5_omni" + checkpoints.MARK
+    loaded = AutoConfig.from_pretrained(tmp_path)
+    assert loaded.thinker_config.text_config._attn_implementation == "softpick"
+    assert loaded.thinker_config.vision_config._attn_implementation is None
+
+
+@pytest.mark.parametrize("part", ["encoder", "decoder"])
+@pytest.mark.parametrize("names", [("sdpa", "softpick"), ("softpick", "sdpa"), ("softpick", "rectified")])
+def test_a_part_whose_choice_would_be_lost_is_not_saved(part, names, tmp_path):
+    """Encoder and decoder of T5 have copies of the configuration, of which none is saved."""
+    sizes = {"vocab_size": 60, "d_model": 32, "d_kv": 8, "d_ff": 32, "num_layers": 1, "num_heads": 4}
+    model = transformers.T5ForConditionalGeneration(transformers.T5Config(**sizes, decoder_start_token_id=0))
+    model.set_attn_implementation(names[0])
+    model.save_pretrained(tmp_path / "before")
+    getattr(model, part).set_attn_implementation(names[1])
+    with pytest.raises(ValueError, match=f"{part}: runs attn_implementation='{names[1]}', but .* '{names[0]}'"):
+        model.save_pretrained(tmp_path / "after")
+    assert not (tmp_path / "after").exists()
+    model.set_attn_implementation(names[1])
+    model.save_pretrained(tmp_path / "after")
+    loaded = transformers.T5ForConditionalGeneration.from_pretrained(tmp_path / "after")
+    assert getattr(loaded, part).config._attn_implementation == names[1]
+
+
 def test_the_trainer_saves_marked_checkpoints(tmp_path):
     pytest.importorskip("accelerate")
     model, auto = build("llama", "softpick")

@@ -1,5 +1,6 @@
 """A kernel that cannot be built: another takes its place with one warning; a named backend raises if none is left."""
 
+import sys
 import warnings
 
 import pytest
@@ -154,6 +155,58 @@ def test_decoding_and_rows_go_on(tensors, monkeypatch):
     torch.testing.assert_close(y, expected.float())
     weights = torch.ones_like(truth) * torch.arange(7)
     torch.testing.assert_close(dx, torch.autograd.grad(expected, truth, weights)[0].float())
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("way", ["one query", "one query, masked", "cache", "lengths", "pages", "bounds"])
+def test_decoding_goes_on(way, compiled, tensors, monkeypatch):
+    """Also in a graph, which is made before the kernel is."""
+    automatic(monkeypatch)
+    q, k, v = (x.detach() for x in tensors)
+    q, lengths = q[:, :, :1], torch.tensor([7])
+    mask = torch.rand(1, 1, 1, 9) < 0.7
+    table = torch.tensor([[1, 0, 2]], dtype=torch.int32)
+    pages = [torch.randn(3, 4, 2, 8) for _ in range(2)]
+    bounds = softpick.key_bounds(k, block_size=16)
+
+    def call(backend="auto"):
+        if way.startswith("one query"):
+            seen = mask if way.endswith("masked") else None
+            return softpick.scaled_dot_product_attention(q, k, v, seen, backend=backend)
+        if way == "pages":
+            return softpick.decode_attention(q, *pages, cache_seqlens=lengths, block_table=table, backend=backend)
+        given = {"cache_seqlens": lengths} if way == "lengths" else {}
+        if way == "bounds":
+            given = {"key_bounds": bounds, "max_error": 1e-3}
+        return softpick.decode_attention(q, k, v, backend=backend, **given)
+
+    want = call("reference")
+    monkeypatch.setattr(launch_decode, "decode_split", Broken(RuntimeError("decode")))
+    run = torch.compile(call, backend="aot_eager") if compiled else call
+    with torch.no_grad(), pytest.warns(UserWarning, match="broken could not be built"):
+        got = run()
+    torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
+    with softpick.use_backend("triton"), pytest.raises(KernelError):
+        call()
+
+
+@pytest.mark.parametrize("module", ["launch", "launch_decode", "launch_rows"])
+def test_kernels_that_cannot_be_imported(module, tensors, monkeypatch):
+    """A Triton of another version lacks a name that a module of kernels uses."""
+    q, k, v = tensors
+    calls_of = {
+        "launch": lambda: torch.autograd.grad(softpick.scaled_dot_product_attention(q, k, v).sum(), q)[0],
+        "launch_decode": lambda: softpick.decode_attention(*(x.detach() for x in (q[:, :, :1], k, v))),
+        "launch_rows": lambda: torch.autograd.grad(softpick.softpick(q).square().sum(), q)[0],
+    }
+    want = calls_of[module]()
+    automatic(monkeypatch)
+    monkeypatch.setattr(vector, "_on_gpu", lambda x: True)
+    monkeypatch.delattr(softpick.ops.triton, module)
+    monkeypatch.setitem(sys.modules, f"softpick.ops.triton.{module}", None)  # an ImportError
+    with pytest.warns(UserWarning, match="a module of kernels could not be"):
+        got = calls_of[module]()
+    torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("kernel", ["attention_forward", "attention_backward_keys"])

@@ -28,6 +28,15 @@ LIMITS = {torch.float32: 2e-5, torch.bfloat16: 2e-2, torch.float16: 5e-3}
 """Largest relative error ``|x - truth| / |truth|`` of outputs and gradients; several times what rounding gives."""
 
 
+def finite(value: Any) -> Any:
+    """A value as JSON has it, where NaN and infinity are no numbers: their names."""
+    if isinstance(value, dict):
+        return {key: finite(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(entry) for entry in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+
 @dataclass
 class Check:
     """A typical call: what it takes and how far it is from the truth."""
@@ -66,7 +75,7 @@ class Report:
 
     def to_json(self) -> dict[str, Any]:
         """Everything, for ``--json``."""
-        return {"fine": self.fine, **asdict(self)}
+        return {"fine": self.fine, **finite(asdict(self))}
 
     def __str__(self) -> str:
         lines = [device_line(self.device), self.versions, *self.support, ""]

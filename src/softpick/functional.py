@@ -25,7 +25,6 @@ from softpick.ops.arguments import (
 )
 from softpick.ops.backends import announce, choose_backend, operator_name
 from softpick.ops.calls import Call, attention_backend, check_cache_call, check_call, is_decoding
-from softpick.ops.kernel_errors import KernelError, fall_back
 from softpick.ops.key_bounds import KeyBounds
 from softpick.ops.operators import attention
 from softpick.ops.operators_decode import decode
@@ -221,14 +220,10 @@ def _by_reference(call: Call) -> tuple[Tensor, ...]:
 
 def _by_decoding(call: Call, backend: str) -> Tensor:
     """Output by the kernel for few queries."""
-    try:
-        return decode(
-            call.q, call.k, call.v, call.mask, call.sink, None, None, call.norm.text, call.scale, call.eps, call.left,
-            call.right, call.bottom_right, call.softcap or 0.0, backend,
-        )[0]  # fmt: skip
-    except KernelError as failure:
-        fall_back(failure, "the kernels for long queries compute it instead")
-        return _by_operator(call, backend)[0]
+    return decode(
+        call.q, call.k, call.v, call.mask, call.sink, None, None, call.norm.text, call.scale, call.eps, call.left,
+        call.right, call.bottom_right, call.softcap or 0.0, backend,
+    )[0]  # fmt: skip
 
 
 def _by_operator(call: Call, backend: str, **packed: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -519,19 +514,14 @@ def decode_attention(
             block_table, used_blocks(cache_seqlens, block_table, key.shape[2], query.shape[2], call.left), key.shape[0]
         )
     plan = None if call.bounds is None else call.plan(cache_seqlens, block_table, return_stats or return_lse)
-    found: tuple[Tensor, ...] = ()
+    found: tuple[Tensor, ...]
     if chosen == "triton":
         listed: Any = () if plan is None else plan.listed
-        try:
-            found = decode(
-                query, key, value, None, call.sink, cache_seqlens, block_table, norm.text, call.scale, call.eps, call.left,
-                call.right, True, call.softcap or 0.0, operator_name(backend, chosen), *listed,
-            )  # fmt: skip
-        except KernelError as failure:
-            if backend == "triton":
-                raise
-            fall_back(failure, "the reference computes it instead, slowly (backend='auto')")
-    if not found:
+        found = decode(
+            query, key, value, None, call.sink, cache_seqlens, block_table, norm.text, call.scale, call.eps, call.left,
+            call.right, True, call.softcap or 0.0, operator_name(backend, chosen), *listed,
+        )  # fmt: skip
+    else:
         options: Any = {
             "normalizer": norm,
             "scale": call.scale,

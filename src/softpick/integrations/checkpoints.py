@@ -16,7 +16,7 @@ from __future__ import annotations
 import functools
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -43,8 +43,7 @@ def marked(config: dict[str, Any]) -> dict[str, Any]:
         config: as ``PreTrainedConfig.to_dict`` gives it. Marks that are there are replaced.
     """
     config = unmarked(config, architectures=True)
-    chosen = config.get("attn_implementation")
-    names = set(chosen.values()) if isinstance(chosen, dict) else {chosen}
+    names = set(_leaves(config.get("attn_implementation")))
     harmless = {"softmax"} | ({"learned_sink"} if config.get("model_type") in KEEP_A_SINK else set())
     if not names & (set(NORMALIZERS) - harmless) or config.get("model_type", "") in ("", *_OURS_ALONE):
         return config
@@ -53,6 +52,15 @@ def marked(config: dict[str, Any]) -> dict[str, Any]:
     config["architectures"] = [name + MARK for name in config.get("architectures") or ["Model"]]
     # llama.cpp's converter goes by what a part says of itself, if it says something
     return {key: _marked_part(value) for key, value in config.items()}
+
+
+def _leaves(chosen: Any) -> Iterator[Any]:
+    """The implementations that an entry names: one, or those of parts, whose parts may have their own."""
+    if isinstance(chosen, dict):
+        for part in chosen.values():
+            yield from _leaves(part)
+    else:
+        yield chosen
 
 
 def _marked_part(value: Any) -> Any:

@@ -68,6 +68,13 @@ PATCHES: Mapping[str, Patch] = {
             **_TRANSFORMERS,
         ),
         Patch(
+            target="transformers:PreTrainedModel.save_pretrained",
+            source="979de0ea85d74159",
+            why="A part that runs a normalizer of ours which the saved configuration does not name is refused; transformers "
+            "forgets it, and the part would run softmax.",
+            **_TRANSFORMERS,
+        ),
+        Patch(
             target="transformers:PreTrainedModel.post_init",
             source="7e71a8ab677d5dc8",
             why="The layers of a model are looked at as soon as they exist; there is no event for it.",

@@ -53,6 +53,9 @@ class SoftpickLlamaConfig(LlamaConfig):
     score_scale: bool = False
 
     def __post_init__(self, **kwargs: Any) -> None:
+        for name in ("attn_implementation", "softpick_normalizer"):
+            if kwargs.get(name) == self.model_type:
+                del kwargs[name]
         norm = get_normalizer(self.normalizer)
         for name in ("output_gate", "score_scale"):
             if type(getattr(self, name)) is not bool:
@@ -70,11 +73,12 @@ class SoftpickLlamaConfig(LlamaConfig):
         self.base_model_tp_plan = plan
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields as a dictionary. ``normalizer`` says what ``attn_implementation`` would."""
-        output = super().to_dict()
-        for key in ("attn_implementation", "softpick_normalizer"):
-            output.pop(key, None)
-        return output
+        """The fields as a dictionary. ``normalizer`` says what ``attn_implementation`` would.
+
+        The latter names the model type instead, which no class but ours takes: a ``LlamaForCausalLM`` that is given the folder
+        of such a model refuses it.
+        """
+        return super().to_dict() | dict.fromkeys(("attn_implementation", "softpick_normalizer"), self.model_type)
 
 
 class _SoftpickAttention(LlamaAttention):

@@ -353,6 +353,7 @@ def register() -> None:
             ("transformers:PreTrainedModel.get_correct_attn_implementation", _never_softmax_silently),
             ("transformers:PreTrainedModel.set_attn_implementation", _in_every_part),
             ("transformers:PreTrainedModel.post_init", _checked_when_built),
+            ("transformers:PreTrainedModel.save_pretrained", _with_every_choice),
             ("transformers.masking_utils:_preprocess_mask_arguments", _packed_in_masks),
         ):
             replace(target, wrap(original(target)))
@@ -465,6 +466,39 @@ def _in_every_part(set_implementation: Callable[..., None]) -> Callable[..., Non
             raise
 
     return wrapper
+
+
+def _with_every_choice(save: Callable[..., Any]) -> Callable[..., Any]:
+    """``PreTrainedModel.save_pretrained`` that refuses a part whose implementation would be forgotten.
+
+    Encoder and decoder of T5 and others have copies of the model's configuration, which has one implementation for all.
+    """
+
+    @functools.wraps(save)
+    def wrapper(self: Any, *args: Any, **kwargs: Any) -> Any:
+        saved = list(_configurations(self.config))
+        for name, part in self.named_modules():
+            if not isinstance(part, PreTrainedModel) or any(part.config is config for config in saved):
+                continue
+            own = part.config._attn_implementation
+            same = {config._attn_implementation for config in saved if type(config) is type(part.config)}
+            if same and own not in same and not {own, *same}.isdisjoint(NORMALIZERS):
+                raise ValueError(
+                    f"{name}: runs attn_implementation={own!r}, but the configuration that {type(self).__name__} saves has "
+                    f"{', '.join(sorted(map(repr, same)))} for it; expected one implementation for the whole model: call "
+                    "set_attn_implementation of the model, not of its part"
+                )
+        return save(self, *args, **kwargs)
+
+    return wrapper
+
+
+def _configurations(config: PreTrainedConfig) -> Iterator[PreTrainedConfig]:
+    """A configuration and those of its parts."""
+    yield config
+    for value in vars(config).values():
+        if isinstance(value, PreTrainedConfig):
+            yield from _configurations(value)
 
 
 def _checked_when_built(post_init: Callable[..., None]) -> Callable[..., None]:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from softpick.ops import cpu
 from softpick.ops.calling import TILES, TRITON, accumulation_dtype, dense, on_device_of
-from softpick.ops.kernel_errors import KernelError, fall_back
+from softpick.ops.kernel_errors import KernelError, fall_back, importing_kernels
 from softpick.ops.operators import call_spec
 
 __all__ = ["block_backward", "block_forward"]
@@ -34,9 +34,9 @@ def block_forward(
     right = 0 if is_causal else -1
     spec = call_spec(normalizer, scale, eps, -1, right, False, softcap, 0.0, backend)
     if spec.backend in TRITON:
-        from softpick.ops.triton import launch
-
         try:
+            with importing_kernels():
+                from softpick.ops.triton import launch
             with on_device_of(query):
                 launch.forward(
                     spec, query, key, value, None, dense(sink), None, None, None, 0, out, lse, mass, largest
@@ -75,9 +75,9 @@ def block_backward(
     right = 0 if is_causal else -1
     spec = call_spec(normalizer, scale, 0.0, -1, right, False, softcap, 0.0, backend)._replace(part=True)
     if spec.backend in TRITON:
-        from softpick.ops.triton import launch
-
         try:
+            with importing_kernels():
+                from softpick.ops.triton import launch
             with on_device_of(query):
                 launch.backward(
                     spec, query, key, value, None, None, None, None, None, 0, 0, out, lse.to(dtype), grad_out, dquery, dkey,

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 
-__all__ = ["KernelError", "fall_back"]
+__all__ = ["KernelError", "fall_back", "importing_kernels"]
 
 
 class KernelError(RuntimeError):
@@ -12,6 +14,15 @@ class KernelError(RuntimeError):
 
     def __init__(self, kernel: str, cause: str) -> None:
         super().__init__(f"{kernel} could not be built or launched here ({cause})")
+
+
+@contextmanager
+def importing_kernels() -> Iterator[None]:
+    """What goes wrong inside, where modules of kernels are imported, is a :class:`KernelError`: another Triton lacks a name."""
+    try:
+        yield
+    except Exception as error:
+        raise KernelError("a module of kernels", f"{type(error).__name__}: {error}") from error
 
 
 _warned: set[str] = set()

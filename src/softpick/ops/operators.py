@@ -29,7 +29,7 @@ from softpick.ops.calling import (
     record_of,
     transformed,
 )
-from softpick.ops.kernel_errors import KernelError, fall_back
+from softpick.ops.kernel_errors import KernelError, fall_back, importing_kernels
 from softpick.ops.spec import AttentionSpec
 
 __all__ = ["BackwardInputs", "ForwardInputs", "attention", "call_spec"]
@@ -103,9 +103,9 @@ def _attention_forward(
     out, lse, mass, largest, kept = _empty_outputs(query, value, stats, backend)
     spec = call_spec(normalizer, scale, eps, left, right, bottom_right, softcap, dropout_p, backend)
     if spec.backend in TRITON:
-        from softpick.ops.triton import launch
-
         try:
+            with importing_kernels():
+                from softpick.ops.triton import launch
             with on_device_of(query):
                 launch.forward(
                     spec,
@@ -179,14 +179,14 @@ def _backward_by_triton(
     spec: AttentionSpec, call: Any, grads: list[Tensor]
 ) -> tuple[Tensor | None, Tensor | None] | None:
     """Write ``grads`` of query, key and value by the kernels; returns dmask and dsink, or None where no kernel can be built."""
-    from softpick.ops.triton import launch
-
     dquery, dkey, dvalue = grads
     dmask: Tensor | None = None
     if call.mask_grad and call.mask is not None:
         full = (*call.query.shape[:3], call.key.shape[2])
         dmask = torch.zeros(full, dtype=torch.float32, device=call.query.device)
     try:
+        with importing_kernels():
+            from softpick.ops.triton import launch
         with on_device_of(call.query):
             dsink = launch.backward(
                 spec, call.query, call.key, call.value, call.mask, dense(call.sink), dense(call.cu_seqlens_q),

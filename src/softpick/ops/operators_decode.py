@@ -8,7 +8,9 @@ import torch
 from torch import Tensor
 
 from softpick.ops.calling import dense, empty_heads_last, on_device_of, plain, transformed
-from softpick.ops.operators import call_spec
+from softpick.ops.kernel_errors import KernelError, fall_back, importing_kernels
+from softpick.ops.operators import attention, call_spec
+from softpick.ops.reference_layouts import cache_reference
 
 __all__ = ["decode"]
 
@@ -41,32 +43,41 @@ def _decode(
     ``backend`` is that of ``attention_forward``. With ``block_size``, the first ``counts (B, Hkv)`` of ``blocks (B, Hkv, n)``
     are the blocks of keys that are read, and ``rest (B, H, Tq)`` is what the others add to the denominator.
     """
-    from softpick.ops.triton import launch_decode
-
     out, lse = _empty_decoded(query, value)
     if block_table is not None and block_table.stride(-1) != 1:
         block_table = block_table.contiguous()
-    listed = None
-    if block_size:
-        assert blocks is not None
-        assert counts is not None
-        assert rest is not None
-        listed = launch_decode.Listed(blocks.contiguous(), counts.contiguous(), rest.contiguous(), block_size)
-    with on_device_of(query):
-        launch_decode.decode(
-            call_spec(normalizer, scale, eps, left, right, bottom_right, softcap, 0.0, backend),
-            query,
-            key,
-            value,
-            mask,
-            dense(sink),
-            dense(lengths),
-            block_table,
-            out,
-            lse,
-            listed,
-        )
-    return out, lse
+    spec = call_spec(normalizer, scale, eps, left, right, bottom_right, softcap, 0.0, backend)
+    try:
+        with importing_kernels():
+            from softpick.ops.triton import launch_decode
+        listed = None
+        if block_size:
+            assert blocks is not None
+            assert counts is not None
+            assert rest is not None
+            listed = launch_decode.Listed(blocks.contiguous(), counts.contiguous(), rest.contiguous(), block_size)
+        with on_device_of(query):
+            launch_decode.decode(
+                spec, query, key, value, mask, dense(sink), dense(lengths), block_table, out, lse, listed
+            )
+        return out, lse
+    except KernelError as failure:
+        if spec.backend == "triton":
+            raise
+        if lengths is None and block_table is None and not block_size:
+            fall_back(failure, "the kernels for long queries compute it instead")
+            found = attention(
+                query, key, value, backend=backend, normalizer=normalizer, scale=scale, eps=eps, mask=mask, sink=sink,
+                left=left, right=right, bottom_right=bottom_right, softcap=softcap,
+            )  # fmt: skip
+        else:
+            fall_back(failure, "the reference computes it instead, slowly (backend='auto')")
+            room = key.shape[2] if block_table is None else block_table.shape[1] * key.shape[2]
+            found = cache_reference(
+                query, key, value, lengths, block_table, room, left, right, normalizer=spec.norm, scale=scale,
+                eps=eps, softcap=softcap or None, sink=sink,
+            )  # fmt: skip
+    return out.copy_(found[0]), lse.copy_(found[1])
 
 
 _decode_operator = torch.library.custom_op("softpick::decode", _decode, mutates_args=())

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from softpick.ops import switch
 from softpick.ops.calling import on_device_of, plain
-from softpick.ops.kernel_errors import KernelError, fall_back
+from softpick.ops.kernel_errors import KernelError, fall_back, importing_kernels
 from softpick.ops.reference import normalize
 
 __all__ = ["rows_forward"]
@@ -18,12 +18,12 @@ __all__ = ["rows_forward"]
 
 def _rows_forward(x: Tensor, eps: float, backend: str) -> tuple[Tensor, Tensor]:
     """Softpick over the last dimension of ``(rows, n)``, and the lse of each row (fp32), by Triton."""
-    from softpick.ops.triton import launch_rows
-
     y, lse = _empty_rows(x)
     if x.shape[1] == 0:
         return y, lse.fill_(math.log(eps) if eps else -math.inf)
     try:
+        with importing_kernels():
+            from softpick.ops.triton import launch_rows
         with on_device_of(x):
             launch_rows.softpick_forward(_unit_stride(x), eps, y, lse, switch.parse(backend).without)
     except KernelError as failure:
@@ -55,12 +55,12 @@ def _(x: Tensor, eps: float, backend: str) -> tuple[Tensor, Tensor]:
 
 def _rows_backward(grad: Tensor, x: Tensor, lse: Tensor, eps: float, backend: str) -> Tensor:
     """Gradient of :func:`_rows_forward`. (``eps`` is in ``lse``; the gradient of this gradient wants it.)"""
-    from softpick.ops.triton import launch_rows
-
     # near zero the gradient reaches 1 / eps, beyond fp16's range: saturate, as the CPU path does
     half = x.dtype == torch.float16
     dx = x.new_empty(x.shape, dtype=torch.float32 if half else x.dtype)
     try:
+        with importing_kernels():
+            from softpick.ops.triton import launch_rows
         with on_device_of(x):
             launch_rows.softpick_backward(_unit_stride(x), lse, _unit_stride(grad), dx, switch.parse(backend).without)
     except KernelError as failure:

@@ -33,7 +33,7 @@ from softpick.analysis import write_report
 from softpick.analysis.audit import audit
 from softpick.analysis.audit import forget as forget_audit
 from softpick.analysis.settings import AuditSettings
-from softpick.conversion import generation, models
+from softpick.conversion import extraction, generation, models
 from softpick.conversion.recipes import ConvertError, ConvertSettings
 from softpick.conversion.stages import Aligner, Distiller, Penalties, parameter_groups
 from softpick.experiment.corpus import get_corpus, split_documents
@@ -156,8 +156,9 @@ class _Run:
                 models.save_student(student, subject, self.work.scratch / "model", models.saved_dtype(settings))
             self.work.finish(["model"])
         written = self._generation(subject, student, text) if settings.prompts else None
+        extracted = self._extraction(subject, student, text) if settings.extraction else None
         del student, subject
-        return self._report(text, losses, stages, written)
+        return self._report(text, losses, stages, {"generation": written, "extraction": extracted})
 
     # ------------------------------------------------------------------------------------------------------------------
     # The folder and the text
@@ -361,6 +362,23 @@ class _Run:
             }
         return found
 
+    def _extraction(self, subject: Subject, student: Any, text: _Text) -> dict[str, Any]:
+        settings = self.settings
+        documents = text.held.documents
+        cases = extraction.make_cases(subject, documents, settings.extraction, settings.extraction_tokens)
+        if not cases:
+            return {"cases": 0}
+        key = text_digest(json_text([[case.prompt, case.bare, case.answer] for case in cases]))
+        texts: dict[str, list[str]] = {}
+        for name, model in (("teacher", subject.model), ("student", student), ("without_passage", subject.model)):
+
+            def make(name: str = name, model: Any = model) -> list[str]:
+                self.reporter.say(f"extraction, {name}: {len(cases)} cases")
+                return extraction.answers(subject, model, cases, bare=name == "without_passage")
+
+            texts[name] = self.result_cache.get([text.key, "extraction", name, key], make)
+        return extraction.score(cases, texts)
+
     def _analysis(self, text: _Text, titles: tuple[str, str]) -> dict[str, Any]:
         """What `softpick analyze` says of both models, side by side."""
         settings, file = self.settings, self.work.scratch / "held-out.jsonl"
@@ -381,7 +399,7 @@ class _Run:
     # ------------------------------------------------------------------------------------------------------------------
 
     def _report(
-        self, text: _Text, losses: dict[str, float], stages: dict[str, Any], written: dict[str, Any] | None
+        self, text: _Text, losses: dict[str, float], stages: dict[str, Any], judged: dict[str, Any]
     ) -> dict[str, Any]:
         settings = self.settings
         name = Path(settings.model).name
@@ -406,14 +424,14 @@ class _Run:
             "seed": settings.seed,
             "command": self.command,
         }
-        report["notes"] = [*_notes(losses, written), *report["notes"]]
+        report["notes"] = [*_notes(losses, judged), *report["notes"]]
         cost = _cost(stages)
         results = report | {
             "cost": cost,
             "settings": settings.to_json(),
             "losses": losses,
             "stages": stages,
-            "generation": written,
+            **judged,
             "peak_memory_gib": peak_memory(settings.device),
         }
         with writing(self.folder / "report.html"):
@@ -481,8 +499,9 @@ def _cost(stages: dict[str, Any]) -> list[str]:
     ]
 
 
-def _notes(losses: dict[str, float], written: dict[str, Any] | None) -> list[str]:
+def _notes(losses: dict[str, float], judged: dict[str, Any]) -> list[str]:
     """Figures of a conversion in sentences."""
+    written, extracted = judged["generation"], judged["extraction"]
     words = {"align": "after stage 1", "distil": "after stage 2", "lengthen": "after stage 3"}
     parts = ", ".join(f"{words.get(name, name)} {loss:.4f}" for name, loss in losses.items())
     notes = [f"Held-out loss (nats a token): {parts}."]
@@ -494,4 +513,21 @@ def _notes(losses: dict[str, float], written: dict[str, Any] | None) -> list[str
             f"{ours['repeated_4grams_percent']:.1f} % ({theirs['repeated_4grams_percent']:.1f} %).",
             f"{written['agreement_percent']:.0f} % of the teacher's text stands before the first difference.",
         ]
+    if extracted is not None:
+        notes.append(_extraction_note(extracted))
     return notes
+
+
+def _extraction_note(found: dict[str, Any]) -> str:
+    if not found["cases"]:
+        return "Extraction: no case could be made from the held-out text."
+
+    def share(name: str) -> str:
+        return f"{found[name]['accuracy_percent']:.1f} % (standard error {found[name]['standard_error_percent']:.1f})"
+
+    return (
+        f"Extraction, {found['cases']} cases: the student writes the word that it has read in {share('student')}, the "
+        f"teacher in {share('teacher')}; without the passage the teacher writes it in {share('without_passage')}. "
+        f"Student minus teacher: {found['difference']['accuracy_percent']:+.1f} % (standard error "
+        f"{found['difference']['standard_error_percent']:.1f})."
+    )

@@ -43,11 +43,11 @@ def unigram():
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
 
 
-def llama(size=300, room=512):
+def llama(size=300, room=512, tied=False):
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=size, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=room, bos_token_id=0, eos_token_id=1,
+        num_key_value_heads=2, max_position_embeddings=room, bos_token_id=0, eos_token_id=1, tie_word_embeddings=tied,
     )  # fmt: skip
     return AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").eval()
 

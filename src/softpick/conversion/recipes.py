@@ -127,6 +127,11 @@ class ConvertSettings:
     extraction_tokens: int = setting(128, "Tokens of a prompt of the extraction task.", option=None)
     seed: int = setting(0, "Seed of the order of the data.")
     device: str = setting("auto", DEVICES)
+    parallel: str = setting(
+        "none",
+        "none, or fsdp: torchrun's ranks share the weights of both models (torch's FSDP2).",
+        note="torchrun --nproc-per-node 2 -m softpick convert ... --parallel fsdp. The number of ranks may change on the way.",
+    )
     trust_remote_code: bool = setting(False, TRUST)
 
     @classmethod
@@ -167,6 +172,7 @@ class ConvertSettings:
             "embeddings": ("frozen", "trained"),
             "dtype": ("float32", "bfloat16"),
             "export_dtype": tuple(DTYPES),
+            "parallel": ("none", "fsdp"),
         }
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:

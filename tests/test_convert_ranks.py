@@ -70,20 +70,20 @@ def results(output):
     return json.loads((output / "results.json").read_text())
 
 
-def close(found, expected):
+def close(found, expected, error=1e-5):
     """Figures and weights of two runs."""
     one, other = (results(output) for output in (expected, found))
     for stage, record in one["stages"].items():
         mine = other["stages"][stage]
         assert mine["curves"]["step"] == record["curves"]["step"]
-        assert mine["curves"]["loss"] == pytest.approx(record["curves"]["loss"], abs=1e-5)
-        assert mine["validation_loss"] == pytest.approx(record["validation_loss"], abs=1e-5)
+        assert mine["curves"]["loss"] == pytest.approx(record["curves"]["loss"], abs=error)
+        assert mine["validation_loss"] == pytest.approx(record["validation_loss"], abs=error)
         assert mine["trained"] == record["trained"]
-    assert other["losses"] == pytest.approx(one["losses"], abs=1e-5)
+    assert other["losses"] == pytest.approx(one["losses"], abs=error)
     whole, gathered = (load_file(output / "model/model.safetensors") for output in (expected, found))
     assert whole.keys() == gathered.keys()
     for name in whole:
-        torch.testing.assert_close(gathered[name], whole[name], atol=2e-5, rtol=1e-4)
+        torch.testing.assert_close(gathered[name], whole[name], atol=2 * error, rtol=10 * error)
     assert sorted(p.name for p in found.iterdir()) == ["config.json", "model", "report.html", "results.json"]
 
 
@@ -102,6 +102,7 @@ def test_two_ranks_are_one(home, tmp_path):
     done = torchrun(home, tmp_path / "two", variables={"SHARES": str(tmp_path / "shares")}, **few)
     assert done.returncode == 0, done.stderr
     close(tmp_path / "two", tmp_path / "one")
+    assert results(tmp_path / "two")["ranks"] == 2
     shares = json.loads((tmp_path / "shares").read_text())
     for who in ("teacher", "student"):
         assert shares[who]["plain"] == ["model.embed_tokens.weight"]
@@ -134,7 +135,9 @@ def test_all_figures_of_two_ranks(home, tmp_path, model, more):
     assert done.returncode == 0, done.stderr
     close(tmp_path / "two", tmp_path / "one")
     one, two = results(tmp_path / "one"), results(tmp_path / "two")
-    assert two["generation"]["teacher"] == pytest.approx(one["generation"]["teacher"], rel=1e-4, abs=1e-4)
+    mine, theirs = (found["generation"]["teacher"] for found in (two, one))
+    assert mine["examples"] == theirs["examples"]
+    assert mine["teacher_log_probability"] == pytest.approx(theirs["teacher_log_probability"], abs=1e-5)
     for mine, theirs in zip(two["extraction"]["examples"], one["extraction"]["examples"], strict=True):
         assert mine["teacher"] == theirs["teacher"]
     shares = json.loads((tmp_path / "shares").read_text())
@@ -165,6 +168,23 @@ def test_stopped_and_killed_with_other_numbers_of_ranks(home, tmp_path):
     other = torchrun(home, output, distil_steps=5)
     assert other.returncode != 0
     assert "other settings (distil_steps: 4 there, 5 now)" in other.stderr + other.stdout
+
+
+@needs_trainer
+@pytest.mark.long
+def test_bf16_and_a_folder_of_somebody_else(home, tmp_path):
+    """Weights and sums over ranks are fp32; what one rank finds wrong ends both."""
+    few = {"dtype": "bfloat16", "prompts": 0, "extraction": 0}
+    convert(ConvertSettings.of_recipe(str(home / "tied"), **given(home, **few)), tmp_path / "one")
+    done = torchrun(home, tmp_path / "two", **few)
+    assert done.returncode == 0, done.stderr
+    close(tmp_path / "two", tmp_path / "one", error=1e-3)
+    (tmp_path / "letter").mkdir()
+    (tmp_path / "letter/letter.txt").write_text("mine")
+    refused = torchrun(home, tmp_path / "letter", **few)
+    assert refused.returncode != 0
+    assert refused.stderr.count("is not empty and holds no run of softpick convert") == 2
+    assert [p.name for p in (tmp_path / "letter").iterdir()] == ["letter.txt"]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -474,7 +474,7 @@ class _Run:
             "data": text.description,
             "created": time.strftime("%Y-%m-%d %H:%M"),
             "versions": versions("accelerate"),
-            "hardware": hardware(settings.device),
+            "hardware": hardware(settings.device) + (f", {self.ranks.count} ranks" if self.ranks.sharded else ""),
             "seed": settings.seed,
             "command": self.command,
         }
@@ -486,6 +486,7 @@ class _Run:
             "losses": losses,
             "stages": stages,
             **judged,
+            "ranks": self.ranks.count,
             "peak_memory_gib": peak_memory(settings.device),
         }
         with writing(self.folder / "report.html"):

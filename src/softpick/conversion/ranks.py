@@ -155,8 +155,8 @@ def _check(settings: ConvertSettings, count: int) -> None:
 def shard(teacher: Any, student: Any, layers: list[str], device: str) -> None:
     """Share the weights of both models among all ranks, and move them to the ranks' devices.
 
-    Every attention layer, every decoder layer and what else is trained becomes a unit of FSDP2. Embeddings and heads that are not
-    trained stay whole on each rank: teacher and student, and the two ends of a tie, have them in common.
+    Every attention layer, every decoder layer and what else is trained becomes a unit of FSDP2. Embeddings and heads that are
+    not trained stay whole on each rank: teacher and student, and the two ends of a tie, have them in common.
 
     Args:
         teacher: of transformers, on the CPU.

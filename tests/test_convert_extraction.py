@@ -93,6 +93,19 @@ def test_rare_words_come_first(subject):
     assert all("".join(TEXT).count(f" {case.answer} ") == 1 for case in cases)
 
 
+@pytest.mark.parametrize(
+    "line",
+    ["House {i} is now called {name}.\n" * 2, "House one is now called {name}.\n", "House {i} is now called {same}.\n"],
+    ids=["both twice", "the words before it twice", "the word twice"],
+)
+def test_what_stands_in_the_passage_twice_is_not_asked_for(subject, line):
+    text = "".join(line.format(i=i, name=name, same=NAMES[i // 2]) for i, name in enumerate(NAMES))
+    asked = {case.answer for case in extraction.make_cases(subject, [text], 100, 128)}
+    assert not asked & set(NAMES)
+    once = "".join(f"House {i} is now called {name}.\n" for i, name in enumerate(NAMES))
+    assert {case.answer for case in extraction.make_cases(subject, [once], 20, 128)} <= set(NAMES)
+
+
 def test_room_and_text_that_is_too_short():
     tokenizer = train_tokenizer(TEXT, 290)
     small = Subject("tiny", llama(room=96), tokenizer, causal=True)

@@ -149,25 +149,27 @@ def test_all_figures_of_two_ranks(home, tmp_path, model, more):
 @needs_trainer
 @pytest.mark.long
 def test_stopped_and_killed_with_other_numbers_of_ranks(home, tmp_path):
-    """Ctrl-C that one of two ranks has seen; one rank goes on and is killed; two ranks go on to the end."""
-    convert(ConvertSettings.of_recipe(str(home / "tied"), **given(home)), tmp_path / "one")
+    """Ctrl-C that one of two ranks has seen; one rank goes on and is killed in stage 2; two ranks go on to the end."""
+    steps = {"align_steps": 4, "distil_steps": 6}
+    convert(ConvertSettings.of_recipe(str(home / "tied"), **given(home, **steps)), tmp_path / "one")
     output = tmp_path / "ranks"
-    stopped = torchrun(home, output, variables={"STOP_AT": "1"})
+    stopped = torchrun(home, output, variables={"STOP_AT": "1"}, **steps)
     assert "stopped after step 2 of 4" in stopped.stdout, stopped.stderr
     assert engine.last_checkpoint(output / "checkpoints/align").name == "checkpoint-2"
     saved = load_file(output / "checkpoints/align/checkpoint-2/model.safetensors")
     assert saved["layers.0.q_proj.weight"].shape == (32, 32)
-    killed = torchrun(home, output, count=1, variables={"KILL_AT": "4"})
+    killed = torchrun(home, output, count=1, variables={"KILL_AT": "5"}, **steps)
     assert killed.returncode != 0
-    assert engine.last_checkpoint(output / "checkpoints/align").name == "checkpoint-3"
-    done = torchrun(home, output)
+    assert engine.last_checkpoint(output / "checkpoints/distil").name == "checkpoint-4", killed.stderr
+    done = torchrun(home, output, **steps)
     assert done.returncode == 0, done.stderr
+    assert "stage 1, outputs of attention: already trained" in done.stdout
     close(output, tmp_path / "one")
-    again = torchrun(home, output)
+    again = torchrun(home, output, **steps)
     assert "already converted" in again.stdout
-    other = torchrun(home, output, distil_steps=5)
+    other = torchrun(home, output, **(steps | {"distil_steps": 5}))
     assert other.returncode != 0
-    assert "other settings (distil_steps: 4 there, 5 now)" in other.stderr + other.stdout
+    assert "other settings (distil_steps: 6 there, 5 now)" in other.stderr + other.stdout
 
 
 @needs_trainer

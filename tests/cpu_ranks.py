@@ -33,14 +33,14 @@ def pretend_gpus():
 
 
 def at_log_line(step, number):
-    original = engine.Speed.read
+    original = engine._Watch.on_log
 
-    def read(self, now):
-        if now == step:
+    def on_log(self, args, state, control, logs=None, **more):
+        if state.global_step == step and "loss" in (logs or {}):
             os.kill(os.getpid(), number)
-        return original(self, now)
+        return original(self, args, state, control, logs=logs, **more)
 
-    engine.Speed.read = read
+    engine._Watch.on_log = on_log
 
 
 def note_policies(path):

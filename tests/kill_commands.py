@@ -104,7 +104,7 @@ def commands(home: Path) -> list[Command]:
     measured = ["--samples", "4", "--sequence-length", "24"]
     converted = (
         "--align-steps 6 --align-batch-size 4 --align-sequence-length 16 --distil-steps 6 --distil-sequence-length 16 "
-        "--save-every 2 --samples 2 --prompts 2 --validation-sequences 2"
+        "--save-every 2 --samples 2 --prompts 2 --extraction 2 --validation-sequences 2"
     )
     return [
         Command("train", ["train", "tiny_cpu", f"data={home / 'text'}", *fields.split(), "--device", "cpu"]),

@@ -63,7 +63,7 @@ def settings(home, **given):
         "data": str(home / "text"), "validation_data": str(home / "held"), "align_steps": 20, "distil_steps": 20,
         "align_sequence_length": LENGTH, "distil_sequence_length": LENGTH, "align_batch_size": 8, "distil_batch_size": 8,
         "micro_batch_size": 8, "align_learning_rate": 1e-3, "distil_learning_rate": 1e-3, "attention_rate": 1.0,
-        "warmup_steps": 2,
+        "warmup_steps": 2, "extraction": 0,
         "save_every": 10, "samples": 0, "prompts": 2, "prompt_tokens": 16, "continuation_tokens": 8, "device": "cpu",
     }  # fmt: skip
     return ConvertSettings.of_recipe(str(home / "teacher"), **(values | given))

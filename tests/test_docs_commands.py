@@ -41,7 +41,7 @@ TINY = {
     "softpick quantize": f"{MEASURED} --calibration-samples 4",
     "softpick convert": "--data text.txt --align-steps 1 --distil-steps 1 --lengthen-steps 0 --align-sequence-length 16 "
     "--distil-sequence-length 16 --align-batch-size 2 --distil-batch-size 2 --micro-batch-size 2 --warmup-steps 0 "
-    "--validation-sequences 2 --samples 2 --prompts 2",
+    "--validation-sequences 2 --samples 2 --prompts 2 --extraction 2",
     "python examples/first_model.py": "--steps 3",
     "python examples/pretrain_and_compare.py": f"{RECIPE} data=text.txt",
     "python examples/quantizes_badly.py": "--samples 4 --steps 3",

@@ -36,6 +36,8 @@ def convert(
     folder = output or f"softpick-convert-{given['normalizer']}"
     with going_on(console, folder):
         report = run(ConvertSettings.of_recipe(**given), folder, reporter=ConsoleReporter(console), stop=StopRequest())
+    if os.environ.get("RANK", "0") != "0":
+        return
     print_report(report, folder, console)
     for line in report["cost"]:
         console.print(f"- {line}", markup=False, highlight=False)

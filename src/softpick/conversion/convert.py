@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import time
 from contextlib import suppress
 from dataclasses import dataclass
@@ -33,7 +32,8 @@ from softpick.analysis import write_report
 from softpick.analysis.audit import audit
 from softpick.analysis.audit import forget as forget_audit
 from softpick.analysis.settings import AuditSettings
-from softpick.conversion import generation, models
+from softpick.conversion import extraction, generation, models
+from softpick.conversion.ranks import Ranks, check_shared, shard, start
 from softpick.conversion.recipes import ConvertError, ConvertSettings
 from softpick.conversion.stages import Aligner, Distiller, Penalties, parameter_groups
 from softpick.experiment.corpus import get_corpus, split_documents
@@ -47,6 +47,7 @@ from softpick.experiment.result_cache import ResultCache
 from softpick.experiment.resume import LAST, Workspace
 from softpick.training import checkpoints
 from softpick.training.data import SequenceDataset, fingerprint
+from softpick.training.sharding import deal, whole_state
 from softpick.training.token_files import TokenFile, write_tokens
 
 if TYPE_CHECKING:
@@ -95,12 +96,11 @@ def convert(
         softpick.experiment.files.OutputError: the disk refused, or a file of the run was changed.
     """
     settings.check()
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise ConvertError("softpick convert runs in one process on one device; expected no torchrun around it")
-    reporter = reporter if reporter is not None else Silent()
+    ranks = start(settings)
+    reporter = reporter if reporter is not None and ranks.first else Silent()
     reporter.say(device_line(settings.device))
-    with Workspace(output, error=ConvertError, ledger="config.json") as work:
-        return _Run(settings, work, reporter, stop, command or command_line()).result()
+    with ranks.workspace(output) as work:
+        return _Run(settings, Path(output), work, ranks, reporter, stop, command or command_line()).result()
 
 
 @dataclass
@@ -115,34 +115,54 @@ class _Text:
 
 class _Run:
     def __init__(
-        self, settings: ConvertSettings, work: Workspace, reporter: Reporter, stop: StopRequest | None, command: str
+        self,
+        settings: ConvertSettings,
+        folder: Path,
+        work: Workspace | None,
+        ranks: Ranks,
+        reporter: Reporter,
+        stop: StopRequest | None,
+        command: str,
     ) -> None:
-        self.settings, self.work, self.reporter, self.stop, self.command = settings, work, reporter, stop, command
-        self.folder = work.folder
+        self.settings, self.ranks, self.reporter, self.stop, self.command = settings, ranks, reporter, stop, command
+        self.folder, self._owned = folder, work
         self.result_cache = ResultCache(self.folder, _PREFIX)
-        self.config = self._read_config()
+        self.config = ranks.share(self._read_config)
+
+    @property
+    def work(self) -> Workspace:
+        """The folder; the first rank's alone."""
+        assert self._owned is not None, "only the first rank writes"
+        return self._owned
+
+    def _known(self, name: str) -> bool:
+        """Whether this run wrote a file that is there, unchanged."""
+        path = self.folder / name
+        return self.ranks.share(lambda: path.exists() and self.work.ledger.knows(name, path))
 
     # ------------------------------------------------------------------------------------------------------------------
 
     def result(self) -> dict[str, Any]:
         """Everything, from what is there on."""
-        last = self.folder / LAST
-        if last.exists() and self.work.ledger.knows(LAST, last):
+        if self._known(LAST):
             self.reporter.say(f"{self.folder}: already converted")
-            self._tidy()
-            return read_json(last, ConvertError)
+            self.ranks.share(self._tidy)
+            return read_json(self.folder / LAST, ConvertError)
         settings = self.settings
-        subject = models.load_teacher(settings, self.reporter)
+        subject = models.load_teacher(settings, self.reporter, "cpu" if self.ranks.sharded else settings.device)
         text = self._text(subject)
         layers = models.attention_layers(subject.model)
         student = models.make_student(subject.model, layers, settings.normalizer)
         self.reporter.say(f"{subject.name}: {len(layers)} attention layers get {settings.normalizer}")
+        if self.ranks.sharded:
+            models.own_weights(subject.model, student, settings, shrink=False)
+            shard(subject.model, student, layers, settings.device)
         losses = {
             "teacher": self._loss("teacher", subject.model, text),
             "swapped": self._loss("swapped", student, text),
         }
         stages: dict[str, Any] = {}
-        owned = False
+        owned = self.ranks.sharded
         for number, stage in enumerate(settings.stages):
             if stage != "align" and not owned:
                 models.own_weights(subject.model, student, settings)
@@ -150,14 +170,26 @@ class _Run:
             stages[stage] = self._stage(number, stage, subject, student, layers, text)
             losses[stage] = self._loss(stage, student, text)
             self.reporter.say(f"held-out loss: {', '.join(f'{name} {loss:.4f}' for name, loss in losses.items())}")
-        target = self.folder / "model"
-        if not target.exists() or not self.work.ledger.knows("model", target):
-            with writing(target):
-                models.save_student(student, subject, self.work.scratch / "model", models.saved_dtype(settings))
-            self.work.finish(["model"])
+        self._save(student, subject)
         written = self._generation(subject, student, text) if settings.prompts else None
+        extracted = self._extraction(subject, student, text) if settings.extraction else None
         del student, subject
-        return self._report(text, losses, stages, written)
+        judged = {"generation": written, "extraction": extracted}
+        return self.ranks.share(lambda: self._report(text, losses, stages, judged))
+
+    def _save(self, student: Any, subject: Subject) -> None:
+        """Put the converted model into the folder."""
+        if self._known("model"):
+            return
+        dtype = models.saved_dtype(self.settings)
+        state = models.saved_state(student, dtype)
+
+        def save() -> None:
+            with writing(self.folder / "model"):
+                models.save_student(student, state, subject, self.work.scratch / "model", dtype)
+            self.work.finish(["model"])
+
+        self.ranks.share(save)
 
     # ------------------------------------------------------------------------------------------------------------------
     # The folder and the text
@@ -195,6 +227,17 @@ class _Run:
         self.reporter.say(f"data: {description}")
         length = settings.distil_sequence_length if settings.distil_steps else settings.align_sequence_length
         validation = subject.sequences(other, settings.validation_sequences, length)
+        if len(validation) % (settings.micro_batch_size * self.ranks.count) and self.ranks.count > 1:
+            raise ConvertError(
+                f"validation_sequences: the held-out text has {len(validation)}; expected a multiple of micro_batch_size x "
+                f"ranks = {settings.micro_batch_size} x {self.ranks.count}"
+            )
+        key = self.ranks.share(lambda: self._tokenized(subject, train, validation))
+        return _Text(other, validation, description, key)
+
+    def _tokenized(self, subject: Subject, train: list[str], validation: Tensor) -> str:
+        """Write the training tokens; the key of all data, which must be that of the folder."""
+        settings = self.settings
         tokens, staged = self.folder / _TOKENS, self.work.scratch / _TOKENS
         if not tokens.exists() or not self.work.ledger.knows(_TOKENS, tokens):
             documents = self._shuffled(train)
@@ -214,7 +257,7 @@ class _Run:
             )
         if staged.exists():
             self.work.finish([_TOKENS])  # refuses where the file in its place was changed
-        return _Text(other, validation, description, key)
+        return key
 
     def _shuffled(self, documents: list[str]) -> list[str]:
         """Documents in a random order, as many as the longest stage needs."""
@@ -251,18 +294,22 @@ class _Run:
         file = self.folder / name
         key = [text.key, "stage", stage]
         folder = self.folder / "checkpoints" / stage
-        if self.result_cache.has(key) and file.exists() and self.work.ledger.knows(name, file):
+        if self._known(name) and self.ranks.share(lambda: self.result_cache.has(key)):
             self.reporter.say(f"{_TITLES[stage]}: already trained")
-            module.load_state_dict(safetensors.torch.load_file(file))
-            record = self.result_cache.get(key, dict)
+            deal(module, safetensors.torch.load_file(file))
+            record = self.ranks.share(lambda: self.result_cache.get(key, dict))
         else:
             made = self._train(number, stage, module, folder, subject, layers, text)
-            weights = {n: t.detach().cpu().contiguous() for n, t in module.state_dict().items()}
-            with writing(file):
-                safetensors.torch.save_file(weights, self.work.scratch / name)
-            self.work.finish([name])
-            record = self.result_cache.get(key, lambda: made)
-        checkpoints.remove_all(folder)
+            weights = whole_state(module)
+
+            def keep() -> dict[str, Any]:
+                with writing(file):
+                    safetensors.torch.save_file(weights, self.work.scratch / name)
+                self.work.finish([name])
+                return self.result_cache.get(key, lambda: made)
+
+            record = self.ranks.share(keep)
+        self.ranks.share(lambda: checkpoints.remove_all(folder))
         student.eval()
         return record
 
@@ -281,7 +328,7 @@ class _Run:
             steps=steps,
             batch_size=settings.micro_batch_size,
             per_device_eval_batch_size=settings.micro_batch_size,
-            gradient_accumulation_steps=batch // settings.micro_batch_size,
+            gradient_accumulation_steps=batch // settings.micro_batch_size // self.ranks.count,
             learning_rate=rate,
             lr_scheduler_kwargs={"min_lr_rate": settings.final_rate},
             warmup_steps=min(settings.warmup_steps, steps),
@@ -292,7 +339,10 @@ class _Run:
             save_every=settings.save_every,
             bf16=settings.dtype == "bfloat16",
             optim=settings.optimizer,
+            ddp_backend="gloo" if self.ranks.count > 1 and settings.device == "cpu" else None,
         )
+        if self.ranks.sharded:
+            check_shared("student", ((n, p) for n, p in module.named_parameters() if p.requires_grad))
         before = time.process_time()
         with self.reporter.progress(_TITLES[stage], steps) as progress:
             outcome = engine.train(
@@ -334,7 +384,7 @@ class _Run:
                 found = perplexity(model, text.validation, batch_size=4, progress=lambda n: progress.update(n, None))
             return math.log(found)
 
-        return self.result_cache.get([text.key, "loss", name], make)
+        return self.ranks.cached(self.result_cache, [text.key, "loss", name], make)
 
     def _generation(self, subject: Subject, student: Any, text: _Text) -> dict[str, Any]:
         settings = self.settings
@@ -346,20 +396,38 @@ class _Run:
                 self.reporter.say(f"{name}: continues {len(prompts)} prompts by {settings.continuation_tokens} tokens")
                 return generation.continuations(model, prompts, settings.continuation_tokens).tolist()
 
-            texts[name] = torch.tensor(self.result_cache.get([text.key, "continuations", name], make))
+            rows = self.ranks.cached(self.result_cache, [text.key, "continuations", name], make)
+            texts[name] = torch.tensor(rows)
         found: dict[str, Any] = {
             "prompts": len(prompts),
             "prompt_tokens": prompts.shape[1],
             "continuation_tokens": settings.continuation_tokens,
             "agreement_percent": generation.agreement(texts["student"], texts["teacher"]),
         }
-        for name, rows in texts.items():
+        for name, ids in texts.items():
             found[name] = {
-                "teacher_log_probability": generation.likelihood(subject.model, prompts, rows),
-                "repeated_4grams_percent": generation.repetition(rows),
-                "examples": subject.tokenizer.batch_decode(rows[:3]),
+                "teacher_log_probability": generation.likelihood(subject.model, prompts, ids),
+                "repeated_4grams_percent": generation.repetition(ids),
+                "examples": subject.tokenizer.batch_decode(ids[:3]),
             }
         return found
+
+    def _extraction(self, subject: Subject, student: Any, text: _Text) -> dict[str, Any]:
+        settings = self.settings
+        documents = text.held.documents
+        cases = extraction.make_cases(subject, documents, settings.extraction, settings.extraction_tokens)
+        if not cases:
+            return {"cases": 0}
+        key = text_digest(json_text([[case.prompt, case.bare, case.answer] for case in cases]))
+        texts: dict[str, list[str]] = {}
+        for name, model in (("teacher", subject.model), ("student", student), ("without_passage", subject.model)):
+
+            def make(name: str = name, model: Any = model) -> list[str]:
+                self.reporter.say(f"extraction, {name}: {len(cases)} cases")
+                return extraction.answers(subject, model, cases, bare=name == "without_passage")
+
+            texts[name] = self.ranks.cached(self.result_cache, [text.key, "extraction", name, key], make)
+        return extraction.score(cases, texts)
 
     def _analysis(self, text: _Text, titles: tuple[str, str]) -> dict[str, Any]:
         """What `softpick analyze` says of both models, side by side."""
@@ -381,7 +449,7 @@ class _Run:
     # ------------------------------------------------------------------------------------------------------------------
 
     def _report(
-        self, text: _Text, losses: dict[str, float], stages: dict[str, Any], written: dict[str, Any] | None
+        self, text: _Text, losses: dict[str, float], stages: dict[str, Any], judged: dict[str, Any]
     ) -> dict[str, Any]:
         settings = self.settings
         name = Path(settings.model).name
@@ -389,7 +457,11 @@ class _Run:
         if settings.samples:
             report = self._analysis(text, titles)
         else:
-            report = {"runs": [{"normalizer": t, "title": t} for t in titles], "notes": [], "meta": {}}
+            report = {
+                "runs": [{"normalizer": t, "title": t, "seed": settings.seed} for t in titles],
+                "notes": [],
+                "meta": {},
+            }
         for run, loss in zip(report["runs"], (losses["teacher"], losses[settings.stages[-1]]), strict=True):
             run["validation_loss"] = loss
         report["runs"][1] |= {
@@ -402,18 +474,19 @@ class _Run:
             "data": text.description,
             "created": time.strftime("%Y-%m-%d %H:%M"),
             "versions": versions("accelerate"),
-            "hardware": hardware(settings.device),
+            "hardware": hardware(settings.device) + (f", {self.ranks.count} ranks" if self.ranks.sharded else ""),
             "seed": settings.seed,
             "command": self.command,
         }
-        report["notes"] = [*_notes(losses, written), *report["notes"]]
+        report["notes"] = [*_notes(losses, judged), *report["notes"]]
         cost = _cost(stages)
         results = report | {
             "cost": cost,
             "settings": settings.to_json(),
             "losses": losses,
             "stages": stages,
-            "generation": written,
+            **judged,
+            "ranks": self.ranks.count,
             "peak_memory_gib": peak_memory(settings.device),
         }
         with writing(self.folder / "report.html"):
@@ -481,8 +554,9 @@ def _cost(stages: dict[str, Any]) -> list[str]:
     ]
 
 
-def _notes(losses: dict[str, float], written: dict[str, Any] | None) -> list[str]:
+def _notes(losses: dict[str, float], judged: dict[str, Any]) -> list[str]:
     """Figures of a conversion in sentences."""
+    written, extracted = judged["generation"], judged["extraction"]
     words = {"align": "after stage 1", "distil": "after stage 2", "lengthen": "after stage 3"}
     parts = ", ".join(f"{words.get(name, name)} {loss:.4f}" for name, loss in losses.items())
     notes = [f"Held-out loss (nats a token): {parts}."]
@@ -494,4 +568,21 @@ def _notes(losses: dict[str, float], written: dict[str, Any] | None) -> list[str
             f"{ours['repeated_4grams_percent']:.1f} % ({theirs['repeated_4grams_percent']:.1f} %).",
             f"{written['agreement_percent']:.0f} % of the teacher's text stands before the first difference.",
         ]
+    if extracted is not None:
+        notes.append(_extraction_note(extracted))
     return notes
+
+
+def _extraction_note(found: dict[str, Any]) -> str:
+    if not found["cases"]:
+        return "Extraction: no case could be made from the held-out text."
+
+    def share(name: str) -> str:
+        return f"{found[name]['accuracy_percent']:.1f} % (standard error {found[name]['standard_error_percent']:.1f})"
+
+    return (
+        f"Extraction, {found['cases']} cases: the student writes the word that it has read in {share('student')}, the "
+        f"teacher in {share('teacher')}; without the passage the teacher writes it in {share('without_passage')}. "
+        f"Student minus teacher: {found['difference']['accuracy_percent']:+.1f} % (standard error "
+        f"{found['difference']['standard_error_percent']:.1f})."
+    )

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from softpick.conversion.recipes import ConvertError, ConvertSettings
 from softpick.experiment.failures import first_line
@@ -17,24 +18,28 @@ from softpick.experiment.models import DTYPES, Subject, load_config, load_subjec
 from softpick.experiment.progress import Reporter
 from softpick.integrations.transformers import intercept_attention, normalizer_of
 from softpick.normalizers import get_normalizer
+from softpick.training.sharding import is_sharded, whole
 
 __all__ = [
     "attention_layers",
     "embeddings",
+    "few_tokens",
     "load_teacher",
     "make_student",
     "own_weights",
     "save_student",
     "saved_dtype",
+    "saved_state",
 ]
 
 
-def load_teacher(settings: ConvertSettings, reporter: Reporter) -> Subject:
+def load_teacher(settings: ConvertSettings, reporter: Reporter, device: str) -> Subject:
     """The model as it was saved, with fp32 weights, in evaluation mode and without gradients.
 
     Args:
-        settings: name and device.
+        settings: its name.
         reporter: gets progress and messages.
+        device: where it is loaded to.
 
     Raises:
         ModelError: no such model, or no causal language model.
@@ -43,7 +48,7 @@ def load_teacher(settings: ConvertSettings, reporter: Reporter) -> Subject:
     subject = load_subject(
         settings.model,
         reporter=reporter,
-        device=settings.device,
+        device=device,
         dtype="float32",
         decoder=True,
         trust_remote_code=settings.trust_remote_code,
@@ -95,7 +100,7 @@ def attention_layers(model: Any) -> list[str]:
         return attention
 
     with intercept_attention(model, around):
-        model(input_ids=_few_tokens(model), use_cache=False)
+        model(input_ids=few_tokens(model), use_cache=False)
     if not found:
         raise ConvertError(
             f"model: no layer of {type(model).__name__} computes attention through transformers' AttentionInterface"
@@ -103,7 +108,8 @@ def attention_layers(model: Any) -> list[str]:
     return list(found)
 
 
-def _few_tokens(model: Any) -> torch.Tensor:
+def few_tokens(model: Any) -> torch.Tensor:
+    """``(1, 4)`` token ids on the model's device."""
     return torch.arange(4, device=next(model.parameters()).device)[None]
 
 
@@ -130,7 +136,7 @@ def make_student(teacher: Any, layers: list[str], normalizer: str) -> Any:
     student = copy.deepcopy(teacher, {id(tensor): tensor for tensor in shared})
     try:
         student.set_attn_implementation(normalizer)
-        student(input_ids=_few_tokens(student), use_cache=False)
+        student(input_ids=few_tokens(student), use_cache=False)
     except (ValueError, NotImplementedError) as error:
         raise ConvertError(f"normalizer: {normalizer} cannot be given to {kind}: {first_line(error)}") from error
     return student.eval()
@@ -143,7 +149,7 @@ def embeddings(model: Any) -> list[nn.Module]:
 
 
 @torch.no_grad()
-def own_weights(teacher: Any, student: Any, settings: ConvertSettings) -> None:
+def own_weights(teacher: Any, student: Any, settings: ConvertSettings, shrink: bool = True) -> None:
     """Give a student weights of its own for stages 2 and 3.
 
     Frozen embeddings stay the teacher's tensors. Trained ones are untied: RADLADS found that training tied ones fails.
@@ -154,6 +160,7 @@ def own_weights(teacher: Any, student: Any, settings: ConvertSettings) -> None:
         teacher: of the student.
         student: from :func:`make_student`; changed in place.
         settings: what is frozen.
+        shrink: the teacher may get bf16 weights.
     """
     frozen = {id(p) for module in embeddings(student) for p in module.parameters()}
     train_all = settings.embeddings == "trained"
@@ -172,7 +179,7 @@ def own_weights(teacher: Any, student: Any, settings: ConvertSettings) -> None:
     for config in _configs(student.config):
         if getattr(config, "tie_word_embeddings", False):
             config.tie_word_embeddings = False
-    if settings.dtype == "bfloat16":
+    if settings.dtype == "bfloat16" and shrink:
         for parameter in teacher.parameters():
             parameter.data = parameter.data.bfloat16()
 
@@ -185,33 +192,43 @@ def _configs(config: Any) -> Iterator[Any]:
 
 
 @torch.no_grad()
-def save_student(student: Any, subject: Subject, folder: Path, dtype: torch.dtype) -> None:
+def saved_state(student: Any, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """The weights of a checkpoint, without second names of tied tensors, which casting would tear apart.
+
+    Args:
+        student: that was trained; where ranks share it, each has to ask, and the first gets the tensors.
+        dtype: of floating-point tensors.
+    """
+    keep = not is_sharded(student) or torch.distributed.get_rank() == 0
+    seen: set[int] = set()
+    found = {}
+    for name, tensor in student.state_dict(keep_vars=True).items():
+        if id(tensor) not in seen:
+            made = whole(tensor)
+            if keep:
+                made = made.cpu() if isinstance(tensor, DTensor) else made
+                found[name] = made.to(dtype) if made.is_floating_point() else made
+        seen.add(id(tensor))
+    return found
+
+
+@torch.no_grad()
+def save_student(
+    student: Any, state: dict[str, torch.Tensor], subject: Subject, folder: Path, dtype: torch.dtype
+) -> None:
     """Write a checkpoint: weights, configuration with marked names, tokenizer, generation settings.
 
     Args:
         student: that was trained.
+        state: from :func:`saved_state`.
         subject: the teacher; its tokenizer goes along.
         folder: does not exist yet.
         dtype: of the weights.
     """
     config_dtype = student.config.dtype
-    state = {
-        name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in _state(student).items()
-    }
     student.config.dtype = dtype
     try:
         student.save_pretrained(folder, state_dict=state)
     finally:
         student.config.dtype = config_dtype
     subject.tokenizer.save_pretrained(folder)
-
-
-def _state(student: Any) -> dict[str, torch.Tensor]:
-    """Without second names of tied tensors, which casting would tear apart."""
-    seen: set[int] = set()
-    found = {}
-    for name, tensor in student.state_dict(keep_vars=True).items():
-        if id(tensor) not in seen:
-            found[name] = tensor.detach()
-        seen.add(id(tensor))
-    return found

@@ -39,6 +39,8 @@ _RANGES = {
     "prompts": Range(0),
     "prompt_tokens": Range(1),
     "continuation_tokens": Range(4),
+    "extraction": Range(0),
+    "extraction_tokens": Range(16),
 }
 
 
@@ -118,8 +120,18 @@ class ConvertSettings:
     prompts: int = _of_recipe("Held-out prompts that both models continue; 0 leaves generation out.")
     prompt_tokens: int = setting(32, "Tokens of a prompt.", option=None)
     continuation_tokens: int = setting(64, "Tokens of a continuation.", option=None)
+    extraction: int = _of_recipe(
+        "Cases of the extraction task, which both models answer; 0 leaves it out.",
+        note="Made from held-out text: a passage, then the words before a rare word of it; the model has to write the word.",
+    )
+    extraction_tokens: int = setting(128, "Tokens of a prompt of the extraction task.", option=None)
     seed: int = setting(0, "Seed of the order of the data.")
     device: str = setting("auto", DEVICES)
+    parallel: str = setting(
+        "none",
+        "none, or fsdp: torchrun's ranks share the weights of both models (torch's FSDP2).",
+        note="torchrun --nproc-per-node 2 -m softpick convert ... --parallel fsdp. The number of ranks may change on the way.",
+    )
     trust_remote_code: bool = setting(False, TRUST)
 
     @classmethod
@@ -160,6 +172,7 @@ class ConvertSettings:
             "embeddings": ("frozen", "trained"),
             "dtype": ("float32", "bfloat16"),
             "export_dtype": tuple(DTYPES),
+            "parallel": ("none", "fsdp"),
         }
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
@@ -209,7 +222,7 @@ def quick_cpu() -> dict[str, Any]:
         **_stage("lengthen", 0, 256, 4, 1e-5),
         "final_rate": 0.1, "attention_rate": 5.0, "warmup_steps": 10, "micro_batch_size": 4, "embeddings": "frozen",
         "dtype": "float32", "gradient_checkpointing": False, "optimizer": "adamw_torch", "save_every": 50,
-        "validation_sequences": 32, "samples": 16, "prompts": 16,
+        "validation_sequences": 32, "samples": 16, "prompts": 16, "extraction": 64,
     }  # fmt: skip
 
 
@@ -221,7 +234,7 @@ def radlads_small() -> dict[str, Any]:
         **_stage("lengthen", 0, 4096, 8, 1e-5),
         "final_rate": 0.1, "attention_rate": 4.0, "warmup_steps": 50, "micro_batch_size": 16, "embeddings": "frozen",
         "dtype": "bfloat16", "gradient_checkpointing": False, "optimizer": "adamw_torch_fused", "save_every": 500,
-        "validation_sequences": 128, "samples": 64, "prompts": 200,
+        "validation_sequences": 128, "samples": 64, "prompts": 200, "extraction": 200,
     }  # fmt: skip
 
 
@@ -233,7 +246,7 @@ def radlads_8b() -> dict[str, Any]:
         **_stage("lengthen", 0, 16384, 8, 1e-5),
         "final_rate": 0.01, "attention_rate": 10.0, "warmup_steps": 0, "micro_batch_size": 1, "embeddings": "trained",
         "dtype": "bfloat16", "gradient_checkpointing": True, "optimizer": "adamw_bnb_8bit", "save_every": 200,
-        "validation_sequences": 128, "samples": 64, "prompts": 200,
+        "validation_sequences": 128, "samples": 64, "prompts": 200, "extraction": 200,
     }  # fmt: skip
 
 

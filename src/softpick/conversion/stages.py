@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from softpick.conversion.recipes import ConvertSettings
 from softpick.integrations.transformers import intercept_attention
+from softpick.training.sharding import is_sharded
 
 __all__ = ["Aligner", "Distiller", "Penalties", "divergence", "excess", "first_share", "parameter_groups"]
 
@@ -157,6 +158,11 @@ class _Stage(nn.Module):
     """What the Trainer sees: saved is what is trained; dropout stays off, which the teacher does not have either."""
 
     trained: frozenset[str]
+
+    @property
+    def is_distributed_loading_by_transformers(self) -> bool:
+        """The Trainer's question whether ranks share the weights already, so that it must not do it again."""
+        return is_sharded(self)
 
     def train(self, mode: bool = True) -> _Stage:
         return super().train(False)

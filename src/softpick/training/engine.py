@@ -45,6 +45,7 @@ from softpick.normalizers import get_normalizer
 from softpick.training import checkpoints
 from softpick.training.checkpoints import last_checkpoint
 from softpick.training.data import collate
+from softpick.training.sharding import is_sharded, whole_state
 
 __all__ = [
     "Guard",
@@ -434,8 +435,13 @@ class _Trainer(Trainer):
     # and load whole weights into shards; with FSDP it would gather and write the weights a second time, for itself. Here
     # states are gathered once and dealt out again, and what lies in a checkpoint does not depend on the ranks.
 
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        if state_dict is None and not isinstance(self.model, PreTrainedModel) and is_sharded(self.model):
+            state_dict = whole_state(self.model)  # save_pretrained gathers by itself
+        super()._save(output_dir, state_dict)
+
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        if not _is_sharded(self.model):
+        if not is_sharded(self.model):
             return super()._save_optimizer_and_scheduler(output_dir)
         states = distributed_state.get_optimizer_state_dict(self.model, _bare(self.optimizer), options=_GATHER)
         if self.args.should_save:
@@ -443,7 +449,7 @@ class _Trainer(Trainer):
             torch.save(self.lr_scheduler.state_dict(), os.path.join(output_dir, "scheduler.pt"))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        if not _is_sharded(self.model):
+        if not is_sharded(self.model):
             return super()._load_from_checkpoint(resume_from_checkpoint, model)
         weights: dict[str, Any] = {}
         if self.args.process_index == 0:
@@ -451,7 +457,7 @@ class _Trainer(Trainer):
         distributed_state.set_model_state_dict(self.model, weights, options=_DEAL)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        if checkpoint is None or not _is_sharded(self.model):
+        if checkpoint is None or not is_sharded(self.model):
             return super()._load_optimizer_and_scheduler(checkpoint)
         states: dict[str, Any] = {}
         path = os.path.join(checkpoint, "optimizer.pt")
@@ -467,10 +473,6 @@ class _Trainer(Trainer):
 
 _GATHER = distributed_state.StateDictOptions(full_state_dict=True, cpu_offload=True)  # on rank 0
 _DEAL = distributed_state.StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
-
-
-def _is_sharded(model: torch.nn.Module) -> bool:
-    return any(isinstance(parameter, DTensor) for parameter in model.parameters())
 
 
 def _bare(optimizer: Any) -> torch.optim.Optimizer:
@@ -543,7 +545,7 @@ def train(
     watch = _Watch(stop, progress, guard, seconds, run)
     with quiet_transformers():
         strategy = arguments.save_strategy
-        if _is_sharded(model):  # by tensor parallelism; the Trainer refuses what _Trainer has for it
+        if is_sharded(model):  # by tensor parallelism; the Trainer refuses what _Trainer has for it
             arguments.save_strategy = SaveStrategy.NO
         trainer = _Trainer(
             model=model,

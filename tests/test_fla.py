@@ -161,6 +161,31 @@ def test_what_we_do_not_compute_is_refused_by_name(change, message, tmp_path):
     assert not (tmp_path / "ours").exists()
 
 
+@pytest.mark.parametrize("pickle", [False, True])
+def test_a_tied_weight_that_is_there_twice(pickle, tmp_path):
+    """PyTorch's files have it under both names."""
+    fields = {**FIELDS, "attn_impl": "naive_softpick_attn", "tie_word_embeddings": True, "qk_norm": None}
+    tensors = weights(fields)
+    twice = {**tensors, "lm_head.weight": tensors["model.embeddings.weight"].clone()}
+    write(tmp_path / "once", fields, tensors)
+    write(tmp_path / "twice", fields, twice, pickle)
+    models = []
+    for name in ("once", "twice"):
+        import_checkpoint(tmp_path / name, tmp_path / f"{name}-ours")
+        models.append(AutoModelForCausalLM.from_pretrained(tmp_path / f"{name}-ours").state_dict())
+    assert all(torch.equal(models[0][name], models[1][name]) for name in models[0])
+    write(tmp_path / "other", fields, {**tensors, "lm_head.weight": torch.zeros(50, 32)}, pickle)
+    with pytest.raises(LayoutError, match=r"lm_head\.weight: expected the embeddings"):
+        import_checkpoint(tmp_path / "other", tmp_path / "other-ours")
+
+
+@pytest.mark.parametrize("given", [None, ["softpick_attn"], 3])
+def test_an_attention_that_is_no_name(given, tmp_path):
+    write(tmp_path / "theirs", {**FIELDS, "attn_impl": given}, weights(FIELDS))
+    with pytest.raises(LayoutError, match="expected attn_impl to be one of"):
+        import_checkpoint(tmp_path / "theirs", tmp_path / "ours")
+
+
 def test_a_folder_in_use_stays_as_it_is(tmp_path):
     write(tmp_path / "theirs", {**FIELDS, "attn_impl": "naive_softpick_attn"}, weights(FIELDS))
     (tmp_path / "ours").mkdir()

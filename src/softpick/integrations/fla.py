@@ -76,6 +76,10 @@ def import_checkpoint(source: str | Path, output: str | Path) -> dict[str, Any]:
     if config.tie_word_embeddings:
         wanted.pop("lm_head.weight")
     found = {_renamed(name): tensor for name, tensor in _tensors(source) if not _NO_WEIGHTS.search(name)}
+    if config.tie_word_embeddings and "lm_head.weight" in found:  # PyTorch's files have a tied weight under both names
+        head = found.pop("lm_head.weight")
+        if not torch.equal(head, found.get("model.embed_tokens.weight", torch.empty(0))):
+            raise LayoutError(f"{source}: lm_head.weight: expected the embeddings (tie_word_embeddings), got others")
     _add_what_the_layout_lacks(found, wanted, affine)
     _check(found, wanted, source)
     dtypes = {tensor.dtype for tensor in found.values()}
@@ -118,13 +122,14 @@ def _configuration(source: Path) -> tuple[Any, bool]:
             f"{file}: expected model_type 'transformer' (flash-linear-attention), got {given.get('model_type')!r}"
         )
     attention = given.get("attn_impl", "flash_attn")
-    if attention not in ATTENTION:
+    if not isinstance(attention, str) or attention not in ATTENTION:
         scaled = " (the authors' scale is log(position + 2), ours the log of the visible keys)" * (
-            "scaled" in attention
+            "scaled" in str(attention)
         )
         raise LayoutError(f"{file}: expected attn_impl to be one of {', '.join(ATTENTION)}; got {attention!r}{scaled}")
     for name, plain in (("qk_norm", False), ("window_size", None), ("hidden_act", "swish"), ("rope_scaling", None)):
-        value = given.get(name, plain)
+        value = given.get(name)
+        value = plain if value is None else value
         if value not in (plain, "silu" if name == "hidden_act" else plain):
             raise LayoutError(f"{file}: {name}={value!r} is not supported, only {plain!r}")
     width = given.get("hidden_size", 2048)

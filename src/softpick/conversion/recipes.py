@@ -217,12 +217,12 @@ def _stage(name: str, steps: int, length: int, batch: int, rate: float) -> dict[
 def quick_cpu() -> dict[str, Any]:
     """A model of 135 million parameters in minutes on two cores, to try a normalizer."""
     return {
-        **_stage("align", 150, 128, 8, 1e-3),
-        **_stage("distil", 100, 128, 4, 2e-5),
+        **_stage("align", 60, 128, 4, 1e-3),
+        **_stage("distil", 40, 128, 4, 2e-5),
         **_stage("lengthen", 0, 256, 4, 1e-5),
         "final_rate": 0.1, "attention_rate": 5.0, "warmup_steps": 10, "micro_batch_size": 4, "embeddings": "frozen",
-        "dtype": "float32", "gradient_checkpointing": False, "optimizer": "adamw_torch", "save_every": 50,
-        "validation_sequences": 32, "samples": 16, "prompts": 16, "extraction": 64,
+        "dtype": "float32", "gradient_checkpointing": False, "optimizer": "adamw_torch", "save_every": 20,
+        "validation_sequences": 16, "samples": 8, "prompts": 16, "extraction": 32,
     }  # fmt: skip
 
 

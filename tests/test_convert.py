@@ -77,7 +77,9 @@ def finished(home, tmp_path_factory):
 
 def held_out(folder):
     """The held-out sequences."""
-    return make_sequences(AutoTokenizer.from_pretrained(folder), TEXT[54:], LENGTH)[:32]
+    return make_sequences(AutoTokenizer.from_pretrained(folder), TEXT[54:], LENGTH)[
+        : RECIPES["quick_cpu"]()["validation_sequences"]
+    ]
 
 
 def held_out_loss(folder):

@@ -104,7 +104,7 @@ def wider(tensor: Tensor, column: Tensor) -> Tensor:
     """``tensor`` with one more column, and columns of zeros up to the next size that kernels are made for."""
     width = tensor.shape[-1]
     tensor = torch.cat([tensor, column.to(tensor.dtype).expand(*tensor.shape[:-1], 1)], -1)
-    return F.pad(tensor, (0, 2 * width - width - 1))
+    return F.pad(tensor, (0, width - 1))
 
 
 def with_candidates(attention: Any) -> Any:

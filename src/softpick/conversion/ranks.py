@@ -182,11 +182,7 @@ def shard(teacher: Any, student: Any, layers: list[str], device: str) -> None:
     for who, model in (("teacher", teacher), ("student", student)):
         for buffer in model.buffers():
             buffer.data = buffer.data.to(here)
-        plain = [n for n, p in model.named_parameters() if not isinstance(p, DTensor) and p not in kept]
-        if plain:
-            raise ConvertError(
-                f"parallel: fsdp has to share the {who}'s weights among ranks, but {plain[0]} stayed whole"
-            )
+        check_shared(who, ((n, p) for n, p in model.named_parameters() if p not in kept))
         with torch.no_grad():  # the first pass decides what is inside of what: the whole model, not an attention layer
             model(input_ids=few_tokens(model), use_cache=False)
         check_shared(who, ((n, p) for n, p in model.named_parameters() if p not in kept))

@@ -474,9 +474,9 @@ def _log_callback(log: _Metrics, parallel: str) -> Any:
 
 def _check_sharded(model: torch.nn.Module) -> None:
     """Raise where accelerate fell back to DistributedDataParallel without a message because it could not shard."""
-    from torch.distributed.tensor import DTensor
+    from softpick.training.sharding import is_sharded
 
-    if not any(isinstance(parameter, DTensor) for parameter in model.parameters()):
+    if not is_sharded(model):
         raise RecipeError("parallel: fsdp was asked for, but accelerate did not shard the model on this device")
 
 

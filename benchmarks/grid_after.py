@@ -3,11 +3,12 @@
     softpick grid sinks_h200 data=sinks_text ... --output grid
     python benchmarks/grid_after.py grid [--only softmax-s0,softpick-s0] [--device cuda]
     python benchmarks/grid_after.py grid --table
+    python benchmarks/grid_after.py grid --boxes OUT.png
 
 For each finished run of the grid that still has its model, `softpick evaluate`, `analyze` and `quantize` run at the same time
 on text that training did not see (the grid's validation tokens, decoded). Their figures become one line of
 ``grid/after.jsonl``; a model with a line is not measured again. ``--table`` prints the lines as a table in Markdown, means
-over the seeds.
+over the seeds; ``--boxes`` draws box plots of the hidden states, layer by layer, of each variant's first seed.
 """
 
 from __future__ import annotations
@@ -121,6 +122,10 @@ def figures(found: dict[str, dict[str, Any]]) -> dict[str, Any]:
             for part in analyzed["knockout"]
         },
         "perplexity": unquantized,
+        "hidden": [
+            {key: layer[key] for key in ("layer", "kurtosis", "box")}
+            for layer in analyzed["measurements"]["hidden"]["per_layer"]
+        ],
         "quantized": {
             cell["title"]: 100 * (cell["perplexity"] / unquantized - 1)
             for cell in quantized["cells"]
@@ -143,6 +148,43 @@ def columns(lines: list[dict[str, Any]]) -> Iterator[tuple[str, str, Any]]:
         yield f"perplexity, {scheme}, %", "+.1f", lambda line, scheme=scheme: line["quantized"].get(scheme)
 
 
+def draw_boxes(lines: list[dict[str, Any]], path: Path) -> None:
+    """Box plots of the hidden states after each layer: quartiles, Tukey's whiskers, and the extremes as points."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    shown: dict[str, dict[str, Any]] = {}
+    for line in sorted(lines, key=lambda line: line["seed"]):
+        if line.get("hidden"):
+            shown.setdefault(line["variant"], line)
+    if not shown:
+        raise SystemExit("after.jsonl: no line has hidden states; lines before 2026-12 have none")
+    across = min(4, len(shown))
+    down = math.ceil(len(shown) / across)
+    figure, axes = plt.subplots(down, across, figsize=(4 * across, 3 * down), sharey=True, squeeze=False)
+    for axis, (variant, line) in zip(axes.flat, shown.items(), strict=False):
+        boxes = [layer["box"] for layer in line["hidden"]]
+        axis.bxp(
+            [
+                {
+                    "med": box["median"], "q1": box["q1"], "q3": box["q3"], "whislo": box["whisker_low"],
+                    "whishi": box["whisker_high"], "fliers": [box["min"], box["max"]],
+                }
+                for box in boxes
+            ],
+            positions=[layer["layer"] for layer in line["hidden"]],
+            flierprops={"marker": ".", "markersize": 4},
+        )  # fmt: skip
+        axis.set(title=f"{variant}, seed {line['seed']}", xlabel="after layer", yscale="symlog")
+    for axis in axes.flat[len(shown) :]:
+        axis.axis("off")
+    figure.tight_layout()
+    figure.savefig(path, dpi=100)
+    plt.close(figure)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("grid", type=Path)
@@ -150,11 +192,15 @@ def main() -> None:
     parser.add_argument("--device", default="auto")
     parser.add_argument("--quantizers", default="hqq", help="of softpick quantize (default: %(default)s)")
     parser.add_argument("--table", action="store_true", help="print after.jsonl as a table and stop")
+    parser.add_argument("--boxes", type=Path, metavar="OUT.png", help="draw box plots of the hidden states and stop")
     options = parser.parse_args()
     path = options.grid / "after.jsonl"
     lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
     if options.table:
         print("\n".join(variants_table(lines, columns(lines))))
+        return
+    if options.boxes is not None:
+        draw_boxes(lines, options.boxes)
         return
     known = {(line["variant"], line["seed"]) for line in lines}
     for row in read_rows(options.grid):

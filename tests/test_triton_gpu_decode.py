@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from fp8_caches import E4M3, LAYOUTS, draw
 from triton_gpu_cases import (
     BF16,
     DEVICE,
@@ -20,7 +21,7 @@ from triton_gpu_cases import (
     sink_for,
 )
 
-from softpick import NORMALIZERS, decode_attention, key_bounds, update_key_bounds
+from softpick import NORMALIZERS, decode_attention, explain_backend, key_bounds, quantize_fp8, update_key_bounds
 
 pytestmark = pytest.mark.gpu
 
@@ -283,3 +284,73 @@ def test_bounds_in_a_graph():
         want = decode_attention(*exact(q, k, v), cache_seqlens=lengths, backend="reference")
         off = (found.output.double() - want).abs() - found.error[..., None] * want.abs()
         assert float(off.max()) <= 2e-2 * float(want.abs().max())
+
+
+# --------------------------------------------------------------------------------------------------------- caches in fp8
+
+needs_fp8 = pytest.mark.skipif(
+    not torch.cuda.is_available() or torch.cuda.get_device_capability() < (8, 9), reason="GPUs with e4m3"
+)
+
+
+@needs_fp8
+@pytest.mark.parametrize(("shape", "page"), LAYOUTS)
+@pytest.mark.parametrize("name", NAMES)
+def test_decoding_from_fp8(name, shape, page, monkeypatch, poisoned):
+    """Every dtype of queries and way to give scales, with and without values that are not read."""
+    from softpick.ops.triton import launch_decode
+
+    caches, scales, table, exact = draw(3, 2, 960, 128, 64, shape, page)
+    caches, wide = [x.to(DEVICE) for x in caches], [x.to(DEVICE) for x in exact]
+    scales = {key: x.to(DEVICE) for key, x in scales.items()}
+    table = None if table is None else table.to(DEVICE)
+    lengths = torch.tensor([960, 517, 3], device=DEVICE)
+    for dtype in (BF16, FP16, FP32):
+        q, sink = (0.3 * torch.randn(3, 8, 2, 128, device=DEVICE)).to(dtype), sink_for(name, 8)
+        common = {"cache_seqlens": lengths, "normalizer": name, "return_stats": True, "is_causal": True}
+        true = None if sink is None else sink.double()
+        want = decode_attention(q.double(), *wide, sink=true, backend="reference", **common)
+        for skip in (False, True):
+            monkeypatch.setattr(launch_decode, "skips_values", lambda spec, *_, s=skip: s and spec.norm.sparse)
+            got = decode_attention(q, *caches, **scales, block_table=table, sink=sink, backend="triton", **common)
+            assert relative(got.output, want.output) < TOLERANCE[dtype][0]
+            assert relative(got.lse, want.lse) < 1e-3
+
+
+@needs_fp8
+@pytest.mark.parametrize("dtype", [BF16, FP16, FP32])
+def test_every_number_of_fp8_is_read_exactly(dtype):
+    """One key: the output is its value, times the scale. Whether numbers are read in pairs or not (a width that is odd)."""
+    numbers = torch.arange(256, device=DEVICE, dtype=torch.int32).to(torch.uint8).view(E4M3)
+    numbers = numbers[numbers.float().isfinite()]
+    for width in (128, 127):
+        value = numbers[:127].repeat(2)[: 2 * width].view(2, 1, 1, width) if width == 127 else numbers[: 256 - 2]
+        value = (
+            value
+            if width == 127
+            else torch.nn.functional.pad(value.view(torch.uint8), (0, 2)).view(E4M3).view(2, 1, 1, 128)
+        )
+        q, key = torch.ones(2, 1, 1, 64, device=DEVICE, dtype=dtype), torch.ones(2, 1, 1, 64, device=DEVICE).to(E4M3)
+        for scale in (1.0, 0.25, 3.0):
+            got = decode_attention(
+                q, key, value, key_scale=torch.ones((), device=DEVICE), value_scale=torch.tensor(scale, device=DEVICE),
+                normalizer="softmax", backend="triton",
+            )  # fmt: skip
+            assert torch.equal(got, (value.float() * scale).to(dtype))
+
+
+@needs_fp8
+@pytest.mark.parametrize("name", ["softpick", "softmax"])
+def test_a_long_cache_in_fp8_by_the_kernel_that_is_named(name):
+    """Sizes at which bf16 takes the kernel for Hopper GPUs; a cache rounded as the library rounds it."""
+    q, k, v = (t.detach() for t in inputs((2, 32, 8, 1, 16384, 128, 128), BF16))
+    (k8, ks), (v8, vs) = quantize_fp8(k), quantize_fp8(v)
+    options = {"key_scale": ks, "value_scale": vs, "normalizer": name}
+    (kernel,) = explain_backend(q, k8, v8, **options).kernels
+    assert kernel.file == "decode.py"
+    assert "fp8" in (kernel.refused or "") or torch.cuda.get_device_capability()[0] != 9
+    wide = [x.double() * s.double()[..., None, None] for x, s in ((k8, ks), (v8, vs))]
+    with torch.no_grad():
+        got = decode_attention(q, k8, v8, **options)
+        want = decode_attention(q.double(), *wide, normalizer=name, backend="reference")
+    assert relative(got, want) < 1e-2

@@ -25,6 +25,7 @@ __all__ = [
     "decode_kernel",
     "forward_kernel",
     "hopper",
+    "in_pairs",
     "interpreted",
     "optimistic",
     "rows_kernel",
@@ -187,6 +188,8 @@ def hopper_refuses_decode(
         return there
     if query.dtype != torch.bfloat16:
         return "dtype is not bf16"
+    if key.dtype != query.dtype:
+        return "a cache in fp8: its products take bf16 from shared memory, and decode.py converts in registers"
     if keys < tuning.FEWEST_CACHED:
         return "too few keys to be worth describing the cache to the GPU"
     if query.shape[1] // key.shape[1] * query.shape[2] > 32:
@@ -251,6 +254,17 @@ def _fetchable(x: Tensor) -> bool:
     b, h, t, d = x.stride()
     there = x.dtype == torch.bfloat16 and x.numel() > 0 and x.data_ptr() % 16 == 0
     return there and d == 1 and (b | h | t) % 8 == 0 and 0 not in (b, h, t)
+
+
+def in_pairs(query: Tensor, key: Tensor, value: Tensor) -> bool:
+    """Whether a cache in fp8 is read two numbers at a time: bits are moved to 16-bit formats by NVIDIA's instructions."""
+    if capability(query) < 8 or query.dtype == torch.float32:
+        return False
+    return all(
+        x.stride(-1) == 1 and x.shape[-1] % 2 == 0 and padded(x.shape[-1]) >= 32 and not any(n % 2 for n in x.stride()[:-1])
+        and x.storage_offset() % 2 == 0 and x.data_ptr() % 2 == 0
+        for x in (key, value)
+    )  # fmt: skip
 
 
 def _in_16_bytes(x: Tensor) -> bool:

@@ -1,7 +1,7 @@
 """Decoding from caches in fp8 beside bf16 on this GPU: softpick's kernels, and torch's softmax from the cache in bf16.
 
     python benchmarks/decode_fp8_gpu.py [--shapes 1x131072,8x32768,64x8192] [--output rows.jsonl]
-    python benchmarks/decode_fp8_gpu.py --tiles      # other block sizes of the kernel for fp8: half a minute each to compile
+    python benchmarks/decode_fp8_gpu.py --tiles      # other block sizes: seconds to compile each
 
 32 query heads, 8 key heads, head dimension 128, bf16 queries. Scales are one a head, or one a head of a page of 64. The gate
 before anything is timed: the output of the first sequence and key head against the formula in fp64 over the cache as it is
@@ -28,6 +28,13 @@ from softpick.ops.fp8 import Scales
 from softpick.ops.spec import AttentionSpec
 from softpick.ops.triton import launch_decode, tuning
 
+RINGS = [
+    tuning.Rings(n, stages, values, programs=programs)
+    for n, stages, values, programs in (
+        (64, 5, 5, 2), (64, 4, 4, 2), (64, 6, 6, 2), (64, 3, 3, 3), (64, 4, 4, 3), (64, 3, 3, 4), (64, 10, 10, 1),
+        (128, 3, 3, 2),
+    )
+]  # fmt: skip
 HEADS, KV_HEADS, WIDTH, PAGE = 32, 8, 128, 64
 TILES = [
     (tuning.Blocks(16, n, warps, stages), programs)
@@ -70,10 +77,11 @@ def caches(k: Tensor, v: Tensor) -> dict[str, Cache]:
     }
 
 
-def launched(normalizer: str, q: Tensor, cache: Cache) -> tuple[Callable[[], Any], float]:
-    """A call of the kernel, and its error against fp64."""
+def launched(normalizer: str, q: Tensor, cache: Cache, portable: bool = False) -> tuple[Callable[[], Any], float]:
+    """A call of the kernel, and its error against fp64. ``portable``: without the kernels for Hopper GPUs."""
     norm = softpick.NORMALIZERS[normalizer]
-    spec = AttentionSpec(norm, WIDTH**-0.5, norm.eps, right=0, bottom_right=True)
+    without = frozenset({"hopper"} if portable else ())
+    spec = AttentionSpec(norm, WIDTH**-0.5, norm.eps, right=0, bottom_right=True, backend="triton", without=without)
     out, lse = torch.empty_like(q), torch.empty(q.shape[:3], device=q.device)
     call = functools.partial(
         launch_decode.decode, spec, q, cache.key, cache.value, None, None, None, cache.table, out, lse, None, cache.scales
@@ -107,38 +115,45 @@ def contest(batch: int, positions: int) -> dict[str, float]:
             if not error <= budget:
                 raise SystemExit(f"gate failed for {normalizer}, {name}, {batch}x{positions}: {error} against {budget}")
             found[f"{normalizer}, {name}"] = graph_time(call)
+            call, error = launched(normalizer, q, cache, portable=True)
+            if not error <= budget:
+                raise SystemExit(f"gate failed for decode.py, {normalizer}, {name}: {error} against {budget}")
+            found[f"{normalizer}, {name}, decode.py"] = graph_time(call)
     return found
 
 
 @contextlib.contextmanager
-def tile(blocks: tuning.Blocks, programs: int) -> Iterator[None]:
-    """Blocks, and programs a multiprocessor, of the portable kernel."""
-    usual = tuning.blocks, dict(tuning.PROGRAMS)
-    tuning.blocks = lambda *_: blocks
-    tuning.PROGRAMS.update(dict.fromkeys(tuning.PROGRAMS, programs))
+def tried(choice: tuning.Rings | tuple[tuning.Blocks, int]) -> Iterator[None]:
+    """Another launch of ``hopper/decode.py``, or blocks and programs a multiprocessor of ``decode.py``."""
+    usual = tuning.HOPPER_DECODE_FP8, tuning.blocks, dict(tuning.PROGRAMS)
+    if isinstance(choice, tuning.Rings):
+        tuning.HOPPER_DECODE_FP8 = choice
+    else:
+        tuning.blocks = lambda *_: choice[0]
+        tuning.PROGRAMS.update(dict.fromkeys(tuning.PROGRAMS, choice[1]))
     try:
         yield
     finally:
-        tuning.blocks = usual[0]
-        tuning.PROGRAMS.update(usual[1])
+        tuning.HOPPER_DECODE_FP8, tuning.blocks = usual[:2]
+        tuning.PROGRAMS.update(usual[2])
 
 
-def tried_tiles(shapes: list[tuple[int, int]]) -> Iterator[tuple[str, dict[str, float]]]:
-    """Microseconds of softpick from fp8 with scales of heads, by shape, of each of ``TILES``."""
+def tiles(shapes: list[tuple[int, int]]) -> Iterator[tuple[str, dict[str, float]]]:
+    """Microseconds of softpick from fp8 with scales of heads, by shape, of each of ``RINGS`` and ``TILES``."""
     data = []
     for batch, positions in shapes:
         q = torch.randn(batch, HEADS, 1, WIDTH, device="cuda", dtype=torch.bfloat16)
         k, v = torch.randn(2, batch, KV_HEADS, positions, WIDTH, device="cuda", dtype=torch.bfloat16)
         data.append((f"{batch}x{positions}", q, caches(k, v)["fp8, scales of heads"]))
     usual = launch_decode.skips_values
-    for (blocks, programs), skip in itertools.product(TILES, (False, True)):
+    for choice, skip in itertools.product([*RINGS, *TILES], (False, True)):
         launch_decode.skips_values = lambda *_, skip=skip: skip
         found = {}
-        with tile(blocks, programs):
+        with tried(choice):
             for shape, q, cache in data:
-                call, error = launched("softpick", q, cache)
+                call, error = launched("softpick", q, cache, portable=not isinstance(choice, tuning.Rings))
                 found[shape] = graph_time(call) if error < 2.0**-6 else float("nan")
-        yield f"{tuple(blocks)}, {programs} programs, {'some' if skip else 'all'} values", found
+        yield f"{choice}, {'some' if skip else 'all'} values", found
     launch_decode.skips_values = usual
 
 
@@ -150,7 +165,7 @@ def main() -> None:
     options = parser.parse_args()
     shapes = [tuple(map(int, shape.split("x"))) for shape in options.shapes.split(",")]
     if options.tiles:
-        for name, found in tried_tiles(shapes):
+        for name, found in tiles(shapes):
             print(f"{name}: " + ", ".join(f"{shape} {time:.1f}" for shape, time in found.items()), flush=True)
         return
     import triton

@@ -44,7 +44,7 @@ def build(case):
     name, d, dtype, extra = case.split(",")
     d, dtype, norm = int(d), SHAPES[dtype], NORMALIZERS[name]
     compiled.clear()
-    reason = None if extra == "hopper" else "not asked for"
+    reason = None if extra.endswith("hopper") else "not asked for"
     dispatch.hopper_refuses = dispatch.hopper_refuses_decode = lambda *_: reason
     q, k, v, out = (torch.empty(1, 4, 256, d, dtype=dtype) for _ in range(4))
     lse, grads = torch.empty(1, 4, 256), [torch.empty_like(q) for _ in range(3)]
@@ -60,9 +60,10 @@ def build(case):
     for programs in (56, 3, 1):  # keys of a head divided, shared by programs of all heads, and not divided at all
         launch_decode._resident = lambda *_, programs=programs: programs
         launch_decode.decode(spec, q[:, :, :1], k, v, None, sink, None, None, out[:, :, :1], lse[:, :, :1])
-    if extra == "fp8":
+    if extra.startswith("fp8"):
         table = torch.empty(1, 4, dtype=torch.int32)
-        for of_pages in (False, True):
+        for of_pages, programs in ((False, 56), (False, 1), (True, 56), (True, 3)):
+            launch_decode._resident = lambda *_, programs=programs: programs
             scales = Scales(torch.empty(9, 4), torch.empty(9, 4), of_pages)
             k, v = (torch.empty(9, 4, 64, d, dtype=torch.float8_e4m3fn) for _ in range(2))
             pages = table if of_pages else None

@@ -33,6 +33,7 @@ TARGETS = [
             (90, "softmax,64,bfloat16,pages"),
             (90, "softpick,128,bfloat16,pages"),  # with a list of blocks, too
             (90, "softpick,128,bfloat16,fp8"),
+            *((90, f"{name},128,bfloat16,fp8-hopper") for name in ("softpick", "learned_sink")),
             (89, "softmax,64,float16,fp8"),
             (89, "linear_softpick,80,bfloat16,fp8"),
             (89, "softpick,64,float32,fp8"),

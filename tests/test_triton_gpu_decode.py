@@ -21,7 +21,15 @@ from triton_gpu_cases import (
     sink_for,
 )
 
-from softpick import NORMALIZERS, decode_attention, explain_backend, key_bounds, quantize_fp8, update_key_bounds
+from softpick import (
+    NORMALIZERS,
+    decode_attention,
+    explain_backend,
+    key_bounds,
+    quantize_fp8,
+    update_key_bounds,
+    use_backend,
+)
 
 pytestmark = pytest.mark.gpu
 
@@ -333,6 +341,64 @@ def test_every_number_of_fp8_is_read_exactly(dtype):
             assert torch.equal(got, (value.float() * scale).to(dtype))
 
 
+FP8 = {
+    "contiguous": {},
+    "lengths": {"lengths": (960, 0, 333)},
+    "pages of 64": {"page": 64, "lengths": (961, 65, 1)},
+    "pages of 128 with one scale": {"page": 128, "shape": "heads"},
+    "keys alone have scales of pages": {"page": 64, "shape": "keys by page"},
+    "window and softcap": {"window": (70, 0), "softcap": 3.0},
+    "huge": {"scale": 30.0},
+    "narrow": {"widths": (112, 80)},
+    "many sequences": {"batch": 40, "lengths": tuple(37 * i % 193 * (i % 3 > 0) for i in range(40))},
+}
+
+
+@for_hopper
+@pytest.mark.parametrize("multiprocessors", [None, 2])
+@pytest.mark.parametrize("how", FP8)
+@pytest.mark.parametrize("name", NAMES)
+def test_decoding_from_fp8_for_hopper(name, how, multiprocessors, monkeypatch, poisoned):
+    """The kernel in Gluon, as the portable one; skipping changes no bit; what lies beyond the lengths may be anything."""
+    from softpick.ops.triton import launch_decode, tuning
+
+    monkeypatch.setattr(tuning, "FEWEST_CACHED", 0)
+    if multiprocessors:
+        monkeypatch.setattr(tuning, "multiprocessors", lambda _: multiprocessors)
+    setting = {"page": 0, "lengths": None, "batch": 3, "widths": (128, 128), "scale": 1.0} | FP8[how]
+    page, batch = setting["page"], setting["batch"]
+    shape = setting.get("shape", "pages" if page else "sequences")
+    caches, scales, table, exact = draw(batch, 2, 1024, *setting["widths"], shape, page)
+    if setting["lengths"] and not page:
+        for x in caches:
+            for b, n in enumerate(setting["lengths"]):
+                x.view(torch.uint8)[b, :, n:] = 0x7F  # NaN
+    caches, wide = [x.to(DEVICE) for x in caches], [x.to(DEVICE) for x in exact]
+    scales = {key: x.to(DEVICE) for key, x in scales.items()}
+    table = None if table is None else table.to(DEVICE)
+    lengths = setting["lengths"] and torch.tensor(setting["lengths"], device=DEVICE)
+    q, sink = (
+        (0.3 * setting["scale"] * torch.randn(batch, 8, 2, setting["widths"][0], device=DEVICE)).to(BF16),
+        sink_for(name, 8),
+    )
+    common = {"cache_seqlens": lengths, "normalizer": name, "return_stats": True, "is_causal": True}
+    common |= {key: setting[key] for key in ("window", "softcap") if key in setting}
+    (kernel,) = explain_backend(
+        q, *caches, **scales, block_table=table, normalizer=name, sink=sink, decode=True
+    ).kernels
+    assert kernel.file == "hopper/decode.py"
+    true = None if sink is None else sink.double()
+    want = decode_attention(q.double(), *wide, sink=true, backend="reference", **common)
+    results = []
+    for skip in (False, True):
+        monkeypatch.setattr(launch_decode, "skips_values", lambda spec, *_, s=skip: s and spec.norm.sparse)
+        results.append(decode_attention(q, *caches, **scales, block_table=table, sink=sink, backend="triton", **common))
+    for got in results:
+        assert torch.equal(got.output, results[0].output)
+        assert relative(got.output, want.output) < 1e-2
+        assert relative(got.lse, want.lse) < 1e-3
+
+
 @needs_fp8
 @pytest.mark.parametrize("name", ["softpick", "softmax"])
 def test_a_long_cache_in_fp8_by_the_kernel_that_is_named(name):
@@ -341,10 +407,13 @@ def test_a_long_cache_in_fp8_by_the_kernel_that_is_named(name):
     (k8, ks), (v8, vs) = quantize_fp8(k), quantize_fp8(v)
     options = {"key_scale": ks, "value_scale": vs, "normalizer": name}
     (kernel,) = explain_backend(q, k8, v8, **options).kernels
-    assert kernel.file == "decode.py"
-    assert "fp8" in (kernel.refused or "") or torch.cuda.get_device_capability()[0] != 9
+    hopper = torch.cuda.get_device_capability()[0] == 9
+    assert kernel.file == ("hopper/decode.py" if hopper else "decode.py")
+    if hopper:
+        (other,) = explain_backend(q[..., :64], k8[..., :64], v8[..., :64], **options).kernels
+        assert (other.file, "fp8" in other.refused) == ("decode.py", True)
     wide = [x.double() * s.double()[..., None, None] for x, s in ((k8, ks), (v8, vs))]
-    with torch.no_grad():
-        got = decode_attention(q, k8, v8, **options)
-        want = decode_attention(q.double(), *wide, normalizer=name, backend="reference")
-    assert relative(got, want) < 1e-2
+    want = decode_attention(q.double(), *wide, normalizer=name, backend="reference")
+    for without in ((), "hopper"):
+        with use_backend(without=without):
+            assert relative(decode_attention(q, k8, v8, **options), want) < 1e-2

@@ -41,7 +41,15 @@ from softpick.ops.triton.device import (
     narrow,
 )
 
-__all__ = ["count_tiles", "decode_merge", "decode_split", "keys_of_sequence", "sequence_at", "share_of"]
+__all__ = [
+    "bf16_of_pairs",
+    "count_tiles",
+    "decode_merge",
+    "decode_split",
+    "keys_of_sequence",
+    "sequence_at",
+    "share_of",
+]
 
 
 @triton.jit
@@ -74,57 +82,69 @@ def _load_wanted(base, j, n, d, wanted, stride_block, stride_t, stride_d, table,
 
 
 @triton.jit
-def _halves(x, like, PAIRS: tl.constexpr):
-    """A tile in the dtype of ``like``: itself, twice; of PAIRS, two numbers in fp8 as one of 16 bits, the first and the second.
+def bf16_of_pairs(x):
+    """Two numbers in e4m3, kept as one of 16 bits, in bf16: the first ones and the second ones.
 
-    Bits are moved to where bf16 (fp16) has sign, exponent and fraction; a product makes up for its larger bias. NaN is 480.
+    Bits are moved to where bf16 has sign, exponent and fraction; a product makes up for its larger bias. NaN becomes 480.
     """
+    return tl.inline_asm_elementwise(
+        """{
+        .reg .b32 a, b, c, d;
+        shl.b32 a, $2, 8;
+        shl.b32 b, $2, 4;
+        shr.b32 c, $2, 4;
+        and.b32 b, b, 0x07f007f0;
+        and.b32 c, c, 0x07f007f0;
+        lop3.b32 a, a, 0x80008000, b, 0xea;
+        lop3.b32 c, $2, 0x80008000, c, 0xea;
+        mov.b32 b, 0x7b807b80;
+        mov.b32 d, 0x80008000;
+        fma.rn.bf16x2 $0, a, b, d;
+        fma.rn.bf16x2 $1, c, b, d;
+        }""",
+        "=r,=r,r",
+        [x],
+        dtype=(tl.bfloat16, tl.bfloat16),
+        is_pure=True,
+        pack=2,
+    )
+
+
+@triton.jit
+def _fp16_of_pairs(x):
+    """As :func:`bf16_of_pairs`."""
+    return tl.inline_asm_elementwise(
+        """{
+        .reg .b32 a, b, c;
+        shl.b32 a, $2, 8;
+        shl.b32 b, $2, 7;
+        shr.b32 c, $2, 1;
+        and.b32 b, b, 0x3f803f80;
+        and.b32 c, c, 0x3f803f80;
+        lop3.b32 a, a, 0x80008000, b, 0xea;
+        lop3.b32 c, $2, 0x80008000, c, 0xea;
+        mov.b32 b, 0x5c005c00;
+        mul.f16x2 $0, a, b;
+        mul.f16x2 $1, c, b;
+        }""",
+        "=r,=r,r",
+        [x],
+        dtype=(tl.float16, tl.float16),
+        is_pure=True,
+        pack=2,
+    )
+
+
+@triton.jit
+def _halves(x, like, PAIRS: tl.constexpr):
+    """A tile in the dtype of ``like``: itself, twice; of PAIRS the first and the second numbers."""
     if not PAIRS:
         x = x.to(like.dtype)
         return x, x
     elif like.dtype == tl.bfloat16:
-        return tl.inline_asm_elementwise(
-            """{
-            .reg .b32 a, b, c, d;
-            shl.b32 a, $2, 8;
-            shl.b32 b, $2, 4;
-            shr.b32 c, $2, 4;
-            and.b32 b, b, 0x07f007f0;
-            and.b32 c, c, 0x07f007f0;
-            lop3.b32 a, a, 0x80008000, b, 0xea;
-            lop3.b32 c, $2, 0x80008000, c, 0xea;
-            mov.b32 b, 0x7b807b80;
-            mov.b32 d, 0x80008000;
-            fma.rn.bf16x2 $0, a, b, d;
-            fma.rn.bf16x2 $1, c, b, d;
-            }""",
-            "=r,=r,r",
-            [x],
-            dtype=(tl.bfloat16, tl.bfloat16),
-            is_pure=True,
-            pack=2,
-        )
+        return bf16_of_pairs(x)
     else:
-        return tl.inline_asm_elementwise(
-            """{
-            .reg .b32 a, b, c;
-            shl.b32 a, $2, 8;
-            shl.b32 b, $2, 7;
-            shr.b32 c, $2, 1;
-            and.b32 b, b, 0x3f803f80;
-            and.b32 c, c, 0x3f803f80;
-            lop3.b32 a, a, 0x80008000, b, 0xea;
-            lop3.b32 c, $2, 0x80008000, c, 0xea;
-            mov.b32 b, 0x5c005c00;
-            mul.f16x2 $0, a, b;
-            mul.f16x2 $1, c, b;
-            }""",
-            "=r,=r,r",
-            [x],
-            dtype=(tl.float16, tl.float16),
-            is_pure=True,
-            pack=2,
-        )
+        return _fp16_of_pairs(x)
 
 
 @triton.jit

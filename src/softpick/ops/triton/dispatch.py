@@ -188,8 +188,6 @@ def hopper_refuses_decode(
         return there
     if query.dtype != torch.bfloat16:
         return "dtype is not bf16"
-    if key.dtype != query.dtype:
-        return "a cache in fp8: its products take bf16 from shared memory, and decode.py converts in registers"
     if keys < tuning.FEWEST_CACHED:
         return "too few keys to be worth describing the cache to the GPU"
     if query.shape[1] // key.shape[1] * query.shape[2] > 32:
@@ -200,6 +198,8 @@ def hopper_refuses_decode(
         return "a large eps"
     if padded(key.shape[-1]) not in (64, 128) or padded(value.shape[-1]) not in (64, 128):
         return "head dimensions do not pad to 64 or 128"
+    if key.dtype != query.dtype and not padded(key.shape[-1]) == padded(value.shape[-1]) == 128:
+        return "a cache in fp8 with head dimensions that do not pad to 128"
     if page % 64:
         return "the page size is not a multiple of 64"
     if not (_fetchable(key) and _fetchable(value)):
@@ -250,10 +250,11 @@ def why_no_hopper() -> str | None:
 
 
 def _fetchable(x: Tensor) -> bool:
-    """Whether the tensor memory accelerator takes this as bf16: multiples of 16 bytes, nothing empty, nothing expanded."""
+    """Whether the tensor memory accelerator takes this as 16 bits: multiples of 16 bytes, nothing empty, nothing expanded."""
     b, h, t, d = x.stride()
-    there = x.dtype == torch.bfloat16 and x.numel() > 0 and x.data_ptr() % 16 == 0
-    return there and d == 1 and (b | h | t) % 8 == 0 and 0 not in (b, h, t)
+    pairs = x.dtype == torch.float8_e4m3fn and x.shape[-1] % 2 == 0
+    there = (x.dtype == torch.bfloat16 or pairs) and x.numel() > 0 and x.data_ptr() % 16 == 0
+    return there and d == 1 and (b | h | t) * x.element_size() % 16 == 0 and 0 not in (b, h, t)
 
 
 def in_pairs(query: Tensor, key: Tensor, value: Tensor) -> bool:

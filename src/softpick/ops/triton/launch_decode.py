@@ -51,7 +51,7 @@ def decode(
     keys = query.shape[0] * key.shape[1] * tk
     tensors = query, key, value, mask, sink, lengths, table, out, lse
     for_hopper = dispatch.decode_kernel(spec, query, key, value, mask, page, keys, listed is not None).hopper
-    if not (for_hopper and tried(_decode, True, spec, page, tk, None, None, *tensors)):
+    if not (for_hopper and tried(_decode, True, spec, page, tk, None, scales, *tensors)):
         _decode(False, spec, page, tk, listed, scales, *tensors)
 
 
@@ -147,39 +147,39 @@ def _decode(
     blocks, counts, rest, size = listed or (None, None, None, 0)
     skip = skips_values(spec, for_hopper, b * kv_heads * tk) or size > 0
     early = dependent_launch(query)
+    cache = _cache(scales, query, key, value)
     if for_hopper:
-        schedule = tuning.HOPPER_DECODE[widest]
+        schedule = tuning.HOPPER_DECODE[widest] if scales is None else tuning.HOPPER_DECODE_FP8
         plan = _plan_for_hopper(schedule, query, kv_heads, tk, lengths)
     else:
         kind = "decode_skip" if skip else "decode"
         tile = _tile(kind, widest, query, size, scales is not None)
         plan = _plan(kind, tile, query, kv_heads, tk)
     pairs, splits = b * kv_heads, plan.splits
-    shape = (0 if plan.whole else pairs + splits if plan.shared else pairs * splits, plan.rows)
-    partial_out = torch.empty(*shape, common["BLOCK_DV"], dtype=torch.float32, device=query.device)
-    partial_total, partial_m = (torch.empty(shape, dtype=torch.float32, device=query.device) for _ in range(2))
+    count = 0 if plan.whole else pairs + splits if plan.shared else pairs * splits
+    partials = _partials(count, plan.rows, common["BLOCK_DV"], query.device)
     if for_hopper:
         run(
             dispatch.hopper.decode_keys, (splits,) if plan.shared else (splits, kv_heads, b),
-            query, dispatch.hopper.tiles(key, [1, 1, schedule.n, common["BLOCK_D"]]),
-            dispatch.hopper.tiles(value, [1, 1, schedule.n, common["BLOCK_DV"]]),
-            partial_out, partial_total, partial_m, out, lse, sink,
-            lengths, table, *query.stride(), *out.stride(), *lse.stride(), 0 if table is None else table.stride(0),
+            query, dispatch.hopper.tiles(cache.key, [1, 1, schedule.n, common["BLOCK_D"] // (1 + cache.pairs)]),
+            dispatch.hopper.tiles(cache.value, [1, 1, schedule.n, common["BLOCK_DV"] // (1 + cache.pairs)]),
+            *partials, out, lse, sink, lengths, table, *cache.scales,
+            *query.stride(), *out.stride(), *lse.stride(), 0 if table is None else table.stride(0), *cache.strides,
             b, kv_heads, groups, tq, tk, query.shape[-1], value.shape[-1],
             spec.left, spec.right, score_unit(spec), spec.softcap, spec.eps, plan.fewest, key.shape[0],
             **switches(spec.norm),
             **{name: common[name] for name in ("BLOCK_D", "BLOCK_DV", "LEFT", "RIGHT", "BOTTOM_RIGHT", "SOFTCAP")},
             BLOCK_M=plan.rows, BLOCK_N=plan.block_n, STAGES=schedule.stages, VALUES=schedule.values, PAGE=page,
-            LENGTHS=lengths is not None, SKIP=skip, SHARED=plan.shared, WHOLE=plan.whole, num_warps=schedule.warps,
+            LENGTHS=lengths is not None, SKIP=skip, SCALED=cache.scaled, SHARED=plan.shared,
+            WHOLE=plan.whole, num_warps=schedule.warps,
         )  # fmt: skip
         if plan.whole:
             return True
     else:
         pointer, mask_strides = mask_arguments(mask)
-        cache = _cache(scales, query, key, value)
         run(
             decode_split, (splits, kv_heads, b),
-            query, cache.key, cache.value, partial_out, partial_total, partial_m, pointer, lengths, table, blocks, counts,
+            query, cache.key, cache.value, *partials, pointer, lengths, table, blocks, counts,
             *cache.scales, *query.stride(), *cache.key.stride(), *cache.value.stride(), *mask_strides,
             0 if table is None else table.stride(0), *cache.strides, kv_heads, groups, tq, tk, query.shape[-1],
             cache.value.shape[-1], spec.left, spec.right, score_unit(spec), spec.softcap,
@@ -193,7 +193,7 @@ def _decode(
     columns = min(128 if plan.shared else 32, common["BLOCK_DV"])
     run(
         decode_merge, (tq * cdiv(value.shape[-1], columns), heads, b),
-        partial_out, partial_total, partial_m, sink, lengths, rest, out, lse, *out.stride(), *lse.stride(),
+        *partials, sink, lengths, rest, out, lse, *out.stride(), *lse.stride(),
         b, kv_heads, groups, tq, tk, value.shape[-1], spec.left, spec.right, splits, plan.fewest, spec.eps,
         **{name: common[name] for name in ("BASE", "CONSTANT", "BLOCK_DV", "LEFT", "RIGHT", "BOTTOM_RIGHT")},
         BLOCK_M=plan.rows, BLOCK_N=plan.block_n, COLUMNS=columns,
@@ -202,6 +202,12 @@ def _decode(
         **({"launch_pdl": True} if early else {}),
     )  # fmt: skip
     return True
+
+
+def _partials(count: int, rows: int, width: int, device: torch.device) -> list[Tensor]:
+    """Room for numerators, denominators and ``m`` of so many partial results."""
+    shapes = (count, rows, width), (count, rows), (count, rows)
+    return [torch.empty(shape, dtype=torch.float32, device=device) for shape in shapes]
 
 
 class _Cache(NamedTuple):

@@ -24,6 +24,7 @@ __all__ = [
     "FEW_PARTIALS",
     "HOPPER",
     "HOPPER_DECODE",
+    "HOPPER_DECODE_FP8",
     "HOPPER_FORWARD",
     "HOPPER_QUERIES",
     "HOPPER_ROWS",
@@ -93,6 +94,8 @@ class Rings(NamedTuple):
 # was 5 % slower. Decode: docs/kernels.md; more programs a multiprocessor than have room at a time only cost
 HOPPER_FORWARD = {64: Rings(64, 4, 4), 128: Rings(128, 2, 3)}
 HOPPER_DECODE = {64: Rings(64, 3, 3, programs=4), 128: Rings(64, 3, 3, programs=2)}
+# fp8, D 128: not tuned yet; the bytes under way are those of bf16
+HOPPER_DECODE_FP8 = Rings(64, 5, 5, programs=2)
 LONGEST_TILE = 128
 """Row statistics for ``hopper/backward.py`` are padded to a multiple of its query tiles."""
 

@@ -17,6 +17,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
     warpgroup_mma,
+    warpgroup_mma_wait,
 )
 from triton.language.extra.cuda import gdc_launch_dependents
 
@@ -95,8 +96,9 @@ def _scores(
     if SCALED != 0:
         k = keys.index(stage).reshape([BLOCK_N, BLOCK_D // 2]).load(gl.DotOperandLayout(0, s_layout, 2))
         k, odd_k = bf16_of_pairs(k)
-        s = warpgroup_mma(k, q.index(0).permute([1, 0]), zero, use_acc=False)
-        s = warpgroup_mma(odd_k, q.index(1).permute([1, 0]), s)
+        s = warpgroup_mma(k, q.index(0).permute([1, 0]), zero, use_acc=False, is_async=True)
+        s = warpgroup_mma(odd_k, q.index(1).permute([1, 0]), s, is_async=True)
+        s = warpgroup_mma_wait(num_outstanding=0, deps=[s])
     else:
         k = keys.index(stage).reshape([BLOCK_N, BLOCK_D])
         s = warpgroup_mma(k, q.index(0).permute([1, 0]), zero, use_acc=False)
@@ -223,7 +225,10 @@ def _product(
     if SCALED != 0:  # whatever its bits are, a number is finite
         v = values.index(at % VALUES).reshape([BLOCK_N, BLOCK_DV // 2])
         v, odd_v = bf16_of_pairs(v.permute([1, 0]).load(gl.DotOperandLayout(0, o_layout, 2)))
-        return warpgroup_mma(v, w, acc), warpgroup_mma(odd_v, w, odd)
+        acc = warpgroup_mma(v, w, acc, is_async=True)
+        odd = warpgroup_mma(odd_v, w, odd, is_async=True)
+        acc, odd = warpgroup_mma_wait(num_outstanding=0, deps=[acc, odd])
+        return acc, odd
     else:
         v = values.index(at % VALUES).reshape([BLOCK_N, BLOCK_DV])
         if valid < BLOCK_N:

@@ -192,6 +192,19 @@ def test_half_the_bytes():
     assert taken / (2 * 2 * 2 * 128 * 64 * 2) < 0.501
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["softmax", "softpick", "sdpa"])
+def test_steps_on_a_gpu(name, calls):
+    """By the kernels, from pages whose scales grow; as from a dequantized copy of the same cache."""
+    model, tokens = llama(name, head_dim=128).to("cuda", torch.bfloat16), torch.randint(97, (2, 200), device="cuda")
+    got = logits(model, tokens, Fp8Cache(model.config), 130)
+    assert len(calls) == (0 if name == "sdpa" else 140)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(transformers_fp8, "NORMALIZERS", {})
+        wide = logits(model, tokens, Fp8Cache(model.config), 130)
+    assert float((got - wide).norm() / wide.norm()) < 2e-2
+
+
 # ------------------------------------------------------------------------------------------------------------- refusals
 
 REFUSED = {

@@ -417,3 +417,22 @@ def test_a_long_cache_in_fp8_by_the_kernel_that_is_named(name):
     for without in ((), "hopper"):
         with use_backend(without=without):
             assert relative(decode_attention(q, k8, v8, **options), want) < 1e-2
+
+
+@needs_fp8
+def test_scales_are_looked_at_where_asked(monkeypatch):
+    """With SOFTPICK_DEBUG=1 only: it waits for the GPU. A capture looks at nothing, and replays see new scales."""
+    q, k, v = (t.detach() for t in inputs((1, 8, 2, 1, 512, 128, 128), BF16))
+    (k8, ks), (v8, vs) = quantize_fp8(k), quantize_fp8(v)
+    options = {"key_scale": ks, "value_scale": vs}
+    decode_attention(q, k8, v8, **options)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = decode_attention(q, k8, v8, **options)
+    vs *= 2
+    graph.replay()
+    assert torch.equal(found, decode_attention(q, k8, v8, **options))
+    ks[0, 1] = -1.0
+    monkeypatch.setenv("SOFTPICK_DEBUG", "1")
+    with pytest.raises(ValueError, match=r"key_scale: expected finite numbers >= 0, got -1\.0"):
+        decode_attention(q, k8, v8, **options)

@@ -139,8 +139,6 @@ class Fp8Layer(CacheLayerMixin):
         """No limit."""
         return -1
 
-    get_max_cache_shape = get_max_length  # the name before transformers 5.23
-
     def reset(self) -> None:
         """Forget everything."""
         self.is_initialized, self.length = False, 0

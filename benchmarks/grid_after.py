@@ -66,7 +66,7 @@ def commands(model: Path, text: Path, length: int, out: Path, device: str, quant
         ],
         "quantize": [
             "quantize", str(model), *shared, "--method", quantizers, "--bits", "8,4,3", "--activations",
-            "int8-tensor,int8-token,int4-token,fp8-tensor,fp8-token", "--kv-cache", "8,4", "--sequence-length", str(length),
+            "int8-tensor,int8-token,int4-token,fp8-tensor,fp8-token", "--kv-cache", "8,4,fp8", "--sequence-length", str(length),
             "--samples", "256", "--output", str(out / "quantize"),
         ],
     }  # fmt: skip

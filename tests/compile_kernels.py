@@ -30,6 +30,7 @@ compile_only(CAPABILITY, note)
 warnings.filterwarnings("error", ".*could not be built")  # what another kernel takes over counts as failed
 
 from softpick import NORMALIZERS  # noqa: E402
+from softpick.ops.fp8 import Scales  # noqa: E402
 from softpick.ops.spec import AttentionSpec  # noqa: E402
 from softpick.ops.triton import dispatch, launch, launch_decode, launch_rows, tuning  # noqa: E402
 
@@ -43,7 +44,7 @@ def build(case):
     name, d, dtype, extra = case.split(",")
     d, dtype, norm = int(d), SHAPES[dtype], NORMALIZERS[name]
     compiled.clear()
-    reason = None if extra == "hopper" else "not asked for"
+    reason = None if extra.endswith("hopper") else "not asked for"
     dispatch.hopper_refuses = dispatch.hopper_refuses_decode = lambda *_: reason
     q, k, v, out = (torch.empty(1, 4, 256, d, dtype=dtype) for _ in range(4))
     lse, grads = torch.empty(1, 4, 256), [torch.empty_like(q) for _ in range(3)]
@@ -59,6 +60,17 @@ def build(case):
     for programs in (56, 3, 1):  # keys of a head divided, shared by programs of all heads, and not divided at all
         launch_decode._resident = lambda *_, programs=programs: programs
         launch_decode.decode(spec, q[:, :, :1], k, v, None, sink, None, None, out[:, :, :1], lse[:, :, :1])
+    if extra.startswith("fp8"):
+        table = torch.empty(1, 4, dtype=torch.int32)
+        for of_pages, programs in ((False, 56), (False, 1), (True, 56), (True, 3)):
+            launch_decode._resident = lambda *_, programs=programs: programs
+            scales = Scales(torch.empty(9, 4), torch.empty(9, 4), of_pages)
+            k, v = (torch.empty(9, 4, 64, d, dtype=torch.float8_e4m3fn) for _ in range(2))
+            pages = table if of_pages else None
+            k, v = (k, v) if of_pages else (k[:1], v[:1])
+            launch_decode.decode(
+                spec, q[:, :, :1], k, v, None, sink, None, pages, out[:, :, :1], lse[:, :, :1], None, scales
+            )
     if extra in ("hopper", "pages"):
         lengths, table = torch.empty(1, dtype=torch.int32), torch.empty(1, 4, dtype=torch.int32)
         k, v = (torch.empty(9, 4, 64, d, dtype=dtype) for _ in range(2))

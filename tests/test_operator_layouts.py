@@ -18,7 +18,7 @@ from softpick.ops import operators
 PINNED = {
     "attention_backward": ("d593a359bf9c", "5f685ef73b44"),
     "attention_forward": ("225f6927412f", "487fa87afccb"),
-    "decode": ("d9302b2488df", "31564655b36c"),
+    "decode": ("c817f5fa8254", "31564655b36c"),
     "ring_backward": ("90a98fd3af22", "355ff85f25c4"),
     "ring_forward": ("c9189c6c7937", "037f7261e525"),
     "rows_backward": ("4bf270d04f0d", "d88a9449d085"),

@@ -316,10 +316,11 @@ def test_a_library_that_fails_says_why(home, tmp_path, monkeypatch):
 
 
 def test_two_models_side_by_side(home, tmp_path):
-    report = quantize(settings(home, activations=("int4-token",), kv_cache=(8, 2)), tmp_path)
+    given = settings(home, activations=("int4-token",), kv_cache=(8, "fp8", 2))
+    report = quantize(given, tmp_path)
     assert [run["normalizer"] for run in report["runs"]] == ["softmax", "softpick"]
-    plan = [(cell.kind, cell.bits) for cell in cells(settings(home, activations=("int4-token",), kv_cache=(8, 2)))]
-    assert plan == [("none", 0), ("activations", 4), ("kv_cache", 2), ("kv_cache", 8)]
+    plan = [(cell.kind, cell.bits) for cell in cells(given)]
+    assert plan == [("none", 0), ("activations", 4), ("kv_cache", 2), ("kv_cache", 8), ("kv_cache", 8)]
     assert columns(report) == ["softmax", "softpick", "Δ"]
     rows = summary_rows(report)
     assert [how for _, how, _ in rows] == [
@@ -327,6 +328,7 @@ def test_two_models_side_by_side(home, tmp_path):
         "W+A int4, one scale per token",
         "KV cache int2",
         "KV cache int8",
+        "KV cache fp8",
     ]
     for (_, _, texts), one, two in zip(rows, *(run["cells"] for run in report["runs"]), strict=True):
         a, b = one["perplexity"], two["perplexity"]
@@ -378,7 +380,8 @@ def test_goes_on_after_a_stop(home, tmp_path, monkeypatch):
         ({"methods": ("bnb",), "bits": (3,)}, "bits: bnb has 4, 8; got 3"),
         ({"methods": ("hqq", "bnb"), "bits": (4, 5)}, "bits: none of hqq, bnb has 5 bits"),
         ({"activations": ("int8",)}, "activations: expected one of int8, int6, int4, fp8 and then -tensor or -token"),
-        ({"kv_cache": (1,)}, "kv_cache: expected 2 to 8 bits, got 1"),
+        ({"kv_cache": (1,)}, "kv_cache: expected 2 to 8 bits or fp8, got 1"),
+        ({"kv_cache": ("fp4",)}, "kv_cache: expected 2 to 8 bits or fp8, got fp4"),
         ({"kv_cache": (4, 4)}, "kv_cache: expected different ones, got 4, 4"),
         ({}, "methods: expected methods, activations or kv_cache, got none"),
         ({"kv_cache": (4,), "samples": 0}, "samples: expected at least 1, got 0"),

@@ -2,6 +2,8 @@
 activations and caches against models rounded in the test."""
 
 import copy
+import itertools
+import math
 
 import numpy as np
 import pytest
@@ -20,6 +22,7 @@ from transformers.masking_utils import sdpa_mask
 from transformers.pytorch_utils import Conv1D
 
 from softpick.experiment.rounding import FORMATS, quantized_activations, quantized_cache, round_to
+from softpick.integrations.transformers_fp8 import through_fp8
 from softpick.quantization.verify import QuantizationError, untouched, verify, weight_of
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -289,6 +292,27 @@ def test_the_error_of_a_cache_halves_with_every_bit():
         found.append(errors[0].relative()["key"])
     for more, fewer in zip(found[1:], found[:-1], strict=True):
         assert fewer / more == pytest.approx(2, rel=0.25)
+
+
+@torch.no_grad()
+def test_the_error_of_a_cache_in_fp8():
+    """Keys as fp8 rounds them, here element by element: a scale a head of 64 positions, four bits of each number."""
+    model, ids = llama(), torch.randint(2, 300, (3, LENGTH))
+    with quantized_cache(model, "fp8") as errors:
+        model(input_ids=ids)
+    for layer in errors:
+        assert all(0.015 < layer.relative()[name] < 0.04 for name in ("key", "value"))
+    x = torch.randn(2, 3, 100, 8)
+    got = through_fp8(x)
+    for b, h, page in itertools.product(range(2), range(3), (slice(0, 64), slice(64, 100))):
+        largest = float(x[b, h, page].abs().max())
+        scale = 2.0 ** math.ceil(math.log2(largest / 448))
+        assert torch.equal(got[b, h, page], (x[b, h, page] / scale).to(torch.float8_e4m3fn).float() * scale)
+    with (
+        pytest.raises(ValueError, match="kv_cache: expected 2 to 8 bits or fp8, got fp4"),
+        quantized_cache(model, "fp4"),
+    ):
+        pass
 
 
 def test_a_cache_that_nobody_reads():

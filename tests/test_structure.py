@@ -21,7 +21,13 @@ ALLOWED = {
     "softpick.explain": {"softpick.normalizers", "softpick.ops"},
     "softpick.distributed": {"softpick.normalizers", "softpick.ops"},
     "softpick.nn": {"softpick.normalizers", "softpick.functional", "softpick.ops"},
-    "softpick.integrations": {"softpick.normalizers", "softpick.functional", "softpick.nn", "softpick.distributed"},
+    "softpick.integrations": {
+        "softpick.normalizers",
+        "softpick.ops",
+        "softpick.functional",
+        "softpick.nn",
+        "softpick.distributed",
+    },
     "softpick.experiment": {"softpick.integrations"},
     "softpick.analysis": {
         "softpick.normalizers",

@@ -13,7 +13,11 @@ pytest.importorskip("triton")
 from softpick.ops.triton import tuning
 
 KIBIBYTE = 1024
-ROOM = {90: 227 * KIBIBYTE, 86: 99 * KIBIBYTE}  # shared memory a program may have: Hopper, the smallest consumer GPUs
+ROOM = {
+    90: 227 * KIBIBYTE,
+    89: 99 * KIBIBYTE,
+    86: 99 * KIBIBYTE,
+}  # shared memory a program may have: Hopper, consumer GPUs
 # capability, normalizer, head dim, dtype, extra; CI has one of each kind of kernels
 TARGETS = [
     (90, "softpick,64,bfloat16,hopper"),
@@ -28,6 +32,11 @@ TARGETS = [
             (90, "softpick,128,bfloat16,bias"),
             (90, "softmax,64,bfloat16,pages"),
             (90, "softpick,128,bfloat16,pages"),  # with a list of blocks, too
+            (90, "softpick,128,bfloat16,fp8"),
+            *((90, f"{name},128,bfloat16,fp8-hopper") for name in ("softpick", "learned_sink")),
+            (89, "softmax,64,float16,fp8"),
+            (89, "linear_softpick,80,bfloat16,fp8"),
+            (89, "softpick,64,float32,fp8"),
             (90, "softpick,80,float32,none"),
             (86, "softpick,256,bfloat16,none"),
             (86, "softpick,256,float32,none"),

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from fp8_caches import E4M3, LAYOUTS, draw
 from triton_gpu_cases import (
     BF16,
     DEVICE,
@@ -20,7 +21,15 @@ from triton_gpu_cases import (
     sink_for,
 )
 
-from softpick import NORMALIZERS, decode_attention, key_bounds, update_key_bounds
+from softpick import (
+    NORMALIZERS,
+    decode_attention,
+    explain_backend,
+    key_bounds,
+    quantize_fp8,
+    update_key_bounds,
+    use_backend,
+)
 
 pytestmark = pytest.mark.gpu
 
@@ -283,3 +292,147 @@ def test_bounds_in_a_graph():
         want = decode_attention(*exact(q, k, v), cache_seqlens=lengths, backend="reference")
         off = (found.output.double() - want).abs() - found.error[..., None] * want.abs()
         assert float(off.max()) <= 2e-2 * float(want.abs().max())
+
+
+# --------------------------------------------------------------------------------------------------------- caches in fp8
+
+needs_fp8 = pytest.mark.skipif(
+    not torch.cuda.is_available() or torch.cuda.get_device_capability() < (8, 9), reason="GPUs with e4m3"
+)
+
+
+@needs_fp8
+@pytest.mark.parametrize(("shape", "page"), LAYOUTS)
+@pytest.mark.parametrize("name", NAMES)
+def test_decoding_from_fp8(name, shape, page, monkeypatch, poisoned):
+    """Every dtype of queries and way to give scales, with and without values that are not read."""
+    from softpick.ops.triton import launch_decode
+
+    caches, scales, table, exact = draw(3, 2, 960, 128, 64, shape, page)
+    caches, wide = [x.to(DEVICE) for x in caches], [x.to(DEVICE) for x in exact]
+    scales = {key: x.to(DEVICE) for key, x in scales.items()}
+    table = None if table is None else table.to(DEVICE)
+    lengths = torch.tensor([960, 517, 3], device=DEVICE)
+    for dtype in (BF16, FP16, FP32):
+        q, sink = (0.3 * torch.randn(3, 8, 2, 128, device=DEVICE)).to(dtype), sink_for(name, 8)
+        common = {"cache_seqlens": lengths, "normalizer": name, "return_stats": True, "is_causal": True}
+        true = None if sink is None else sink.double()
+        want = decode_attention(q.double(), *wide, sink=true, backend="reference", **common)
+        for skip in (False, True):
+            monkeypatch.setattr(launch_decode, "skips_values", lambda spec, *_, s=skip: s and spec.norm.sparse)
+            got = decode_attention(q, *caches, **scales, block_table=table, sink=sink, backend="triton", **common)
+            assert relative(got.output, want.output) < TOLERANCE[dtype][0]
+            assert relative(got.lse, want.lse) < 1e-3
+
+
+@needs_fp8
+@pytest.mark.parametrize("dtype", [BF16, FP16, FP32])
+def test_every_number_of_fp8_is_read_exactly(dtype):
+    """One key: the output is its value, times the scale. Whether numbers are read in pairs or not (a width that is odd)."""
+    bits = torch.tensor([x for x in range(256) if x & 0x7F != 0x7F], device=DEVICE, dtype=torch.uint8)
+    for width in (128, 127):
+        value = bits[torch.arange(2 * width, device=DEVICE) % 254].view(E4M3).view(2, 1, 1, width)
+        q, key = torch.ones(2, 1, 1, 64, device=DEVICE, dtype=dtype), torch.ones(2, 1, 1, 64, device=DEVICE).to(E4M3)
+        for scale in (1.0, 0.25, 3.0):
+            got = decode_attention(
+                q, key, value, key_scale=torch.ones((), device=DEVICE), value_scale=torch.tensor(scale, device=DEVICE),
+                normalizer="softmax", backend="triton",
+            )  # fmt: skip
+            assert torch.equal(got, (value.float() * scale).to(dtype))
+
+
+FP8 = {
+    "contiguous": {},
+    "lengths": {"lengths": (960, 0, 333)},
+    "pages of 64": {"page": 64, "lengths": (961, 65, 1)},
+    "pages of 128 with one scale": {"page": 128, "shape": "heads"},
+    "keys alone have scales of pages": {"page": 64, "shape": "keys by page"},
+    "window and softcap": {"window": (70, 0), "softcap": 3.0},
+    "huge": {"scale": 30.0},
+    "narrow": {"widths": (112, 80)},
+    "many sequences": {"batch": 40, "lengths": tuple(37 * i % 193 * (i % 3 > 0) for i in range(40))},
+}
+
+
+@for_hopper
+@pytest.mark.parametrize("multiprocessors", [None, 2])
+@pytest.mark.parametrize("how", FP8)
+@pytest.mark.parametrize("name", NAMES)
+def test_decoding_from_fp8_for_hopper(name, how, multiprocessors, monkeypatch, poisoned):
+    """The kernel in Gluon, as the portable one; skipping changes no bit; what lies beyond the lengths may be anything."""
+    from softpick.ops.triton import launch_decode, tuning
+
+    monkeypatch.setattr(tuning, "FEWEST_CACHED", 0)
+    if multiprocessors:
+        monkeypatch.setattr(tuning, "multiprocessors", lambda _: multiprocessors)
+    setting = {"page": 0, "lengths": None, "batch": 3, "widths": (128, 128), "scale": 1.0} | FP8[how]
+    page, batch = setting["page"], setting["batch"]
+    shape = setting.get("shape", "pages" if page else "sequences")
+    caches, scales, table, exact = draw(batch, 2, 1024, *setting["widths"], shape, page)
+    if setting["lengths"] and not page:
+        for x in caches:
+            for b, n in enumerate(setting["lengths"]):
+                x.view(torch.uint8)[b, :, n:] = 0x7F  # NaN
+    caches, wide = [x.to(DEVICE) for x in caches], [x.to(DEVICE) for x in exact]
+    scales = {key: x.to(DEVICE) for key, x in scales.items()}
+    table = None if table is None else table.to(DEVICE)
+    lengths = setting["lengths"] and torch.tensor(setting["lengths"], device=DEVICE)
+    q, sink = (
+        (0.3 * setting["scale"] * torch.randn(batch, 8, 2, setting["widths"][0], device=DEVICE)).to(BF16),
+        sink_for(name, 8),
+    )
+    common = {"cache_seqlens": lengths, "normalizer": name, "return_stats": True, "is_causal": True}
+    common |= {key: setting[key] for key in ("window", "softcap") if key in setting}
+    (kernel,) = explain_backend(
+        q, *caches, **scales, block_table=table, normalizer=name, sink=sink, decode=True
+    ).kernels
+    assert kernel.file == "hopper/decode.py"
+    true = None if sink is None else sink.double()
+    want = decode_attention(q.double(), *wide, sink=true, backend="reference", **common)
+    results = []
+    for skip in (False, True):
+        monkeypatch.setattr(launch_decode, "skips_values", lambda spec, *_, s=skip: s and spec.norm.sparse)
+        results.append(decode_attention(q, *caches, **scales, block_table=table, sink=sink, backend="triton", **common))
+    for got in results:
+        assert torch.equal(got.output, results[0].output)
+        assert relative(got.output, want.output) < 1e-2
+        assert relative(got.lse, want.lse) < 1e-3
+
+
+@needs_fp8
+@pytest.mark.parametrize("name", ["softpick", "softmax"])
+def test_a_long_cache_in_fp8_by_the_kernel_that_is_named(name):
+    """Sizes at which bf16 takes the kernel for Hopper GPUs; a cache rounded as the library rounds it."""
+    q, k, v = (t.detach() for t in inputs((2, 32, 8, 1, 16384, 128, 128), BF16))
+    (k8, ks), (v8, vs) = quantize_fp8(k), quantize_fp8(v)
+    options = {"key_scale": ks, "value_scale": vs, "normalizer": name}
+    (kernel,) = explain_backend(q, k8, v8, **options).kernels
+    hopper = torch.cuda.get_device_capability()[0] == 9
+    assert kernel.file == ("hopper/decode.py" if hopper else "decode.py")
+    if hopper:
+        (other,) = explain_backend(q[..., :64], k8[..., :64], v8[..., :64], **options).kernels
+        assert (other.file, "fp8" in other.refused) == ("decode.py", True)
+    wide = [x.double() * s.double()[..., None, None] for x, s in ((k8, ks), (v8, vs))]
+    want = decode_attention(q.double(), *wide, normalizer=name, backend="reference")
+    for without in ((), "hopper"):
+        with use_backend(without=without):
+            assert relative(decode_attention(q, k8, v8, **options), want) < 1e-2
+
+
+@needs_fp8
+def test_scales_are_looked_at_where_asked(monkeypatch):
+    """With SOFTPICK_DEBUG=1 only: it waits for the GPU. A capture looks at nothing, and replays see new scales."""
+    q, k, v = (t.detach() for t in inputs((1, 8, 2, 1, 512, 128, 128), BF16))
+    (k8, ks), (v8, vs) = quantize_fp8(k), quantize_fp8(v)
+    options = {"key_scale": ks, "value_scale": vs}
+    decode_attention(q, k8, v8, **options)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = decode_attention(q, k8, v8, **options)
+    vs *= 2
+    graph.replay()
+    assert torch.equal(found, decode_attention(q, k8, v8, **options))
+    ks[0, 1] = -1.0
+    monkeypatch.setenv("SOFTPICK_DEBUG", "1")
+    with pytest.raises(ValueError, match=r"key_scale: expected finite numbers >= 0, got -1\.0"):
+        decode_attention(q, k8, v8, **options)

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     )
     from softpick.normalizers import NORMALIZERS, Normalizer, get_normalizer
     from softpick.ops.backends import BACKENDS
+    from softpick.ops.fp8 import quantize_fp8
     from softpick.ops.key_bounds import KeyBounds, key_bounds, update_key_bounds
     from softpick.ops.switch import use_backend
 
@@ -47,6 +48,7 @@ __all__ = [
     "key_bounds",
     "linear_softpick",
     "nn",
+    "quantize_fp8",
     "scaled_dot_product_attention",
     "softpick",
     "update_key_bounds",
@@ -59,6 +61,7 @@ _HOME = {
     "Explanation": "explain",
     "explain_backend": "explain",
     "use_backend": "ops.switch",
+    "quantize_fp8": "ops.fp8",
     "KeyBounds": "ops.key_bounds",
     "key_bounds": "ops.key_bounds",
     "update_key_bounds": "ops.key_bounds",

@@ -83,13 +83,15 @@ def explain_backend(
     block_table: Tensor | None = None,
     key_bounds: KeyBounds | None = None,
     max_error: float = 0.0,
+    key_scale: Tensor | None = None,
+    value_scale: Tensor | None = None,
 ) -> Explanation:
     """Say which backend and kernels a call takes, and why not faster ones, without computing it.
 
     The arguments are those of :func:`softpick.scaled_dot_product_attention`; with ``cu_seqlens_q`` those of
-    :func:`softpick.varlen_attention`; with ``decode=True``, ``cache_seqlens``, ``block_table`` or ``key_bounds``
-    those of :func:`softpick.decode_attention` (``key`` and ``value`` are its caches). They are checked as that function checks
-    them.
+    :func:`softpick.varlen_attention`; with ``decode=True``, ``cache_seqlens``, ``block_table``, ``key_bounds`` or a
+    scale those of :func:`softpick.decode_attention` (``key`` and ``value`` are its caches). They are checked as that function
+    checks them.
     The answer holds for this call in this place: gradients that are recorded, autocast, and ``softpick.use_backend`` count.
 
     Args:
@@ -119,6 +121,8 @@ def explain_backend(
         block_table: likewise.
         key_bounds: likewise.
         max_error: likewise.
+        key_scale: likewise.
+        value_scale: likewise.
 
     Returns:
         A record whose ``str`` is what a person reads.
@@ -127,7 +131,7 @@ def explain_backend(
         TypeError: as the function that the arguments are those of.
         ValueError: likewise, and for arguments of two functions at a time.
     """
-    decode = decode or any(x is not None for x in (cache_seqlens, block_table, key_bounds))
+    decode = decode or any(x is not None for x in (cache_seqlens, block_table, key_bounds, key_scale, value_scale))
     packed = cu_seqlens_q is not None or cu_seqlens_k is not None
     if decode and packed:
         raise ValueError(
@@ -154,7 +158,7 @@ def explain_backend(
     if decode:
         causal = True if is_causal is None else is_causal
         cache: Any = {"cache_seqlens": cache_seqlens, "block_table": block_table, "key_bounds": key_bounds}
-        cache["max_error"] = max_error
+        cache |= {"max_error": max_error, "key_scale": key_scale, "value_scale": value_scale}
         return _of_cache(
             check_cache_call(query, key, value, is_causal=causal, **cache, **options), backend, block_table is not None
         )

@@ -377,6 +377,8 @@ def decode_attention(
     key_cache: Tensor,
     value_cache: Tensor,
     *,
+    key_scale: Tensor | None = ...,
+    value_scale: Tensor | None = ...,
     cache_seqlens: Tensor | None = ...,
     block_table: Tensor | None = ...,
     is_causal: bool | None = ...,
@@ -402,6 +404,8 @@ def decode_attention(
     key_cache: Tensor,
     value_cache: Tensor,
     *,
+    key_scale: Tensor | None = ...,
+    value_scale: Tensor | None = ...,
     cache_seqlens: Tensor | None = ...,
     block_table: Tensor | None = ...,
     is_causal: bool | None = ...,
@@ -426,6 +430,8 @@ def decode_attention(
     key_cache: Tensor,
     value_cache: Tensor,
     *,
+    key_scale: Tensor | None = None,
+    value_scale: Tensor | None = None,
     cache_seqlens: Tensor | None = None,
     block_table: Tensor | None = None,
     is_causal: bool | None = None,
@@ -451,8 +457,13 @@ def decode_attention(
     Args:
         query: ``(B, H, Tq, D)``, fp64, fp32, bf16 or fp16.
         key_cache: ``(B, Hkv, S, D)``; with ``block_table`` pages ``(num_blocks, page_size, Hkv, D)``, FlashAttention's
-            layout. Any strides: slices and transposed views are not copied.
+            layout. Any strides: slices and transposed views are not copied. The query's dtype, or ``torch.float8_e4m3fn``
+            (:func:`softpick.quantize_fp8`).
         value_cache: as ``key_cache``, with ``Dv`` for ``D``.
+        key_scale: only for a cache in fp8, and required there: what a stored key is multiplied with. Shape ``()``, ``(Hkv,)``,
+            ``(B, Hkv)``, or with ``block_table`` ``(num_blocks, Hkv)`` instead, one a page and head. Negative or infinite
+            scales are an error on the CPU, on a GPU if ``SOFTPICK_DEBUG`` is ``1``.
+        value_scale: likewise, of stored values.
         cache_seqlens: ``(B,)`` int32 or int64: how many positions are filled, the new ones included; all if None. Positions
             beyond are never read. On the CPU a length beyond the room in the cache is an error. On a GPU, where a check
             would wait for the GPU, and inside ``torch.compile`` such a length counts as the room.
@@ -504,7 +515,7 @@ def decode_attention(
         query, key_cache, value_cache, cache_seqlens=cache_seqlens, block_table=block_table,
         is_causal=_causal_in_cache(is_causal, query), scale=scale, enable_gqa=enable_gqa, normalizer=normalizer,
         backend=backend, window=window, softcap=softcap, sink=sink, eps=eps, key_bounds=key_bounds, max_error=max_error,
-        return_error=return_error,
+        return_error=return_error, key_scale=key_scale, value_scale=value_scale,
     )  # fmt: skip
     norm, query, key, value = call[:4]
     wanted = wants_reference(query, key, value, call.sink)
@@ -516,10 +527,11 @@ def decode_attention(
     plan = None if call.bounds is None else call.plan(cache_seqlens, block_table, return_stats or return_lse)
     found: tuple[Tensor, ...]
     if chosen == "triton":
-        listed: Any = () if plan is None else plan.listed
+        listed: Any = (None, None, None, 0) if plan is None else plan.listed
+        scales: Any = call.scales or ()
         found = decode(
             query, key, value, None, call.sink, cache_seqlens, block_table, norm.text, call.scale, call.eps, call.left,
-            call.right, True, call.softcap or 0.0, operator_name(backend, chosen), *listed,
+            call.right, True, call.softcap or 0.0, operator_name(backend, chosen), *listed, *scales,
         )  # fmt: skip
     else:
         options: Any = {
@@ -530,7 +542,10 @@ def decode_attention(
             "sink": call.sink,
         }
         where: Any = (query, key, value, cache_seqlens, block_table, call.room, call.left, call.right)
-        found = cache_reference(*where, **options) if plan is None else skipping_reference(plan, *where, **options)
+        if plan is None:
+            found = cache_reference(*where, **options | {"scales": call.scales})
+        else:
+            found = skipping_reference(plan, *where, **options)
     if return_lse:
         return found[0], found[1]
     if not (return_stats or return_error):

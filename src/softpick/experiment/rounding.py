@@ -196,15 +196,16 @@ def _largest_inputs(model: nn.Module, layers: Mapping[str, Any], calibration: Se
 
 
 @contextmanager
-def quantized_cache(model: nn.Module, bits: int) -> Iterator[list[Errors]]:
+def quantized_cache(model: nn.Module, bits: int | str) -> Iterator[list[Errors]]:
     """Within the block attention sees keys and values as rounded by a cache of few bits.
 
     Each head of each token has a scale and an offset of its own (asymmetric, from its smallest to its largest entry), keys
-    after rotary embedding, as transformers' quantized caches keep them; no recent tokens are spared.
+    after rotary embedding, as transformers' quantized caches keep them; no recent tokens are spared. ``"fp8"``: as
+    ``Fp8Cache`` rounds them, pages of 64 tokens with a scale for each head.
 
     Args:
         model: of transformers, whose attention goes through ``AttentionInterface``.
-        bits: of an entry, 2 to 8.
+        bits: of an entry, 2 to 8, or ``"fp8"``.
 
     Yields:
         The errors seen so far, a layer, under ``key``, ``value`` and ``output``. That of an attention output is of the layer
@@ -214,14 +215,17 @@ def quantized_cache(model: nn.Module, bits: int) -> Iterator[list[Errors]]:
         ValueError: other bits.
     """
     from softpick.integrations.transformers import intercept_attention
+    from softpick.integrations.transformers_fp8 import through_fp8
 
-    if not 2 <= bits <= 8:
-        raise ValueError(f"kv_cache: expected 2 to 8 bits, got {bits}")
-    steps = (1 << bits) - 1
+    if bits != "fp8" and (isinstance(bits, str) or not 2 <= bits <= 8):
+        raise ValueError(f"kv_cache: expected 2 to 8 bits or fp8, got {bits}")
     errors: list[Errors] = []
     of_layer: dict[int, Errors] = {}
 
     def rounded(x: Tensor) -> Tensor:
+        if isinstance(bits, str):
+            return through_fp8(x)
+        steps = (1 << bits) - 1
         low, high = x.float().aminmax(dim=-1, keepdim=True)
         scale = ((high - low) / steps).clamp(min=torch.finfo(torch.float32).tiny)
         return (((x.float() - low) / scale).round() * scale + low).to(x.dtype)

@@ -49,6 +49,7 @@ from softpick.integrations.softpick_llama import (
     SoftpickLlamaModel,
     SoftpickLlamaPreTrainedModel,
 )
+from softpick.integrations.transformers_fp8 import Fp8Cache, attend_fp8, dequantized, in_fp8
 from softpick.integrations.transformers_layers import (
     KIND_OF_MASKS,
     WITH_WINDOWS,
@@ -70,6 +71,7 @@ from softpick.integrations.transformers_serving import attend_paged, install, is
 
 __all__ = [
     "IMPLEMENTATIONS",
+    "Fp8Cache",
     "SoftpickLlamaConfig",
     "SoftpickLlamaForCausalLM",
     "SoftpickLlamaForSequenceClassification",
@@ -179,6 +181,11 @@ def attention_forward(
         options |= {"cu_seq_lens_q": cu_seq_lens_q, "cu_seq_lens_k": cu_seq_lens_k, "max_length_q": max_length_q}
         options |= {"sliding_window": sliding_window, "output_gate": output_gate}
         return attend_paged(module, query, key, value, kwargs, **options), None
+    if in_fp8(key):  # of one query, by Fp8Cache
+        if attention_mask is None and position_bias is None and not output_attentions and not dropout:
+            out = attend_fp8(query, key, **options)
+            return (out if output_gate is None else out * torch.sigmoid(output_gate)), None
+        key, value = dequantized(key, query.dtype)
     assert not isinstance(cu_seq_lens_k, dict), "offsets by type of layer come from continuous batching"
     batch, _, tq, _ = query.shape
     packed = cu_seq_lens_q is not None or cu_seq_lens_k is not None

@@ -235,21 +235,32 @@ def check_sink(sink: Tensor | None, norm: Normalizer, heads: int, query: Tensor)
         raise ValueError(f"sink: expected the query's device {query.device}, got {sink.device}")
 
 
+_DTYPES_OF_CACHES = (
+    "a floating-point tensor (fp64, fp32, bf16, fp16, or in fp8 torch.float8_e4m3fn with a scale)",
+    "a floating-point tensor (fp64, fp32, bf16, fp16; queries are read once, so fp8 would save nothing: multiply them with "
+    "their scale)",
+)
+
+
 def check_cache(query: Tensor, key: Tensor, value: Tensor, table: Tensor | None) -> int:
     """Check the cache's shapes; returns how many positions of a sequence it has room for."""
     layout = "(B, Hkv, S, D)" if table is None else "pages (num_blocks, page_size, Hkv, D)"
     for name, x in (("query", query), ("key_cache", key), ("value_cache", value)):
         if not isinstance(x, Tensor):
             raise TypeError(f"{name}: expected a tensor, got {type(x).__name__}")
-        if x.dtype not in FLOATS:
-            raise TypeError(f"{name}: expected a floating-point tensor (fp64, fp32, bf16, fp16), got {x.dtype}")
+        if x.dtype not in FLOATS and (name == "query" or x.dtype != torch.float8_e4m3fn):
+            raise TypeError(f"{name}: expected {_DTYPES_OF_CACHES[name == 'query']}, got {x.dtype}")
         if x.dim() != 4:
             expected = "(B, H, Tq, D)" if name == "query" else layout
             raise ValueError(f"{name}: expected {expected}, got {x.dim()} dimensions {tuple(x.shape)}")
         if x.device != query.device:
             raise ValueError(f"{name}: expected the query's device {query.device}, got {x.device}")
-        if x.dtype != query.dtype and not autocasts(query):
-            raise TypeError(f"{name}: expected the query's dtype {query.dtype}, got {x.dtype}")
+        if x.dtype not in (query.dtype, torch.float8_e4m3fn) and not autocasts(query):
+            raise TypeError(f"{name}: expected the query's dtype {query.dtype} or torch.float8_e4m3fn, got {x.dtype}")
+    if (key.dtype == torch.float8_e4m3fn) != (value.dtype == torch.float8_e4m3fn):
+        raise TypeError(
+            f"value_cache: expected key and value cache both in fp8 or neither, got {key.dtype}, {value.dtype}"
+        )
     if key.shape[-1] != query.shape[-1]:
         raise ValueError(
             f"key_cache: expected the query's head dimension {query.shape[-1]} (last), got {key.shape[-1]}"

@@ -60,6 +60,13 @@ def triton_refuses(q: Tensor, v: Tensor, norm: Normalizer, rows: int = 0) -> str
     for name, x in (("query", q), ("value", v)):
         if not 1 <= x.shape[-1] <= TRITON_WIDEST:
             return f"{name}: expected a head dimension from 1 to {TRITON_WIDEST} for the 'triton' backend, got {x.shape[-1]}"
+    if v.dtype == torch.float8_e4m3fn and q.is_cuda and not torch.compiler.is_compiling() and not torch.version.hip:
+        capability = torch.cuda.get_device_capability(q.device)
+        if capability < (8, 9):
+            return (
+                "value_cache: torch.float8_e4m3fn needs a GPU of compute capability 8.9 (Ada) or newer for the 'triton' "
+                f"backend, got {capability[0]}.{capability[1]}; keep the cache in bf16 or fp16"
+            )
     if rows > DECODE_ROWS:
         return (
             f"query: expected at most {DECODE_ROWS} rows (queries times query heads of a key head) for decoding with the "

@@ -26,6 +26,7 @@ from softpick.ops.arguments import (
     window_bounds,
 )
 from softpick.ops.backends import Backend, check_backend, few_queries, find_backend, plain_softmax, takes_sdpa
+from softpick.ops.fp8 import Scales, check_scales
 from softpick.ops.key_bounds import KeyBounds, check_bounds
 from softpick.ops.skipping import Plan, check_rectified, plan_blocks
 from softpick.ops.transforms import wants_reference
@@ -181,6 +182,8 @@ class CacheCall(NamedTuple):
     eps: float
     bounds: KeyBounds | None
     max_error: float
+    scales: Scales | None
+    """Of a cache in fp8."""
 
     def plan(self, lengths: Tensor | None, table: Tensor | None, lse_wanted: bool) -> Plan:
         """Which blocks of keys are read, by their bounds."""
@@ -216,6 +219,8 @@ def check_cache_call(
     key_bounds: KeyBounds | None = None,
     max_error: float = 0.0,
     return_error: bool = False,
+    key_scale: Tensor | None = None,
+    value_scale: Tensor | None = None,
 ) -> CacheCall:
     """The record of a call of ``decode_attention``; pages are not looked at.
 
@@ -229,7 +234,11 @@ def check_cache_call(
     numbers.flags(is_causal=is_causal, enable_gqa=enable_gqa)
     room = check_cache(query, key_cache, value_cache, block_table)
     check_heads(query, key_cache.shape[1 if block_table is None else 2], enable_gqa)
-    query, key_cache, value_cache = to_autocast_dtype((query, key_cache, value_cache))
+    scales = check_scales(key_cache, value_cache, key_scale, value_scale, query.shape[0], block_table is not None)
+    if scales is None:
+        query, key_cache, value_cache = to_autocast_dtype((query, key_cache, value_cache))
+    else:
+        query, _, _ = to_autocast_dtype((query, query, query))
     if cache_seqlens is not None:
         check_lengths(cache_seqlens, query, room)
     left, right = window_bounds(window, is_causal)
@@ -253,6 +262,12 @@ def check_cache_call(
                     "makes them)"
                 )
     else:
+        if scales is not None:
+            raise ValueError(
+                "key_bounds: a cache in torch.float8_e4m3fn has none; expected None, or a cache in bf16 or fp16"
+            )
         check_rectified(norm)
         check_bounds(key_bounds, key, block_table)
-    return CacheCall(norm, query, key, value, sink, room, left, right, scale, softcap, eps, key_bounds, max_error)
+    return CacheCall(
+        norm, query, key, value, sink, room, left, right, scale, softcap, eps, key_bounds, max_error, scales
+    )

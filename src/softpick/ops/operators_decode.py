@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from softpick.ops.calling import dense, empty_heads_last, on_device_of, plain, transformed
+from softpick.ops.fp8 import Scales
 from softpick.ops.kernel_errors import KernelError, fall_back, importing_kernels
 from softpick.ops.operators import attention, call_spec
 from softpick.ops.reference_layouts import cache_reference
@@ -35,6 +36,9 @@ def _decode(
     counts: Tensor | None = None,
     rest: Tensor | None = None,
     block_size: int = 0,
+    key_scale: Tensor | None = None,
+    value_scale: Tensor | None = None,
+    scaled_pages: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Output ``(B, H, Tq, Dv)`` and lse ``(B, H, Tq)`` of few queries, by Triton.
 
@@ -42,10 +46,14 @@ def _decode(
     pages. ``lengths`` ``(B,)`` says how many positions are filled.
     ``backend`` is that of ``attention_forward``. With ``block_size``, the first ``counts (B, Hkv)`` of ``blocks (B, Hkv, n)``
     are the blocks of keys that are read, and ``rest (B, H, Tq)`` is what the others add to the denominator.
+    ``key_scale`` and ``value_scale`` are those of a cache in fp8: ``(B, Hkv)``, with ``scaled_pages`` ``(num_blocks, Hkv)``.
     """
     out, lse = _empty_decoded(query, value)
     if block_table is not None and block_table.stride(-1) != 1:
         block_table = block_table.contiguous()
+    scales = None
+    if key_scale is not None and value_scale is not None:
+        scales = Scales(key_scale, value_scale, scaled_pages)
     spec = call_spec(normalizer, scale, eps, left, right, bottom_right, softcap, 0.0, backend)
     try:
         with importing_kernels():
@@ -58,13 +66,13 @@ def _decode(
             listed = launch_decode.Listed(blocks.contiguous(), counts.contiguous(), rest.contiguous(), block_size)
         with on_device_of(query):
             launch_decode.decode(
-                spec, query, key, value, mask, dense(sink), dense(lengths), block_table, out, lse, listed
+                spec, query, key, value, mask, dense(sink), dense(lengths), block_table, out, lse, listed, scales
             )
         return out, lse
     except KernelError as failure:
         if spec.backend == "triton":
             raise
-        if lengths is None and block_table is None and not block_size:
+        if lengths is None and block_table is None and not block_size and scales is None:
             fall_back(failure, "the kernels for long queries compute it instead")
             found = attention(
                 query, key, value, backend=backend, normalizer=normalizer, scale=scale, eps=eps, mask=mask, sink=sink,
@@ -74,7 +82,7 @@ def _decode(
             fall_back(failure, "the reference computes it instead, slowly (backend='auto')")
             room = key.shape[2] if block_table is None else block_table.shape[1] * key.shape[2]
             found = cache_reference(
-                query, key, value, lengths, block_table, room, left, right, normalizer=spec.norm, scale=scale,
+                query, key, value, lengths, block_table, room, left, right, scales, normalizer=spec.norm, scale=scale,
                 eps=eps, softcap=softcap or None, sink=sink,
             )  # fmt: skip
     return out.copy_(found[0]), lse.copy_(found[1])

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from softpick.normalizers import Normalizer
 from softpick.ops.arguments import keep_and_bias, no_autocast, packed_keep, readable, spans, used_blocks
+from softpick.ops.fp8 import Scales
 from softpick.ops.reference import attention_reference, normalize
 from softpick.ops.skipping import Plan
 
@@ -65,6 +66,7 @@ def cache_reference(
     room: int,
     left: int,
     right: int,
+    scales: Scales | None = None,
     **options: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Attention of the last queries of partly filled sequences, over a copy of the cache.
@@ -78,6 +80,7 @@ def cache_reference(
         room: positions of a sequence.
         left: keys before a query's own position, -1 for all.
         right: keys after it, -1 for all.
+        scales: of a cache in fp8, of which no more than the copy is ever in another dtype.
         options: of :func:`softpick.ops.reference.attention_reference`.
 
     Returns:
@@ -89,12 +92,16 @@ def cache_reference(
     if lengths is not None:
         filled = lengths.clamp(max=room)[:, None, None, None]
     there = j < filled  # (B or 1, 1, 1, room)
+    pages = None
     if block_table is not None:
         used = used_blocks(lengths, block_table, key.shape[2], query.shape[2], left)
         valid = used & (block_table >= 0) & (block_table < key.shape[0])
         pages = block_table.masked_fill(~valid, 0).long()
         there = there & valid.repeat_interleave(key.shape[2], 1)[:, None, None]
         key, value = (x[pages].transpose(1, 2).flatten(2, 3) for x in (key, value))
+    if scales is not None:
+        work = torch.float64 if query.dtype == torch.float64 else torch.float32
+        key, value = (scales.widened(x, s, work, pages) for x, s in ((key, scales.key), (value, scales.value)))
     if lengths is not None or block_table is not None:
         # what was never written may be NaN, and 0 * NaN is NaN
         key, value = (x.masked_fill(~there.transpose(2, 3), 0.0) for x in (key, value))

@@ -65,7 +65,9 @@ class Cell:
         if self.kind == "activations":
             name, _, granularity = self.method.partition("-")
             return f"W+A {name}, one scale per {granularity}"
-        return f"KV cache int{self.bits}" if self.kind == "kv_cache" else "unquantized"
+        if self.kind == "kv_cache":
+            return f"KV cache {'fp' if self.method == 'e4m3' else 'int'}{self.bits}"
+        return "unquantized"
 
 
 def cells(settings: QuantizeSettings) -> list[Cell]:
@@ -74,7 +76,9 @@ def cells(settings: QuantizeSettings) -> list[Cell]:
     for name in settings.methods:
         found += [Cell("weights", name, bits) for bits in settings.bits_of(name)]
     found += [Cell("activations", name, int("".join(filter(str.isdigit, name)))) for name in settings.activations]
-    return found + [Cell("kv_cache", "minmax", bits) for bits in sorted(settings.kv_cache)]
+    integers = sorted(bits for bits in settings.kv_cache if isinstance(bits, int))
+    found += [Cell("kv_cache", "minmax", bits) for bits in integers]
+    return found + [Cell("kv_cache", "e4m3", 8)] * ("fp8" in settings.kv_cache)
 
 
 def quantize(
@@ -336,7 +340,7 @@ class _Run:
             with quantized_activations(subject.model, name, granularity, batches) as activations:
                 yield subject, {"activation_errors": activations.relative}
         elif cell.kind == "kv_cache":
-            with quantized_cache(subject.model, cell.bits) as cache:
+            with quantized_cache(subject.model, "fp8" if cell.method == "e4m3" else cell.bits) as cache:
                 yield subject, {"cache_errors": lambda: [layer.relative() for layer in cache]}
         else:
             yield subject, {}

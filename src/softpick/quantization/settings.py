@@ -64,8 +64,8 @@ class QuantizeSettings:
         metavar="NAMES",
         words={"none": ()},
     )
-    kv_cache: tuple[int, ...] = setting(
-        (8, 4), "Simulated keys and values, comma-separated; or none.", metavar="BITS", words={"none": ()}
+    kv_cache: tuple[int | str, ...] = setting(
+        (8, 4), "Simulated keys and values, comma-separated: bits, or fp8; or none.", metavar="BITS", words={"none": ()}
     )
     group_size: int | None = setting(
         None,
@@ -141,8 +141,8 @@ class QuantizeSettings:
                     f"int8-tensor; got {choice!r}"
                 )
         for bits in self.kv_cache:
-            if not 2 <= bits <= 8:
-                raise EvaluationError(f"kv_cache: expected 2 to 8 bits, got {bits}")
+            if bits != "fp8" and (isinstance(bits, str) or not 2 <= bits <= 8):
+                raise EvaluationError(f"kv_cache: expected 2 to 8 bits or fp8, got {bits}")
         for name in ("methods", "bits", "activations", "kv_cache", "models"):
             values = getattr(self, name) or ()
             if len(set(values)) < len(values):

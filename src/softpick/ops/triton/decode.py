@@ -4,6 +4,9 @@ The queries of a group of heads that share a key head are rows of one tile, so e
 contiguous or paged (``block_table``). A page that the cache does not have is not read, and its keys count as masked. With
 SKIP the values of a key for which no query of the tile keeps its score are not read. With LISTED, which is the size of the
 blocks, programs take blocks of keys from a list and read no others (``ops/skipping.py``).
+
+A cache in fp8 (SCALED) is converted to the query's dtype in registers. The scale of keys multiplies the scores; that of values
+the weights of a page, or the result where all pages have the same.
 """
 
 from __future__ import annotations
@@ -38,7 +41,15 @@ from softpick.ops.triton.device import (
     narrow,
 )
 
-__all__ = ["count_tiles", "decode_merge", "decode_split", "keys_of_sequence", "sequence_at", "share_of"]
+__all__ = [
+    "bf16_of_pairs",
+    "count_tiles",
+    "decode_merge",
+    "decode_split",
+    "keys_of_sequence",
+    "sequence_at",
+    "share_of",
+]
 
 
 @triton.jit
@@ -71,19 +82,116 @@ def _load_wanted(base, j, n, d, wanted, stride_block, stride_t, stride_d, table,
 
 
 @triton.jit
+def bf16_of_pairs(x):
+    """Two numbers in e4m3, kept as one of 16 bits, in bf16: the first ones and the second ones.
+
+    Bits are moved to where bf16 has sign, exponent and fraction; a product makes up for its larger bias. NaN becomes 480.
+    """
+    return tl.inline_asm_elementwise(
+        """{
+        .reg .b32 a, b, c, d;
+        shl.b32 a, $2, 8;
+        shl.b32 b, $2, 4;
+        shr.b32 c, $2, 4;
+        and.b32 b, b, 0x07f007f0;
+        and.b32 c, c, 0x07f007f0;
+        lop3.b32 a, a, 0x80008000, b, 0xea;
+        lop3.b32 c, $2, 0x80008000, c, 0xea;
+        mov.b32 b, 0x7b807b80;
+        mov.b32 d, 0x80008000;
+        fma.rn.bf16x2 $0, a, b, d;
+        fma.rn.bf16x2 $1, c, b, d;
+        }""",
+        "=r,=r,r",
+        [x],
+        dtype=(tl.bfloat16, tl.bfloat16),
+        is_pure=True,
+        pack=2,
+    )
+
+
+@triton.jit
+def _fp16_of_pairs(x):
+    """As :func:`bf16_of_pairs`."""
+    return tl.inline_asm_elementwise(
+        """{
+        .reg .b32 a, b, c;
+        shl.b32 a, $2, 8;
+        shl.b32 b, $2, 7;
+        shr.b32 c, $2, 1;
+        and.b32 b, b, 0x3f803f80;
+        and.b32 c, c, 0x3f803f80;
+        lop3.b32 a, a, 0x80008000, b, 0xea;
+        lop3.b32 c, $2, 0x80008000, c, 0xea;
+        mov.b32 b, 0x5c005c00;
+        mul.f16x2 $0, a, b;
+        mul.f16x2 $1, c, b;
+        }""",
+        "=r,=r,r",
+        [x],
+        dtype=(tl.float16, tl.float16),
+        is_pure=True,
+        pack=2,
+    )
+
+
+@triton.jit
+def _halves(x, like, PAIRS: tl.constexpr):
+    """A tile in the dtype of ``like``: itself, twice; of PAIRS the first and the second numbers."""
+    if not PAIRS:
+        x = x.to(like.dtype)
+        return x, x
+    elif like.dtype == tl.bfloat16:
+        return bf16_of_pairs(x)
+    else:
+        return _fp16_of_pairs(x)
+
+
+@triton.jit
+def _rescaled(acc, odd, factor, PAIRS: tl.constexpr):
+    acc *= factor[:, None]
+    if PAIRS:
+        odd *= factor[:, None]
+    return acc, odd
+
+
+@triton.jit
+def _add_values(
+    acc, odd, p, v, like, RELU: tl.constexpr, RELU_ASM: tl.constexpr, SPLIT: tl.constexpr, PAIRS: tl.constexpr,
+    WIDE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Add ``p v``, by :func:`add_product` where ``p`` is not rounded yet (fp32, ``like`` not)."""
+    v, odd_v = _halves(v, like, PAIRS)
+    if WIDE:
+        v, odd_v = v.to(tl.float32), odd_v.to(tl.float32)
+    acc = add_product(acc, p, v, RELU, RELU_ASM, SPLIT, PRECISION)
+    if PAIRS:
+        odd = add_product(odd, p, odd_v, RELU, RELU_ASM, SPLIT, PRECISION)
+    return acc, odd
+
+
+@triton.jit
 def _sweep(
-    acc, total, m, q, key, value, mask, table, blocks, pages, i2, lo, hi, tq, tk, width, v_width, offset, left, right, unit,
-    softcap, k_b, k_t, k_d, v_b, v_t, v_d, m_q, m_k,
+    acc, odd, total, m, q, odd_q, key, value, mask, table, blocks, scales,
+    pages, i2, lo, hi, tq, tk, width, v_width, offset, left, right,
+    unit, softcap, k_b, k_t, k_d, v_b, v_t, v_d, m_q, m_k,
     BASE: tl.constexpr, RECTIFY: tl.constexpr, ABSOLUTE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr, PAD_D: tl.constexpr, PAD_DV: tl.constexpr, MASK: tl.constexpr, MASK_ROWS: tl.constexpr,
     LEFT: tl.constexpr, RIGHT: tl.constexpr, SOFTCAP: tl.constexpr, PAGE: tl.constexpr, EDGE: tl.constexpr,
-    EXACT: tl.constexpr, SKIP: tl.constexpr, LISTED: tl.constexpr, RELU_ASM: tl.constexpr, PRECISION: tl.constexpr,
-    SPLIT: tl.constexpr,
+    EXACT: tl.constexpr, SKIP: tl.constexpr, LISTED: tl.constexpr, SCALED: tl.constexpr, PAIRS: tl.constexpr,
+    RELU_ASM: tl.constexpr, PRECISION: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
-    d, dv, n = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV), tl.arange(0, BLOCK_N)
+    D: tl.constexpr = BLOCK_D // 2 if PAIRS else BLOCK_D
+    DV: tl.constexpr = BLOCK_DV // 2 if PAIRS else BLOCK_DV
+    d, dv, n = tl.arange(0, D), tl.arange(0, DV), tl.arange(0, BLOCK_N)
+    WIDE: tl.constexpr = (
+        SCALED == 2 and q.dtype == tl.float16
+    )  # weights times the scale of a page leave the range of fp16
+    OF_VALUES: tl.constexpr = "tf32" if WIDE else PRECISION
+    key_scale, value_scale, ks_b, vs_b = scales
     if SKIP:  # which values are wanted is known late: their product waits until the next tile's scores are there
-        waiting = tl.zeros([q.shape[0], BLOCK_N], q.dtype)
-        v = tl.zeros([BLOCK_N, BLOCK_DV], q.dtype)
+        waiting = tl.zeros([q.shape[0], BLOCK_N], tl.float32 if WIDE else q.dtype)
+        v = tl.zeros([BLOCK_N, DV], tl.float32).to(value.dtype.element_ty)
     for at in tl.range(lo, hi, BLOCK_N):
         j = at
         if LISTED != 0:
@@ -91,7 +199,14 @@ def _sweep(
         k = _load_keys(key, j, n, d, tk, k_b, k_t, k_d, table, pages, PAGE, width, EDGE, PAD_D)
         if not SKIP:
             v = _load_keys(value, j, n, dv, tk, v_b, v_t, v_d, table, pages, PAGE, v_width, EDGE, PAD_DV)
+        k, odd_k = _halves(k, q, PAIRS)
         s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+        if PAIRS:
+            s = tl.dot(odd_q, tl.trans(odd_k), s, input_precision=PRECISION)
+        if SCALED == 2:
+            page, there = _pages_of(j + n, j + n < tk, table, pages, PAGE)
+            s *= tl.load(key_scale + page * ks_b, mask=there, other=0.0)[None, :]
+            of_values = tl.load(value_scale + page * vs_b, mask=there, other=0.0)
         s, keep, _ = finish_scores(
             s, i2, (j + n)[None, :], mask, m_q, m_k, tq, tk, offset, left, right, unit, softcap,
             BASE, MASK, MASK_ROWS, LEFT, RIGHT, SOFTCAP, EDGE,
@@ -104,14 +219,14 @@ def _sweep(
         if EDGE or MASK != 0 or (PAGE != 0 and not zero_at_zero(BASE)):
             s = tl.where(keep, s, 0.0 if zero_at_zero(BASE) else -INF)
         if SKIP:
-            acc = tl.dot(waiting, v, acc, input_precision=PRECISION)
+            acc, odd = _add_values(acc, odd, waiting, v, q, False, False, False, PAIRS, WIDE, OF_VALUES)
             v = _load_wanted(value, j, n, dv, any_kept(s, RECTIFY), v_b, v_t, v_d, table, pages, PAGE, v_width)
         if exponential(BASE):
             high = tl.maximum(m, tl.max(s, 1))
             fresh = tl.where(high == -INF, 0.0, high)
             factor = tl.exp2(m - fresh)
             total *= factor
-            acc *= factor[:, None]
+            acc, odd = _rescaled(acc, odd, factor, PAIRS)
             m = high
             p = numerators(s, fresh[:, None], BASE, True, EXACT)
         else:
@@ -123,35 +238,41 @@ def _sweep(
             p = kept_scores(p, s, RECTIFY)
             total += tl.sum(p, 1)
             RELU: tl.constexpr = False
-        if k.dtype == tl.float16:
+        if SCALED == 2:
+            p *= of_values[None, :]
+        if q.dtype == tl.float16:
             if not exponential(BASE):  # as in forward.py
                 high = tl.maximum(m, tl.max(tl.abs(p), 1))
-                acc *= (m / high)[:, None]
+                acc, odd = _rescaled(acc, odd, m / high, PAIRS)
                 p /= high[:, None]
                 m = high
             p *= FP16_SCALE
         if SKIP:
-            waiting = narrow(p, v, RELU, RELU_ASM and RELU)
+            waiting = narrow(p, waiting, RELU, RELU_ASM and RELU)
         else:
-            acc = add_product(acc, p, v, RELU, RELU_ASM, SPLIT, PRECISION)
+            acc, odd = _add_values(acc, odd, p, v, q, RELU, RELU_ASM, SPLIT, PAIRS, WIDE, OF_VALUES)
     if SKIP:
-        acc = tl.dot(waiting, v, acc, input_precision=PRECISION)
-    return acc, total, m
+        acc, odd = _add_values(acc, odd, waiting, v, q, False, False, False, PAIRS, WIDE, OF_VALUES)
+    return acc, odd, total, m
 
 
-@triton.jit(do_not_specialize=["kv_heads", "tq", "tk", "left", "right", "chunk", "t_b", "pages"])
+@triton.jit(do_not_specialize=["kv_heads", "tq", "tk", "left", "right", "chunk", "t_b", "ks_b", "vs_b", "pages"])
 def decode_split(
     query, key, value, partial_out, partial_total, partial_m, mask, lengths, table, blocks, counts,
-    q_b, q_h, q_t, q_d, k_b, k_h, k_t, k_d, v_b, v_h, v_t, v_d, m_b, m_h, m_q, m_k, t_b,
+    key_scale, value_scale,
+    q_b, q_h, q_t, q_d, k_b, k_h, k_t, k_d, v_b, v_h, v_t, v_d, m_b, m_h, m_q, m_k, t_b, ks_b, ks_h, vs_b, vs_h,
     kv_heads, groups, tq, tk, width, v_width, left, right, unit, softcap, chunk, pages,
     BASE: tl.constexpr, RECTIFY: tl.constexpr, ABSOLUTE: tl.constexpr, CONSTANT: tl.constexpr,
     NEGATIVE_GRADIENT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr, PAD_D: tl.constexpr, PAD_DV: tl.constexpr, MASK: tl.constexpr, MASK_ROWS: tl.constexpr,
     LEFT: tl.constexpr, RIGHT: tl.constexpr, BOTTOM_RIGHT: tl.constexpr, SOFTCAP: tl.constexpr, PAGE: tl.constexpr,
-    LENGTHS: tl.constexpr, EXACT: tl.constexpr, SKIP: tl.constexpr, LISTED: tl.constexpr, RELU_ASM: tl.constexpr,
-    PRECISION: tl.constexpr, EARLY: tl.constexpr,
+    LENGTHS: tl.constexpr, EXACT: tl.constexpr, SKIP: tl.constexpr, LISTED: tl.constexpr, SCALED: tl.constexpr,
+    PAIRS: tl.constexpr, RELU_ASM: tl.constexpr, PRECISION: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """Keys ``[split * chunk, (split + 1) * chunk)`` of one sequence and key head. Grid: (splits, Hkv, B).
+
+    SCALED: the cache is in fp8, with scales ``(B, Hkv)``, or (2) ``(pages, Hkv)``. PAIRS: two of its numbers come as one of 16
+    bits, of which ``key``, ``value``, their strides and ``v_width`` are; there are no loads of single bytes then.
 
     LISTED: an even share of the ``counts (B, Hkv)`` blocks of a list ``(B, Hkv, chunk)``.
 
@@ -161,7 +282,7 @@ def decode_split(
     if EARLY:
         gdc_launch_dependents()
     split, kv, b = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
-    r, d, dv = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
+    r, dv = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_DV)
     if LENGTHS:
         tk = tl.minimum(tk, tl.load(lengths + b).to(tl.int32))
     offset = 0
@@ -169,11 +290,17 @@ def decode_split(
         offset = tk - tq
     rows = r < groups * tq
     head, i = kv * groups + tl.minimum(r // tq, groups - 1), r % tq  # rows beyond the last repeat a head
-    q = tl.load(
-        query + b * q_b + (head * q_h + i * q_t)[:, None] + d[None, :] * q_d,
-        mask=rows[:, None] & (d[None, :] < width),
-        other=0.0,
-    )
+    D: tl.constexpr = BLOCK_D // 2 if PAIRS else BLOCK_D
+    d = tl.arange(0, D)
+    at = query + b * q_b + (head * q_h + i * q_t)[:, None]
+    if PAIRS:
+        inside = rows[:, None] & (2 * d[None, :] < width)
+        q = tl.load(at + 2 * d[None, :] * q_d, mask=inside, other=0.0)
+        odd_q = tl.load(at + (2 * d[None, :] + 1) * q_d, mask=inside, other=0.0)
+        width //= 2
+    else:
+        q = tl.load(at + d[None, :] * q_d, mask=rows[:, None] & (d[None, :] < width), other=0.0)
+        odd_q = q
     table_of = table
     if PAGE == 0:
         key += b * k_b
@@ -184,6 +311,12 @@ def decode_split(
     value += kv * v_h
     if MASK != 0:
         mask += b * m_b + (head * m_h)[:, None]
+    if SCALED != 0:
+        key_scale += kv * ks_h
+        value_scale += kv * vs_h
+    scales = (key_scale, value_scale, ks_b, vs_b)
+    if SCALED == 1:
+        unit *= tl.load(key_scale + b * ks_b)
     lo, full_lo, full_hi, hi = keys_of_queries(0, tq, tk, offset, left, right, BLOCK_N, LEFT, RIGHT)
     blocks_of = blocks
     if LISTED != 0:
@@ -197,7 +330,8 @@ def decode_split(
     hi = tl.maximum(lo, hi)
     full_lo = tl.minimum(tl.maximum(full_lo, lo), hi)
     full_hi = tl.maximum(tl.minimum(full_hi, hi), full_lo)
-    acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
+    acc = tl.zeros([BLOCK_M, BLOCK_DV // 2 if PAIRS else BLOCK_DV], tl.float32)
+    odd = acc
     total = tl.zeros([BLOCK_M], tl.float32)
     ANCHORED: tl.constexpr = BASE != EXP or RECTIFY != NONE or CONSTANT == ONE
     m = tl.zeros([BLOCK_M], tl.float32) + (0.0 if ANCHORED else -INF)
@@ -207,43 +341,52 @@ def decode_split(
     if MASK == 0 and q.dtype != tl.float32:
         few = few_seen(0, tq, tk, offset, left, right, LEFT, RIGHT)
     if few:
-        acc, total, m = _sweep(
-            acc, total, m, q, key, value, mask, table_of, blocks_of, pages, i[:, None], lo, hi, tq, tk, width, v_width, offset,
-            left, right, unit, softcap, k_b, k_t, k_d, v_b, v_t, v_d, m_q, m_k,
+        acc, odd, total, m = _sweep(
+            acc, odd, total, m, q, odd_q, key, value, mask, table_of, blocks_of, scales,
+            pages, i[:, None], lo, hi, tq, tk, width, v_width,
+            offset, left, right, unit, softcap, k_b, k_t, k_d, v_b, v_t, v_d, m_q, m_k,
             BASE, RECTIFY, ABSOLUTE, BLOCK_N, BLOCK_D, BLOCK_DV, PAD_D, PAD_DV, MASK, MASK_ROWS, LEFT, RIGHT, SOFTCAP,
-            PAGE, True, True, False, LISTED, RELU_ASM, PRECISION, True,
+            PAGE, True, True, False, LISTED, SCALED, PAIRS, RELU_ASM, PRECISION, True,
         )  # fmt: skip
     elif LISTED != 0:
-        acc, total, m = _sweep(
-            acc, total, m, q, key, value, mask, table_of, blocks_of, pages, i[:, None], lo, hi, tq, tk, width, v_width, offset,
-            left, right, unit, softcap, k_b, k_t, k_d, v_b, v_t, v_d, m_q, m_k,
+        acc, odd, total, m = _sweep(
+            acc, odd, total, m, q, odd_q, key, value, mask, table_of, blocks_of, scales,
+            pages, i[:, None], lo, hi, tq, tk, width, v_width,
+            offset, left, right, unit, softcap, k_b, k_t, k_d, v_b, v_t, v_d, m_q, m_k,
             BASE, RECTIFY, ABSOLUTE, BLOCK_N, BLOCK_D, BLOCK_DV, PAD_D, PAD_DV, MASK, MASK_ROWS, LEFT, RIGHT, SOFTCAP,
-            PAGE, True, EXACT, SKIP, LISTED, RELU_ASM, PRECISION, False,
+            PAGE, True, EXACT, SKIP, LISTED, SCALED, PAIRS, RELU_ASM, PRECISION, False,
         )  # fmt: skip
     else:
         if LEFT:
-            acc, total, m = _sweep(
-                acc, total, m, q, key, value, mask, table_of, blocks_of, pages, i[:, None], lo, full_lo, tq, tk, width,
+            acc, odd, total, m = _sweep(
+                acc, odd, total, m, q, odd_q, key, value, mask, table_of, blocks_of, scales,
+            pages, i[:, None], lo, full_lo, tq, tk, width,
                 v_width, offset, left, right, unit, softcap, k_b, k_t, k_d, v_b, v_t, v_d, m_q, m_k,
                 BASE, RECTIFY, ABSOLUTE, BLOCK_N, BLOCK_D, BLOCK_DV, PAD_D, PAD_DV, MASK, MASK_ROWS, LEFT, RIGHT, SOFTCAP,
-                PAGE, True, EXACT, SKIP, LISTED, RELU_ASM, PRECISION, False,
+                PAGE, True, EXACT, SKIP, LISTED, SCALED, PAIRS, RELU_ASM, PRECISION, False,
             )  # fmt: skip
-        acc, total, m = _sweep(
-            acc, total, m, q, key, value, mask, table_of, blocks_of, pages, i[:, None], full_lo, full_hi, tq, tk, width,
+        acc, odd, total, m = _sweep(
+            acc, odd, total, m, q, odd_q, key, value, mask, table_of, blocks_of, scales,
+            pages, i[:, None], full_lo, full_hi, tq, tk, width,
             v_width, offset, left, right, unit, softcap, k_b, k_t, k_d, v_b, v_t, v_d, m_q, m_k,
             BASE, RECTIFY, ABSOLUTE, BLOCK_N, BLOCK_D, BLOCK_DV, PAD_D, PAD_DV, MASK, MASK_ROWS, LEFT, RIGHT, SOFTCAP,
-            PAGE, False, EXACT, SKIP, LISTED, RELU_ASM, PRECISION, False,
+            PAGE, False, EXACT, SKIP, LISTED, SCALED, PAIRS, RELU_ASM, PRECISION, False,
         )  # fmt: skip
-        acc, total, m = _sweep(
-            acc, total, m, q, key, value, mask, table_of, blocks_of, pages, i[:, None], full_hi, hi, tq, tk, width, v_width,
-            offset, left, right, unit, softcap, k_b, k_t, k_d, v_b, v_t, v_d, m_q, m_k,
+        acc, odd, total, m = _sweep(
+            acc, odd, total, m, q, odd_q, key, value, mask, table_of, blocks_of, scales,
+            pages, i[:, None], full_hi, hi, tq, tk, width,
+            v_width, offset, left, right, unit, softcap, k_b, k_t, k_d, v_b, v_t, v_d, m_q, m_k,
             BASE, RECTIFY, ABSOLUTE, BLOCK_N, BLOCK_D, BLOCK_DV, PAD_D, PAD_DV, MASK, MASK_ROWS, LEFT, RIGHT, SOFTCAP,
-            PAGE, True, EXACT, SKIP, LISTED, RELU_ASM, PRECISION, False,
+            PAGE, True, EXACT, SKIP, LISTED, SCALED, PAIRS, RELU_ASM, PRECISION, False,
         )  # fmt: skip
+    if PAIRS:
+        acc = tl.interleave(acc, odd)
     if q.dtype == tl.float16:
         if not exponential(BASE):
             acc *= m[:, None]
         acc *= 1.0 / FP16_SCALE
+    if SCALED == 1:
+        acc *= tl.load(value_scale + b * vs_b)
     if not exponential(BASE):  # sums are not relative to anything
         m = tl.zeros([BLOCK_M], tl.float32)
     slot = ((b * kv_heads + kv) * tl.num_programs(0) + split) * BLOCK_M + r

@@ -25,6 +25,7 @@ __all__ = [
     "decode_kernel",
     "forward_kernel",
     "hopper",
+    "in_pairs",
     "interpreted",
     "optimistic",
     "rows_kernel",
@@ -197,6 +198,8 @@ def hopper_refuses_decode(
         return "a large eps"
     if padded(key.shape[-1]) not in (64, 128) or padded(value.shape[-1]) not in (64, 128):
         return "head dimensions do not pad to 64 or 128"
+    if key.dtype != query.dtype and not padded(key.shape[-1]) == padded(value.shape[-1]) == 128:
+        return "a cache in fp8 with head dimensions that do not pad to 128"
     if page % 64:
         return "the page size is not a multiple of 64"
     if not (_fetchable(key) and _fetchable(value)):
@@ -247,10 +250,22 @@ def why_no_hopper() -> str | None:
 
 
 def _fetchable(x: Tensor) -> bool:
-    """Whether the tensor memory accelerator takes this as bf16: multiples of 16 bytes, nothing empty, nothing expanded."""
+    """Whether the tensor memory accelerator takes this as 16 bits: multiples of 16 bytes, nothing empty, nothing expanded."""
     b, h, t, d = x.stride()
-    there = x.dtype == torch.bfloat16 and x.numel() > 0 and x.data_ptr() % 16 == 0
-    return there and d == 1 and (b | h | t) % 8 == 0 and 0 not in (b, h, t)
+    pairs = x.dtype == torch.float8_e4m3fn and x.shape[-1] % 2 == 0
+    there = (x.dtype == torch.bfloat16 or pairs) and x.numel() > 0 and x.data_ptr() % 16 == 0
+    return there and d == 1 and (b | h | t) * x.element_size() % 16 == 0 and 0 not in (b, h, t)
+
+
+def in_pairs(query: Tensor, key: Tensor, value: Tensor) -> bool:
+    """Whether a cache in fp8 is read two numbers at a time: bits are moved to 16-bit formats by NVIDIA's instructions."""
+    if capability(query) < 8 or query.dtype == torch.float32:
+        return False
+    return all(
+        x.stride(-1) == 1 and x.shape[-1] % 2 == 0 and padded(x.shape[-1]) >= 32 and not any(n % 2 for n in x.stride()[:-1])
+        and x.storage_offset() % 2 == 0 and x.data_ptr() % 2 == 0
+        for x in (key, value)
+    )  # fmt: skip
 
 
 def _in_16_bytes(x: Tensor) -> bool:

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from softpick.ops.fp8 import Scales
 from softpick.ops.spec import AttentionSpec
 from softpick.ops.triton import dispatch, tuning
 from softpick.ops.triton.base_functions import switches
@@ -37,10 +38,11 @@ def decode(
     out: Tensor,
     lse: Tensor,
     listed: Listed | None = None,
+    scales: Scales | None = None,
 ) -> None:
     """Few queries against a cache: ``(B, Hkv, Tk, D)``, or with ``table`` pages ``(blocks, Hkv, page, D)``.
 
-    ``listed``: the blocks that are read; all if None.
+    ``listed``: the blocks that are read; all if None. ``scales``: of a cache in fp8.
     """
     if not query.numel():
         return
@@ -49,8 +51,8 @@ def decode(
     keys = query.shape[0] * key.shape[1] * tk
     tensors = query, key, value, mask, sink, lengths, table, out, lse
     for_hopper = dispatch.decode_kernel(spec, query, key, value, mask, page, keys, listed is not None).hopper
-    if not (for_hopper and tried(_decode, True, spec, page, tk, None, *tensors)):
-        _decode(False, spec, page, tk, listed, *tensors)
+    if not (for_hopper and tried(_decode, True, spec, page, tk, None, scales, *tensors)):
+        _decode(False, spec, page, tk, listed, scales, *tensors)
 
 
 class Listed(NamedTuple):
@@ -108,6 +110,12 @@ def _plan_for_hopper(schedule: tuning.Rings, query: Tensor, kv_heads: int, tk: i
     return _Plan(rows, schedule.n, resident, fewest=tuning.FEWEST_TILES, shared=True)
 
 
+def _tile(kind: str, widest: int, query: Tensor, size: int, fp8: bool) -> tuning.Blocks:
+    """The tile of ``decode.py``; ``size``: keys of a block of a list, or 0."""
+    tile = tuning.blocks(kind.replace("decode", "decode_fp8") if fp8 else kind, widest, query.dtype, query.device)
+    return tile._replace(n=min(tile.n, size)) if size else tile
+
+
 def skips_values(spec: AttentionSpec, for_hopper: bool, cached: int) -> bool:
     """Whether values of key tiles without a kept score stay unread: where that pays with ``cached`` keys of all heads."""
     return spec.norm.sparse and (for_hopper or cached >= tuning.SKIP_FROM)
@@ -119,6 +127,7 @@ def _decode(
     page: int,
     tk: int,
     listed: Listed | None,
+    scales: Scales | None,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -138,32 +147,31 @@ def _decode(
     blocks, counts, rest, size = listed or (None, None, None, 0)
     skip = skips_values(spec, for_hopper, b * kv_heads * tk) or size > 0
     early = dependent_launch(query)
+    cache = _cache(scales, query, key, value)
     if for_hopper:
-        schedule = tuning.HOPPER_DECODE[widest]
+        schedule = tuning.HOPPER_DECODE[widest] if scales is None else tuning.HOPPER_DECODE_FP8
         plan = _plan_for_hopper(schedule, query, kv_heads, tk, lengths)
     else:
         kind = "decode_skip" if skip else "decode"
-        tile = tuning.blocks(kind, widest, query.dtype, query.device)
-        if size:
-            tile = tile._replace(n=min(tile.n, size))
+        tile = _tile(kind, widest, query, size, scales is not None)
         plan = _plan(kind, tile, query, kv_heads, tk)
     pairs, splits = b * kv_heads, plan.splits
-    shape = (0 if plan.whole else pairs + splits if plan.shared else pairs * splits, plan.rows)
-    partial_out = torch.empty(*shape, common["BLOCK_DV"], dtype=torch.float32, device=query.device)
-    partial_total, partial_m = (torch.empty(shape, dtype=torch.float32, device=query.device) for _ in range(2))
+    count = 0 if plan.whole else pairs + splits if plan.shared else pairs * splits
+    partials = _partials(count, plan.rows, common["BLOCK_DV"], query.device)
     if for_hopper:
         run(
             dispatch.hopper.decode_keys, (splits,) if plan.shared else (splits, kv_heads, b),
-            query, dispatch.hopper.tiles(key, [1, 1, schedule.n, common["BLOCK_D"]]),
-            dispatch.hopper.tiles(value, [1, 1, schedule.n, common["BLOCK_DV"]]),
-            partial_out, partial_total, partial_m, out, lse, sink,
-            lengths, table, *query.stride(), *out.stride(), *lse.stride(), 0 if table is None else table.stride(0),
+            query, dispatch.hopper.tiles(cache.key, [1, 1, schedule.n, common["BLOCK_D"] // (1 + cache.pairs)]),
+            dispatch.hopper.tiles(cache.value, [1, 1, schedule.n, common["BLOCK_DV"] // (1 + cache.pairs)]),
+            *partials, out, lse, sink, lengths, table, *cache.scales,
+            *query.stride(), *out.stride(), *lse.stride(), 0 if table is None else table.stride(0), *cache.strides,
             b, kv_heads, groups, tq, tk, query.shape[-1], value.shape[-1],
             spec.left, spec.right, score_unit(spec), spec.softcap, spec.eps, plan.fewest, key.shape[0],
             **switches(spec.norm),
             **{name: common[name] for name in ("BLOCK_D", "BLOCK_DV", "LEFT", "RIGHT", "BOTTOM_RIGHT", "SOFTCAP")},
             BLOCK_M=plan.rows, BLOCK_N=plan.block_n, STAGES=schedule.stages, VALUES=schedule.values, PAGE=page,
-            LENGTHS=lengths is not None, SKIP=skip, SHARED=plan.shared, WHOLE=plan.whole, num_warps=schedule.warps,
+            LENGTHS=lengths is not None, SKIP=skip, SCALED=cache.scaled, SHARED=plan.shared,
+            WHOLE=plan.whole, num_warps=schedule.warps,
         )  # fmt: skip
         if plan.whole:
             return True
@@ -171,20 +179,21 @@ def _decode(
         pointer, mask_strides = mask_arguments(mask)
         run(
             decode_split, (splits, kv_heads, b),
-            query, key, value, partial_out, partial_total, partial_m, pointer, lengths, table, blocks, counts,
-            *query.stride(), *key.stride(), *value.stride(), *mask_strides, 0 if table is None else table.stride(0),
-            kv_heads, groups, tq, tk, query.shape[-1], value.shape[-1],
-            spec.left, spec.right, score_unit(spec), spec.softcap,
+            query, cache.key, cache.value, *partials, pointer, lengths, table, blocks, counts,
+            *cache.scales, *query.stride(), *cache.key.stride(), *cache.value.stride(), *mask_strides,
+            0 if table is None else table.stride(0), *cache.strides, kv_heads, groups, tq, tk, query.shape[-1],
+            cache.value.shape[-1], spec.left, spec.right, score_unit(spec), spec.softcap,
             plan.chunk if blocks is None else blocks.shape[-1], key.shape[0],
             **common,
             BLOCK_M=plan.rows, BLOCK_N=plan.block_n, PAGE=page, LENGTHS=lengths is not None, SKIP=skip, LISTED=size,
-            RELU_ASM=relu_asm(query), EARLY=early, num_warps=tile.warps, num_stages=tile.stages,
+            SCALED=cache.scaled, PAIRS=cache.pairs, RELU_ASM=relu_asm(query), EARLY=early,
+            num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
     # several programs a row where it has many partial results; where it has one or two, programs would only start late
     columns = min(128 if plan.shared else 32, common["BLOCK_DV"])
     run(
         decode_merge, (tq * cdiv(value.shape[-1], columns), heads, b),
-        partial_out, partial_total, partial_m, sink, lengths, rest, out, lse, *out.stride(), *lse.stride(),
+        *partials, sink, lengths, rest, out, lse, *out.stride(), *lse.stride(),
         b, kv_heads, groups, tq, tk, value.shape[-1], spec.left, spec.right, splits, plan.fewest, spec.eps,
         **{name: common[name] for name in ("BASE", "CONSTANT", "BLOCK_DV", "LEFT", "RIGHT", "BOTTOM_RIGHT")},
         BLOCK_M=plan.rows, BLOCK_N=plan.block_n, COLUMNS=columns,
@@ -193,6 +202,36 @@ def _decode(
         **({"launch_pdl": True} if early else {}),
     )  # fmt: skip
     return True
+
+
+def _partials(count: int, rows: int, width: int, device: torch.device) -> list[Tensor]:
+    """Room for numerators, denominators and ``m`` of so many partial results."""
+    shapes = (count, rows, width), (count, rows), (count, rows)
+    return [torch.empty(shape, dtype=torch.float32, device=device) for shape in shapes]
+
+
+class _Cache(NamedTuple):
+    """Keys and values as ``decode.py`` takes them."""
+
+    key: Tensor
+    value: Tensor
+    scales: tuple[Tensor | None, Tensor | None] = (None, None)
+    strides: tuple[int, ...] = (0, 0, 0, 0)
+    """Of the scales."""
+    scaled: int = 0
+    """2: each page has its own scale; 1: it has not; 0: not in fp8."""
+    pairs: bool = False
+    """Whether two numbers in fp8 are one of 16 bits."""
+
+
+def _cache(scales: Scales | None, query: Tensor, key: Tensor, value: Tensor) -> _Cache:
+    if scales is None:
+        return _Cache(key, value)
+    pairs = dispatch.in_pairs(query, key, value)
+    if pairs:
+        key, value = key.view(torch.int16), value.view(torch.int16)
+    strides = *scales.key.stride(), *scales.value.stride()
+    return _Cache(key, value, (scales.key, scales.value), strides, 1 + scales.of_pages, pairs)
 
 
 def _resident(programs: int, device: torch.device) -> int:

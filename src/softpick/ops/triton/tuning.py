@@ -24,6 +24,7 @@ __all__ = [
     "FEW_PARTIALS",
     "HOPPER",
     "HOPPER_DECODE",
+    "HOPPER_DECODE_FP8",
     "HOPPER_FORWARD",
     "HOPPER_QUERIES",
     "HOPPER_ROWS",
@@ -93,6 +94,8 @@ class Rings(NamedTuple):
 # was 5 % slower. Decode: docs/kernels.md; more programs a multiprocessor than have room at a time only cost
 HOPPER_FORWARD = {64: Rings(64, 4, 4), 128: Rings(128, 2, 3)}
 HOPPER_DECODE = {64: Rings(64, 3, 3, programs=4), 128: Rings(64, 3, 3, programs=2)}
+# fp8, D 128: not tuned yet; the bytes under way are those of bf16
+HOPPER_DECODE_FP8 = Rings(64, 5, 5, programs=2)
 LONGEST_TILE = 128
 """Row statistics for ``hopper/backward.py`` are padded to a multiple of its query tiles."""
 
@@ -164,6 +167,9 @@ _HOPPER = {
     ("decode", 128): Blocks(16, 32, 2, 3),
     ("decode_skip", 128): Blocks(16, 64, 2, 3),
     ("decode", 256): Blocks(16, 32, 4, 2),
+    ("decode_fp8", 64): Blocks(16, 128, 4, 3),
+    ("decode_fp8", 128): Blocks(16, 64, 4, 3),
+    ("decode_fp8", 256): Blocks(16, 64, 4, 2),
 }
 _PORTABLE = {
     ("forward", 64): Blocks(128, 64, 4, 2),
@@ -249,13 +255,15 @@ def multiprocessors(index: int) -> int:
 
 
 def row(table: Mapping[tuple[str, int], Blocks], kind: str, head_dim: int) -> Blocks:
-    """A table's blocks; decoding that skips has rows of its own only where others are faster."""
+    """A table's blocks; decoding that skips, or from fp8, has rows of its own only where others are faster."""
     width = 64 if head_dim <= 64 else 128 if head_dim <= 128 else 256
-    return table.get((kind, width)) or table[kind.removesuffix("_skip"), width]
+    kinds = kind, kind.removesuffix("_skip"), kind.partition("_")[0]
+    return next(table[each, width] for each in kinds if (each, width) in table)
 
 
 def blocks(kind: str, head_dim: int, dtype: torch.dtype, device: torch.device) -> Blocks:
-    """The blocks of a kernel kind (``forward``, ``queries``, ``keys``, ``decode``, ``decode_skip``).
+    """The blocks of a kernel kind (``forward``, ``queries``, ``keys``, ``decode``, ``decode_skip``, ``decode_fp8``,
+    ``decode_fp8_skip``).
 
     ``head_dim`` is the larger of the two padded ones.
     """

@@ -4,6 +4,9 @@ The tensor memory accelerator keeps several key tiles on their way. Values are a
 known, and only if one of them is kept (SKIP); their product is taken when VALUES tiles wait, so that no warp waits for memory
 twice. Tiles are transposed, keys by queries and head dim by queries: the few queries are then the short side of a product of
 64 x 8, and a thread has four scores.
+
+Two numbers of a cache in fp8 (SCALED) are one of 16 bits for the copies and in shared memory. They become bf16 on the way to
+registers: first and second numbers of the head dim are two products each, of half the size.
 """
 
 from __future__ import annotations
@@ -14,6 +17,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
     warpgroup_mma,
+    warpgroup_mma_wait,
 )
 from triton.language.extra.cuda import gdc_launch_dependents
 
@@ -32,7 +36,7 @@ from softpick.ops.triton.base_functions import (
     numerators,
     zero_at_zero,
 )
-from softpick.ops.triton.decode import anchored, count_tiles, keys_of_sequence, sequence_at, share_of
+from softpick.ops.triton.decode import anchored, bf16_of_pairs, count_tiles, keys_of_sequence, sequence_at, share_of
 from softpick.ops.triton.device import few_seen, finish_scores
 from softpick.ops.triton.hopper.versions import barrier, load_tile
 
@@ -64,10 +68,19 @@ def _start(
 
 
 @gluon.jit
+def _scale_of(scale, stride, position, table, pages, PAGE: gl.constexpr):
+    """That of the page of a tile; 0 where the cache has no such page."""
+    page = gl.load(table + position // PAGE)
+    there = page.to(gl.uint32, bitcast=True) < pages.to(gl.uint32)
+    return gl.load(scale + page.to(gl.int64) * stride, mask=there, other=0.0)
+
+
+@gluon.jit
 def _scores(
-    it, seen, first, q, keys, ready, table, pages, i2, tq, tk, offset, left, right, unit, softcap,
+    it, seen, first, q, keys, ready, table, pages, scales, i2, tq, tk, offset, left, right, unit, softcap,
     BASE: gl.constexpr, LEFT: gl.constexpr, RIGHT: gl.constexpr, SOFTCAP: gl.constexpr, BLOCK_M: gl.constexpr,
-    BLOCK_N: gl.constexpr, BLOCK_D: gl.constexpr, STAGES: gl.constexpr, PAGE: gl.constexpr, s_layout: gl.constexpr,
+    BLOCK_N: gl.constexpr, BLOCK_D: gl.constexpr, STAGES: gl.constexpr, PAGE: gl.constexpr, SCALED: gl.constexpr,
+    s_layout: gl.constexpr,
 ):  # fmt: skip
     """Scores of tile ``it``, the ``seen + it``-th that comes through the stages; what a query does not see adds nothing."""
     if PAGE != 0 and not zero_at_zero(
@@ -75,10 +88,20 @@ def _scores(
     ):  # no key of a page that does not exist; elsewhere its score of 0 adds nothing
         page = gl.load(table + (first + it * BLOCK_N) // PAGE)
         tk = gl.where(page.to(gl.uint32, bitcast=True) < pages.to(gl.uint32), tk, 0)
+    if SCALED == 2:
+        unit *= _scale_of(scales[0], scales[2], first + it * BLOCK_N, table, pages, PAGE)
     stage = (seen + it) % STAGES
     mbarrier.wait(ready.index(stage), ((seen + it) // STAGES) & 1)
     zero = gl.zeros([BLOCK_N, BLOCK_M], gl.float32, layout=s_layout)
-    s = warpgroup_mma(keys.index(stage).reshape([BLOCK_N, BLOCK_D]), q.permute([1, 0]), zero, use_acc=False)
+    if SCALED != 0:
+        k = keys.index(stage).reshape([BLOCK_N, BLOCK_D // 2]).load(gl.DotOperandLayout(0, s_layout, 2))
+        k, odd_k = bf16_of_pairs(k)
+        s = warpgroup_mma(k, q.index(0).permute([1, 0]), zero, use_acc=False, is_async=True)
+        s = warpgroup_mma(odd_k, q.index(1).permute([1, 0]), s, is_async=True)
+        s = warpgroup_mma_wait(num_outstanding=0, deps=[s])
+    else:
+        k = keys.index(stage).reshape([BLOCK_N, BLOCK_D])
+        s = warpgroup_mma(k, q.index(0).permute([1, 0]), zero, use_acc=False)
     j = first + it * BLOCK_N + gl.arange(0, BLOCK_N, layout=gl.SliceLayout(1, s_layout))
     s, keep, _ = finish_scores(
         s, i2, j[:, None], None, 0, 0, tq, tk, offset, left, right, unit, softcap,
@@ -90,18 +113,19 @@ def _scores(
 @gluon.jit
 def _sweep(
     m, seen, taken, count, first, row, kv, q, key_tiles, value_tiles, keys, values, weights, ready, arrived, table, pages,
-    i2, rows, tq, tk, offset, left, right, unit, softcap,
+    scales, i2, rows, tq, tk, offset, left, right, unit, softcap,
     BASE: gl.constexpr, RECTIFY: gl.constexpr, ABSOLUTE: gl.constexpr, LEFT: gl.constexpr, RIGHT: gl.constexpr,
     SOFTCAP: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_D: gl.constexpr, BLOCK_DV: gl.constexpr,
     STAGES: gl.constexpr, VALUES: gl.constexpr, PAGE: gl.constexpr, LENGTHS: gl.constexpr, SKIP: gl.constexpr,
-    SHIFT: gl.constexpr, s_layout: gl.constexpr, o_layout: gl.constexpr, num_warps: gl.constexpr,
+    SCALED: gl.constexpr, SHIFT: gl.constexpr, s_layout: gl.constexpr, o_layout: gl.constexpr, num_warps: gl.constexpr,
 ):  # fmt: skip
     """All keys with weights relative to ``m``; their first tiles are on the way (:func:`_start`). SHIFT takes more care.
 
     ``seen`` key tiles and ``taken`` value tiles came through the stages before.
     """
     taken = gl.to_tensor(taken)
-    acc = gl.zeros([BLOCK_DV, BLOCK_M], gl.float32, layout=o_layout)
+    acc = gl.zeros([BLOCK_DV // 2 if SCALED != 0 else BLOCK_DV, BLOCK_M], gl.float32, layout=o_layout)
+    odd = acc
     total = gl.zeros([BLOCK_N, BLOCK_M], gl.float32, layout=s_layout)
     lost = total
     used = taken
@@ -109,16 +133,22 @@ def _sweep(
     valid = tk - first - (count - 1) * BLOCK_N  # keys of the last tile
     for it in range(count):
         s, keep = _scores(
-            it, seen, first, q, keys, ready, table, pages, i2, tq, tk, offset, left, right, unit, softcap,
-            BASE, LEFT, RIGHT, SOFTCAP, BLOCK_M, BLOCK_N, BLOCK_D, STAGES, PAGE, s_layout,
+            it, seen, first, q, keys, ready, table, pages, scales, i2, tq, tk, offset, left, right, unit, softcap,
+            BASE, LEFT, RIGHT, SOFTCAP, BLOCK_M, BLOCK_N, BLOCK_D, STAGES, PAGE, SCALED, s_layout,
         )  # fmt: skip
         s = gl.where(keep, s, 0.0 if zero_at_zero(BASE) else -INF)
         p = numerators(s, m, BASE, SHIFT, SHIFT)
         kept = kept_scores(p, s, RECTIFY)
         total += gl.abs(p) if ABSOLUTE else kept
-        rounded = kept.to(gl.bfloat16)
-        if SHIFT:
-            lost += gl.abs(kept) - gl.abs(rounded.to(gl.float32))
+        if SCALED == 2:  # total is of the weights, and what is stored of the weights times the scale of their values
+            of_values = _scale_of(scales[1], scales[3], first + it * BLOCK_N, table, pages, PAGE)
+            rounded = (kept * of_values).to(gl.bfloat16)
+            if SHIFT:
+                lost += gl.where(of_values > 0, gl.abs(kept) - gl.abs(rounded.to(gl.float32)) / of_values, 0.0)
+        else:
+            rounded = kept.to(gl.bfloat16)
+            if SHIFT:
+                lost += gl.abs(kept) - gl.abs(rounded.to(gl.float32))
         # one buffer more than value tiles: no warp still reads the one that is written here, since all have met in between
         weights.index(taken % (VALUES + 1)).store(gl.permute(rounded, (1, 0)))
         fence_async_shared()
@@ -136,7 +166,21 @@ def _sweep(
             _fetch(value_tiles, it, live, first, row, kv, table, arrived.index(slot), values.index(slot), BLOCK_N, PAGE)
             taken += live.to(gl.int32)
             if taken - used == VALUES:
-                acc = _product(acc, used, BLOCK_N, values, weights, arrived, BLOCK_N, BLOCK_DV, VALUES, num_warps)
+                acc, odd = _product(
+                    acc,
+                    odd,
+                    used,
+                    BLOCK_N,
+                    values,
+                    weights,
+                    arrived,
+                    BLOCK_N,
+                    BLOCK_DV,
+                    VALUES,
+                    SCALED,
+                    o_layout,
+                    num_warps,
+                )
                 used += 1
         else:
             following = it + VALUES - 1
@@ -148,51 +192,69 @@ def _sweep(
             last = BLOCK_N
             if LENGTHS:
                 last = gl.where(it == count - 1, valid, BLOCK_N)
-            acc = _product(acc, taken, last, values, weights, arrived, BLOCK_N, BLOCK_DV, VALUES, num_warps)
+            acc, odd = _product(
+                acc, odd, taken, last, values, weights, arrived, BLOCK_N, BLOCK_DV, VALUES, SCALED, o_layout, num_warps
+            )
             taken += 1
     if SKIP:
         for at in range(used, taken):
             last = BLOCK_N
             if LENGTHS:
                 last = gl.where(live & (at == taken - 1), valid, BLOCK_N)
-            acc = _product(acc, at, last, values, weights, arrived, BLOCK_N, BLOCK_DV, VALUES, num_warps)
+            acc, odd = _product(
+                acc, odd, at, last, values, weights, arrived, BLOCK_N, BLOCK_DV, VALUES, SCALED, o_layout, num_warps
+            )
     barrier()
     total = gl.sum(total, 0)
     if SHIFT:  # the numerator as if its weights had not been rounded: with one key it is that key's value
         rest = total - gl.sum(lost, 0)
-        acc *= gl.convert_layout(gl.where(rest > 0, total / rest, 1.0), gl.SliceLayout(0, o_layout))[None, :]
-    return acc, total, taken
+        factor = gl.convert_layout(gl.where(rest > 0, total / rest, 1.0), gl.SliceLayout(0, o_layout))[None, :]
+        acc *= factor
+        odd *= factor
+    return acc, odd, total, taken
 
 
 @gluon.jit
 def _product(
-    acc, at, valid, values, weights, arrived, BLOCK_N: gl.constexpr, BLOCK_DV: gl.constexpr, VALUES: gl.constexpr,
-    num_warps: gl.constexpr,
+    acc, odd, at, valid, values, weights, arrived, BLOCK_N: gl.constexpr, BLOCK_DV: gl.constexpr, VALUES: gl.constexpr,
+    SCALED: gl.constexpr, o_layout: gl.constexpr, num_warps: gl.constexpr,
 ):  # fmt: skip
-    """The ``at``-th value tile into ``acc``; its rows from ``valid`` on may hold anything."""
+    """The ``at``-th value tile into ``acc`` (in fp8: and ``odd``); its rows from ``valid`` on may hold anything."""
     mbarrier.wait(arrived.index(at % VALUES), (at // VALUES) & 1)
-    v = values.index(at % VALUES).reshape([BLOCK_N, BLOCK_DV])
-    if valid < BLOCK_N:
-        layout: gl.constexpr = gl.BlockedLayout([1, 8], [32 // (BLOCK_DV // 8), BLOCK_DV // 8], [num_warps, 1], [1, 0])
-        n = gl.arange(0, BLOCK_N, layout=gl.SliceLayout(1, layout))
-        v.store(gl.where((n < valid)[:, None], v.load(layout), 0.0))
-        fence_async_shared()
-        barrier()
-    return warpgroup_mma(v.permute([1, 0]), weights.index(at % (VALUES + 1)).permute([1, 0]), acc)
+    w = weights.index(at % (VALUES + 1)).permute([1, 0])
+    if SCALED != 0:  # whatever its bits are, a number is finite
+        v = values.index(at % VALUES).reshape([BLOCK_N, BLOCK_DV // 2])
+        v, odd_v = bf16_of_pairs(v.permute([1, 0]).load(gl.DotOperandLayout(0, o_layout, 2)))
+        acc = warpgroup_mma(v, w, acc, is_async=True)
+        odd = warpgroup_mma(odd_v, w, odd, is_async=True)
+        acc, odd = warpgroup_mma_wait(num_outstanding=0, deps=[acc, odd])
+        return acc, odd
+    else:
+        v = values.index(at % VALUES).reshape([BLOCK_N, BLOCK_DV])
+        if valid < BLOCK_N:
+            layout: gl.constexpr = gl.BlockedLayout(
+                [1, 8], [32 // (BLOCK_DV // 8), BLOCK_DV // 8], [num_warps, 1], [1, 0]
+            )
+            n = gl.arange(0, BLOCK_N, layout=gl.SliceLayout(1, layout))
+            v.store(gl.where((n < valid)[:, None], v.load(layout), 0.0))
+            fence_async_shared()
+            barrier()
+        return warpgroup_mma(v.permute([1, 0]), w, acc), odd
 
 
 @gluon.jit
 def _largest(
-    seen, count, first, row, kv, q, key_tiles, keys, ready, table, pages, i2, tq, tk, offset, left, right, unit, softcap,
-    BASE: gl.constexpr, LEFT: gl.constexpr, RIGHT: gl.constexpr, SOFTCAP: gl.constexpr, BLOCK_M: gl.constexpr,
-    BLOCK_N: gl.constexpr, BLOCK_D: gl.constexpr, STAGES: gl.constexpr, PAGE: gl.constexpr, s_layout: gl.constexpr,
+    seen, count, first, row, kv, q, key_tiles, keys, ready, table, pages, scales, i2, tq, tk, offset, left, right, unit,
+    softcap, BASE: gl.constexpr, LEFT: gl.constexpr, RIGHT: gl.constexpr, SOFTCAP: gl.constexpr, BLOCK_M: gl.constexpr,
+    BLOCK_N: gl.constexpr, BLOCK_D: gl.constexpr, STAGES: gl.constexpr, PAGE: gl.constexpr, SCALED: gl.constexpr,
+    s_layout: gl.constexpr,
 ):  # fmt: skip
     """The largest score of every query; the first tiles are on the way."""
     top = gl.full([BLOCK_N, BLOCK_M], -INF, gl.float32, layout=s_layout)
     for it in range(count):
         s, keep = _scores(
-            it, seen, first, q, keys, ready, table, pages, i2, tq, tk, offset, left, right, unit, softcap,
-            BASE, LEFT, RIGHT, SOFTCAP, BLOCK_M, BLOCK_N, BLOCK_D, STAGES, PAGE, s_layout,
+            it, seen, first, q, keys, ready, table, pages, scales, i2, tq, tk, offset, left, right, unit, softcap,
+            BASE, LEFT, RIGHT, SOFTCAP, BLOCK_M, BLOCK_N, BLOCK_D, STAGES, PAGE, SCALED, s_layout,
         )  # fmt: skip
         top = gl.maximum(top, gl.where(keep, s, -INF))
         barrier()
@@ -206,11 +268,11 @@ def _largest(
 
 @gluon.jit
 def _take(
-    b, kv, lo, hi, count, filled, offset, slot, seen, taken, room, tensors, strides, numbers,
+    b, kv, lo, hi, count, filled, offset, slot, seen, taken, room, tensors, strides, numbers, scaled,
     BASE: gl.constexpr, RECTIFY: gl.constexpr, ABSOLUTE: gl.constexpr, CONSTANT: gl.constexpr, BLOCK_M: gl.constexpr,
     BLOCK_N: gl.constexpr, BLOCK_D: gl.constexpr, BLOCK_DV: gl.constexpr, STAGES: gl.constexpr, VALUES: gl.constexpr,
     LEFT: gl.constexpr, RIGHT: gl.constexpr, SOFTCAP: gl.constexpr, PAGE: gl.constexpr, LENGTHS: gl.constexpr,
-    SKIP: gl.constexpr, WHOLE: gl.constexpr, num_warps: gl.constexpr,
+    SKIP: gl.constexpr, SCALED: gl.constexpr, WHOLE: gl.constexpr, num_warps: gl.constexpr,
 ):  # fmt: skip
     """Keys ``lo`` to ``hi`` of a sequence and key head, in ``count`` tiles: a partial result, or (WHOLE) the output.
 
@@ -220,9 +282,18 @@ def _take(
     query, key_tiles, value_tiles, partial_out, partial_total, partial_m, out, lse, sink, table = tensors
     q_b, q_h, q_t, q_d, o_b, o_h, o_t, o_d, l_b, l_h, l_t, t_b = strides
     groups, tq, width, v_width, left, right, unit, softcap, eps, pages = numbers
+    key_scale, value_scale, ks_b, ks_h, vs_b, vs_h = scaled
+    if SCALED != 0:
+        key_scale += kv.to(gl.int64) * ks_h
+        value_scale += kv.to(gl.int64) * vs_h
+    if SCALED == 1:
+        unit *= gl.load(key_scale + b.to(gl.int64) * ks_b)
+    scales = (key_scale, value_scale, ks_b, vs_b)
     s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [num_warps, 1], [16, BLOCK_M, 16])
     o_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [num_warps, 1], [16, BLOCK_M, 16])
-    q_layout: gl.constexpr = gl.BlockedLayout([1, 8], [32 // (BLOCK_D // 8), BLOCK_D // 8], [num_warps, 1], [1, 0])
+    PARTS: gl.constexpr = 2 if SCALED != 0 else 1
+    D: gl.constexpr = BLOCK_D // PARTS
+    q_layout: gl.constexpr = gl.BlockedLayout([1, 8], [32 // (D // 8), D // 8], [num_warps, 1], [1, 0])
     ANCHORED: gl.constexpr = BASE != EXP or RECTIFY != NONE or CONSTANT == ONE
     table_of = table
     if PAGE != 0:
@@ -231,21 +302,22 @@ def _take(
     if not SKIP:
         _start(value_tiles, taken, count, lo, b, kv, table_of, arrived, values, BLOCK_N, PAGE, VALUES - 1, VALUES)
     r = gl.arange(0, BLOCK_M, layout=gl.SliceLayout(1, q_layout))
-    d = gl.arange(0, BLOCK_D, layout=gl.SliceLayout(0, q_layout))
+    d = PARTS * gl.arange(0, D, layout=gl.SliceLayout(0, q_layout))
     at = b.to(gl.int64) * q_b + (kv * groups + r // tq).to(gl.int64) * q_h + r % tq * q_t
     inside = (r < groups * tq)[:, None] & (d < width)[None, :]
-    q.store(gl.load(query + at[:, None] + d[None, :] * q_d, mask=inside, other=0.0))
+    for part in gl.static_range(PARTS):
+        q.index(part).store(gl.load(query + at[:, None] + (d + part)[None, :] * q_d, mask=inside, other=0.0))
     fence_async_shared()
     barrier()
     r = gl.arange(0, BLOCK_M, layout=gl.SliceLayout(0, s_layout))
     rows = r < groups * tq
     i = r % tq
     zero = gl.zeros([BLOCK_M], gl.float32, layout=gl.SliceLayout(0, s_layout))
-    acc, total, taken = _sweep(
+    acc, odd, total, taken = _sweep(
         zero[None, :], seen, taken, count, lo, b, kv, q, key_tiles, value_tiles, keys, values, weights, ready, arrived,
-        table_of, pages, i[None, :], rows[None, :], tq, filled, offset, left, right, unit, softcap,
+        table_of, pages, scales, i[None, :], rows[None, :], tq, filled, offset, left, right, unit, softcap,
         BASE, RECTIFY, ABSOLUTE, LEFT, RIGHT, SOFTCAP, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, STAGES, VALUES, PAGE, LENGTHS,
-        SKIP, False, s_layout, o_layout, num_warps,
+        SKIP, SCALED, False, s_layout, o_layout, num_warps,
     )  # fmt: skip
     seen += count
     m = zero
@@ -263,12 +335,14 @@ def _take(
         if not ANCHORED:
             sound = sound & ((total > _SMALLEST) | ~sees)
         wrong = gl.max(gl.where(sound | ~rows, 0, 1), 0) + gl.max(gl.max(gl.where(gl.abs(acc) < 3.0e38, 0, 1), 0), 0)
+        if SCALED != 0:
+            wrong += gl.max(gl.max(gl.where(gl.abs(odd) < 3.0e38, 0, 1), 0), 0)
     if (wrong > 0) | few:
         _start(key_tiles, seen, count, lo, b, kv, table_of, ready, keys, BLOCK_N, PAGE, STAGES, STAGES)
         m = _largest(
-            seen, count, lo, b, kv, q, key_tiles, keys, ready, table_of, pages, i[None, :],
+            seen, count, lo, b, kv, q, key_tiles, keys, ready, table_of, pages, scales, i[None, :],
             tq, filled, offset, left, right, unit, softcap,
-            BASE, LEFT, RIGHT, SOFTCAP, BLOCK_M, BLOCK_N, BLOCK_D, STAGES, PAGE, s_layout,
+            BASE, LEFT, RIGHT, SOFTCAP, BLOCK_M, BLOCK_N, BLOCK_D, STAGES, PAGE, SCALED, s_layout,
         )  # fmt: skip
         seen += count
         if ANCHORED:
@@ -280,21 +354,27 @@ def _take(
             _start(
                 value_tiles, taken, count, lo, b, kv, table_of, arrived, values, BLOCK_N, PAGE, VALUES - 1, VALUES
             )  # fmt: skip
-        acc, total, taken = _sweep(
+        acc, odd, total, taken = _sweep(
             gl.where(m == -INF, 0.0, m)[None, :], seen, taken, count, lo, b, kv, q, key_tiles, value_tiles, keys,
-            values, weights, ready, arrived, table_of, pages, i[None, :], rows[None, :], tq, filled, offset, left, right, unit,
-            softcap, BASE, RECTIFY, ABSOLUTE, LEFT, RIGHT, SOFTCAP, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, STAGES, VALUES,
-            PAGE, LENGTHS, SKIP, True, s_layout, o_layout, num_warps,
+            values, weights, ready, arrived, table_of, pages, scales, i[None, :], rows[None, :], tq, filled, offset, left,
+            right, unit, softcap, BASE, RECTIFY, ABSOLUTE, LEFT, RIGHT, SOFTCAP, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, STAGES,
+            VALUES, PAGE, LENGTHS, SKIP, SCALED, True, s_layout, o_layout, num_warps,
         )  # fmt: skip
         seen += count
     elif not ANCHORED:  # a split without keys says nothing about the largest score
         m = gl.where(sees, 0.0, -INF)
-    d = gl.arange(0, BLOCK_DV, layout=gl.SliceLayout(1, o_layout))
+    if SCALED == 1:
+        of_values = gl.load(value_scale + b.to(gl.int64) * vs_b)
+        acc *= of_values
+        odd *= of_values
+    d = PARTS * gl.arange(0, BLOCK_DV // PARTS, layout=gl.SliceLayout(1, o_layout))
     if WHOLE:  # as the merge
         if CONSTANT == SINK:
             logit = gl.load(sink + kv * groups + gl.minimum(r // tq, groups - 1)).to(gl.float32) * LOG2E
             m, total, factor = anchored(gl.where(total == 0, -INF, m), total, logit, eps)
-            acc *= gl.convert_layout(factor, gl.SliceLayout(0, o_layout))[None, :]
+            factor = gl.convert_layout(factor, gl.SliceLayout(0, o_layout))[None, :]
+            acc *= factor
+            odd *= factor
         m = gl.where(m == -INF, 0.0, m)
         if CONSTANT == ONE:
             total += gl.exp2(-m) if exponential(BASE) else 1.0
@@ -304,31 +384,38 @@ def _take(
         inverse = gl.where(total == 0, 0.0, 1.0 / total)
         to = b.to(gl.int64) * l_b + (kv * groups + r // tq).to(gl.int64) * l_h + i * l_t
         gl.store(lse + to, (m + gl.log2(total)) * LN2, mask=rows)
-        acc *= gl.convert_layout(inverse, gl.SliceLayout(0, o_layout))[None, :]
+        inverse = gl.convert_layout(inverse, gl.SliceLayout(0, o_layout))[None, :]
         r = gl.arange(0, BLOCK_M, layout=gl.SliceLayout(0, o_layout))
         at = b.to(gl.int64) * o_b + (kv * groups + r // tq).to(gl.int64) * o_h + r % tq * o_t
         inside = (r < groups * tq)[None, :] & (d < v_width)[:, None]
-        gl.store(out + at[None, :] + d[:, None] * o_d, acc.to(out.dtype.element_ty), mask=inside)
+        gl.store(out + at[None, :] + d[:, None] * o_d, (acc * inverse).to(out.dtype.element_ty), mask=inside)
+        if SCALED != 0:
+            gl.store(out + at[None, :] + (d + 1)[:, None] * o_d, (odd * inverse).to(out.dtype.element_ty), mask=inside)
     else:
         slot *= BLOCK_M
         gl.store(partial_total + slot + r, total, mask=rows)
         gl.store(partial_m + slot + r, m, mask=rows)
         r = gl.arange(0, BLOCK_M, layout=gl.SliceLayout(0, o_layout))
         at = partial_out + slot * BLOCK_DV + r[None, :] * BLOCK_DV + d[:, None]
-        gl.store(at, acc, mask=(r < groups * tq)[None, :] & (d < BLOCK_DV)[:, None])
+        inside = (r < groups * tq)[None, :] & (d < BLOCK_DV)[:, None]
+        gl.store(at, acc, mask=inside)
+        if SCALED != 0:
+            gl.store(at + 1, odd, mask=inside)
     return seen, taken
 
 
-@gluon.jit(do_not_specialize=["sequences", "kv_heads", "tq", "tk", "left", "right", "fewest", "t_b", "pages"])
+@gluon.jit(
+    do_not_specialize=["sequences", "kv_heads", "tq", "tk", "left", "right", "fewest", "t_b", "ks_b", "vs_b", "pages"]
+)
 def decode_keys(
     query, key_tiles, value_tiles, partial_out, partial_total, partial_m, out, lse, sink, lengths, table,
-    q_b, q_h, q_t, q_d, o_b, o_h, o_t, o_d, l_b, l_h, l_t, t_b,
+    key_scale, value_scale, q_b, q_h, q_t, q_d, o_b, o_h, o_t, o_d, l_b, l_h, l_t, t_b, ks_b, ks_h, vs_b, vs_h,
     sequences, kv_heads, groups, tq, tk, width, v_width, left, right, unit, softcap, eps, fewest, pages,
     BASE: gl.constexpr, RECTIFY: gl.constexpr, ABSOLUTE: gl.constexpr, CONSTANT: gl.constexpr,
     NEGATIVE_GRADIENT: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_D: gl.constexpr,
     BLOCK_DV: gl.constexpr, STAGES: gl.constexpr, VALUES: gl.constexpr, LEFT: gl.constexpr, RIGHT: gl.constexpr,
     BOTTOM_RIGHT: gl.constexpr, SOFTCAP: gl.constexpr, PAGE: gl.constexpr, LENGTHS: gl.constexpr, SKIP: gl.constexpr,
-    SHARED: gl.constexpr, WHOLE: gl.constexpr, num_warps: gl.constexpr,
+    SCALED: gl.constexpr, SHARED: gl.constexpr, WHOLE: gl.constexpr, num_warps: gl.constexpr,
 ):  # fmt: skip
     """As ``decode.py``, with the same grid and partial results, but only visible keys are split.
 
@@ -343,12 +430,14 @@ def decode_keys(
     score.
     """
     gdc_launch_dependents()  # the merge waits by itself
-    shared: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK_M, BLOCK_D], gl.bfloat16)
+    PARTS: gl.constexpr = 2 if SCALED != 0 else 1
+    of_cache: gl.constexpr = gl.int16 if SCALED != 0 else gl.bfloat16
+    shared: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK_M, BLOCK_D // PARTS], gl.bfloat16)
     weights_shared: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK_M, BLOCK_N], gl.bfloat16)
-    keys = gl.allocate_shared_memory(gl.bfloat16, [STAGES] + key_tiles.block_type.shape, key_tiles.layout)  # noqa: RUF005 (no stars in Triton)
-    values = gl.allocate_shared_memory(gl.bfloat16, [VALUES] + value_tiles.block_type.shape, value_tiles.layout)  # noqa: RUF005
+    keys = gl.allocate_shared_memory(of_cache, [STAGES] + key_tiles.block_type.shape, key_tiles.layout)  # noqa: RUF005 (no stars in Triton)
+    values = gl.allocate_shared_memory(of_cache, [VALUES] + value_tiles.block_type.shape, value_tiles.layout)  # noqa: RUF005
     weights = gl.allocate_shared_memory(gl.bfloat16, [VALUES + 1, BLOCK_M, BLOCK_N], weights_shared)
-    q = gl.allocate_shared_memory(gl.bfloat16, [BLOCK_M, BLOCK_D], shared)
+    q = gl.allocate_shared_memory(gl.bfloat16, [PARTS, BLOCK_M, BLOCK_D // PARTS], shared)
     ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     arrived = gl.allocate_shared_memory(gl.int64, [VALUES, 1], mbarrier.MBarrierLayout())
     for stage in gl.static_range(STAGES):
@@ -359,6 +448,7 @@ def decode_keys(
     tensors = (query, key_tiles, value_tiles, partial_out, partial_total, partial_m, out, lse, sink, table)
     strides = (q_b, q_h, q_t, q_d, o_b, o_h, o_t, o_d, l_b, l_h, l_t, t_b)
     numbers = (groups, tq, width, v_width, left, right, unit, softcap, eps, pages)
+    scaled = (key_scale, value_scale, ks_b, ks_h, vs_b, vs_h)
     if SHARED:
         program = gl.program_id(0)
         some = gl.arange(0, 32 * num_warps, layout=gl.BlockedLayout([1], [32], [num_warps], [0]))
@@ -397,9 +487,9 @@ def decode_keys(
             slot = b.to(gl.int64) * kv_heads + kv + program
             seen, taken = _take(
                 b, kv, lo, gl.minimum(hi, lo + count * BLOCK_N), count, filled, offset, slot,
-                seen, taken, room, tensors, strides, numbers,
+                seen, taken, room, tensors, strides, numbers, scaled,
                 BASE, RECTIFY, ABSOLUTE, CONSTANT, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, STAGES, VALUES, LEFT, RIGHT, SOFTCAP,
-                PAGE, LENGTHS, SKIP, WHOLE, num_warps,
+                PAGE, LENGTHS, SKIP, SCALED, WHOLE, num_warps,
             )  # fmt: skip
             position += count
     else:
@@ -413,9 +503,9 @@ def decode_keys(
         slot = (b.to(gl.int64) * kv_heads + kv) * gl.num_programs(0) + split
         _take(
             b, kv, lo, gl.minimum(hi, lo + count * BLOCK_N), count, filled, offset, slot,
-            0, 0, room, tensors, strides, numbers,
+            0, 0, room, tensors, strides, numbers, scaled,
             BASE, RECTIFY, ABSOLUTE, CONSTANT, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, STAGES, VALUES, LEFT, RIGHT, SOFTCAP,
-            PAGE, LENGTHS, SKIP, WHOLE, num_warps,
+            PAGE, LENGTHS, SKIP, SCALED, WHOLE, num_warps,
         )  # fmt: skip
     for stage in gl.static_range(STAGES):
         mbarrier.invalidate(ready.index(stage))

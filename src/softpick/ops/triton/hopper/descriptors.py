@@ -14,7 +14,7 @@ __all__ = ["row_tiles", "store", "tiles"]
 
 
 def tiles(x: Tensor, block: list[int]) -> TensorDescriptor:
-    """``x`` for the tensor memory accelerator, which fetches blocks of it (bf16; strides in multiples of 8)."""
+    """``x`` for the tensor memory accelerator, which fetches blocks of it (16 bits; strides in multiples of 8)."""
     return TensorDescriptor(x, list(x.shape), list(x.stride()), block, _shared(tuple(block)))
 
 
@@ -27,7 +27,7 @@ def row_tiles(statistics: Tensor, rows: int) -> TensorDescriptor:
 
 @functools.cache
 def _shared(block: tuple[int, ...]) -> Any:
-    return gl.NVMMASharedLayout.get_default_for(list(block), gl.bfloat16)
+    return gl.NVMMASharedLayout.get_default_for(list(block), gl.bfloat16)  # as of any 16 bits
 
 
 @gluon.jit

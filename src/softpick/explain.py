@@ -14,8 +14,9 @@ from softpick.ops.calls import CacheCall, Call, attention_backend, check_cache_c
 from softpick.ops.key_bounds import KeyBounds
 from softpick.ops.operators import call_spec
 from softpick.ops.transforms import wants_reference
+from softpick.ops.vector import takes_rows_kernel
 
-__all__ = ["Explanation", "KernelChoice", "explain_backend"]
+__all__ = ["Explanation", "KernelChoice", "explain_backend", "explain_rows"]
 
 
 class KernelChoice(NamedTuple):
@@ -233,3 +234,19 @@ def _kernels(spec: Any, call: Call) -> tuple[KernelChoice, ...]:
         backward = dispatch.backward_kernel(spec, call.q, call.k, call.v, call.mask, packed, mask_grad, None)
         kernels.append(KernelChoice("backward", backward.kernel, backward.reason))
     return tuple(kernels)
+
+
+def explain_rows(x: Tensor, dim: int = -1) -> Explanation:
+    """:func:`explain_backend` for ``softpick.softpick(x, dim)``."""
+    rule = str(switch.active())
+    if not takes_rows_kernel(x, dim):
+        return Explanation("softpick", "reference", (), (), rule)
+    from softpick.ops.triton import dispatch
+
+    rows, without = x.detach().transpose(dim, -1).reshape(-1, x.shape[dim]), switch.active().without
+    forward = dispatch.rows_kernel("forward", rows, (), without)
+    kernels = [KernelChoice("forward", forward.kernel, forward.reason)]
+    if torch.is_grad_enabled() and x.requires_grad:
+        backward = dispatch.rows_kernel("backward", rows, (rows,), without)
+        kernels.append(KernelChoice("backward", backward.kernel, backward.reason))
+    return Explanation("softpick", "triton", tuple(kernels), (), rule)

@@ -71,7 +71,7 @@ def triton_refuses(q: Tensor, v: Tensor, norm: Normalizer, rows: int = 0) -> str
 warned: set[str] = set()
 
 
-def plain_softmax(
+def sdpa_lacks(
     norm: Normalizer,
     eps: float,
     softcap: float | None,
@@ -82,16 +82,24 @@ def plain_softmax(
     bottom_right: bool,
     q: Tensor,
     k: Tensor,
-) -> bool:
-    """Whether torch's ``scaled_dot_product_attention`` computes the same."""
-    return (
-        norm.switches[:-1] == SOFTMAX.switches[:-1]  # all but eps
-        and eps == 0.0
-        and softcap is None
-        and (left, right) in ((-1, -1), (-1, 0))
-        and not (is_causal and mask is not None)  # torch documents the combination as an error
-        and (not bottom_right or right < 0 or q.shape[2] == k.shape[2])
-    )
+) -> str | None:
+    """What torch's ``scaled_dot_product_attention`` lacks, with figures of the call in braces; None if it computes the same."""
+    if norm.switches[:-1] != SOFTMAX.switches[:-1]:  # all but eps
+        return "normalizer: torch's kernels compute softmax alone, got {call.norm.text}"
+    if eps != 0.0:
+        return "eps: torch's kernels add none to the denominator, got {call.eps:g}"
+    if softcap is not None:
+        return "softcap: torch's kernels have none, got {call.softcap:g}"
+    if (left, right) not in ((-1, -1), (-1, 0)):
+        return "window: torch's kernels have none, got {call.left} keys before and {call.right} after a query (-1: all)"
+    if is_causal and mask is not None:
+        return "attn_mask: torch documents a mask beside is_causal as an error"
+    if bottom_right and right >= 0 and q.shape[2] != k.shape[2]:
+        return (
+            "causal_alignment: torch's kernels have 'top_left' alone, got 'bottom_right' with {call.q.shape[2]} queries and "
+            "{call.k.shape[2]} keys"
+        )
+    return None
 
 
 def takes_sdpa(*tensors: Tensor | None) -> bool:
@@ -124,10 +132,10 @@ def find_backend(
         backend = "triton"
     if wanted and backend == "auto":
         return Backend(
-            "reference", "forward-mode derivatives, and derivatives of derivatives, are the reference's alone"
+            "reference", "a forward-mode derivative, or one of a derivative, is taken, which is the reference's alone"
         )
     if backend not in ("auto", "triton"):
-        return Backend(backend, f"the call names {backend!r}")
+        return Backend(backend, f"backend: the call names {backend!r}")
     if backend == "auto" and not q.is_cuda:
         return Backend(otherwise, f"query is on {q.device}, and the Triton kernels need a GPU")
     if backend == "auto" and "triton" in rule.without:

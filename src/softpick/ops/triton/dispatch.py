@@ -285,14 +285,16 @@ def interpreted() -> bool:
 
 def capability(x: Tensor) -> int:
     """Major compute capability of the NVIDIA GPU that runs the kernels; 0 if none does."""
-    if interpreted() or torch.version.hip is not None or x.get_device() < 0:  # also on the meta device
+    if interpreted() or torch.version.hip is not None or x.is_meta:
+        return 0
+    if isinstance(x, FakeTensor) and not torch.cuda.is_available():
         return 0
     return _major(x.get_device())
 
 
 @functools.cache
 def _major(device: int) -> int:
-    return torch.cuda.get_device_capability(device)[0] if torch.cuda.is_available() else 0  # a fake tensor's GPU
+    return torch.cuda.get_device_capability(device)[0]
 
 
 def _not_on_hopper(x: Tensor) -> str | None:

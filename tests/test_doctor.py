@@ -43,7 +43,9 @@ def test_a_sound_installation_is_fine():
     done = run()
     assert done.exit_code == 0, done.output
     assert "calls, all right" in done.output
-    assert next(line for line in done.output.splitlines() if not line.startswith("running")).startswith("device: cpu (")
+    assert done.output.splitlines()[0] == doctor.device_line("cpu")  # before anything runs, and once
+    assert done.output.count("device: ") == 1
+    assert str(doctor.examine("cpu")).startswith(doctor.device_line("cpu") + "\nsoftpick ")
     assert "not 'triton': query is on cpu" in done.output
 
 
@@ -91,6 +93,7 @@ def test_a_broken_kernel_is_found(breaks, monkeypatch):
     done = run("--json")
     assert done.exit_code == 1
     report = json.loads(done.stdout)
+    assert done.stderr.splitlines()[0] == doctor.device_line("cpu")
     assert not report["fine"]
     wrong = [check for check in report["checks"] if check["problem"] is not None]
     assert {check["backend"] for check in report["checks"]} == {"tiled", "sdpa", "reference"}

@@ -79,7 +79,11 @@ class Report:
         return {"fine": self.fine, **finite(asdict(self))}
 
     def __str__(self) -> str:
-        lines = [device_line(self.device), self.versions, *self.support, ""]
+        return f"{device_line(self.device)}\n{self.findings()}"
+
+    def findings(self) -> str:
+        """What is behind the line with the device."""
+        lines = [self.versions, *self.support, ""]
         for check in self.checks:
             lines.append(f"{'ok   ' if check.problem is None else 'WRONG'} {check.name}, {check.dtype}, {check.shape}")
             lines.append(f"      {check.backend}{': ' if check.kernels else ''}{', '.join(check.kernels)}")

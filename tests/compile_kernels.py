@@ -48,7 +48,7 @@ compile_only(CAPABILITY, note)
 warnings.filterwarnings("error", ".*could not be built")  # what another kernel takes over counts as failed
 
 from softpick import NORMALIZERS  # noqa: E402
-from softpick.ops.backends import DECODE_ROWS  # noqa: E402
+from softpick.ops.backends import DECODE_QUERIES, decode_rows  # noqa: E402
 from softpick.ops.key_bounds import BLOCK_SIZES  # noqa: E402
 from softpick.ops.spec import AttentionSpec  # noqa: E402
 from softpick.ops.triton import dispatch, launch, launch_decode, launch_rows, tuning  # noqa: E402
@@ -100,12 +100,12 @@ def build(case):
     launch.backward(spec, q, k, v, mask, sink, *packed, 128, 128, out, lse, out, *grads, bias_grad)
     spec = spec._replace(part=False, dropout_p=0.0)
     few = 3 if "bias" in extras else 1
-    if "rows" in extras:  # 16 queries of 8 heads for each key head, or 8 of 4
-        few = 8 if "hopper" in extras else 16
-        assert few * few // 2 == (32 if "hopper" in extras else DECODE_ROWS)
-        q, out = (torch.empty(1, few // 2, few, d, dtype=dtype) for _ in range(2))
-        sink = None if sink is None else torch.empty(few // 2)
-        k, v, lse = k[:, :1], v[:, :1], torch.empty(1, few // 2, few)
+    if "rows" in extras:  # all query heads have one key head
+        few = 8 if "hopper" in extras else DECODE_QUERIES
+        heads = (32 if "hopper" in extras else decode_rows(q, v)) // few
+        q, out = (torch.empty(1, heads, few, d, dtype=dtype) for _ in range(2))
+        sink = None if sink is None else torch.empty(heads)
+        k, v, lse = k[:, :1], v[:, :1], torch.empty(1, heads, few)
     row = mask if mask is None or mask.shape[2] == 1 else mask[:, :, :few]
     one, written = q[:, :, :few], (out[:, :, :few], lse[:, :, :few])
     for programs in (56, 3, 1):  # keys of a head divided, shared by programs of all heads, and not divided at all

@@ -462,6 +462,25 @@ def test_other_gpus_versions_and_sizes_are_reasons(hopper, monkeypatch):
 
 
 @triton
+@pytest.mark.parametrize("wider", ["neither", "query", "value"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_so_many_rows_as_fit_into_shared_memory_are_decoded(hopper, dtype, wider):
+    """128 rows of 256 numbers in fp32 take 152 KiB of shared memory, and most GPUs have 99."""
+    width = {"query": 129 if wider == "query" else 128, "value": 129 if wider == "value" else 128}
+    most = 64 if dtype == torch.float32 and wider != "neither" else 128
+    for rows in (most, most + 8):
+        q, k = (torch.zeros(1, heads, 8, width["query"], dtype=dtype) for heads in (rows // 8, 1))
+        v = torch.zeros(1, 1, 8, width["value"], dtype=dtype)
+        found = softpick.explain_backend(q, k, v, enable_gqa=True, backend="triton")
+        assert ("decode.py" in found.kernels[0].file) == (rows <= most)
+        if rows > most:
+            with pytest.raises(ValueError, match=f"query: expected at most {most} rows .* got {rows}"):
+                softpick.explain_backend(q, k, v, decode=True, backend="triton")
+        else:
+            assert "decode.py" in softpick.explain_backend(q, k, v, decode=True, backend="triton").kernels[0].file
+
+
+@triton
 @pytest.mark.parametrize(
     ("arguments", "reason"),
     [

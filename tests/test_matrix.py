@@ -12,7 +12,7 @@ pytest.importorskip("triton")
 import matrix
 
 from softpick import NORMALIZERS
-from softpick.ops.backends import DECODE_ROWS
+from softpick.ops.backends import DECODE_ROWS, WIDE_DECODE_ROWS
 from softpick.ops.key_bounds import BLOCK_SIZES
 from softpick.ops.triton.base_functions import switches
 
@@ -61,7 +61,7 @@ def test_every_normalizer_mask_page_list_and_number_of_rows_is_compiled(launches
             assert found[kernel, "MASK"] == {0, 1, 2}, kernel
     assert found["decode_split", "LISTED"] == found["decode_merge", "LISTED"] == {0, *BLOCK_SIZES}
     assert found["decode_split", "PAGE"] == {0, 64}
-    assert {16, DECODE_ROWS} <= found["decode_split", "BLOCK_M"]
+    assert {16, WIDE_DECODE_ROWS, DECODE_ROWS} <= found["decode_split", "BLOCK_M"]
     if target == "90":
         assert found["decode_keys", "PAGE"] == {0, 64}
         assert {8, 32} <= found["decode_keys", "BLOCK_M"]

@@ -32,6 +32,13 @@ TRITON_WIDEST = 256  # head dimension
 
 # Up to here a group's queries are one tile that every key is read once for; with more, tiles over queries are faster.
 DECODE_ROWS, DECODE_QUERIES = 128, 16
+WIDE_DECODE_ROWS = 64  # in fp32 with more than 128 numbers each: 128 take 152 KiB of shared memory, most GPUs have 99
+
+
+def decode_rows(q: Tensor, v: Tensor) -> int:
+    """How many rows (queries times query heads of a key head) the kernel for few queries takes."""
+    wide = q.dtype == torch.float32 and max(q.shape[-1], v.shape[-1]) > 128
+    return WIDE_DECODE_ROWS if wide else DECODE_ROWS
 
 
 def check_backend(backend: str) -> None:
@@ -60,9 +67,9 @@ def triton_refuses(q: Tensor, v: Tensor, norm: Normalizer, rows: int = 0) -> str
     for name, x in (("query", q), ("value", v)):
         if not 1 <= x.shape[-1] <= TRITON_WIDEST:
             return f"{name}: expected a head dimension from 1 to {TRITON_WIDEST} for the 'triton' backend, got {x.shape[-1]}"
-    if rows > DECODE_ROWS:
+    if rows > decode_rows(q, v):
         return (
-            f"query: expected at most {DECODE_ROWS} rows (queries times query heads of a key head) for decoding with the "
+            f"query: expected at most {decode_rows(q, v)} rows (queries times query heads of a key head) for decoding with the "
             f"'triton' backend, got {rows}; use scaled_dot_product_attention"
         )
     return None
@@ -192,4 +199,4 @@ def few_queries(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, sink: Tens
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k, v, mask, sink)):
         return False
     groups = q.shape[1] // k.shape[1] if k.shape[1] else 1
-    return q.shape[2] <= DECODE_QUERIES and groups * q.shape[2] <= DECODE_ROWS
+    return q.shape[2] <= DECODE_QUERIES and groups * q.shape[2] <= decode_rows(q, v)

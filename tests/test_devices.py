@@ -50,6 +50,29 @@ def test_the_audit_says_it_first():
     assert said == [device_line("cpu")]
 
 
+def test_a_grid_says_it_first(tmp_path):
+    """Also where another line would come first: of a folder of another recipe, or of the first run's name."""
+    pytest.importorskip("transformers")
+    pytest.importorskip("accelerate")
+    from softpick.experiment.reading import DataError
+    from softpick.training.grid import grid
+    from softpick.training.recipes import get_recipe
+
+    said = []
+    reporter = type("Says", (), {"say": lambda self, text: said.append(text)})()
+    (tmp_path / "results.jsonl").write_text("broken\n")
+    with pytest.raises(DataError):
+        grid(
+            get_recipe("tiny_cpu").override(["data=/nowhere"]),
+            ["softmax"],
+            [0],
+            tmp_path,
+            device="cpu",
+            reporter=reporter,
+        )
+    assert said[0] == device_line("cpu")
+
+
 def test_the_audit_does_not_need_the_trainer():
     """The extra ``analyze`` has neither accelerate nor pyarrow."""
     pytest.importorskip("transformers")

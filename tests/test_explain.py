@@ -1,13 +1,19 @@
 """Which kernel takes a call: what is explained is what runs, the switch, and the choice on GPUs that are not there."""
 
+import contextlib
+import inspect
+import itertools
+import re
 import threading
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import softpick
 from softpick import NORMALIZERS, functional
 from softpick.ops import switch, vector
+from softpick.ops.backends import BACKENDS
 from softpick.ops.calling import HAS_TRITON
 from softpick.ops.spec import AttentionSpec
 
@@ -228,6 +234,138 @@ def test_compiled_code_sees_the_switch():
     assert ["softpick.attention_forward" in graph for graph in graphs] == [True, False]
 
 
+# Every answer is a sentence
+
+_NAMES = {*inspect.signature(softpick.explain_backend).parameters, "x"}
+WALKED = {
+    **CALLS,
+    "mask": {**PLAIN, "attn_mask": (1, 1, 5, 5)},
+    "softmax with a softcap": {**PLAIN, "normalizer": "softmax", "softcap": 30.0},
+    "softmax with eps": {**PLAIN, "normalizer": "softmax", "eps": 0.1},
+    "softmax with a mask": {**PLAIN, "normalizer": "softmax", "attn_mask": (1, 1, 5, 5), "is_causal": True},
+    "softmax with statistics": {**PLAIN, "normalizer": "softmax", "return_stats": True},
+    "a base of one's own": {**PLAIN, "normalizer": softpick.Normalizer("relu", base="linear", rectify="positive")},
+    "packed": {"cu_seqlens_q": (0, 2, 5), "cu_seqlens_k": (0, 2, 5)},
+    "cache": {"cache_seqlens": (4,)},
+    "cache in pages": {"block_table": (1, 0), "cache_seqlens": (9,)},
+    "cache with bounds": {"key_bounds": True},
+    "cache without lengths": {"decode": True},
+    "learned sink": {**PLAIN, "normalizer": "learned_sink", "sink": (4,)},
+}
+
+
+def walked(call, device, d, dtype, trained):
+    """Tensors and options of a call on a device, which has no numbers where it is not the CPU."""
+    options = dict(WALKED[call])
+    for name in ("attn_mask", "sink"):
+        if name in options:
+            options[name] = torch.zeros(
+                options[name], device=device, dtype=torch.bool if name == "attn_mask" else dtype
+            )
+    for name in ("cu_seqlens_q", "cu_seqlens_k", "cache_seqlens"):
+        if name in options:
+            options[name] = torch.tensor(options[name], dtype=torch.int32, device=device)
+    shapes = [(1, 4, 5, d), (1, 2, 5, d), (1, 2, 5, d)]
+    if "cu_seqlens_q" in options:
+        shapes = [(5, 4, d), (5, 2, d), (5, 2, d)]
+    elif "block_table" in options:
+        options["block_table"] = torch.tensor([options["block_table"]], dtype=torch.int32, device=device)
+        shapes = [(1, 4, 1, d), (2, 16, 2, d), (2, 16, 2, d)]
+    elif "cache_seqlens" in options or "key_bounds" in options or "decode" in options:
+        shapes[0] = (1, 4, 1, d)
+    tensors = [torch.zeros(shape, device=device, dtype=dtype, requires_grad=trained) for shape in shapes]
+    if "key_bounds" in options:
+        options["key_bounds"] = softpick.key_bounds(tensors[1].detach())
+    return tensors, options
+
+
+@pytest.mark.parametrize(
+    ("d", "dtype"), [(64, torch.bfloat16), (8, torch.float32), (300, torch.float16), (16, torch.float64)]
+)
+@pytest.mark.parametrize(
+    ("device", "trained"),  # views of fake CUDA tensors that need a gradient abort a torch that was built for CPUs
+    [("cpu", False), ("cpu", True), ("meta", False), ("meta", True), ("cuda", False)],
+)
+@pytest.mark.parametrize("call", WALKED)
+def test_every_answer_is_a_sentence(call, device, d, dtype, trained, monkeypatch):
+    """Backends, devices (a fake GPU too), dtypes, gradients, GPUs of every kind: reasons with an argument and what it is."""
+    if (call, device) == ("cache with bounds", "cuda") and not torch.cuda.is_available():
+        pytest.skip("a torch that was built for CPUs cannot index fake CUDA tensors, and bounds are computed by that")
+    answers = 0
+    with FakeTensorMode() if device == "cuda" else contextlib.nullcontext():
+        tensors, options = walked(call, device, d, dtype, trained)
+        for backend, capability in itertools.product(BACKENDS, [None, 8, 9]):
+            with monkeypatch.context() as patch:
+                if HAS_TRITON:
+                    _as_on(patch, capability)
+                try:
+                    found = softpick.explain_backend(*tensors, **(options | {"backend": backend}))
+                except ValueError as refusal:
+                    found, refused = None, str(refusal)
+            if found is None:
+                assert _sentence(refused), refused
+                continue
+            answers += 1
+            assert found.backend in BACKENDS[1:]
+            assert bool(found.kernels) == (found.backend == "triton")
+            reasons = [reason for _, reason in found.refused] + [
+                k.refused for k in found.kernels if k.refused is not None
+            ]
+            assert all(map(_sentence, reasons)), reasons
+    assert answers or (trained and "cache" in call) or d > 256
+
+
+def _as_on(patch, capability):
+    """A GPU of a compute capability; None: as it is here, where Triton does not interpret kernels."""
+    from softpick.ops.triton import dispatch, tuning
+
+    if capability is None:
+        patch.setattr(triton_knobs().runtime, "interpret", False)
+        return
+    patch.setattr(dispatch, "capability", lambda x: capability)
+    patch.setattr(dispatch, "hopper", object())
+    patch.setattr(dispatch, "_no_hopper", None)
+    for name in ("FEWEST_SCORES", "FEWEST_FORWARD", "FEWEST_CACHED"):
+        patch.setattr(tuning, name, 20)
+
+
+def triton_knobs():
+    import triton
+
+    return triton.knobs
+
+
+def _sentence(text):
+    """Whether a reason names an argument (or the switch, or what is installed) and says more than that, without braces."""
+    head = re.match(r"[a-z_, ]+?(?=:| is )", text)
+    named = {name for name in re.findall(r"[a-z_]+", head[0]) if name in _NAMES} if head else set()
+    known = named or re.search(r"softpick\.use_backend|SOFTPICK_BACKEND|Triton|derivative", text)
+    return bool(known) and len(text.split()) > 3 and not set("{}") & set(text)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"softcap": 30.0}, "softcap: torch's kernels have none, got 30"),
+        ({"eps": 0.25}, "eps: torch's kernels add none to the denominator, got 0.25"),
+        ({"window": 2}, "window: torch's kernels have none, got 1 keys before and 1 after"),
+        ({"is_causal": True, "attn_mask": torch.ones(5, 5, dtype=torch.bool)}, "attn_mask: torch documents"),
+        ({"is_causal": True, "causal_alignment": "bottom_right"}, "got 'bottom_right' with 5 queries and 7 keys"),
+        ({"return_weights": True}, "return_weights: torch's kernels have no such argument"),
+        ({"return_stats": True}, "return_stats: torch's kernels have no such argument"),
+        ({"backend": "reference"}, "backend: the call names 'reference'"),
+    ],
+    ids=lambda x: x if isinstance(x, str) else "",
+)
+def test_what_torchs_kernels_lack_is_named(options, said):
+    q, k, v = qkv(hkv=4, tk=5 if "attn_mask" in options else 7)
+    found = softpick.explain_backend(q, k, v, normalizer="softmax", **options)
+    assert said in dict(found.refused)["sdpa"]
+    with softpick.use_backend("tiled"):
+        found = softpick.explain_backend(q, q, q, normalizer="softmax")
+    assert dict(found.refused)["sdpa"] == "softpick.use_backend names 'tiled'"
+
+
 # On GPUs that are not there
 
 triton = pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed")
@@ -254,7 +392,9 @@ def spec(name="softpick", **more):
 
 def forward(dispatch, d=64, made=None, packed=False, stats=False, mask=None, **more):
     q, k, v = made or qkv(d=d, tq=16, tk=16, dtype=torch.bfloat16)
-    return dispatch.forward_kernel(spec(**more), q, k, v, mask, packed, stats, None, (q.shape[2], k.shape[2]))
+    longest = q.shape[2], k.shape[2]
+    found = dispatch.forward_kernel(spec(**more), q, k, v, mask, packed, stats, None, longest)
+    return found._replace(reason=dispatch.sentence(found, spec(**more), q, k, v, mask, longest))
 
 
 @triton
@@ -273,20 +413,23 @@ def test_kernels_for_hopper_are_chosen(hopper):
 @pytest.mark.parametrize(
     ("arguments", "reason"),
     [
-        ({"packed": True}, "packed"),
-        ({"stats": True}, "statistics"),
-        ({"eps": 1.0}, "running maximum"),
-        ({"name": "linear_softpick"}, "running maximum"),
-        ({"made": qkv(tq=16, tk=16, d=64)}, "running maximum"),
-        ({"scale": -1.0}, "scale"),
-        ({"mask": torch.ones(1, 1, 16, 16)}, "mask"),
-        ({"left": 4}, "window"),
-        ({"softcap": 30.0}, "softcap"),
-        ({"dropout_p": 0.1}, "dropout"),
-        ({"d": 32}, "pad to 64"),
-        ({"d": 256}, "pad to 64"),
-        ({"without": frozenset({"hopper"})}, "left out"),
-        ({"made": [x[..., 1:] for x in qkv(tq=16, tk=16, d=65, dtype=torch.bfloat16)]}, "tensor memory accelerator"),
+        ({"packed": True}, "cu_seqlens_q: these kernels take no packed"),
+        ({"stats": True}, "return_stats: these kernels return none, got True"),
+        ({"eps": 0.5}, "torch.bfloat16, softpick and 0.5 need a running maximum"),
+        ({"name": "linear_softpick"}, "linear_softpick and 0 need a running maximum"),
+        ({"made": qkv(tq=16, tk=16, d=64)}, "torch.float32, softpick and 1e-06 need a running maximum"),
+        ({"scale": -1.5}, "scale: expected a number above 0, got -1.5"),
+        ({"mask": torch.ones(1, 1, 16, 16)}, "attn_mask: these kernels take none, got (1, 1, 16, 16)"),
+        ({"left": 4}, "window: these kernels have none, got 4 keys before"),
+        ({"softcap": 30.0}, "softcap: these kernels have none, got 30"),
+        ({"dropout_p": 0.1}, "dropout_p: these kernels have no dropout, got 0.1"),
+        ({"d": 32}, "head dimensions from 33 to 64, or from 65 to 128, got 32 and 32"),
+        ({"d": 256}, "got 256 and 256"),
+        ({"without": frozenset({"hopper"})}, "'hopper' is left out"),
+        (
+            {"made": [x[..., 1:] for x in qkv(tq=16, tk=16, d=65, dtype=torch.bfloat16)]},
+            "key (2080, 1040, 65, 1), value (2080, 1040, 65, 1)",
+        ),
     ],
     ids=lambda x: x if isinstance(x, str) else "",
 )
@@ -301,9 +444,9 @@ def test_other_gpus_versions_and_sizes_are_reasons(hopper, monkeypatch):
     from softpick.ops.triton import tuning
 
     monkeypatch.setattr(tuning, "FEWEST_SCORES", 2**40)
-    assert "describing tensors" in forward(hopper).reason
+    assert "query, key: 1024 scores; describing tensors to the GPU pays from 1099511627776 on" in forward(hopper).reason
     monkeypatch.setattr(tuning, "FEWEST_FORWARD", 2**40)
-    assert "second launch" in forward(hopper).reason
+    assert "query, key: 1024 scores; a second launch pays from 1099511627776 on" in forward(hopper).reason
     monkeypatch.undo()
     if not hopper.interpreted():
         return
@@ -311,11 +454,59 @@ def test_other_gpus_versions_and_sizes_are_reasons(hopper, monkeypatch):
     monkeypatch.setattr(hopper, "capability", lambda x: 9)
     monkeypatch.setattr(hopper, "hopper", None)
     x = torch.zeros(2, 20000, dtype=torch.bfloat16)
-    assert "this Triton cannot load" in hopper.rows_kernel("forward", x, (), frozenset()).reason
+    assert "cannot load" in hopper.rows_kernel("forward", x, (), frozenset()).reason
     assert "16 bytes" in _rows(hopper, monkeypatch, torch.zeros(2, 20001, dtype=torch.bfloat16))
     assert "same time" in _rows(hopper, monkeypatch, torch.zeros(1, 2**24, dtype=torch.bfloat16))
     assert "short enough" in _rows(hopper, monkeypatch, torch.zeros(2, 64))
     assert "left out" in hopper.rows_kernel("forward", x, (), frozenset({"hopper"})).reason
+
+
+@triton
+@pytest.mark.parametrize("wider", ["neither", "query", "value"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_so_many_rows_as_fit_into_shared_memory_are_decoded(hopper, dtype, wider):
+    """128 rows of 256 numbers in fp32 take 152 KiB of shared memory, and most GPUs have 99."""
+    width = {"query": 129 if wider == "query" else 128, "value": 129 if wider == "value" else 128}
+    most = 64 if dtype == torch.float32 and wider != "neither" else 128
+    for rows in (most, most + 8):
+        q, k = (torch.zeros(1, heads, 8, width["query"], dtype=dtype) for heads in (rows // 8, 1))
+        v = torch.zeros(1, 1, 8, width["value"], dtype=dtype)
+        found = softpick.explain_backend(q, k, v, enable_gqa=True, backend="triton")
+        assert ("decode.py" in found.kernels[0].file) == (rows <= most)
+        if rows > most:
+            with pytest.raises(ValueError, match=f"query: expected at most {most} rows .* got {rows}"):
+                softpick.explain_backend(q, k, v, decode=True, backend="triton")
+        else:
+            assert "decode.py" in softpick.explain_backend(q, k, v, decode=True, backend="triton").kernels[0].file
+
+
+@triton
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        ({"made": qkv(d=64, tk=16)}, "query: expected torch.bfloat16, got torch.float32"),
+        ({"keys": 0}, "key: 0 keys of all heads; describing the cache to the GPU pays from 1 on"),
+        ({"made": qkv(h=4, hkv=1, tq=9, d=64, dtype=torch.bfloat16)}, "query: expected at most 32 rows (queries"),
+        ({"made": qkv(h=4, hkv=1, tq=9, d=64, dtype=torch.bfloat16)}, "got 36"),
+        ({"mask": torch.ones(1, 1, 1, 16)}, "attn_mask: these kernels take none, got (1, 1, 1, 16)"),
+        ({"eps": 0.5}, "eps: expected at most 1e-05, got 0.5"),
+        (
+            {"made": qkv(d=200, dtype=torch.bfloat16)},
+            "key, value: expected head dimensions from 33 to 128, got 200 and 200",
+        ),
+        ({"page": 48}, "block_table: expected pages of a multiple of 64 positions, got 48"),
+        ({"listed": True}, "key_bounds: only decode.py"),
+        ({"without": frozenset({"hopper"})}, "'hopper' is left out"),
+    ],
+    ids=lambda x: x if isinstance(x, str) else "",
+)
+def test_a_reason_for_every_refusal_in_decoding(hopper, arguments, reason):
+    more = {"made": qkv(tq=1, tk=16, d=64, dtype=torch.bfloat16), "mask": None, "page": 0, "keys": 64, "listed": False}
+    more |= arguments
+    made, mask, page, keys, listed = (more.pop(name) for name in ("made", "mask", "page", "keys", "listed"))
+    found = hopper.decode_kernel(spec(**more), *made, mask, page, keys, listed)
+    assert found.kernel == "decode.py"
+    assert reason in hopper.sentence(found, spec(**more), *made, mask, page=page, keys=keys)
 
 
 def _rows(dispatch, monkeypatch, x):
@@ -368,6 +559,6 @@ def test_kernels_of_a_call_are_explained(hopper):
         *packed, cu_seqlens_q=cu, cu_seqlens_k=cu, backend="triton", normalizer="softmax"
     )
     assert [(kernel.file, kernel.refused) for kernel in explained.kernels] == [
-        ("forward.py", "packed sequences"),
-        ("backward.py", "packed sequences"),
+        ("forward.py", "cu_seqlens_q: these kernels take no packed sequences"),
+        ("backward.py", "cu_seqlens_q: these kernels take no packed sequences"),
     ]

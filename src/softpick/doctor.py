@@ -9,18 +9,19 @@ import itertools
 import math
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from softpick.experiment.environment import device_line, hardware, versions
-from softpick.explain import explain_backend
-from softpick.functional import decode_attention, scaled_dot_product_attention, varlen_attention
+from softpick.explain import Explanation, explain_backend, explain_rows
+from softpick.functional import decode_attention, scaled_dot_product_attention, softpick, varlen_attention
 from softpick.ops import switch
 from softpick.ops.calling import HAS_TRITON
+from softpick.ops.key_bounds import key_bounds
 
 __all__ = ["Check", "Report", "examine"]
 
@@ -78,7 +79,11 @@ class Report:
         return {"fine": self.fine, **finite(asdict(self))}
 
     def __str__(self) -> str:
-        lines = [device_line(self.device), self.versions, *self.support, ""]
+        return f"{device_line(self.device)}\n{self.findings()}"
+
+    def findings(self) -> str:
+        """What is behind the line with the device."""
+        lines = [self.versions, *self.support, ""]
         for check in self.checks:
             lines.append(f"{'ok   ' if check.problem is None else 'WRONG'} {check.name}, {check.dtype}, {check.shape}")
             lines.append(f"      {check.backend}{': ' if check.kernels else ''}{', '.join(check.kernels)}")
@@ -99,22 +104,33 @@ class Report:
 
 @dataclass
 class _Call:
-    """Arguments of a typical call: batch, heads, key heads, queries, keys, head dimension."""
+    """Arguments of a typical call."""
 
     name: str
-    shape: tuple[int, int, int, int, int, int]
+    shape: tuple[int, ...]
+    """Batch, heads, key heads, queries, keys, head dimension; of ``rows``: rows and their length."""
     dtype: torch.dtype
     kind: str = "attention"
     normalizer: str = "softpick"
     window: int | None = None
     causal: bool = True
+    reserve: bool = False
+    """Whether the call runs only on a device where it takes a kernel that no call before it takes."""
+
+    @property
+    def size(self) -> str:
+        """The shape for people."""
+        if self.kind == "rows":
+            return "{} rows of {}".format(*self.shape)
+        return "{} x {}/{} heads x {}/{} x {}".format(*self.shape)
 
 
 def _calls(device: str) -> list[_Call]:
-    """A dozen typical calls in the dtypes that this device computes in."""
+    """Typical calls in the dtypes that this device computes in, and reserves for kernels that these do not take."""
     low = torch.bfloat16
     long = 2048 if device.startswith("cuda") else 192
     cache = 8192 if device.startswith("cuda") else 1024
+    rows = 256 if device.startswith("cuda") else 16
     calls = [
         _Call("training", (2, 8, 8, long, long, 64), low),
         _Call("training", (2, 8, 8, long, long, 64), torch.float32),
@@ -128,10 +144,58 @@ def _calls(device: str) -> list[_Call]:
         _Call("decoding", (4, 8, 2, 1, cache, 128), low, "decode"),
         _Call("decoding", (4, 8, 2, 1, cache, 64), torch.float32, "decode"),
         _Call("decoding, pages", (4, 8, 2, 1, cache, 128), low, "paged"),
+        _Call("decoding, bounds of keys", (4, 8, 2, 1, cache, 128), low, "listed"),
+        _Call("softpick over rows", (rows, 1024), low, "rows"),
     ]
     if device.startswith("cuda"):
-        calls.append(_Call("training", (2, 8, 8, long, long, 64), torch.float16))
+        calls += [
+            _Call("training", (2, 8, 8, long, long, 64), torch.float16),
+            _Call("softpick over rows", (rows, 131072), low, "rows"),
+            _Call("training, long sequences", (1, 4, 4, 16384, 16384, 64), low, reserve=True),
+            _Call("training, long sequences", (1, 4, 4, 16384, 16384, 128), low, reserve=True),
+        ]
     return calls
+
+
+class _Ready(NamedTuple):
+    """A call that will run: its tensors, the public function and its options, and what is known before it runs."""
+
+    call: _Call
+    leaves: list[Tensor]
+    function: Callable[..., Any]
+    options: dict[str, Any]
+    explained: Explanation
+
+    @property
+    def trained(self) -> bool:
+        """Whether there are gradients to compare."""
+        return self.call.kind in ("attention", "packed", "rows")
+
+
+def _prepare(call: _Call, device: str) -> _Ready:
+    """Draw the tensors of a call, and ask which kernels take it."""
+    tensors, function, options = _arguments(call, device)
+    trained = call.kind in ("attention", "packed", "rows")
+    leaves = [x.detach().requires_grad_(trained) for x in tensors]
+    explain: Any = explain_rows if call.kind == "rows" else explain_backend
+    given = options if trained else {**options, "decode": True}
+    return _Ready(call, leaves, function, options, explain(*leaves, **given))
+
+
+def _chosen(device: str) -> Iterator[tuple[_Call, _Ready | Exception]]:
+    """The calls that run on a device, each with its tensors: a reserve only where the dispatcher has a new kernel for it."""
+    met: set[str] = set()
+    for call in _calls(device):
+        try:
+            ready = _prepare(call, device)
+        except Exception as error:  # whatever comes is what the report is for
+            yield call, error
+            continue
+        files = {kernel.file for kernel in ready.explained.kernels}
+        if call.reserve and files <= met:
+            continue
+        met |= files
+        yield call, ready
 
 
 def examine(device: str = "cpu", progress: Callable[[str], None] = lambda name: None) -> Report:
@@ -142,9 +206,9 @@ def examine(device: str = "cpu", progress: Callable[[str], None] = lambda name: 
         progress: called with the name of each call before it runs.
     """
     report = Report(versions("triton"), hardware(device), device, _support(device), [])
-    for call in _calls(device):
+    for call, ready in _chosen(device):
         progress(call.name)
-        report.checks.append(_check(call, device))
+        report.checks.append(_check(call, ready, device))
     return report
 
 
@@ -169,16 +233,15 @@ def _support(device: str) -> list[str]:
     return lines
 
 
-def _check(call: _Call, device: str) -> Check:
-    b, heads, kv_heads, tq, tk, d = call.shape
-    check = Check(
-        call.name, str(call.dtype).removeprefix("torch."), f"{b} x {heads}/{kv_heads} heads x {tq}/{tk} x {d}",
-        limit=LIMITS[call.dtype],
-    )  # fmt: skip
+def _check(call: _Call, ready: _Ready | Exception, device: str) -> Check:
+    """Run a call, and put what comes, errors and warnings of kernels too, into a record."""
+    check = Check(call.name, str(call.dtype).removeprefix("torch."), call.size, limit=LIMITS[call.dtype])
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         try:
-            _run(call, device, check)
+            if isinstance(ready, Exception):
+                raise ready
+            _run(ready, device, check)
         except Exception as error:  # whatever comes is what the report is for
             check.problem = f"{type(error).__name__}: {error}"
     for warning in said:
@@ -187,32 +250,28 @@ def _check(call: _Call, device: str) -> Check:
     return check
 
 
-def _run(call: _Call, device: str, check: Check) -> None:
-    """Explain, run and compare a call."""
-    query, key, value, function, options = _arguments(call, device)
-    trained = call.kind in ("attention", "packed")
-    leaves = [x.detach().requires_grad_(trained) for x in (query, key, value)]
-    explain: Any = explain_backend
-    explained = explain(*leaves, decode=not trained, **options)
+def _run(ready: _Ready, device: str, check: Check) -> None:
+    """Run a call, and compare it with the truth."""
+    explained, leaves = ready.explained, ready.leaves
     check.backend = explained.backend
     check.kernels = [kernel.file for kernel in explained.kernels]
     check.reasons = [f"not {name!r}: {reason}" for name, reason in explained.refused]
     check.reasons += [f"{k.step}, not for Hopper GPUs: {k.refused}" for k in explained.kernels if k.refused is not None]
-    grad = torch.randn(query.shape, generator=torch.Generator().manual_seed(1)).to(query)  # value is as wide as query
+    # of the output's shape, which is the first tensor's: value is as wide as query
+    grad = torch.randn(leaves[0].shape, generator=torch.Generator().manual_seed(1)).to(leaves[0])
     for _ in range(2):
         _wait(device)
         began = time.perf_counter()
-        out: Any = function(*leaves, **options)
-        grads = torch.autograd.grad(out, leaves, grad) if trained else ()
+        out: Any = ready.function(*leaves, **ready.options)
+        grads = torch.autograd.grad(out, leaves, grad) if ready.trained else ()
         _wait(device)
         check.milliseconds = 1000 * (time.perf_counter() - began)
     # Apple's GPUs have no fp64
-    exact = [x.detach().to("cpu" if device == "mps" else device).double().requires_grad_(trained) for x in leaves]
-    want = _truth(call, exact[0], exact[1], exact[2], options)
+    exact = [x.detach().to("cpu" if device == "mps" else device).double() for x in (*leaves, grad)]
+    want, of = _truth(ready, exact[:-1], exact[-1])
     check.forward_error = _error([out], [want])
-    if trained:
-        of = torch.autograd.grad(want, exact, grad.to(want.device).double())
-        check.backward_error = _error(list(grads), list(of))
+    if ready.trained:
+        check.backward_error = _error(list(grads), of)
     worst = max(check.forward_error, check.backward_error or 0.0)
     if not worst <= check.limit:  # NaN is not
         check.problem = f"the relative error {worst:.1e} is above {check.limit:.0e}"
@@ -231,12 +290,11 @@ def _error(got: list[Tensor], want: list[Tensor]) -> float:
     def relative(x: Tensor, truth: Tensor) -> float:
         return float((x.detach().to(truth.device).double() - truth).norm() / truth.norm())
 
-    return max(relative(x, y.detach()) for x, y in zip(got, want, strict=True))
+    return max(relative(x, y) for x, y in zip(got, want, strict=True))
 
 
-def _arguments(call: _Call, device: str) -> tuple[Tensor, Tensor, Tensor, Callable[..., Any], dict[str, Any]]:
+def _arguments(call: _Call, device: str) -> tuple[list[Tensor], Callable[..., Any], dict[str, Any]]:
     """Tensors, the public function and its options."""
-    b, heads, kv_heads, tq, tk, d = call.shape
     generator = torch.Generator().manual_seed(0)
 
     def draw(*shape: int) -> Tensor:
@@ -252,24 +310,29 @@ def _arguments(call: _Call, device: str) -> tuple[Tensor, Tensor, Tensor, Callab
         key[..., -1] -= 1 / 16
         return query.to(device, call.dtype), key.to(device, call.dtype)
 
+    if call.kind == "rows":
+        return [draw(*call.shape)], softpick, {}
+    b, heads, kv_heads, tq, tk, d = call.shape
     options: dict[str, Any] = {"normalizer": call.normalizer}
     if call.kind == "packed":
         starts = torch.tensor([0, tq // 4, tq // 4 + 5, tq], dtype=torch.int32, device=device)
         options |= {"cu_seqlens_q": starts, "cu_seqlens_k": starts, "is_causal": call.causal}
         query, key = draw_pair((tq, heads, d), (tk, kv_heads, d))
-        return query, key, draw(tk, kv_heads, d), varlen_attention, options
+        return [query, key, draw(tk, kv_heads, d)], varlen_attention, options
     query, key = draw_pair((b, heads, tq, d), (b, kv_heads, tk, d))
     value = draw(b, kv_heads, tk, d)
     if call.kind == "attention":
         options |= {"is_causal": call.causal, "enable_gqa": True, "window": call.window}
         options["causal_alignment"] = "bottom_right"
-        return query, key, value, scaled_dot_product_attention, options
+        return [query, key, value], scaled_dot_product_attention, options
     options["cache_seqlens"] = torch.tensor([tk - 100 * i for i in range(b)], dtype=torch.int32, device=device)
     if call.kind == "paged":
         page = 64
         options["block_table"] = torch.randperm(b * tk // page, generator=generator).view(b, -1).int().to(device)
         key, value = (_paged(x, page, options["block_table"]) for x in (key, value))
-    return query, key, value, decode_attention, options
+    if call.kind == "listed":
+        options["key_bounds"] = key_bounds(key, cache_seqlens=options["cache_seqlens"])
+    return [query, key, value], decode_attention, options
 
 
 def _paged(x: Tensor, page: int, table: Tensor) -> Tensor:
@@ -280,31 +343,60 @@ def _paged(x: Tensor, page: int, table: Tensor) -> Tensor:
     return pages
 
 
-def _truth(call: _Call, query: Tensor, key: Tensor, value: Tensor, options: dict[str, Any]) -> Tensor:
-    """The call by its formula with full matrices, in fp64."""
-    if call.kind == "packed":
-        starts = options["cu_seqlens_q"].tolist()
-        spans = [slice(a, b) for a, b in itertools.pairwise(starts)]
-        parts = [_formula(call, *(x[span].transpose(0, 1)[None] for x in (query, key, value))) for span in spans]
-        return torch.cat([part[0].transpose(0, 1) for part in parts])
-    if "block_table" in options:
-        table = options["block_table"].long().to(key.device)
-        key, value = (x[table].flatten(1, 2).transpose(1, 2) for x in (key, value))
-    if "cache_seqlens" not in options:
-        return _formula(call, query, key, value)
-    lengths = options["cache_seqlens"].tolist()
-    rows = [
-        _formula(call, query[i : i + 1], key[i : i + 1, :, :n], value[i : i + 1, :, :n]) for i, n in enumerate(lengths)
-    ]
-    return torch.cat(rows)
+SCORES = 2**24
+"""Scores that the formula holds at a time, in fp64: an eighth of a GiB, and as much for each of its steps."""
 
 
-def _formula(call: _Call, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """``(B, H, Tq, D)`` with grouped heads; the last query stands at the last key."""
-    tq, tk, groups = query.shape[2], key.shape[2], query.shape[1] // key.shape[1]
-    key, value = (x.repeat_interleave(groups, 1) for x in (key, value))
-    scores = query @ key.transpose(2, 3) / math.sqrt(query.shape[-1])
-    behind = torch.arange(tq, device=scores.device)[:, None] + tk - tq - torch.arange(tk, device=scores.device)
+def _truth(ready: _Ready, tensors: list[Tensor], grad: Tensor) -> tuple[Tensor, list[Tensor]]:
+    """Output and gradients of a call by its formula, in fp64: of some key heads or rows of one after the others."""
+    call, out, grads = ready.call, torch.zeros_like(grad), [torch.zeros_like(x) for x in tensors]
+    if call.kind == "rows":
+        x = tensors[0].requires_grad_()
+        y = _weights(x)
+        return y.detach(), list(torch.autograd.grad(y, [x], grad))
+    if "block_table" in ready.options:
+        table = ready.options["block_table"].long().to(out.device)
+        tensors[1:] = (x[table].flatten(1, 2).transpose(1, 2) for x in tensors[1:])
+        grads[1:] = (torch.zeros_like(x) for x in tensors[1:])
+    of_queries, of_keys = [tensors[0], out, grad, grads[0]], [*tensors[1:], *grads[1:]]
+    for (query, y, dy, dquery), (key, value, dkey, dvalue) in _sequences(ready, of_queries, of_keys):
+        (kv_heads, _, tq, _), tk = query.shape, key.shape[2]
+        step = max(1, SCORES // (query.shape[1] * tk))  # rows of a key head
+        together = max(1, step // tq)  # key heads
+        for head, first in itertools.product(range(0, kv_heads, together), range(0, tq, step)):
+            heads = slice(head, head + together)
+            rows = heads, slice(None), slice(first, first + step)
+            leaves = [x.detach().requires_grad_(ready.trained) for x in (query[rows], key[heads], value[heads])]
+            part = _formula(call, leaves[0], leaves[1], leaves[2], tk - tq + first)
+            y[rows] = part.detach()
+            if ready.trained:
+                totals = dquery[rows], dkey[heads], dvalue[heads]
+                for total, x in zip(totals, torch.autograd.grad(part, leaves, dy[rows]), strict=True):
+                    total += x
+    return out, grads
+
+
+def _sequences(
+    ready: _Ready, of_queries: list[Tensor], of_keys: list[Tensor]
+) -> Iterator[tuple[list[Tensor], list[Tensor]]]:
+    """Views ``(Hkv, groups, Tq, D)`` and ``(Hkv, 1, Tk, D)`` of one sequence after the other."""
+    if ready.call.kind == "packed":
+        starts = ready.options["cu_seqlens_q"].tolist()
+        spans = itertools.starmap(slice, itertools.pairwise(starts))
+        parts = (tuple([x[span].transpose(0, 1) for x in each] for each in (of_queries, of_keys)) for span in spans)
+    else:
+        lengths = ready.options.get("cache_seqlens")
+        filled = [None] * len(of_keys[0]) if lengths is None else lengths.tolist()
+        parts = (([x[i] for x in of_queries], [x[i, :, :n] for x in of_keys]) for i, n in enumerate(filled))
+    for queries, keys in parts:
+        yield [x.unflatten(0, (len(keys[0]), -1)) for x in queries], [x[:, None] for x in keys]
+
+
+def _formula(call: _Call, query: Tensor, key: Tensor, value: Tensor, position: int) -> Tensor:
+    """``(..., Tq, D)``; the first query stands at ``position`` of the keys."""
+    scores = query @ key.transpose(-2, -1) / math.sqrt(query.shape[-1])
+    tq, tk = scores.shape[-2:]
+    behind = torch.arange(tq, device=scores.device)[:, None] + position - torch.arange(tk, device=scores.device)
     seen = torch.ones_like(behind, dtype=torch.bool)
     if call.causal:
         seen &= behind >= 0
@@ -312,7 +404,11 @@ def _formula(call: _Call, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         seen &= behind.abs() < call.window
     if call.normalizer == "softmax":
         return scores.masked_fill(~seen, -math.inf).softmax(-1) @ value
-    scores = scores.masked_fill(~seen, 0.0)  # e^0 - 1 adds nothing
+    return _weights(scores.masked_fill(~seen, 0.0)) @ value  # e^0 - 1 adds nothing
+
+
+def _weights(scores: Tensor) -> Tensor:
+    """Softpick of the last dimension."""
     top = scores.amax(-1, keepdim=True).clamp(min=0.0).detach()
     numerators = scores.exp() - 1.0
-    return numerators.clamp(min=0.0) @ value / (numerators.abs().sum(-1, keepdim=True) + 1e-6 * top.exp())
+    return numerators.clamp(min=0.0) / (numerators.abs().sum(-1, keepdim=True) + 1e-6 * top.exp())

@@ -14,8 +14,9 @@ from softpick.ops.calls import CacheCall, Call, attention_backend, check_cache_c
 from softpick.ops.key_bounds import KeyBounds
 from softpick.ops.operators import call_spec
 from softpick.ops.transforms import wants_reference
+from softpick.ops.vector import takes_rows_kernel
 
-__all__ = ["Explanation", "KernelChoice", "explain_backend"]
+__all__ = ["Explanation", "KernelChoice", "explain_backend", "explain_rows"]
 
 
 class KernelChoice(NamedTuple):
@@ -181,8 +182,13 @@ def _of_attention(call: Call, backend: str) -> Explanation:
         return Explanation(function, "sdpa", (), (), rule)
     refused = []
     if call.longest is None and call.norm.name == "softmax":
-        other = "another backend is named, or a derivative is asked for that only the reference has"
-        refused.append(("sdpa", other if call.plain else "an option that torch's kernels lack"))
+        reason = found.reason
+        if call.lacking is not None:
+            reason = call.lacking.format(call=call)
+        elif reason is None:  # the kernels were asked for
+            source = "backend: the call" if backend != "auto" else switch.active().source
+            reason = f"{source} names {found.name!r}"
+        refused.append(("sdpa", reason))
     if found.reason is not None:
         refused.append(("triton", found.reason))
     kernels: tuple[KernelChoice, ...] = ()
@@ -220,8 +226,10 @@ def _decode_kernel(
 ) -> KernelChoice:
     from softpick.ops.triton import dispatch
 
-    choice = dispatch.decode_kernel(spec, q, k, v, mask, page, q.shape[0] * k.shape[1] * room, listed)
-    return KernelChoice("forward", choice.kernel, choice.reason)
+    keys = q.shape[0] * k.shape[1] * room
+    choice = dispatch.decode_kernel(spec, q, k, v, mask, page, keys, listed)
+    reason = dispatch.sentence(choice, spec, q, k, v, mask, page=page, keys=keys)
+    return KernelChoice("forward", choice.kernel, reason)
 
 
 def _kernels(spec: Any, call: Call) -> tuple[KernelChoice, ...]:
@@ -230,10 +238,26 @@ def _kernels(spec: Any, call: Call) -> tuple[KernelChoice, ...]:
 
     packed, longest = call.longest is not None, call.longest or (call.q.shape[2], call.k.shape[2])
     forward = dispatch.forward_kernel(spec, call.q, call.k, call.v, call.mask, packed, call.stats, None, longest)
-    kernels = [KernelChoice("forward", forward.kernel, forward.reason)]
     tensors = call.q, call.k, call.v, call.mask, call.sink
+    choices = [("forward", forward)]
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors):
         mask_grad = call.mask is not None and call.mask.requires_grad
         backward = dispatch.backward_kernel(spec, call.q, call.k, call.v, call.mask, packed, mask_grad, None)
-        kernels.append(KernelChoice("backward", backward.kernel, backward.reason))
-    return tuple(kernels)
+        choices.append(("backward", backward))
+    of = spec, call.q, call.k, call.v, call.mask, longest
+    return tuple(KernelChoice(step, choice.kernel, dispatch.sentence(choice, *of)) for step, choice in choices)
+
+
+def explain_rows(x: Tensor, dim: int = -1) -> Explanation:
+    """:func:`explain_backend` for ``softpick.softpick(x, dim)``."""
+    rule = str(switch.active())
+    if not takes_rows_kernel(x, dim):
+        return Explanation("softpick", "reference", (), (), rule)
+    from softpick.ops.triton import dispatch
+
+    rows, without = x.detach().transpose(dim, -1).reshape(-1, x.shape[dim]), switch.active().without
+    choices = [("forward", dispatch.rows_kernel("forward", rows, (), without))]
+    if torch.is_grad_enabled() and x.requires_grad:
+        choices.append(("backward", dispatch.rows_kernel("backward", rows, (rows,), without)))
+    kernels = [KernelChoice(step, choice.kernel, dispatch.sentence(choice, None, rows)) for step, choice in choices]
+    return Explanation("softpick", "triton", tuple(kernels), (), rule)

@@ -30,12 +30,12 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Any, Literal
+from typing import Any, Literal, TypeGuard
 
 import torch
 from torch import Tensor
 
-__all__ = ["EXCLUDED_BIAS", "NORMALIZERS", "Normalizer", "get_normalizer", "visible"]
+__all__ = ["EXCLUDED_BIAS", "NORMALIZERS", "Normalizer", "get_normalizer", "is_normalizer", "visible"]
 
 EXCLUDED_BIAS = -9984.0
 """An entry of an additive mask at or below this excludes its key from both sums, for every normalizer and entry point.
@@ -399,6 +399,15 @@ def get_normalizer(normalizer: str | Normalizer) -> Normalizer:
     if found is None:
         raise ValueError(f"normalizer: expected one of {', '.join(_LISTED)}; got {normalizer!r}")
     return found
+
+
+def is_normalizer(name: Any) -> TypeGuard[str]:
+    """Whether this is a name of the table, or the ``text`` of a record.
+
+    Raises:
+        ValueError: for a text whose switches contradict each other.
+    """
+    return isinstance(name, str) and (name in _RECORDS or ("(" in name and _from_text(name) is not None))
 
 
 def _from_text(text: str) -> Normalizer | None:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from softpick.analysis.metrics import MAX_ENTRIES
-from softpick.normalizers import NORMALIZERS, visible
+from softpick.normalizers import is_normalizer, visible
 
 __all__ = ["PARTS", "Call", "SeenAttention", "fp32_weights", "report", "seen_keys"]
 
@@ -142,7 +142,7 @@ def _pieces(
     if b * h * t * tk <= MAX_ENTRIES:
         yield slice(0, b), slice(0, h), slice(0, key_heads)
         return
-    own = [*module.parameters(recurse=False), *module.buffers(recurse=False)] if name not in NORMALIZERS else []
+    own = [*module.parameters(recurse=False), *module.buffers(recurse=False)] if not is_normalizer(name) else []
     by_head = any(x.dim() > 0 and x.shape[0] in (h, key_heads) for x in own)
     tensors = [x for name, x in kwargs.items() if isinstance(x, Tensor) and name != GATE]
     by_head |= any(x.dim() > 2 for x in tensors)  # a bias, perhaps one a head

@@ -20,13 +20,14 @@ def doctor(
     bug report should contain this.
     """
     from softpick.doctor import examine
-    from softpick.experiment.environment import chosen_device, missing_device
+    from softpick.experiment.environment import chosen_device, device_line, missing_device
 
     chosen = chosen_device(device)
     missing = missing_device(chosen)
     if missing is not None:
         fail(f"device: {missing}")
+    typer.echo(device_line(chosen), err=json)  # before the work, as every command
     report = examine(chosen, lambda name: typer.echo(f"running: {name}", err=True))
-    typer.echo(encoder.dumps(report.to_json(), indent=2) if json else str(report))
+    typer.echo(encoder.dumps(report.to_json(), indent=2) if json else report.findings())
     if not report.fine:
         raise typer.Exit(1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -83,7 +84,9 @@ class ConvertSettings:
     lengthen_learning_rate: float = _of_recipe("Largest learning rate of stage 3.")
     final_rate: float = _of_recipe("Learning rate at the end of the cosine, as a share of the largest.")
     warmup_steps: int = _of_recipe("Steps of linear warm-up, in each stage.")
-    micro_batch_size: int = _of_recipe("Sequences per forward pass.")
+    micro_batch_size: int = _of_recipe(
+        "Sequences per forward pass; if not given, at most the recipe's, and a divisor of the batches."
+    )
     embeddings: str = _of_recipe(
         "frozen, or trained in stages 2 and 3.",
         note="Frozen ones are the teacher's tensors, so that tied ones stay tied. Trained ones are untied, and saved so.",
@@ -154,8 +157,15 @@ class ConvertSettings:
         chosen = RECIPES[recipe]() | {name: value for name, value in given.items() if value is not None}
         settings = cls(model=model, recipe=recipe, **chosen)
         settings = replace(settings, device=chosen_device(settings.device))
+        if given.get("micro_batch_size") is None:
+            settings = replace(settings, micro_batch_size=settings._fitting_micro_batch())
         settings.check()
         return settings
+
+    def _fitting_micro_batch(self) -> int:
+        """The recipe's micro batch, or the largest divisor of it that divides the batches of all stages."""
+        batches = [getattr(self, f"{stage}_batch_size") for stage in self.stages]
+        return math.gcd(self.micro_batch_size, *(batch for batch in batches if type(batch) is int and batch > 0))
 
     def check(self) -> None:
         """Raise :class:`ConvertError` for settings that cannot work, before any work is done."""

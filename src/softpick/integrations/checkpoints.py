@@ -23,7 +23,7 @@ from typing import Any
 from transformers import AutoConfig, PreTrainedConfig
 
 from softpick.integrations.patches import original, replace
-from softpick.normalizers import NORMALIZERS
+from softpick.normalizers import is_normalizer
 
 __all__ = ["MARK", "install", "marked", "unmarked"]
 
@@ -45,7 +45,7 @@ def marked(config: dict[str, Any]) -> dict[str, Any]:
     config = unmarked(config, architectures=True)
     names = set(_leaves(config.get("attn_implementation")))
     harmless = {"softmax"} | ({"learned_sink"} if config.get("model_type") in KEEP_A_SINK else set())
-    if not names & (set(NORMALIZERS) - harmless) or config.get("model_type", "") in ("", *_OURS_ALONE):
+    if not any(map(is_normalizer, names - harmless)) or config.get("model_type", "") in ("", *_OURS_ALONE):
         return config
     config["model_type"] += MARK
     # an engine that finds no architecture at all may guess one

@@ -127,7 +127,14 @@ def _configuration(source: Path) -> tuple[Any, bool]:
             "scaled" in str(attention)
         )
         raise LayoutError(f"{file}: expected attn_impl to be one of {', '.join(ATTENTION)}; got {attention!r}{scaled}")
-    for name, plain in (("qk_norm", False), ("window_size", None), ("hidden_act", "swish"), ("rope_scaling", None)):
+    unlike = {
+        "qk_norm": False,
+        "window_size": None,
+        "hidden_act": "swish",
+        "rope_scaling": None,
+        "attnres_block_size": None,
+    }
+    for name, plain in unlike.items():
         value = given.get(name)
         value = plain if value is None else value
         if value not in (plain, "silu" if name == "hidden_act" else plain):

@@ -54,6 +54,12 @@ PATCHES: Mapping[str, Patch] = {
             **_TRANSFORMERS,
         ),
         Patch(
+            target="transformers:PreTrainedConfig._attn_implementation",
+            source="d21c7d26e7de323d",
+            why="A record is given in the place of a name, and its text is the name; transformers asks names for letters.",
+            **_TRANSFORMERS,
+        ),
+        Patch(
             target="transformers:PreTrainedModel.get_correct_attn_implementation",
             source="d1e19ae1facb1751",
             why="A saved normalizer comes before transformers' default, and models that compute softmax by themselves refuse "

@@ -17,7 +17,7 @@ from transformers.modeling_layers import GenericForSequenceClassification
 from transformers.models.llama.modeling_llama import LlamaAttention
 
 from softpick.nn.attention import initial_score_scale
-from softpick.normalizers import NORMALIZERS, get_normalizer
+from softpick.normalizers import NORMALIZERS, Normalizer, get_normalizer, is_normalizer
 
 __all__ = [
     "SoftpickLlamaConfig",
@@ -33,8 +33,8 @@ class SoftpickLlamaConfig(LlamaConfig):
     """Configuration of a Llama with a chosen normalizer; all fields of ``LlamaConfig``, and:
 
     Attributes:
-        normalizer: a name of ``softpick.NORMALIZERS``. ``learned_sink`` adds one logit a head, which starts at 0 (then it
-            equals softmax plus one).
+        normalizer: a name of ``softpick.NORMALIZERS``, or a record, whose ``text`` is kept. ``learned_sink`` adds one
+            logit a head, which starts at 0 (then it equals softmax plus one).
         output_gate: multiply each head's output by ``sigmoid(x W_g)`` before the output projection (Qiu et al. 2025).
             ``W_g`` starts like every projection, so gates start near 1/2.
         score_scale: multiply scores by ``s_h log n``, ``n`` the keys a query may see (scalable softpick, paper eq. 8-9).
@@ -48,7 +48,7 @@ class SoftpickLlamaConfig(LlamaConfig):
 
     model_type = "softpick_llama"
 
-    normalizer: str = "softpick"
+    normalizer: str | Normalizer = "softpick"
     output_gate: bool = False
     score_scale: bool = False
 
@@ -57,6 +57,7 @@ class SoftpickLlamaConfig(LlamaConfig):
             if kwargs.get(name) == self.model_type:
                 del kwargs[name]
         norm = get_normalizer(self.normalizer)
+        self.normalizer = norm.text
         for name in ("output_gate", "score_scale"):
             if type(getattr(self, name)) is not bool:
                 raise TypeError(f"{name}: expected True or False, got {getattr(self, name)!r}")
@@ -116,11 +117,11 @@ class SoftpickLlamaPreTrainedModel(LlamaPreTrainedModel):
             ValueError: for an implementation that is no normalizer: it would ignore gate, scale and sinks.
         """
         if requested_attention is None:
-            return self.config.normalizer
-        if requested_attention not in NORMALIZERS:
+            return get_normalizer(self.config.normalizer).text
+        if not is_normalizer(requested_attention):
             raise ValueError(
-                f"attn_implementation: expected a normalizer for {type(self).__name__}, one of {', '.join(NORMALIZERS)}; "
-                f"got {requested_attention!r}"
+                f"attn_implementation: expected a normalizer for {type(self).__name__}, a record or one of "
+                f"{', '.join(NORMALIZERS)}; got {requested_attention!r}"
             )
         self.config.normalizer = requested_attention
         return requested_attention

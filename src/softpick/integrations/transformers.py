@@ -6,7 +6,8 @@ Importing this module is all that is needed::
     model = AutoModelForCausalLM.from_config(config, attn_implementation="softpick")
 
 It registers (:func:`register`) an attention function and sdpa's boolean mask for each name of ``softpick.NORMALIZERS``,
-makes saved configurations remember the choice, and registers the ``softpick_llama`` model type with the Auto classes.
+makes saved configurations remember the choice, and registers the ``softpick_llama`` model type with the Auto classes. A
+:class:`softpick.Normalizer` of your own is given in the place of a name; its ``text`` is its name here, and is saved.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 
 from softpick.functional import AttentionOutput, scaled_dot_product_attention
 from softpick.nn.attention import scaled_by_length, visible_keys
-from softpick.normalizers import NORMALIZERS, Normalizer, get_normalizer
+from softpick.normalizers import NORMALIZERS, Normalizer, get_normalizer, is_normalizer
 
 try:
     from transformers import (
@@ -67,6 +68,7 @@ from softpick.integrations.transformers_packing import (
     masked,
     packed_in_masks,
 )
+from softpick.integrations.transformers_saving import SECOND_KEY, remember_choice, with_every_choice
 from softpick.integrations.transformers_serving import attend_paged, install, is_paged, without_paged
 
 __all__ = [
@@ -316,8 +318,9 @@ def normalizer_of(config_or_model: Any) -> str:
         config_or_model: a transformers model or configuration; of a composite one its text decoder counts.
 
     Returns:
-        A name of ``softpick.NORMALIZERS``; for transformers' own implementations (eager, sdpa, flash, flex, or none
-        chosen yet) ``"softmax"``, or ``"learned_sink"`` for models which keep a sink of their own (gpt-oss).
+        A name of ``softpick.NORMALIZERS``, or the ``text`` of a record of your own; for transformers' own implementations
+        (eager, sdpa, flash, flex, or none chosen yet) ``"softmax"``, or ``"learned_sink"`` for models which keep a sink of
+        their own (gpt-oss).
 
     Raises:
         TypeError: for anything without a transformers configuration.
@@ -332,8 +335,8 @@ def normalizer_of(config_or_model: Any) -> str:
     name = config._attn_implementation
     if name is None and isinstance(config, SoftpickLlamaConfig):
         name = config.normalizer
-    if name in NORMALIZERS:
-        return name
+    if is_normalizer(name):
+        return str(name)
     name = (name or "sdpa").removeprefix("paged|")
     if name not in ("eager", "sdpa") and "flash" not in name and "flex" not in name:
         raise ValueError(
@@ -352,20 +355,20 @@ def register() -> None:
     that compute softmax by themselves, whatever the implementation, refuse ours.
     """
     for name in IMPLEMENTATIONS:
-        AttentionInterface.register(name, make_attention_function(name))
-        AttentionMaskInterface.register(name, attention_mask)
+        _register(name)
     if not getattr(PreTrainedConfig.to_dict, "_softpick", False):
         for target, wrap in (
-            ("transformers:PreTrainedConfig.to_dict", _remember_choice),
+            ("transformers:PreTrainedConfig.to_dict", remember_choice),
+            ("transformers:PreTrainedConfig._attn_implementation", _named_by_text),
             ("transformers:PreTrainedModel.get_correct_attn_implementation", _never_softmax_silently),
             ("transformers:PreTrainedModel.set_attn_implementation", _in_every_part),
             ("transformers:PreTrainedModel.post_init", _checked_when_built),
-            ("transformers:PreTrainedModel.save_pretrained", _with_every_choice),
+            ("transformers:PreTrainedModel.save_pretrained", with_every_choice),
             ("transformers.masking_utils:_preprocess_mask_arguments", _packed_in_masks),
         ):
             replace(target, wrap(original(target)))
         _allow_output_attentions()
-    install(lambda config: config._attn_implementation in IMPLEMENTATIONS)
+    install(lambda config: is_normalizer(config._attn_implementation))
     checkpoints.install()
     AutoConfig.register(SoftpickLlamaConfig.model_type, SoftpickLlamaConfig, exist_ok=True)
     AutoModel.register(SoftpickLlamaConfig, SoftpickLlamaModel, exist_ok=True)
@@ -404,32 +407,35 @@ def intercept_attention(
 
 def _packed_in_masks(preprocess: Callable[..., Any]) -> Callable[..., Any]:
     """``_preprocess_mask_arguments`` that finds packed sequences for our implementations."""
-    return packed_in_masks(preprocess, lambda config: config._attn_implementation in IMPLEMENTATIONS)
+    return packed_in_masks(preprocess, lambda config: is_normalizer(config._attn_implementation))
 
 
-def _remember_choice(to_dict: Callable[[Any], dict[str, Any]]) -> Callable[[Any], dict[str, Any]]:
-    """``PreTrainedConfig.to_dict`` that does not drop the attention implementation if it is one of ours.
-
-    The key is the one that the constructor of a configuration takes, so nothing has to be done on loading. The second
-    key survives an explicit ``attn_implementation=None``, which training libraries pass to mean "not chosen".
-    """
-
-    @functools.wraps(to_dict)
-    def wrapper(self: Any) -> dict[str, Any]:
-        output = to_dict(self)
-        output.pop(_SECOND_KEY, None)
-        chosen = _chosen(self)
-        if chosen is not None:
-            output["attn_implementation"] = chosen
-        if self._attn_implementation in NORMALIZERS:
-            output[_SECOND_KEY] = self._attn_implementation
-        return output
-
-    wrapper._softpick = True  # type: ignore[attr-defined]
-    return wrapper
+def _register(name: str) -> None:
+    AttentionInterface.register(name, make_attention_function(name))
+    AttentionMaskInterface.register(name, attention_mask)
 
 
-_SECOND_KEY = "softpick_normalizer"
+def _ours(name: Any) -> bool:
+    """Whether a name is one of ours. The text of a record of somebody's own is registered where it is met first."""
+    if not is_normalizer(name):
+        return False
+    if name not in AttentionInterface._global_mapping:
+        _register(name)
+    return True
+
+
+def _text(chosen: Any) -> Any:
+    """What was given as an implementation, by names: that of a record is its text."""
+    if isinstance(chosen, dict):
+        return {key: _text(part) for key, part in chosen.items()}
+    name = chosen.text if isinstance(chosen, Normalizer) else chosen
+    _ours(name)
+    return name
+
+
+def _named_by_text(declared: Any) -> property:
+    """``PreTrainedConfig._attn_implementation`` that takes records."""
+    return declared.setter(lambda self, value: declared.fset(self, _text(value)))
 
 
 def _never_softmax_silently(check: Callable[..., str]) -> Callable[..., str]:
@@ -442,8 +448,8 @@ def _never_softmax_silently(check: Callable[..., str]) -> Callable[..., str]:
     @functools.wraps(check)
     def wrapper(self: Any, requested_attention: Any, *args: Any, **kwargs: Any) -> str:
         if requested_attention is None:
-            requested_attention = getattr(self.config, _SECOND_KEY, None)
-        if requested_attention in NORMALIZERS:
+            requested_attention = getattr(self.config, SECOND_KEY, None)
+        if _ours(requested_attention):
             prepare(self, requested_attention)
         return check(self, requested_attention, *args, **kwargs)
 
@@ -461,11 +467,15 @@ def _in_every_part(set_implementation: Callable[..., None]) -> Callable[..., Non
         parts = [module for module in self.modules() if isinstance(module, PreTrainedModel)]
         before = [(part.config, part.config._attn_implementation) for part in parts]
         try:
-            set_implementation(self, attn_implementation, *args, **kwargs)
+            set_implementation(self, _text(attn_implementation), *args, **kwargs)
             name = self.config._attn_implementation
             for part in parts:
                 own = part.config._attn_implementation
-                if type(part.config) is type(self.config) and own != name and not {own, name}.isdisjoint(NORMALIZERS):
+                if (
+                    type(part.config) is type(self.config)
+                    and own != name
+                    and (is_normalizer(own) or is_normalizer(name))
+                ):
                     part.config._attn_implementation_internal = part.get_correct_attn_implementation(name)
         except Exception:
             for config, name in before:
@@ -475,45 +485,12 @@ def _in_every_part(set_implementation: Callable[..., None]) -> Callable[..., Non
     return wrapper
 
 
-def _with_every_choice(save: Callable[..., Any]) -> Callable[..., Any]:
-    """``PreTrainedModel.save_pretrained`` that refuses a part whose implementation would be forgotten.
-
-    Encoder and decoder of T5 and others have copies of the model's configuration, which has one implementation for all.
-    """
-
-    @functools.wraps(save)
-    def wrapper(self: Any, *args: Any, **kwargs: Any) -> Any:
-        saved = list(_configurations(self.config))
-        for name, part in self.named_modules():
-            if not isinstance(part, PreTrainedModel) or any(part.config is config for config in saved):
-                continue
-            own = part.config._attn_implementation
-            same = {config._attn_implementation for config in saved if type(config) is type(part.config)}
-            if same and own not in same and not {own, *same}.isdisjoint(NORMALIZERS):
-                raise ValueError(
-                    f"{name}: runs attn_implementation={own!r}, but the configuration that {type(self).__name__} saves has "
-                    f"{', '.join(sorted(map(repr, same)))} for it; expected one implementation for the whole model: call "
-                    "set_attn_implementation of the model, not of its part"
-                )
-        return save(self, *args, **kwargs)
-
-    return wrapper
-
-
-def _configurations(config: PreTrainedConfig) -> Iterator[PreTrainedConfig]:
-    """A configuration and those of its parts."""
-    yield config
-    for value in vars(config).values():
-        if isinstance(value, PreTrainedConfig):
-            yield from _configurations(value)
-
-
 def _checked_when_built(post_init: Callable[..., None]) -> Callable[..., None]:
     """``PreTrainedModel.post_init``, which models call when their layers exist, that looks at the layers first."""
 
     @functools.wraps(post_init)
     def wrapper(self: Any) -> None:
-        if self.config._attn_implementation in NORMALIZERS:
+        if _ours(self.config._attn_implementation):
             prepare(self, self.config._attn_implementation)
         post_init(self)
 
@@ -526,14 +503,14 @@ def _allow_output_attentions() -> None:
     validate = PreTrainedConfig.validate_output_attentions
 
     def setter(self: Any, value: bool) -> None:
-        if self._attn_implementation in NORMALIZERS:
+        if is_normalizer(self._attn_implementation):
             self._output_attentions = value
         else:
             declared.fset(self, value)
 
     @functools.wraps(validate)
     def validate_output_attentions(self: Any) -> None:
-        if self._attn_implementation not in NORMALIZERS:
+        if not is_normalizer(self._attn_implementation):
             validate(self)
 
     replace("transformers:PreTrainedConfig.output_attentions", declared.setter(setter))
@@ -543,17 +520,6 @@ def _allow_output_attentions() -> None:
         kinds += kind.__subclasses__()
         validators = vars(kind).get("__class_validators__", [])
         validators[:] = [validate_output_attentions if method is validate else method for method in validators]
-
-
-def _chosen(config: Any) -> str | dict[str, Any] | None:
-    """The implementation to save: a name of ours, a dictionary where the parts of a composite model differ, or None."""
-    own = config._attn_implementation if config._attn_implementation in NORMALIZERS else None
-    parts = {key: getattr(config, key, None) for key in config.sub_configs}
-    chosen = {key: _chosen(part) for key, part in parts.items() if isinstance(part, PreTrainedConfig)}
-    if all(part == own for part in chosen.values()):
-        return own
-    # a name would be handed down to every part, so name each: None leaves a part to transformers' default
-    return {"": own, **chosen}
 
 
 def _attentions_recorded() -> bool:

@@ -17,7 +17,7 @@ from transformers.cache_utils import CacheLayerMixin
 
 from softpick.functional import decode_attention
 from softpick.nn.attention import scaled_by_length
-from softpick.normalizers import NORMALIZERS
+from softpick.normalizers import is_normalizer
 from softpick.ops.fp8 import FP8, power_of_2, quantize_fp8
 
 __all__ = ["Fp8Cache", "Fp8Layer", "attend_fp8", "dequantized", "in_fp8", "through_fp8"]
@@ -116,7 +116,7 @@ class Fp8Layer(CacheLayerMixin):
         self.length += key_states.shape[2]
         if not before:
             return key_states, value_states
-        if key_states.shape[2] == 1 and self.config._attn_implementation in NORMALIZERS:
+        if key_states.shape[2] == 1 and is_normalizer(self.config._attn_implementation):
             key = self._keys.stored.view(FP8)[:, : self.length].transpose(1, 2)
             value = self._values.stored.view(FP8)[:, : self.length].transpose(1, 2)
             key._softpick_layer = self  # type: ignore[attr-defined]

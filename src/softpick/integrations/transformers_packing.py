@@ -16,7 +16,7 @@ from transformers.utils.import_utils import is_tracing
 
 from softpick.functional import varlen_attention
 from softpick.nn.attention import scaled_by_length
-from softpick.normalizers import NORMALIZERS, Normalizer, visible
+from softpick.normalizers import Normalizer, is_normalizer, visible
 
 __all__ = [
     "Packing",
@@ -137,7 +137,7 @@ def watch_offsets(kind: type[nn.Module]) -> None:
         try:
             _running.given = before[0] or kwargs.get("cu_seq_lens_q") is not None
             _running.paged = before[1] or kwargs.get("read_index") is not None
-            packed = getattr(self.config, "_attn_implementation", None) in NORMALIZERS and _gives_packed(kwargs)
+            packed = is_normalizer(getattr(self.config, "_attn_implementation", None)) and _gives_packed(kwargs)
             if packed:
                 _check_mixing(self)
             _running.starts = kwargs["position_ids"] == 0 if packed and _by_positions(kwargs) else None

@@ -32,6 +32,13 @@ TRITON_WIDEST = 256  # head dimension
 
 # Up to here a group's queries are one tile that every key is read once for; with more, tiles over queries are faster.
 DECODE_ROWS, DECODE_QUERIES = 128, 16
+WIDE_DECODE_ROWS = 64  # in fp32 with more than 128 numbers each: 128 take 152 KiB of shared memory, most GPUs have 99
+
+
+def decode_rows(q: Tensor, v: Tensor) -> int:
+    """How many rows (queries times query heads of a key head) the kernel for few queries takes."""
+    wide = q.dtype == torch.float32 and max(q.shape[-1], v.shape[-1]) > 128
+    return WIDE_DECODE_ROWS if wide else DECODE_ROWS
 
 
 def check_backend(backend: str) -> None:
@@ -67,9 +74,9 @@ def triton_refuses(q: Tensor, v: Tensor, norm: Normalizer, rows: int = 0) -> str
                 "value_cache: torch.float8_e4m3fn needs a GPU of compute capability 8.9 (Ada) or newer for the 'triton' "
                 f"backend, got {capability[0]}.{capability[1]}; keep the cache in bf16 or fp16"
             )
-    if rows > DECODE_ROWS:
+    if rows > decode_rows(q, v):
         return (
-            f"query: expected at most {DECODE_ROWS} rows (queries times query heads of a key head) for decoding with the "
+            f"query: expected at most {decode_rows(q, v)} rows (queries times query heads of a key head) for decoding with the "
             f"'triton' backend, got {rows}; use scaled_dot_product_attention"
         )
     return None
@@ -78,7 +85,7 @@ def triton_refuses(q: Tensor, v: Tensor, norm: Normalizer, rows: int = 0) -> str
 warned: set[str] = set()
 
 
-def plain_softmax(
+def sdpa_lacks(
     norm: Normalizer,
     eps: float,
     softcap: float | None,
@@ -89,16 +96,24 @@ def plain_softmax(
     bottom_right: bool,
     q: Tensor,
     k: Tensor,
-) -> bool:
-    """Whether torch's ``scaled_dot_product_attention`` computes the same."""
-    return (
-        norm.switches[:-1] == SOFTMAX.switches[:-1]  # all but eps
-        and eps == 0.0
-        and softcap is None
-        and (left, right) in ((-1, -1), (-1, 0))
-        and not (is_causal and mask is not None)  # torch documents the combination as an error
-        and (not bottom_right or right < 0 or q.shape[2] == k.shape[2])
-    )
+) -> str | None:
+    """What torch's ``scaled_dot_product_attention`` lacks, with figures of the call in braces; None if it computes the same."""
+    if norm.switches[:-1] != SOFTMAX.switches[:-1]:  # all but eps
+        return "normalizer: torch's kernels compute softmax alone, got {call.norm.text}"
+    if eps != 0.0:
+        return "eps: torch's kernels add none to the denominator, got {call.eps:g}"
+    if softcap is not None:
+        return "softcap: torch's kernels have none, got {call.softcap:g}"
+    if (left, right) not in ((-1, -1), (-1, 0)):
+        return "window: torch's kernels have none, got {call.left} keys before and {call.right} after a query (-1: all)"
+    if is_causal and mask is not None:
+        return "attn_mask: torch documents a mask beside is_causal as an error"
+    if bottom_right and right >= 0 and q.shape[2] != k.shape[2]:
+        return (
+            "causal_alignment: torch's kernels have 'top_left' alone, got 'bottom_right' with {call.q.shape[2]} queries and "
+            "{call.k.shape[2]} keys"
+        )
+    return None
 
 
 def takes_sdpa(*tensors: Tensor | None) -> bool:
@@ -131,10 +146,10 @@ def find_backend(
         backend = "triton"
     if wanted and backend == "auto":
         return Backend(
-            "reference", "forward-mode derivatives, and derivatives of derivatives, are the reference's alone"
+            "reference", "a forward-mode derivative, or one of a derivative, is taken, which is the reference's alone"
         )
     if backend not in ("auto", "triton"):
-        return Backend(backend, f"the call names {backend!r}")
+        return Backend(backend, f"backend: the call names {backend!r}")
     if backend == "auto" and not q.is_cuda:
         return Backend(otherwise, f"query is on {q.device}, and the Triton kernels need a GPU")
     if backend == "auto" and "triton" in rule.without:
@@ -191,4 +206,4 @@ def few_queries(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, sink: Tens
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k, v, mask, sink)):
         return False
     groups = q.shape[1] // k.shape[1] if k.shape[1] else 1
-    return q.shape[2] <= DECODE_QUERIES and groups * q.shape[2] <= DECODE_ROWS
+    return q.shape[2] <= DECODE_QUERIES and groups * q.shape[2] <= decode_rows(q, v)

@@ -25,7 +25,7 @@ from softpick.ops.arguments import (
     to_autocast_dtype,
     window_bounds,
 )
-from softpick.ops.backends import Backend, check_backend, few_queries, find_backend, plain_softmax, takes_sdpa
+from softpick.ops.backends import Backend, check_backend, few_queries, find_backend, sdpa_lacks, takes_sdpa
 from softpick.ops.fp8 import Scales, check_scales
 from softpick.ops.key_bounds import KeyBounds, check_bounds
 from softpick.ops.skipping import Plan, check_rectified, plan_blocks
@@ -61,8 +61,8 @@ class Call(NamedTuple):
     weights: bool
     longest: tuple[int, int] | None
     """Queries and keys of the longest packed sequence; None: not packed."""
-    plain: bool
-    """Whether torch's ``scaled_dot_product_attention`` computes the same."""
+    lacking: str | None
+    """What torch's ``scaled_dot_product_attention`` lacks (:func:`sdpa_lacks`); None if it computes the same."""
 
 
 def check_call(
@@ -111,11 +111,12 @@ def check_call(
     check_sink(sink, norm, q.shape[1], q)
     scale, softcap, eps = default_scale(scale, q.shape[-1]), check_softcap(softcap), default_eps(eps, norm)
     bottom_right = causal_alignment == "bottom_right"
-    plain = packed is None and not (return_stats or return_weights)
-    plain = plain and plain_softmax(norm, eps, softcap, left, right, is_causal, attn_mask, bottom_right, q, k)
+    more = {"cu_seqlens_q": packed is not None, "return_stats": return_stats, "return_weights": return_weights}
+    lacking = next((f"{name}: torch's kernels have no such argument" for name, given in more.items() if given), None)
+    lacking = lacking or sdpa_lacks(norm, eps, softcap, left, right, is_causal, attn_mask, bottom_right, q, k)
     return Call(
         norm, query, key, value, q, k, v, lead, mask, sink, left, right, bottom_right, scale, softcap, eps, dropout_p,
-        return_stats, return_weights, longest, plain,
+        return_stats, return_weights, longest, lacking,
     )  # fmt: skip
 
 
@@ -139,14 +140,14 @@ def attention_backend(call: Call, backend: str) -> Backend:
     Raises:
         ValueError: the named backend does not take it.
     """
-    if backend == "sdpa" and not call.plain:
+    if backend == "sdpa" and call.lacking is not None:
         raise ValueError(
             "backend: 'sdpa' is torch's softmax kernel; it has no other normalizer, no eps, softcap, window, mask beside "
             "is_causal, bottom-right alignment of different lengths, statistics or weights. Choose 'triton', 'tiled' or "
             "'reference'"
         )
     tensors = call.q, call.k, call.v, call.mask
-    if call.plain and backend == "auto" and takes_sdpa(*tensors):
+    if call.lacking is None and backend == "auto" and takes_sdpa(*tensors):
         return Backend("sdpa")
     if call.weights:
         if backend in ("tiled", "triton"):

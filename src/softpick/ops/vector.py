@@ -27,7 +27,7 @@ def over_dim(name: str, x: Tensor, dim: int, eps: float, where: Tensor | None, d
     eps = numbers.number("eps", eps, "a number >= 0", 0.0)
     if not -max(x.dim(), 1) <= numbers.integer("dim", dim) < max(x.dim(), 1):
         raise IndexError(f"dim: expected a dimension of a {x.dim()}-dimensional tensor, got {dim}")
-    if name == "softpick" and where is None and _rows_kernel(x, dim):
+    if name == "softpick" and where is None and takes_rows_kernel(x, dim):
         rows = x.transpose(dim, -1)
         y, _ = rows_forward(rows.reshape(-1, rows.shape[-1]), eps, str(switch.active()._replace(backend="auto")))
         return y.view(rows.shape).transpose(dim, -1)
@@ -53,7 +53,7 @@ def _on_gpu(x: Tensor) -> bool:
     return x.is_cuda
 
 
-def _rows_kernel(x: Tensor, dim: int) -> bool:
+def takes_rows_kernel(x: Tensor, dim: int) -> bool:
     """Whether the kernel over rows can take ``x``: on a GPU, unit stride in ``dim``, and no transform of torch.func."""
     return (
         _on_gpu(x)

@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from softpick.experiment.environment import chosen_device, device_line
 from softpick.experiment.progress import Reporter, Silent, Titled
 from softpick.normalizers import get_normalizer
 from softpick.training.packed import describe
@@ -147,6 +148,7 @@ def grid(
         raise RecipeError(f"minutes: expected a number > 0, got {minutes}")
     output, reporter, stop = Path(output), reporter or Silent(), stop or StopRequest()
     output.mkdir(parents=True, exist_ok=True)
+    reporter.say(device_line(chosen_device(device)))
     _check_rows(recipe, read_rows(output, reporter))
     try:
         with _deadline(stop, minutes):

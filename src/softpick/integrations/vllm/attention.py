@@ -25,7 +25,7 @@ from vllm.v1.attention.backends.utils import split_decodes_and_prefills
 from vllm.v1.kv_cache_interface import KVCacheLayout
 
 from softpick.functional import decode_attention, varlen_attention
-from softpick.normalizers import NORMALIZERS, Normalizer, get_normalizer
+from softpick.normalizers import Normalizer, get_normalizer, is_normalizer
 
 __all__ = ["CPUBackend", "CUDABackend", "Impl", "Metadata", "MetadataBuilder", "normalizer_of"]
 
@@ -38,7 +38,7 @@ def normalizer_of(config: Any) -> Normalizer | None:
     """
     text = config.hf_text_config
     names = (getattr(text, name, None) for name in ("softpick_normalizer", "_attn_implementation", "normalizer"))
-    return next((get_normalizer(name) for name in names if isinstance(name, str) and name in NORMALIZERS), None)
+    return next((get_normalizer(name) for name in names if is_normalizer(name)), None)
 
 
 @dataclass

@@ -122,7 +122,7 @@ def test_steps_compute_with_what_is_stored(name, calls):
     got = logits(model, tokens, Fp8Cache(model.config), 60)
     assert calls == [torch.float8_e4m3fn] * 2 * 30
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(transformers_fp8, "NORMALIZERS", {})
+        patch.setattr(transformers_fp8, "is_normalizer", lambda name: False)
         wide = logits(model, tokens, Fp8Cache(model.config), 60)
     torch.testing.assert_close(got, wide, rtol=1e-4, atol=1e-4)
     exact = logits(model, tokens, None, 90)
@@ -146,7 +146,7 @@ def test_sinks_scales_by_length_and_gates(calls):
         tokens = torch.randint(97, (2, 40))
         got = logits(model, tokens, Fp8Cache(model.config), 20)
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(transformers_fp8, "NORMALIZERS", {})
+            patch.setattr(transformers_fp8, "is_normalizer", lambda name: False)
             wide = logits(model, tokens, Fp8Cache(model.config), 20)
         torch.testing.assert_close(got, wide, rtol=1e-4, atol=1e-4)
         assert calls
@@ -160,7 +160,7 @@ def test_padding_and_recorded_attentions_take_a_copy(calls):
     got = logits(model, tokens, Fp8Cache(model.config), 20, mask)
     assert not calls
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(transformers_fp8, "NORMALIZERS", {})
+        patch.setattr(transformers_fp8, "is_normalizer", lambda name: False)
         wide = logits(model, tokens, Fp8Cache(model.config), 20, mask)
     torch.testing.assert_close(got, wide)
     cache = Fp8Cache(model.config)
@@ -200,7 +200,7 @@ def test_steps_on_a_gpu(name, calls):
     got = logits(model, tokens, Fp8Cache(model.config), 130)
     assert len(calls) == (0 if name == "sdpa" else 140)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(transformers_fp8, "NORMALIZERS", {})
+        patch.setattr(transformers_fp8, "is_normalizer", lambda name: False)
         wide = logits(model, tokens, Fp8Cache(model.config), 130)
     assert float((got - wide).norm() / wide.norm()) < 2e-2
 

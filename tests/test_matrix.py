@@ -17,8 +17,9 @@ from softpick.ops.key_bounds import BLOCK_SIZES
 from softpick.ops.triton.base_functions import switches
 
 # switches that a GPU has on or off, whatever is called: dependent launches (Hopper and later), conversion with relu (NVIDIA),
-# programs that share (hopper/decode.py)
-OF_THE_GPU = {"90": {"EARLY"}, "86": {"EARLY", "SHARED"}, "gfx942": {"EARLY", "SHARED", "RELU_ASM"}}
+# programs that share (hopper/decode.py), caches in fp8 (Ada and later)
+FP8 = {"PAIRS"}
+OF_THE_GPU = {"90": {"EARLY"}, "86": {"EARLY", "SHARED"} | FP8, "gfx942": {"EARLY", "SHARED", "RELU_ASM"} | FP8}
 
 
 @pytest.fixture(scope="module", params=OF_THE_GPU)

@@ -270,6 +270,17 @@ def test_kernels_for_hopper_are_chosen(hopper):
 
 
 @triton
+def test_fp16_has_the_kernels_for_hopper(hopper):
+    half = qkv(d=64, tq=16, tk=16, dtype=torch.float16)
+    assert forward(hopper, made=half) == ("hopper/forward_narrow.py", None)
+    assert hopper.backward_kernel(spec(), *half, None, False, False, None) == ("hopper/backward.py", None)
+    mixed = half[0], half[1], half[2].bfloat16()
+    assert "tensor memory accelerator" in forward(hopper, made=mixed).reason
+    assert "running maximum" in forward(hopper, made=half, eps=1.0).reason
+    assert "dtype" in hopper.decode_kernel(spec(), half[0][:, :, :1], *half[1:], None, 0, 32).reason
+
+
+@triton
 @pytest.mark.parametrize(
     ("arguments", "reason"),
     [

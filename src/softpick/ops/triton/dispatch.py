@@ -80,7 +80,7 @@ def forward_kernel(
         reason = "packed sequences"
     elif stats:
         reason = "row statistics are returned"
-    elif not optimistic(query.dtype, spec):
+    elif query.dtype == torch.float32 or not _range_suffices(spec):
         reason = "dtype, eps or normalizer need a running maximum"
     elif query.shape[0] * query.shape[1] * longest[0] * longest[1] < tuning.FEWEST_FORWARD:
         reason = "too few scores to be worth the second launch"
@@ -153,8 +153,8 @@ def hopper_refuses(
     if there is not None:
         return there
     width = padded(query.shape[-1])
-    if query.dtype != torch.bfloat16:
-        return "dtype is not bf16"
+    if query.dtype not in (torch.bfloat16, torch.float16):
+        return "dtype is not bf16 or fp16"
     if not spec.norm.exponential:
         return "the normalizer has no exponential"
     if spec.scale <= 0:  # signs are those of the products
@@ -171,7 +171,7 @@ def hopper_refuses(
         return "dropout"
     if width not in (64, 128) or width != padded(value.shape[-1]):
         return "head dimensions of query and value do not both pad to 64, or both to 128"
-    if not all(_fetchable(x) for x in (query, key, value, *more)):
+    if not all(_fetchable(x, query.dtype) for x in (query, key, value, *more)):
         return _NOT_FETCHABLE
     return None
 
@@ -199,7 +199,7 @@ def hopper_refuses_decode(
         return "head dimensions do not pad to 64 or 128"
     if page % 64:
         return "the page size is not a multiple of 64"
-    if not (_fetchable(key) and _fetchable(value)):
+    if not (_fetchable(key, query.dtype) and _fetchable(value, query.dtype)):
         return _NOT_FETCHABLE
     return None
 
@@ -211,8 +211,13 @@ _NOT_FETCHABLE = (
 
 
 def optimistic(dtype: torch.dtype, spec: AttentionSpec) -> bool:
-    """Whether a kernel first tries without a running maximum: not in fp16 (small range), nor in fp32 (``eps`` would show)."""
-    return dtype == torch.bfloat16 and spec.norm.exponential and spec.eps <= tuning.LARGEST_OPTIMISTIC_EPS
+    """Whether ``forward.py`` first tries without a maximum: not in fp16 (small range), nor in fp32 (``eps`` would show)."""
+    return dtype == torch.bfloat16 and _range_suffices(spec)
+
+
+def _range_suffices(spec: AttentionSpec) -> bool:
+    """Whether sums in fp32 may do without a running maximum."""
+    return spec.norm.exponential and spec.eps <= tuning.LARGEST_OPTIMISTIC_EPS
 
 
 def interpreted() -> bool:
@@ -246,10 +251,10 @@ def why_no_hopper() -> str | None:
     return None if _no_hopper is None else str(_no_hopper)
 
 
-def _fetchable(x: Tensor) -> bool:
-    """Whether the tensor memory accelerator takes this as bf16: multiples of 16 bytes, nothing empty, nothing expanded."""
+def _fetchable(x: Tensor, dtype: torch.dtype) -> bool:
+    """Whether the tensor memory accelerator takes this as ``dtype``: multiples of 16 bytes, nothing empty, nothing expanded."""
     b, h, t, d = x.stride()
-    there = x.dtype == torch.bfloat16 and x.numel() > 0 and x.data_ptr() % 16 == 0
+    there = x.dtype == dtype and x.numel() > 0 and x.data_ptr() % 16 == 0
     return there and d == 1 and (b | h | t) % 8 == 0 and 0 not in (b, h, t)
 
 

@@ -21,6 +21,7 @@ from softpick.ops.triton.base_functions import (
     POSITIVE,
     SINK,
     Constant,
+    anchored,
     exponential,
     kept_scores,
     numerators,
@@ -334,7 +335,7 @@ def attention_forward(
     seed = 0
     if DROPOUT:
         seed = tl.load(seed_at)
-    ANCHORED: tl.constexpr = BASE != EXP or RECTIFY != NONE or CONSTANT != 0
+    ANCHORED: tl.constexpr = anchored(BASE, RECTIFY, CONSTANT)
     anchor = 0.0 if ANCHORED else -INF
     logit = 0.0
     if CONSTANT == SINK:

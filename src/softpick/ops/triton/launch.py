@@ -11,7 +11,7 @@ from softpick.ops.spec import AttentionSpec
 from softpick.ops.triton import dispatch, tuning
 from softpick.ops.triton.backward import attention_backward_keys, attention_backward_queries
 from softpick.ops.triton.base_functions import LOG2E, switches
-from softpick.ops.triton.device import FEW
+from softpick.ops.triton.device import FEW, SHRINK_ROWS
 from softpick.ops.triton.forward import attention_forward
 from softpick.ops.triton.kernel_cache import run
 from softpick.ops.triton.launching import (
@@ -172,14 +172,19 @@ def backward(
     padded = cdiv(total_q, tuning.LONGEST_TILE) * tuning.LONGEST_TILE if for_hopper else total_q
     shape = (rows, heads, 4, padded) if for_hopper else (rows, heads, padded, 4)
     statistics = torch.empty(shape, dtype=torch.float32, device=query.device)
+    least = None
     if for_hopper:
         statistics = statistics.transpose(2, 3)
+        if query.dtype == torch.float16:
+            least = statistics.new_empty((rows, heads, cdiv(total_q, SHRINK_ROWS.value)))
     _row_statistics(
-        spec, common, query, key, value, mask, sink, cu_q, cu_k, seed, longest, longest_k, out, lse, grad_out, statistics
+        spec, common, query, key, value, mask, sink, cu_q, cu_k, seed, longest, longest_k, out, lse, grad_out, statistics,
+        least,
     )  # fmt: skip
     if for_hopper:
         for_hopper = tried(
-            _backward_for_hopper, spec, common, query, key, value, grad_out, statistics, dquery, dkey, dvalue
+            _backward_for_hopper, spec, common, query, key, value, grad_out, statistics, least, dquery, dkey,
+            dvalue,
         )  # fmt: skip
         if not for_hopper:
             statistics = statistics[:, :, :total_q].contiguous()
@@ -211,13 +216,14 @@ def _row_statistics(
     lse: Tensor,
     grad_out: Tensor,
     statistics: Tensor,
+    least: Tensor | None,
 ) -> None:
-    """Launch ``row_statistics``, which writes ``statistics`` ``(B, H, Tq or more, 4)``."""
+    """Launch ``row_statistics``: ``statistics`` ``(B, H, Tq or more, 4)``, and ``least`` of SHRINK_ROWS rows each."""
     (rows, heads, total_q, _), padded = query.shape, statistics.shape[2]
     few = 0
     if not spec.part:
         few = few_programs(spec, query, longest, key.shape[2] if cu_k is None else longest_k, mask, cu_q is not None)
-    lines = 64 if max(common["BLOCK_D"], common["BLOCK_DV"]) <= 128 else 32
+    lines = SHRINK_ROWS.value if max(common["BLOCK_D"], common["BLOCK_DV"]) <= 128 else 32
     pointer, mask_strides = mask_arguments(mask)
     apart = mask is not None or cu_q is not None
     first = 0 if apart else few
@@ -226,7 +232,7 @@ def _row_statistics(
     def launch(tiles: int, programs: int, sequences: int) -> None:
         run(
             row_statistics, (programs, heads, sequences),
-            query, key, value, out, grad_out, lse, statistics, pointer, logits, cu_q, cu_k, seed,
+            query, key, value, out, grad_out, lse, statistics, least, pointer, logits, cu_q, cu_k, seed,
             *query.stride(), *key.stride(), *value.stride(), *out.stride(), *grad_out.stride(), *lse.stride(), *mask_strides,
             *statistics.stride()[1:],
             tiles, heads, heads // key.shape[1], total_q, key.shape[2], padded, query.shape[-1], value.shape[-1],
@@ -304,6 +310,7 @@ def _backward_for_hopper(
     value: Tensor,
     grad_out: Tensor,
     statistics: Tensor,
+    least: Tensor | None,
     dquery: Tensor,
     dkey: Tensor,
     dvalue: Tensor,
@@ -325,7 +332,7 @@ def _backward_for_hopper(
     together = pairs_together(kv_heads * b, 1, groups * tq * row_bytes(query, grad_out), tiles)
     run(
         dispatch.hopper.backward_keys, (tiles * kv_heads * b,),
-        *tensors, dispatch.hopper.row_tiles(statistics.transpose(2, 3), tile.m), dkey, dvalue,
+        *tensors, dispatch.hopper.row_tiles(statistics.transpose(2, 3), tile.m), least, dkey, dvalue,
         *dkey.stride(), *dvalue.stride(),
         tiles, heads, kv_heads * b, together, groups, tq, tk, width, value.shape[-1], spec.right, score_unit(spec),
         spec.scale, **shared, BLOCK_M=tile.m, BLOCK_N=tile.n, STAGES=tile.stages, IN_REGISTERS=tile.in_registers,

@@ -261,6 +261,7 @@ def forward(dispatch, d=64, made=None, packed=False, stats=False, mask=None, **m
 def test_kernels_for_hopper_are_chosen(hopper):
     assert forward(hopper) == ("hopper/forward_narrow.py", None)
     assert forward(hopper, d=96) == ("hopper/forward.py", None)
+    assert forward(hopper, softcap=30.0) == ("hopper/forward_narrow.py", None)
     q, k, v = qkv(d=64, tq=16, tk=16, dtype=torch.bfloat16)
     assert hopper.backward_kernel(spec(), q, k, v, None, False, False, None) == ("hopper/backward.py", None)
     assert hopper.decode_kernel(spec(), q[:, :, :1], k, v, None, 0, 32) == ("hopper/decode.py", None)
@@ -292,7 +293,7 @@ def test_fp16_has_the_kernels_for_hopper(hopper):
         ({"scale": -1.0}, "scale"),
         ({"mask": torch.ones(1, 1, 16, 16)}, "mask"),
         ({"left": 4}, "window"),
-        ({"softcap": 30.0}, "softcap"),
+        ({"softcap": 30.0, "made": qkv(tq=16, tk=16, d=64, dtype=torch.float16)}, "softcap in fp16"),
         ({"dropout_p": 0.1}, "dropout"),
         ({"d": 32}, "pad to 64"),
         ({"d": 256}, "pad to 64"),

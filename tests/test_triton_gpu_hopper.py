@@ -244,3 +244,33 @@ def test_weights_far_above_those_of_the_first_tile_for_hopper(d, monkeypatch):
                 got = attend(queries, high, v, backend="triton", **options)
                 want = attend(*exact(queries, high, v), backend="reference", **options)
                 assert relative(got, want) < TOLERANCE[FP16][0], (key, causal, name)
+
+
+@for_hopper
+@pytest.mark.parametrize("d", [64, 128])
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize(
+    ("softcap", "level"), [(1.5, 1.0), (30.0, 1.0), (30.0, 10.0), (50.0, 10.0), (30.0, 1e-3), (0.2, 30.0)]
+)
+@pytest.mark.parametrize("name", [n for n in NAMES if NORMALIZERS[n].exponential])
+def test_softcap_for_hopper(name, softcap, level, causal, d, monkeypatch):
+    from softpick.ops.triton import launch, tuning
+
+    calls, forward, backward = [], launch._forward_for_hopper, launch._backward_for_hopper
+    monkeypatch.setattr(tuning, "FEWEST_SCORES", 0)
+    monkeypatch.setattr(tuning, "FEWEST_FORWARD", 0)
+    monkeypatch.setattr(launch, "_forward_for_hopper", lambda *a: calls.append(1) or forward(*a))
+    monkeypatch.setattr(launch, "_backward_for_hopper", lambda *a: calls.append(2) or backward(*a))
+    q, k, v = inputs((1, 4, 2, 300, 300, d, d), BF16)
+    leaves, sink = (q.detach().mul(level).requires_grad_(), k, v), sink_for(name, 4)
+    grad = torch.randn(1, 4, 300, d, device=DEVICE, dtype=BF16)
+    options = {"normalizer": name, "is_causal": causal, "softcap": softcap}
+    exacts = exact(*leaves)
+    want = attend(*exacts, None, exact(sink)[0], backend="reference", **options)
+    wants = torch.autograd.grad(want, exacts, grad.double())
+    out = attend(*leaves, None, sink, backend="triton", **options)
+    grads = torch.autograd.grad(out, leaves, grad)
+    assert calls == [1, 2]
+    assert relative(out, want) < TOLERANCE[BF16][0]
+    found = [relative(x, y) for x, y in zip(grads, wants, strict=True)]
+    assert max(found) < TOLERANCE[BF16][1], found

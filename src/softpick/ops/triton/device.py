@@ -115,6 +115,12 @@ def tanh(x):
 
 
 @triton.jit
+def fast_tanh(x):
+    """In one instruction of NVIDIA GPUs from compute capability 7.5 on: off by up to 2^-11 of itself."""
+    return tl.inline_asm_elementwise("tanh.approx.f32 $0, $1;", "=r,r", [x], dtype=tl.float32, is_pure=True, pack=1)
+
+
+@triton.jit
 def visible(i2, j2, offset, left, right, tk, LEFT: tl.constexpr, RIGHT: tl.constexpr):
     """Which keys of an edge tile the queries see: inside the sequence and the window."""
     keep = j2 < tk

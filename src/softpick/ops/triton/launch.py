@@ -15,6 +15,7 @@ from softpick.ops.triton.device import FEW, SHRINK_ROWS
 from softpick.ops.triton.forward import attention_forward
 from softpick.ops.triton.kernel_cache import run
 from softpick.ops.triton.launching import (
+    capped_unit,
     common_switches,
     dependent_launch,
     drop_probability,
@@ -131,8 +132,8 @@ def _forward_for_hopper(
         dispatch.hopper.tiles(query, [1, 1, tuning.HOPPER_QUERIES // 2, padded]),
         *(dispatch.hopper.tiles(x, [1, 1, ring.n, padded]) for x in (key, value)),
         dispatch.hopper.tiles(out, [1, 1, tuning.HOPPER_QUERIES // 2, padded]), lse, sink, turn, *lse.stride(),
-        tiles, heads, heads * b, together, groups, tq, tk, spec.right, score_unit(spec), spec.eps,
-        **switches(spec.norm), **{name: common[name] for name in ("BLOCK_D", "RIGHT", "BOTTOM_RIGHT")},
+        tiles, heads, heads * b, together, groups, tq, tk, spec.right, *capped_unit(spec), spec.eps,
+        **switches(spec.norm), **{name: common[name] for name in ("BLOCK_D", "RIGHT", "BOTTOM_RIGHT", "SOFTCAP")},
         BLOCK_N=ring.n, STAGES=ring.stages, VALUES=ring.values, num_warps=ring.warps, maxnreg=registers,
     )  # fmt: skip
     return turn[1:]
@@ -318,7 +319,7 @@ def _backward_for_hopper(
     """Launch the kernels of ``hopper/backward.py``; true when they are launched."""
     (b, heads, tq, width), kv_heads, tk = query.shape, key.shape[1], key.shape[2]
     groups, padded = heads // kv_heads, common["BLOCK_D"]
-    shared = {**switches(spec.norm), **{name: common[name] for name in ("BLOCK_D", "RIGHT", "BOTTOM_RIGHT")}}
+    shared = {**switches(spec.norm), **{name: common[name] for name in ("BLOCK_D", "RIGHT", "BOTTOM_RIGHT", "SOFTCAP")}}
     plane = statistics.shape[2]
 
     def described(m: int, n: int) -> tuple[Any, ...]:
@@ -334,7 +335,7 @@ def _backward_for_hopper(
         dispatch.hopper.backward_keys, (tiles * kv_heads * b,),
         *tensors, dispatch.hopper.row_tiles(statistics.transpose(2, 3), tile.m), least, dkey, dvalue,
         *dkey.stride(), *dvalue.stride(),
-        tiles, heads, kv_heads * b, together, groups, tq, tk, width, value.shape[-1], spec.right, score_unit(spec),
+        tiles, heads, kv_heads * b, together, groups, tq, tk, width, value.shape[-1], spec.right, *capped_unit(spec),
         spec.scale, **shared, BLOCK_M=tile.m, BLOCK_N=tile.n, STAGES=tile.stages, IN_REGISTERS=tile.in_registers,
         num_warps=tile.warps,
     )  # fmt: skip
@@ -347,7 +348,7 @@ def _backward_for_hopper(
         dispatch.hopper.backward_queries, (tiles * heads * b,),
         *tensors, statistics, dquery,
         *dquery.stride(), plane,
-        tiles, heads, heads * b, together, groups, tq, tk, width, spec.right, score_unit(spec), spec.scale,
+        tiles, heads, heads * b, together, groups, tq, tk, width, spec.right, *capped_unit(spec), spec.scale,
         **shared, BLOCK_M=tile.m, BLOCK_N=tile.n, STAGES=tile.stages, IN_REGISTERS=tile.in_registers,
         num_warps=tile.warps,
     )  # fmt: skip

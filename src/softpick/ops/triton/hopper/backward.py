@@ -21,7 +21,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from softpick.ops.triton.base_functions import EXPM1, needs_relu, score_gradient, slopes, weights
-from softpick.ops.triton.device import SHRINK_ROWS, assignment, growth, narrow, narrow_gradient
+from softpick.ops.triton.device import SHRINK_ROWS, assignment, fast_tanh, growth, narrow, narrow_gradient
 from softpick.ops.triton.hopper.descriptors import store
 from softpick.ops.triton.hopper.versions import barrier, load_tile
 
@@ -116,10 +116,11 @@ def _last_shrunk(least, blocks, groups, num_warps: gl.constexpr):
 @gluon.jit
 def _tile_of_keys(
     it, at, next_n, next_h, count, per_head, lo, row, dk, dv, keys, values, query_tiles, grad_tiles, row_tiles, queries, grads,
-    rows, ready, j2, reach, unit,
+    rows, ready, j2, reach, unit, cap,
     BASE: gl.constexpr, RECTIFY: gl.constexpr, ABSOLUTE: gl.constexpr, NEGATIVE_GRADIENT: gl.constexpr,
     BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_D: gl.constexpr, STAGES: gl.constexpr,
-    RIGHT: gl.constexpr, EDGE: gl.constexpr, s_layout: gl.constexpr, o_layout: gl.constexpr, num_warps: gl.constexpr,
+    RIGHT: gl.constexpr, SOFTCAP: gl.constexpr, EDGE: gl.constexpr, s_layout: gl.constexpr, o_layout: gl.constexpr,
+    num_warps: gl.constexpr,
 ):  # fmt: skip
     """Add one query tile to ``dk`` and ``dv``; tiles are transposed, keys by queries.
 
@@ -143,12 +144,20 @@ def _tile_of_keys(
     if HALF:  # noqa: SIM102 (only the first is known when it is compiled)
         if gl.min(gl.min(statistics.slice(3, 1).load(s_layout), 1), 0) < 1:
             _grow(q, statistics, s_layout, num_warps)
-    e = gl.exp2(s * unit - statistics.slice(0, 1).load(s_layout))
+    bent = s
+    if SOFTCAP:
+        bent = fast_tanh(s * unit)
+        s = cap * bent
+        e = gl.exp2(s - statistics.slice(0, 1).load(s_layout))
+    else:
+        e = gl.exp2(s * unit - statistics.slice(0, 1).load(s_layout))
     if EDGE and RIGHT:
         i = at + gl.arange(0, BLOCK_M, layout=gl.SliceLayout(0, s_layout))
         e = gl.where(j2 <= i[None, :] + reach, e, 0.0)
-    p, e = slopes(s * unit if EDGE else s, e, statistics.slice(1, 1).load(s_layout), BASE, False, EDGE)
+    p, e = slopes(s * unit if EDGE and not SOFTCAP else s, e, statistics.slice(1, 1).load(s_layout), BASE, False, EDGE)
     p = narrow(weights(p, e, s, BASE, RECTIFY), do, needs_relu(BASE), needs_relu(BASE))
+    if SOFTCAP:
+        e *= 1.0 - bent * bent
     p = gl.convert_layout(p, gl.DotOperandLayout(0, o_layout, 2))
     dv = warpgroup_mma(p, do, dv, is_async=True)
     delta = statistics.slice(2, 1).load(s_layout)
@@ -165,10 +174,11 @@ def _tile_of_keys(
 def backward_keys(
     query_tiles, key_tiles, value_tiles, grad_tiles, row_tiles, least, dkey, dvalue,
     dk_b, dk_h, dk_t, dk_d, dv_b, dv_h, dv_t, dv_d,
-    tiles, heads, pairs, together, groups, tq, tk, width, v_width, right, unit, scale,
+    tiles, heads, pairs, together, groups, tq, tk, width, v_width, right, unit, cap, scale,
     BASE: gl.constexpr, RECTIFY: gl.constexpr, ABSOLUTE: gl.constexpr, CONSTANT: gl.constexpr,
     NEGATIVE_GRADIENT: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_D: gl.constexpr,
-    STAGES: gl.constexpr, IN_REGISTERS: gl.constexpr, RIGHT: gl.constexpr, BOTTOM_RIGHT: gl.constexpr, num_warps: gl.constexpr,
+    STAGES: gl.constexpr, IN_REGISTERS: gl.constexpr, RIGHT: gl.constexpr, BOTTOM_RIGHT: gl.constexpr,
+    SOFTCAP: gl.constexpr, num_warps: gl.constexpr,
 ):  # fmt: skip
     """``dK`` and ``dV`` of one key tile, summed over the query heads of its group. Grid as in ``backward.py``."""
     s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [num_warps, 1], [16, BLOCK_M, 16])
@@ -214,15 +224,17 @@ def backward_keys(
         for n in range(0, edges):
             dk, dv, next_n, next_h = _tile_of_keys(
                 group * per_head + n, lo + n * BLOCK_M, next_n, next_h, count, per_head, lo, row, dk, dv, k, v,
-                query_tiles, grad_tiles, row_tiles, queries, grads, rows, ready, j2, reach, unit,
-                BASE, RECTIFY, ABSOLUTE, NEGATIVE_GRADIENT, BLOCK_M, BLOCK_N, BLOCK_D, STAGES, RIGHT, True, s_layout, o_layout,
+                query_tiles, grad_tiles, row_tiles, queries, grads, rows, ready, j2, reach, unit, cap,
+                BASE, RECTIFY, ABSOLUTE, NEGATIVE_GRADIENT, BLOCK_M, BLOCK_N, BLOCK_D, STAGES, RIGHT, SOFTCAP, True, s_layout,
+                o_layout,
                 num_warps,
             )  # fmt: skip
         for n in range(edges, per_head):
             dk, dv, next_n, next_h = _tile_of_keys(
                 group * per_head + n, lo + n * BLOCK_M, next_n, next_h, count, per_head, lo, row, dk, dv, k, v,
-                query_tiles, grad_tiles, row_tiles, queries, grads, rows, ready, j2, reach, unit,
-                BASE, RECTIFY, ABSOLUTE, NEGATIVE_GRADIENT, BLOCK_M, BLOCK_N, BLOCK_D, STAGES, RIGHT, False, s_layout, o_layout,
+                query_tiles, grad_tiles, row_tiles, queries, grads, rows, ready, j2, reach, unit, cap,
+                BASE, RECTIFY, ABSOLUTE, NEGATIVE_GRADIENT, BLOCK_M, BLOCK_N, BLOCK_D, STAGES, RIGHT, SOFTCAP, False,
+                s_layout, o_layout,
                 num_warps,
             )  # fmt: skip
         # accumulators that are under way around the outer loop, too, would make every product wait (ptxas C7515)
@@ -237,10 +249,10 @@ def backward_keys(
 
 @gluon.jit
 def _tile_of_queries(
-    it, at, count, head, row, dq, q, do, key_tiles, value_tiles, keys, values, ready, level, delta, i2, reach, tk, unit,
+    it, at, count, head, row, dq, q, do, key_tiles, value_tiles, keys, values, ready, level, delta, i2, reach, tk, unit, cap,
     BASE: gl.constexpr, RECTIFY: gl.constexpr, ABSOLUTE: gl.constexpr, NEGATIVE_GRADIENT: gl.constexpr,
     BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_D: gl.constexpr, STAGES: gl.constexpr,
-    RIGHT: gl.constexpr, EDGE: gl.constexpr, s_layout: gl.constexpr, o_layout: gl.constexpr,
+    RIGHT: gl.constexpr, SOFTCAP: gl.constexpr, EDGE: gl.constexpr, s_layout: gl.constexpr, o_layout: gl.constexpr,
 ):  # fmt: skip
     """Add one key tile to ``dq``."""
     stage = it % STAGES
@@ -252,7 +264,12 @@ def _tile_of_queries(
     s, dq = warpgroup_mma_wait(num_outstanding=1, deps=[s, dq])
     barrier()  # as above
     _fetch(it + STAGES - 1, count, head, row, key_tiles, value_tiles, keys, values, ready, BLOCK_N, STAGES)
-    e = gl.exp2(s * unit - level)
+    if SOFTCAP:
+        bent = fast_tanh(s * unit)
+        s = cap * bent
+        e = gl.exp2(s - level) * (1.0 - bent * bent)
+    else:
+        e = gl.exp2(s * unit - level)
     if EDGE:
         j = at + gl.arange(0, BLOCK_N, layout=gl.SliceLayout(0, s_layout))
         seen = (j < tk)[None, :]  # a key of zeros adds nothing only as long as its exponential is finite
@@ -272,10 +289,11 @@ def _tile_of_queries(
 @gluon.jit(do_not_specialize=["heads", "tiles", "pairs", "together", "tq", "tk", "right", "plane"])
 def backward_queries(
     query_tiles, key_tiles, value_tiles, grad_tiles, statistics, dquery, dq_b, dq_h, dq_t, dq_d, plane,
-    tiles, heads, pairs, together, groups, tq, tk, width, right, unit, scale,
+    tiles, heads, pairs, together, groups, tq, tk, width, right, unit, cap, scale,
     BASE: gl.constexpr, RECTIFY: gl.constexpr, ABSOLUTE: gl.constexpr, CONSTANT: gl.constexpr,
     NEGATIVE_GRADIENT: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_D: gl.constexpr,
-    STAGES: gl.constexpr, IN_REGISTERS: gl.constexpr, RIGHT: gl.constexpr, BOTTOM_RIGHT: gl.constexpr, num_warps: gl.constexpr,
+    STAGES: gl.constexpr, IN_REGISTERS: gl.constexpr, RIGHT: gl.constexpr, BOTTOM_RIGHT: gl.constexpr,
+    SOFTCAP: gl.constexpr, num_warps: gl.constexpr,
 ):  # fmt: skip
     """``dQ`` of one query tile. Grid as in ``backward.py``."""
     s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [num_warps, 1], [16, BLOCK_N, 16])
@@ -317,14 +335,16 @@ def backward_queries(
     for it in range(0, whole):
         dq = _tile_of_queries(
             it, it * BLOCK_N, count, head, row, dq, q, do, key_tiles, value_tiles, keys, values, ready, level, delta,
-            i[:, None], reach, tk, unit,
-            BASE, RECTIFY, ABSOLUTE, NEGATIVE_GRADIENT, BLOCK_M, BLOCK_N, BLOCK_D, STAGES, RIGHT, False, s_layout, o_layout,
+            i[:, None], reach, tk, unit, cap,
+            BASE, RECTIFY, ABSOLUTE, NEGATIVE_GRADIENT, BLOCK_M, BLOCK_N, BLOCK_D, STAGES, RIGHT, SOFTCAP, False, s_layout,
+            o_layout,
         )  # fmt: skip
     for it in range(whole, count):
         dq = _tile_of_queries(
             it, it * BLOCK_N, count, head, row, dq, q, do, key_tiles, value_tiles, keys, values, ready, level, delta,
-            i[:, None], reach, tk, unit,
-            BASE, RECTIFY, ABSOLUTE, NEGATIVE_GRADIENT, BLOCK_M, BLOCK_N, BLOCK_D, STAGES, RIGHT, True, s_layout, o_layout,
+            i[:, None], reach, tk, unit, cap,
+            BASE, RECTIFY, ABSOLUTE, NEGATIVE_GRADIENT, BLOCK_M, BLOCK_N, BLOCK_D, STAGES, RIGHT, SOFTCAP, True, s_layout,
+            o_layout,
         )  # fmt: skip
     dq = warpgroup_mma_wait(num_outstanding=0, deps=[dq])
     for stage in gl.static_range(STAGES + 1):

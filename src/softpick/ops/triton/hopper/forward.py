@@ -41,7 +41,7 @@ from softpick.ops.triton.base_functions import (
     numerators,
     zero_at_zero,
 )
-from softpick.ops.triton.device import narrow, opaque, tile_at
+from softpick.ops.triton.device import fast_tanh, narrow, opaque, tile_at
 from softpick.ops.triton.hopper.versions import barrier, load_tile, store_tile
 
 __all__ = ["forward_queries"]
@@ -202,12 +202,15 @@ def anchors(
 
 @gluon.jit
 def weights_of(
-    s, total, at, i, anchor, one, tk, reach, unit, like,
-    BASE: gl.constexpr, RECTIFY: gl.constexpr, ABSOLUTE: gl.constexpr, RIGHT: gl.constexpr, EDGE: gl.constexpr,
+    s, total, at, i, anchor, one, tk, reach, unit, cap, like,
+    BASE: gl.constexpr, RECTIFY: gl.constexpr, ABSOLUTE: gl.constexpr, RIGHT: gl.constexpr, SOFTCAP: gl.constexpr,
+    EDGE: gl.constexpr,
     s_layout: gl.constexpr, o_layout: gl.constexpr,
 ):  # fmt: skip
     """Products with the keys from ``at`` on as weights in 16 bits, and what they add to the denominator."""
     s *= unit
+    if SOFTCAP:
+        s = cap * fast_tanh(s)
     if EDGE:
         seen = _seen(at, i, tk, reach, s.shape[1], RIGHT, s_layout)
         s = gl.where(seen, s, 0.0 if zero_at_zero(BASE) else -INF)
@@ -228,8 +231,9 @@ def weights_of(
 
 @gluon.jit
 def _step(
-    n, at, p, acc, total, q, room, bars, i, anchor, one, tk, reach, unit, more,
-    BASE: gl.constexpr, RECTIFY: gl.constexpr, ABSOLUTE: gl.constexpr, RIGHT: gl.constexpr, EDGE: gl.constexpr,
+    n, at, p, acc, total, q, room, bars, i, anchor, one, tk, reach, unit, cap, more,
+    BASE: gl.constexpr, RECTIFY: gl.constexpr, ABSOLUTE: gl.constexpr, RIGHT: gl.constexpr, SOFTCAP: gl.constexpr,
+    EDGE: gl.constexpr,
     BLOCK_N: gl.constexpr, BLOCK_D: gl.constexpr, STAGES: gl.constexpr, VALUES: gl.constexpr,
     w: gl.constexpr, s_layout: gl.constexpr, o_layout: gl.constexpr,
 ):  # fmt: skip
@@ -246,7 +250,25 @@ def _step(
     s = warpgroup_mma_wait(num_outstanding=1, deps=[s])
     mbarrier.arrive(k_empty.index(n % STAGES))
     p, total = weights_of(
-        s, total, at, i, anchor, one, tk, reach, unit, v, BASE, RECTIFY, ABSOLUTE, RIGHT, EDGE, s_layout, o_layout
+        s,
+        total,
+        at,
+        i,
+        anchor,
+        one,
+        tk,
+        reach,
+        unit,
+        cap,
+        v,
+        BASE,
+        RECTIFY,
+        ABSOLUTE,
+        RIGHT,
+        SOFTCAP,
+        EDGE,
+        s_layout,
+        o_layout,
     )
     # here, because ptxas moves no exponentials behind it, as it does behind the wait for the product
     mbarrier.wait(k_full.index((n + 1) % STAGES), ((n + 1) // STAGES) & 1, pred=more)
@@ -257,9 +279,9 @@ def _step(
 
 @gluon.jit
 def _take(
-    w: gl.constexpr, room, bars, shape, outputs, turn, unit, eps,
+    w: gl.constexpr, room, bars, shape, outputs, turn, unit, cap, eps,
     BASE: gl.constexpr, RECTIFY: gl.constexpr, ABSOLUTE: gl.constexpr, CONSTANT: gl.constexpr, BLOCK_N: gl.constexpr,
-    BLOCK_D: gl.constexpr, STAGES: gl.constexpr, VALUES: gl.constexpr, RIGHT: gl.constexpr,
+    BLOCK_D: gl.constexpr, STAGES: gl.constexpr, VALUES: gl.constexpr, RIGHT: gl.constexpr, SOFTCAP: gl.constexpr,
 ):  # fmt: skip
     """Warpgroup ``w``: its 64 queries of one tile after the other."""
     queries, keys, values, next_tile, rows = room
@@ -293,18 +315,36 @@ def _take(
         mbarrier.arrive(k_empty.index(n % STAGES))
         anchor, one = anchors(s, at, i, tk, reach, unit, HALF, anchored(BASE, RECTIFY, CONSTANT), RIGHT, s_layout)
         p, total = weights_of(
-            s, total, at, i, anchor, one, tk, reach, unit, q, BASE, RECTIFY, ABSOLUTE, RIGHT, True, s_layout, o_layout
+            s,
+            total,
+            at,
+            i,
+            anchor,
+            one,
+            tk,
+            reach,
+            unit,
+            cap,
+            q,
+            BASE,
+            RECTIFY,
+            ABSOLUTE,
+            RIGHT,
+            SOFTCAP,
+            True,
+            s_layout,
+            o_layout,
         )
         mbarrier.wait(k_full.index((n + 1) % STAGES), ((n + 1) // STAGES) & 1, pred=count > 1)
         for it in range(1, edges):
             p, acc, total = _step(
-                n + it, at - it * BLOCK_N, p, acc, total, q, room, bars, i, anchor, one, tk, reach, unit, it + 1 < count,
-                BASE, RECTIFY, ABSOLUTE, RIGHT, True, BLOCK_N, BLOCK_D, STAGES, VALUES, w, s_layout, o_layout,
+                n + it, at - it * BLOCK_N, p, acc, total, q, room, bars, i, anchor, one, tk, reach, unit, cap, it + 1 < count,
+                BASE, RECTIFY, ABSOLUTE, RIGHT, SOFTCAP, True, BLOCK_N, BLOCK_D, STAGES, VALUES, w, s_layout, o_layout,
             )  # fmt: skip
         for it in range(edges, count):
             p, acc, total = _step(
-                n + it, at - it * BLOCK_N, p, acc, total, q, room, bars, i, anchor, one, tk, reach, unit, it + 1 < count,
-                BASE, RECTIFY, ABSOLUTE, RIGHT, False, BLOCK_N, BLOCK_D, STAGES, VALUES, w, s_layout, o_layout,
+                n + it, at - it * BLOCK_N, p, acc, total, q, room, bars, i, anchor, one, tk, reach, unit, cap, it + 1 < count,
+                BASE, RECTIFY, ABSOLUTE, RIGHT, SOFTCAP, False, BLOCK_N, BLOCK_D, STAGES, VALUES, w, s_layout, o_layout,
             )  # fmt: skip
         n += count
         mbarrier.arrive(q_empty)
@@ -378,10 +418,11 @@ def _barriers(COUNT: gl.constexpr, arrivals: gl.constexpr):
 @gluon.jit(do_not_specialize=["heads", "tiles", "pairs", "together", "groups", "tq", "tk", "right", "l_b", "l_h"])
 def forward_queries(
     query_tiles, key_tiles, value_tiles, out_tiles, lse, sink, turn, l_b, l_h, l_t,
-    tiles, heads, pairs, together, groups, tq, tk, right, unit, eps,
+    tiles, heads, pairs, together, groups, tq, tk, right, unit, cap, eps,
     BASE: gl.constexpr, RECTIFY: gl.constexpr, ABSOLUTE: gl.constexpr, CONSTANT: gl.constexpr,
     NEGATIVE_GRADIENT: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_D: gl.constexpr,
-    STAGES: gl.constexpr, VALUES: gl.constexpr, RIGHT: gl.constexpr, BOTTOM_RIGHT: gl.constexpr, num_warps: gl.constexpr,
+    STAGES: gl.constexpr, VALUES: gl.constexpr, RIGHT: gl.constexpr, BOTTOM_RIGHT: gl.constexpr, SOFTCAP: gl.constexpr,
+    num_warps: gl.constexpr,
 ):  # fmt: skip
     """``out`` and ``lse`` of all queries. Grid: as many programs as run at a time, or fewer.
 
@@ -409,12 +450,12 @@ def forward_queries(
     gl.warp_specialize(
         [
             (_take, (
-                0, room, bars, shape, outputs, turn, unit, eps, BASE, RECTIFY, ABSOLUTE, CONSTANT, BLOCK_N, BLOCK_D,
-                STAGES, VALUES, RIGHT,
+                0, room, bars, shape, outputs, turn, unit, cap, eps, BASE, RECTIFY, ABSOLUTE, CONSTANT, BLOCK_N, BLOCK_D,
+                STAGES, VALUES, RIGHT, SOFTCAP,
             )),
             (_take, (
-                1, room, bars, shape, outputs, turn, unit, eps, BASE, RECTIFY, ABSOLUTE, CONSTANT, BLOCK_N, BLOCK_D,
-                STAGES, VALUES, RIGHT,
+                1, room, bars, shape, outputs, turn, unit, cap, eps, BASE, RECTIFY, ABSOLUTE, CONSTANT, BLOCK_N, BLOCK_D,
+                STAGES, VALUES, RIGHT, SOFTCAP,
             )),
             (_fetch, (descriptors, room, bars, shape, turn, BLOCK_N, STAGES, VALUES, RIGHT)),
         ],

@@ -42,8 +42,9 @@ def _fetch(
 @gluon.jit
 def _tile_of_keys(
     it, count, s, acc, other_acc, total, other_total, q, other_q, head, row, key_tiles, value_tiles, keys, values, ready,
-    i, other_i, anchor, one, other_anchor, other_one, tk, reach, unit,
-    BASE: gl.constexpr, RECTIFY: gl.constexpr, ABSOLUTE: gl.constexpr, RIGHT: gl.constexpr, BLOCK_N: gl.constexpr,
+    i, other_i, anchor, one, other_anchor, other_one, tk, reach, unit, cap,
+    BASE: gl.constexpr, RECTIFY: gl.constexpr, ABSOLUTE: gl.constexpr, RIGHT: gl.constexpr, SOFTCAP: gl.constexpr,
+    BLOCK_N: gl.constexpr,
     BLOCK_D: gl.constexpr, STAGES: gl.constexpr, EDGE: gl.constexpr, s_layout: gl.constexpr, o_layout: gl.constexpr,
 ):  # fmt: skip
     """A key tile into both query tiles. The scores ``s`` of the first are there; on return those of the next key tile are
@@ -55,7 +56,8 @@ def _tile_of_keys(
     v = values.index(it % STAGES).reshape([BLOCK_N, BLOCK_D])
     following = start_scores(it, other_q, keys, BLOCK_N, BLOCK_D, STAGES, s_layout)
     p, total = weights_of(
-        s, total, it * BLOCK_N, i, anchor, one, tk, reach, unit, v, BASE, RECTIFY, ABSOLUTE, RIGHT, EDGE, s_layout, o_layout
+        s, total, it * BLOCK_N, i, anchor, one, tk, reach, unit, cap, v, BASE, RECTIFY, ABSOLUTE, RIGHT, SOFTCAP, EDGE,
+        s_layout, o_layout
     )  # fmt: skip
     acc = warpgroup_mma(p, v, acc, is_async=True)
     s = warpgroup_mma_wait(num_outstanding=1, deps=[following])
@@ -65,8 +67,8 @@ def _tile_of_keys(
     mbarrier.wait(ready.index((it + 1) % STAGES), ((it + 1) // STAGES) & 1, pred=it + 1 < count)
     following = start_scores(it + 1, q, keys, BLOCK_N, BLOCK_D, STAGES, s_layout)
     p, other_total = weights_of(
-        s, other_total, it * BLOCK_N, other_i, other_anchor, other_one, tk, reach, unit, v,
-        BASE, RECTIFY, ABSOLUTE, RIGHT, EDGE, s_layout, o_layout,
+        s, other_total, it * BLOCK_N, other_i, other_anchor, other_one, tk, reach, unit, cap, v,
+        BASE, RECTIFY, ABSOLUTE, RIGHT, SOFTCAP, EDGE, s_layout, o_layout,
     )  # fmt: skip
     other_acc = warpgroup_mma(p, v, other_acc, is_async=True)
     s = warpgroup_mma_wait(num_outstanding=1, deps=[following])
@@ -76,10 +78,11 @@ def _tile_of_keys(
 @gluon.jit(do_not_specialize=["heads", "tiles", "pairs", "together", "groups", "tq", "tk", "right", "l_b", "l_h"])
 def forward_narrow(
     query_tiles, key_tiles, value_tiles, out_tiles, lse, sink, turn, l_b, l_h, l_t,
-    tiles, heads, pairs, together, groups, tq, tk, right, unit, eps,
+    tiles, heads, pairs, together, groups, tq, tk, right, unit, cap, eps,
     BASE: gl.constexpr, RECTIFY: gl.constexpr, ABSOLUTE: gl.constexpr, CONSTANT: gl.constexpr,
     NEGATIVE_GRADIENT: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_D: gl.constexpr,
-    STAGES: gl.constexpr, VALUES: gl.constexpr, RIGHT: gl.constexpr, BOTTOM_RIGHT: gl.constexpr, num_warps: gl.constexpr,
+    STAGES: gl.constexpr, VALUES: gl.constexpr, RIGHT: gl.constexpr, BOTTOM_RIGHT: gl.constexpr, SOFTCAP: gl.constexpr,
+    num_warps: gl.constexpr,
 ):  # fmt: skip
     """As ``forward_queries``, but a program has one tile of 128 queries, and key and value tiles share STAGES. Grid as in
     ``forward.py`` of the folder above.
@@ -133,14 +136,14 @@ def forward_narrow(
     for it in range(0, whole):
         s, acc, other_acc, total, other_total = _tile_of_keys(
             it, count, s, acc, other_acc, total, other_total, q, other_q, kv, row, key_tiles, value_tiles, keys, values,
-            ready, i, i + ROWS, anchor, one, other_anchor, other_one, tk, reach, unit,
-            BASE, RECTIFY, ABSOLUTE, RIGHT, BLOCK_N, BLOCK_D, STAGES, False, s_layout, o_layout,
+            ready, i, i + ROWS, anchor, one, other_anchor, other_one, tk, reach, unit, cap,
+            BASE, RECTIFY, ABSOLUTE, RIGHT, SOFTCAP, BLOCK_N, BLOCK_D, STAGES, False, s_layout, o_layout,
         )  # fmt: skip
     for it in range(whole, count):
         s, acc, other_acc, total, other_total = _tile_of_keys(
             it, count, s, acc, other_acc, total, other_total, q, other_q, kv, row, key_tiles, value_tiles, keys, values,
-            ready, i, i + ROWS, anchor, one, other_anchor, other_one, tk, reach, unit,
-            BASE, RECTIFY, ABSOLUTE, RIGHT, BLOCK_N, BLOCK_D, STAGES, True, s_layout, o_layout,
+            ready, i, i + ROWS, anchor, one, other_anchor, other_one, tk, reach, unit, cap,
+            BASE, RECTIFY, ABSOLUTE, RIGHT, SOFTCAP, BLOCK_N, BLOCK_D, STAGES, True, s_layout, o_layout,
         )  # fmt: skip
     acc, other_acc = warpgroup_mma_wait(num_outstanding=0, deps=[acc, other_acc])
     for stage in gl.static_range(STAGES + 1):

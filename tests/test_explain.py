@@ -341,12 +341,12 @@ def _rows(dispatch, monkeypatch, x):
 @triton
 @pytest.mark.parametrize("without", [frozenset(), frozenset({"hopper"})], ids=["all", "-hopper"])
 def test_launches_follow_the_choice(hopper, without, monkeypatch):
-    from softpick.ops.triton import launch
+    from softpick.ops.triton import kernel_cache, launch
 
     ran = []
-    monkeypatch.setattr(launch, "_forward_for_hopper", lambda *_: ran.append("forward"))
+    monkeypatch.setattr(launch, "_forward_for_hopper", lambda *_: ran.append("forward") or True)
     monkeypatch.setattr(launch, "_backward_for_hopper", lambda *_: ran.append("backward") or True)
-    monkeypatch.setattr(launch, "run", lambda kernel, *_, **__: None)
+    monkeypatch.setattr(kernel_cache, "run", lambda kernel, *_, **__: None)
     q, k, v = qkv(d=64, tq=16, tk=16, hkv=4, dtype=torch.bfloat16)
     out, lse = torch.empty_like(q), torch.empty(q.shape[:3])
     call = spec(without=without)

@@ -20,7 +20,7 @@ from triton_gpu_cases import (
     sink_for,
 )
 
-from softpick import NORMALIZERS, decode_attention, functional
+from softpick import NORMALIZERS, decode_attention, functional, scaled_dot_product_attention
 
 pytestmark = pytest.mark.gpu
 
@@ -274,3 +274,40 @@ def test_softcap_for_hopper(name, softcap, level, causal, d, monkeypatch):
     assert relative(out, want) < TOLERANCE[BF16][0]
     found = [relative(x, y) for x, y in zip(grads, wants, strict=True)]
     assert max(found) < TOLERANCE[BF16][1], found
+
+
+@pytest.mark.parametrize("dtype", [BF16, FP16, FP32], ids=str)
+@pytest.mark.parametrize("d", [64, 128])
+def test_later_launches_take_the_tensors_of_their_call(d, dtype, monkeypatch):
+    """A launch is kept with all but the addresses: other tensors, other strides, an address that is not aligned."""
+    from softpick.ops.triton import tuning
+
+    monkeypatch.setattr(tuning, "FEWEST_SCORES", 0)
+    monkeypatch.setattr(tuning, "FEWEST_FORWARD", 0)
+    b, h, t = 2, 3, 200
+
+    def contiguous():
+        return torch.randn(b, h, t, d, device=DEVICE).to(dtype)
+
+    def heads_last():
+        return torch.randn(b, t, h, d, device=DEVICE).to(dtype).transpose(1, 2)
+
+    def shifted():
+        return torch.randn(b * h * t * d + 1, device=DEVICE).to(dtype)[1:].view(b, h, t, d)
+
+    mask = torch.rand(b, 1, t, t, device=DEVICE) > 0.3
+    for _ in range(3):
+        for make in (contiguous, heads_last, shifted):
+            for more in ({"is_causal": True}, {}, {"attn_mask": mask}):
+                leaves = [make().requires_grad_() for _ in range(3)]
+                grad = make()
+                out = scaled_dot_product_attention(*leaves, **more)
+                exacts = exact(*leaves)
+                want = scaled_dot_product_attention(*exacts, **more, backend="reference")
+                assert relative(out, want) < TOLERANCE[dtype][0]
+                pairs = zip(
+                    torch.autograd.grad(out, leaves, grad),
+                    torch.autograd.grad(want, exacts, grad.double()),
+                    strict=True,
+                )
+                assert max(relative(x, y) for x, y in pairs) < TOLERANCE[dtype][1]

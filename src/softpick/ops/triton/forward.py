@@ -289,7 +289,7 @@ def attention_forward(
     Writes ``out``, ``lse`` (natural), with STATS mass and largest.
 
     With a mask those rows are not known before the launch: they are written a second time, in a launch of their own. With
-    ``redo``, an int32 a query tile, those with zero have nothing to do.
+    ``redo``, a counter and an int32 a query tile, those with zero have nothing to do.
 
     EARLY: may be launched while the kernel that writes ``redo`` runs.
     """
@@ -297,7 +297,7 @@ def attention_forward(
     if redo is not None and at >= 0:
         if EARLY:
             gdc_wait()
-        if tl.load(redo + at) == 0:
+        if tl.load(redo + 1 + at) == 0:
             return
     tile, h, b = tile_at(tl.maximum(at, 0), tiles, heads, pairs, together)
     if at < 0:

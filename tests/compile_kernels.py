@@ -43,7 +43,7 @@ def build(case):
     name, d, dtype, extra = case.split(",")
     d, dtype, norm = int(d), SHAPES[dtype], NORMALIZERS[name]
     compiled.clear()
-    reason = None if extra == "hopper" else "not asked for"
+    reason = None if extra in ("hopper", "softcap") else "not asked for"
     dispatch.hopper_refuses = lambda *_: reason
     dispatch.hopper_refuses_decode = lambda *_: reason or (None if dtype == torch.bfloat16 else "not there")
     q, k, v, out = (torch.empty(1, 4, 256, d, dtype=dtype) for _ in range(4))
@@ -51,7 +51,7 @@ def build(case):
     sink = torch.empty(4) if norm.needs_sink else None
     mask = torch.empty(1, 1, 256, 256, dtype=dtype) if extra == "bias" else None
     bias_grad = torch.empty(1, 4, 256, 256) if extra == "bias" else None
-    left, softcap = (64, 30.0) if extra == "bias" else (-1, 0.0)
+    left, softcap = 64 if extra == "bias" else -1, 30.0 if extra in ("bias", "softcap") else 0.0
     spec = AttentionSpec(norm, d**-0.5, norm.eps, left, 0, True, softcap)
     launch.forward(spec, q, k, v, mask, sink, None, None, None, 0, out, lse, None, None)
     launch.backward(

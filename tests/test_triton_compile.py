@@ -26,6 +26,7 @@ TARGETS = [
             (90, "softpick,128,bfloat16,hopper"),
             (90, "learned_sink,64,bfloat16,hopper"),
             *((90, f"softpick,{d},float16,hopper") for d in (64, 128)),
+            *((90, f"softpick,{d},bfloat16,softcap") for d in (64, 128)),
             (90, "softpick,128,bfloat16,bias"),
             (90, "softmax,64,bfloat16,pages"),
             (90, "softpick,128,bfloat16,pages"),  # with a list of blocks, too
@@ -54,7 +55,7 @@ def test_kernels_compile_and_fit(capability, case, tmp_path):
     others = {"attention_forward", "attention_backward_keys", "attention_backward_queries", "decode_split"}
     if "float16,hopper" in case and "bf" not in case:
         for_hopper = (for_hopper - {"decode_keys"}) | {"decode_split"}
-    wanted = for_hopper if case.endswith("hopper") else others
+    wanted = for_hopper if case.endswith(("hopper", "softcap")) else others
     assert {"decode_merge", "row_statistics"} | wanted <= set(result["kernels"])
     for name, taken in result["kernels"].items():
         assert taken["cubin"] > 0

@@ -210,7 +210,7 @@ FEWEST_KEYS = {"decode": 128, "decode_skip": 256}
 FEWEST_SCORES = 2**22
 """Scores from which the kernels of ``hopper/`` pay: describing the tensors to the GPU takes as long as fewer scores."""
 FEWEST_FORWARD = 2**30
-"""Scores from which the forward pass of ``hopper/`` pays: it is launched twice, a third of a millisecond of Python."""
+"""Scores from which the forward pass of ``hopper/`` pays: it is launched twice (to be measured anew: hopper_gpu.py)."""
 FEWEST_CACHED = 2**16
 """Keys of all sequences and heads from which ``hopper/decode.py`` pays, for the same reason."""
 LARGEST_OPTIMISTIC_EPS = 1e-5

@@ -108,8 +108,8 @@ class Launch:
 
     def __call__(self, *tensors: Tensor | None) -> None:
         """Launch on the current device; errors as :func:`run`."""
-        runtime = triton.knobs.runtime
-        if self._again is None or runtime.launch_enter_hook.calls or runtime.launch_exit_hook.calls:
+        before, after = triton.knobs.runtime.launch_enter_hook, triton.knobs.runtime.launch_exit_hook
+        if self._again is None or getattr(before, "calls", before) or getattr(after, "calls", after):
             self._first(tensors)
             return
         start, grid, head, template, places, describe = self._again

@@ -259,7 +259,8 @@ def backward(m: int, n: int, warps: int, stages: int, split: int, add: int, sums
         sums: tiles of ``dQ`` in shared memory that the accelerator reads from, 1 or 2.
     """
 
-    def launch(spec: Any, common: Any, query, key, value, grad_out, statistics, dquery, dkey, dvalue) -> bool:
+    def launch(plan: Any, spec: Any, query, key, value, grad_out, statistics, _least, dquery, dkey, dvalue) -> bool:
+        common = plan.common
         (b, heads, tq, width), kv_heads, tk = query.shape, key.shape[1], key.shape[2]
         groups, padded, tiles_m, tiles = heads // kv_heads, common["BLOCK_D"], cdiv(tq, m), cdiv(tk, n)
         shared = {**switches(spec.norm), **{name: common[name] for name in ("BLOCK_D", "RIGHT", "BOTTOM_RIGHT")}}
@@ -268,7 +269,7 @@ def backward(m: int, n: int, warps: int, stages: int, split: int, add: int, sums
         together = pairs_together(kv_heads * b, 1, groups * tq * (row_bytes(query, grad_out) + 4 * padded), tiles)
         five_products[(tiles * kv_heads * b,)](
             *(dispatch.hopper.tiles(x, [1, 1, rows, padded]) for x, rows in ((query, m), (key, n), (value, n), (grad_out, m))),
-            dispatch.hopper.row_tiles(statistics.transpose(2, 3), m),
+            dispatch.hopper.row_tiles(statistics, m),
             TensorDescriptor(total, list(total.shape), list(total.stride()), [padded, m], layout),
             dkey, dvalue, total, *dkey.stride(), *dvalue.stride(), tiles_m,
             tiles, heads, kv_heads * b, together, groups, tq, tk, width, value.shape[-1], spec.right, score_unit(spec),

@@ -9,6 +9,7 @@ test_triton_compile.py and matrix.py run it in a process: an architecture (90, g
     bias     an additive mask that gets its gradient, a window and a softcap
     mask     a boolean mask over keys
     window   a window and a softcap
+    softcap  a softcap
     packed   packed sequences
     pages    decoding from pages, and with a list of blocks where weights can be 0
     rows     decoding with as many rows (queries times query heads of a key head) as a kernel takes
@@ -78,9 +79,10 @@ def build(case):
     d, dtype, norm, extras = int(d), SHAPES[dtype], NORMALIZERS[name], set(extra.split("+"))
     compiled.clear()
     reason = "not asked for"  # what the dispatcher says of windows, masks and packed sequences, but in decoding
-    for_hopper = norm.exponential and "hopper" in extras and extras <= {"hopper", "full", "fp8"}
+    for_hopper = norm.exponential and "hopper" in extras and extras <= {"hopper", "full", "fp8", "softcap"}
     dispatch.hopper_refuses = lambda *_: None if for_hopper else reason
-    dispatch.hopper_refuses_decode = lambda *_: None if "hopper" in extras and not extras & {"bias", "mask"} else reason
+    in_cache = "hopper" in extras and not extras & {"bias", "mask"} and dtype == torch.bfloat16
+    dispatch.hopper_refuses_decode = lambda *_: None if in_cache else reason
     q, k, v, out = (torch.empty(1, 4, 256, d, dtype=dtype) for _ in range(4))
     lse, grads = torch.empty(1, 4, 256), [torch.empty_like(q) for _ in range(3)]
     sink = torch.empty(4) if norm.needs_sink else None
@@ -92,7 +94,8 @@ def build(case):
         torch.empty(1, dtype=torch.int64),
         [torch.empty_like(lse) if "stats" in extras else None for _ in range(2)],
     )
-    left, softcap = (64, 30.0) if extras & {"bias", "window"} else (-1, 0.0)
+    left = 64 if extras & {"bias", "window"} else -1
+    softcap = 30.0 if extras & {"bias", "window", "softcap"} else 0.0
     right, dropout = -1 if "full" in extras else 0, 0.1 if "stats" in extras else 0.0
     spec = AttentionSpec(norm, d**-0.5, norm.eps, left, right, "full" not in extras, softcap, dropout)
     packed = starts, starts, seed if dropout else None

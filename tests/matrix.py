@@ -84,6 +84,12 @@ HOPPER_CASES = [
     "learned_sink,128,bfloat16,hopper",
     "linear_softpick,64,bfloat16,hopper+window",
     "linear_softpick,128,bfloat16,hopper+full",
+    "softpick,64,float16,hopper",
+    "softpick,128,float16,hopper",
+    "learned_sink,128,float16,hopper+full",
+    "softmax,64,float16,hopper+full",
+    "softpick,64,bfloat16,hopper+softcap",
+    "softpick,128,bfloat16,hopper+softcap+full",
     "softpick,128,bfloat16,fp8+hopper",
     "softmax,128,bfloat16,fp8+hopper",
 ]

@@ -401,12 +401,24 @@ def forward(dispatch, d=64, made=None, packed=False, stats=False, mask=None, **m
 def test_kernels_for_hopper_are_chosen(hopper):
     assert forward(hopper) == ("hopper/forward_narrow.py", None)
     assert forward(hopper, d=96) == ("hopper/forward.py", None)
+    assert forward(hopper, softcap=30.0) == ("hopper/forward_narrow.py", None)
     q, k, v = qkv(d=64, tq=16, tk=16, dtype=torch.bfloat16)
     assert hopper.backward_kernel(spec(), q, k, v, None, False, False, None) == ("hopper/backward.py", None)
     assert hopper.decode_kernel(spec(), q[:, :, :1], k, v, None, 0, 32) == ("hopper/decode.py", None)
     assert hopper.decode_kernel(spec("linear_softpick"), q[:, :, :1], k, v, None, 64, 32).hopper
     x = torch.zeros(2, 20000, dtype=torch.bfloat16)
     assert hopper.rows_kernel("forward", x, (), frozenset()) == ("hopper/rows.py", None)
+
+
+@triton
+def test_fp16_has_the_kernels_for_hopper(hopper):
+    half = qkv(d=64, tq=16, tk=16, dtype=torch.float16)
+    assert forward(hopper, made=half) == ("hopper/forward_narrow.py", None)
+    assert hopper.backward_kernel(spec(), *half, None, False, False, None) == ("hopper/backward.py", None)
+    mixed = half[0], half[1], half[2].bfloat16()
+    assert "tensor memory accelerator" in forward(hopper, made=mixed).reason
+    assert "running maximum" in forward(hopper, made=half, eps=1.0).reason
+    assert "dtype" in hopper.decode_kernel(spec(), half[0][:, :, :1], *half[1:], None, 0, 32).reason
 
 
 @triton
@@ -421,7 +433,10 @@ def test_kernels_for_hopper_are_chosen(hopper):
         ({"scale": -1.5}, "scale: expected a number above 0, got -1.5"),
         ({"mask": torch.ones(1, 1, 16, 16)}, "attn_mask: these kernels take none, got (1, 1, 16, 16)"),
         ({"left": 4}, "window: these kernels have none, got 4 keys before"),
-        ({"softcap": 30.0}, "softcap: these kernels have none, got 30"),
+        (
+            {"softcap": 30.0, "made": qkv(tq=16, tk=16, d=64, dtype=torch.float16)},
+            "softcap: the fast tanh is not precise enough for torch.float16, got 30",
+        ),
         ({"dropout_p": 0.1}, "dropout_p: these kernels have no dropout, got 0.1"),
         ({"d": 32}, "head dimensions from 33 to 64, or from 65 to 128, got 32 and 32"),
         ({"d": 256}, "got 256 and 256"),
@@ -520,12 +535,12 @@ def _rows(dispatch, monkeypatch, x):
 @triton
 @pytest.mark.parametrize("without", [frozenset(), frozenset({"hopper"})], ids=["all", "-hopper"])
 def test_launches_follow_the_choice(hopper, without, monkeypatch):
-    from softpick.ops.triton import launch
+    from softpick.ops.triton import kernel_cache, launch
 
     ran = []
-    monkeypatch.setattr(launch, "_forward_for_hopper", lambda *_: ran.append("forward"))
+    monkeypatch.setattr(launch, "_forward_for_hopper", lambda *_: ran.append("forward") or True)
     monkeypatch.setattr(launch, "_backward_for_hopper", lambda *_: ran.append("backward") or True)
-    monkeypatch.setattr(launch, "run", lambda kernel, *_, **__: None)
+    monkeypatch.setattr(kernel_cache, "run", lambda kernel, *_, **__: None)
     q, k, v = qkv(d=64, tq=16, tk=16, hkv=4, dtype=torch.bfloat16)
     out, lse = torch.empty_like(q), torch.empty(q.shape[:3])
     call = spec(without=without)

@@ -478,6 +478,16 @@ def test_decoding_over_several_splits_of_the_keys(name, monkeypatch, poisoned):
         close(one, other)
 
 
+def test_tensors_for_which_a_launch_is_the_same():
+    from softpick.ops.triton.kernel_cache import described
+
+    x = torch.zeros(4, 64, dtype=torch.bfloat16)
+    assert described(x) == described(torch.ones_like(x)) == described(torch.nn.Parameter(x))
+    flat = torch.zeros(300, dtype=torch.bfloat16)
+    others = x[:3], x.T, x.half(), x.float(), flat[1:257].view(4, 64), x[:, :32], None
+    assert len({described(y) for y in (x, *others)}) == 1 + len(others)
+
+
 def test_arguments_that_mean_the_same_to_a_kernel():
     """What Triton takes, as it distinguishes it (its own rules are in C++)."""
     from softpick.ops.triton.kernel_cache import _meaning

@@ -2,6 +2,7 @@
 
 import math
 import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,12 +17,16 @@ pytest.importorskip("triton")
 if not interpreted():
     pytest.skip("the kernels run on the GPU here", allow_module_level=True)
 
+import triton
+import triton.language as tl
 from test_triton import (
     _small_tiles,  # noqa: F401 - a fixture
     close,
     exact,
     make,
 )
+
+from softpick.ops.triton import device, kernel_cache
 
 # ----------------------------------------------------------------------------------------------- softpick over a vector
 
@@ -314,3 +319,66 @@ def test_without_the_interpreter_the_cpu_is_refused(monkeypatch):
     )
     with pytest.raises(ValueError, match="expected CUDA tensors for the 'triton' backend, got one on cpu"):
         compiled(q, k, v)
+
+
+@triton.jit
+def _exp2(x, y, length: tl.constexpr):
+    at = tl.arange(0, length)
+    tl.store(y + at, device.exp2_by_products(tl.load(x + at)))
+
+
+def test_exponentials_by_products():
+    """To 2e-5 of itself and 4e-5 of what it is away from 1, at both ends of the range, too."""
+    x = torch.cat([torch.linspace(-116, 116, 2**14), torch.logspace(-30, 0, 2**13), -torch.logspace(-30, 0, 2**13)])
+    y = torch.empty_like(x)
+    _exp2[(1,)](x, y, x.numel())
+    true = x.double().exp2()
+    assert ((y.double() - true).abs() <= 2e-5 * true).all()
+    assert ((y.double() - true).abs() <= 4e-5 * (true - 1).abs() + 2**-23).all()
+    assert (y[x.abs() < 1e-9] == 1).all()
+
+
+def _compiled(started, described):
+    """As much of a compiled kernel, and of its runner in Python around one in C, as a launch that is kept looks at."""
+
+    def wrapped(launcher):
+        return lambda *args: launcher(*args)
+
+    def start(*args):
+        started.append(args)
+
+    runner = SimpleNamespace(
+        global_scratch_size=0, profile_scratch_size=0, launch_cooperative_grid=False, launch_pdl=True,
+        launch=wrapped(start) if described else start,
+    )  # fmt: skip
+    meta = {"swizzle": 3, "elem_size": 2, "elem_type": 9, "block_size": [64, 64], "fp4_padded": False}
+    metadata = SimpleNamespace(tensordesc_meta=[meta] if described else None)
+    return SimpleNamespace(run=runner, metadata=metadata, function=7, packed_metadata="packed")
+
+
+@pytest.mark.parametrize("described", [False, True])
+def test_a_later_launch_differs_in_addresses_only(described, monkeypatch):
+    started, first, hooks = [], [], []
+    compiled = _compiled(started, described)
+    monkeypatch.setattr(kernel_cache, "run", lambda *args, **constants: first.append(args) or (compiled, [16, True]))
+    utils = SimpleNamespace(fill_tma_descriptor=lambda address, *how: ("map", address, how))
+    active = SimpleNamespace(utils=utils, get_current_device=lambda: 0, get_current_stream=lambda device: 99)
+    monkeypatch.setattr(kernel_cache, "driver", SimpleNamespace(active=active))
+    hooked = SimpleNamespace(launch_enter_hook=SimpleNamespace(calls=hooks), launch_exit_hook=None)
+    monkeypatch.setattr(kernel_cache.triton, "knobs", SimpleNamespace(runtime=hooked))
+    tiles = (lambda x: SimpleNamespace(shape=list(x.shape), strides=list(x.stride())),) if described else ()
+    launch = kernel_cache.Launch("kernel", (3, 4), (5, 0.5), {"BLOCK": 16, "FLAG": True}, tiles)
+    launch(torch.zeros(8, 64), None, torch.zeros(2))
+    assert (len(first), len(started)) == (1, 0)
+    for _ in range(2):
+        x, y = torch.zeros(8, 64), torch.zeros(2)
+        launch(x, None, y)
+        one = [x.data_ptr()]
+        if described:
+            one = [("map", x.data_ptr(), (3, 2, 8, [64, 64], [8, 64], [64, 1], 0)), 8, 64, 64, 1]
+        head = (3, 4, 1, 99, 7, False, True, None, None, "packed", None, None, None)
+        assert started.pop() == (*head, *one, None, y.data_ptr(), 5, 0.5, 16, True)
+    assert len(first) == 1
+    hooks.append(print)  # a profiler is told of every launch by Triton's own runner
+    launch(x, None, y)
+    assert (len(first), len(started)) == (2, 0)

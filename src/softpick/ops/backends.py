@@ -194,16 +194,17 @@ def operator_name(named: str, chosen: str) -> str:
     if chosen != "triton":
         return chosen
     rule = switch.active()
-    return str(rule._replace(backend="auto" if named == "auto" and rule.backend == "auto" else "triton"))
+    backend = "auto" if named == "auto" and rule.backend == "auto" else "triton"
+    return str(rule._replace(backend=backend)) if rule.without else backend
 
 
 def few_queries(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, sink: Tensor | None) -> bool:
     """Whether this is decoding: few rows a key head, and no derivative or transform, which the decode kernel does not have."""
-    if "decode" in switch.active().without:
+    if q.shape[2] > DECODE_QUERIES or "decode" in switch.active().without:
         return False
     if torch._C._are_functorch_transforms_active() or has_tangent(q, k, v, mask, sink):
         return False
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k, v, mask, sink)):
         return False
     groups = q.shape[1] // k.shape[1] if k.shape[1] else 1
-    return q.shape[2] <= DECODE_QUERIES and groups * q.shape[2] <= decode_rows(q, v)
+    return groups * q.shape[2] <= decode_rows(q, v)

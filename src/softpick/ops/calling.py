@@ -53,13 +53,17 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+_NOTHING = contextlib.nullcontext()
+
+
 def on_device_of(x: Tensor) -> Any:
     """Make the tensor's device the current one within a block: Triton launches on the current device."""
     if x.is_cuda:
-        return torch.cuda.device(x.get_device())
+        index = x.get_device()
+        return _NOTHING if index == torch.cuda.current_device() else torch.cuda.device(index)
     if not interpreted():  # the public functions say so earlier, except in compiled code
         raise ValueError(f"expected CUDA tensors for the 'triton' backend, got one on {x.device}")
-    return contextlib.nullcontext()
+    return _NOTHING
 
 
 def dense(x: Tensor | None) -> Tensor | None:

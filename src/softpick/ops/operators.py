@@ -288,6 +288,8 @@ def _(*inputs: Any) -> tuple[Tensor, ...]:
 
 
 _SAVED = ("query", "key", "value", "mask", "sink", "cu_seqlens_q", "cu_seqlens_k", "seed")  # tensors among the inputs
+assert ForwardInputs._fields[:5] == _SAVED[:5] == ("query", "key", "value", "mask", "sink")
+_NO_GRADIENT = (None,) * (len(ForwardInputs._fields) - 5)
 _KEPT = tuple(name for name in BackwardInputs._fields if name in ForwardInputs._fields and name not in _SAVED)
 
 
@@ -322,14 +324,7 @@ def gradients(ctx: Any, grad_out: Tensor | None, backward: Any) -> tuple[Tensor 
         watched = torch.is_grad_enabled() or not plain(grad_out, *saved.values()) or _grads_batched()
         backward = attention_backward if watched else _attention_backward
     dquery, dkey, dvalue, dmask, dsink = backward(*inputs)
-    grads = {
-        "query": dquery,
-        "key": dkey,
-        "value": dvalue,
-        "mask": dmask if mask_grad else None,
-        "sink": dsink if inputs.sink is not None else None,
-    }
-    return tuple(grads.get(name) for name in ForwardInputs._fields)
+    return (dquery, dkey, dvalue, dmask if mask_grad else None, None if inputs.sink is None else dsink, *_NO_GRADIENT)
 
 
 def _backward(ctx: Any, grad_out: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:

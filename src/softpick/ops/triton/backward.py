@@ -19,6 +19,7 @@ from softpick.ops.triton.device import (
     assignment,
     dropout_factor,
     finish_scores,
+    growth,
     keys_of_queries,
     load_rows,
     narrow,
@@ -73,7 +74,7 @@ def _sweep_keys(
             ds *= slope
         if k.dtype == tl.float16:
             ds *= shrink[:, None]
-        dq = tl.dot(narrow_gradient(ds, k), k, dq, input_precision=PRECISION)
+        dq = tl.dot(narrow_gradient(ds, k.dtype), k, dq, input_precision=PRECISION)
         key += BLOCK_N * k_t
         value += BLOCK_N * v_t
     return dq
@@ -162,7 +163,7 @@ def attention_backward_queries(
         dq /= shrink[:, None]
     tl.store(
         dquery + i[:, None] * dq_t + d[None, :] * dq_d,
-        narrow_gradient(dq * scale, q),
+        narrow_gradient(dq * scale, q.dtype),
         mask=(i0 + i[:, None] < tq) & (d[None, :] < width),
     )
 
@@ -222,14 +223,11 @@ def _sweep_queries(
         if SOFTCAP:
             ds *= slope
         if q.dtype == tl.float16:
-            # what ds is divided by, its query is multiplied by, as far as that fits; shrink is 0 beyond the last row
             wide = q.to(tl.float32)
-            grow = tl.minimum(
-                1.0 / tl.maximum(shrink, 2.0**-10), tl.exp2(tl.floor(15.0 - tl.log2(tl.max(tl.abs(wide), 1))))
-            )
+            grow = growth(shrink, tl.max(tl.abs(wide), 1))
             ds *= (1.0 / grow)[None, :]
             q = (wide * grow[:, None]).to(tl.float16)
-        dk = tl.dot(narrow_gradient(ds, q), q, dk, input_precision=PRECISION)
+        dk = tl.dot(narrow_gradient(ds, q.dtype), q, dk, input_precision=PRECISION)
         query += BLOCK_M * q_t
         grad_out += BLOCK_M * g_t
     return dk, dv_acc
@@ -323,11 +321,11 @@ def attention_backward_keys(
     inside = j0 + n[:, None] < tk
     tl.store(
         dkey + n[:, None] * dk_t + d[None, :] * dk_d,
-        narrow_gradient(dk * scale, k),
+        narrow_gradient(dk * scale, k.dtype),
         mask=inside & (d[None, :] < width),
     )
     tl.store(
         dvalue + n[:, None] * dv_t + dv[None, :] * dv_d,
-        narrow_gradient(dv_acc, v),
+        narrow_gradient(dv_acc, v.dtype),
         mask=inside & (dv[None, :] < v_width),
     )

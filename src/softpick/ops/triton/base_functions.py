@@ -62,6 +62,12 @@ def zero_at_zero(base):
 
 
 @triton.constexpr_function
+def anchored(base, rectify, constant):
+    """Whether exponents are relative to at least 0 (softmax alone has no such anchor)."""
+    return base != 0 or rectify != 0 or constant != 0
+
+
+@triton.constexpr_function
 def needs_relu(base):
     """Whether :func:`weights` leaves the rectification to the conversion to another dtype (``narrow`` of device.py)."""
     return base == 1

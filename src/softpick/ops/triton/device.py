@@ -11,7 +11,7 @@ import triton.language as tl
 
 from softpick.ops.triton.base_functions import INF, LOG2E, Constant, exponential
 
-__all__ = ["FEW", "FEW_ROWS"]
+__all__ = ["FEW", "FEW_ROWS", "SHRINK_ROWS"]
 
 FP16_SCALE = Constant(1024.0)
 """Factor on unnormalized weights in fp16, which has few bits below 6e-5; weights relative to ``m`` are at most 1."""
@@ -21,6 +21,9 @@ TINY = Constant(2.0**-64)
 FEW, FEW_ROWS, FEW_KEYS = Constant(16), Constant(16), Constant(16)
 """Rows that see so many keys or fewer are computed with care: with few keys rounding does not average out, and the gradient is
 a difference of nearly equal numbers, times ``1 / l``. Programs of their own take FEW_ROWS of them and FEW_KEYS at a time."""
+
+SHRINK_ROWS = Constant(64)
+"""Rows of a block of which ``row_statistics`` writes the least of the factors that keep ``ds`` in the range of fp16."""
 
 BOOLEAN, ADDITIVE = Constant(1), Constant(2)  # kinds of mask; 0 is no mask
 
@@ -67,17 +70,40 @@ def zeros(ROWS: tl.constexpr, COLUMNS: tl.constexpr, OPAQUE: tl.constexpr):
     """
     zero = tl.zeros([ROWS, COLUMNS], tl.float32)
     if OPAQUE:
-        zero = tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [zero], dtype=tl.float32, is_pure=False, pack=1)
+        zero = opaque(zero)
     return zero
 
 
 @triton.jit
-def narrow_gradient(ds, like):
-    """``ds`` to the dtype of ``like``; near zero the gradient of softpick reaches 1/eps, beyond the range of fp16."""
-    if like.dtype == tl.float16:
+def opaque(x):
+    """``x`` in fp32, of which the compiler does not know what it is (:func:`zeros`)."""
+    return tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [x], dtype=tl.float32, is_pure=False, pack=1)
+
+
+@triton.jit
+def narrow_gradient(ds, DTYPE: tl.constexpr, ASM: tl.constexpr = False):
+    """``ds`` to 16 bits; near zero the gradient of softpick reaches 1/eps, beyond the range of fp16.
+
+    ASM: in one instruction, where the hardware has it (compute capability 9.0).
+    """
+    HALF: tl.constexpr = DTYPE == tl.float16  # noqa: SIM300
+    if HALF and ASM:
+        return tl.inline_asm_elementwise(
+            "cvt.rn.satfinite.f16x2.f32 $0, $2, $1;", "=r,r,r", [ds], dtype=tl.float16, is_pure=True, pack=2
+        )
+    elif HALF:
         return tl.minimum(tl.maximum(ds, -65504.0), 65504.0).to(tl.float16)
     else:
-        return ds.to(like.dtype)
+        return ds.to(DTYPE)
+
+
+@triton.jit
+def growth(shrink, largest):
+    """fp16: what a query is multiplied by where its ``ds`` is divided by it, as far as that fits; ``largest`` of its entries.
+
+    ``shrink`` may be 0 beyond the last row.
+    """
+    return tl.minimum(1.0 / tl.maximum(shrink, 2.0**-10), tl.exp2(tl.floor(15.0 - tl.log2(largest))))
 
 
 @triton.jit
@@ -86,6 +112,22 @@ def tanh(x):
     y = x * x
     series = x * (1.0 + y * (-1 / 3 + y * (2 / 15 + y * (-17 / 315 + y * (62 / 2835)))))
     return tl.where(tl.abs(x) < 0.3, series, 2.0 / (1.0 + tl.exp2(x * (-2.0 * LOG2E))) - 1.0)
+
+
+@triton.jit
+def fast_tanh(x):
+    """In one instruction of NVIDIA GPUs from compute capability 7.5 on: off by up to 2^-11 of itself."""
+    return tl.inline_asm_elementwise("tanh.approx.f32 $0, $1;", "=r,r", [x], dtype=tl.float32, is_pure=True, pack=1)
+
+
+@triton.jit
+def exp2_by_products(x):
+    """``2^x`` for ``abs(x) < 126`` without the unit for exponentials, to 2e-5, of which ``2^x - 1`` keeps as many digits."""
+    shifted = x + 12582912.0  # 1.5 2^23: the integer next to x is in the last bits
+    f = x - (shifted - 12582912.0)
+    y = 1.0 + f * (0.6931367517 + f * (0.2402234823 + f * (0.0558383428 + f * 0.0096663740)))
+    bits = y.to(tl.int32, bitcast=True) + (shifted.to(tl.int32, bitcast=True) << 23)
+    return bits.to(tl.float32, bitcast=True)
 
 
 @triton.jit

@@ -50,6 +50,7 @@ LEFT_OUT = "'hopper' is left out by softpick.use_backend or SOFTPICK_BACKEND"
 _PACKED = "cu_seqlens_q: these kernels take no packed sequences"
 _MASK = "attn_mask: these kernels take none, got {mask_shape}"
 _DTYPE = "query: expected torch.bfloat16, got {query.dtype}"
+_DTYPES = "query: expected torch.bfloat16 or torch.float16, got {query.dtype}"
 _WIDTHS = (
     "query, value: expected head dimensions from 33 to 64, or from 65 to 128, got {query.shape[3]} and {value.shape[3]}"
 )
@@ -91,10 +92,10 @@ def forward_kernel(
         reason = _PACKED
     elif stats:
         reason = "return_stats: these kernels return none, got True"
-    elif not optimistic(query.dtype, spec):
+    elif query.dtype == torch.float32 or not _range_suffices(spec):
         reason = (
             "query, normalizer, eps: {query.dtype}, {spec.norm.text} and {spec.eps:g} need a running maximum; expected "
-            "torch.bfloat16, a base with an exponential and at most {tuning.LARGEST_OPTIMISTIC_EPS:g}"
+            "torch.bfloat16 or torch.float16, a base with an exponential and at most {tuning.LARGEST_OPTIMISTIC_EPS:g}"
         )
     elif query.shape[0] * query.shape[1] * longest[0] * longest[1] < tuning.FEWEST_FORWARD:
         reason = "query, key: {scores} scores; a second launch pays from {tuning.FEWEST_FORWARD} on"
@@ -175,8 +176,8 @@ def hopper_refuses(
     if there is not None:
         return there
     width = padded(query.shape[-1])
-    if query.dtype != torch.bfloat16:
-        return _DTYPE
+    if query.dtype not in (torch.bfloat16, torch.float16):
+        return _DTYPES
     if not spec.norm.exponential:
         return "normalizer: {spec.norm.text} has no exponential"
     if spec.scale <= 0:  # signs are those of the products
@@ -187,13 +188,13 @@ def hopper_refuses(
         return _MASK
     if spec.left >= 0:
         return "window: these kernels have none, got {spec.left} keys before a query"
-    if spec.softcap:
-        return "softcap: these kernels have none, got {spec.softcap:g}"
+    if spec.softcap and query.dtype == torch.float16:  # that of the hardware is off by 2^-11: docs/kernels.md
+        return "softcap: the fast tanh is not precise enough for torch.float16, got {spec.softcap:g}"
     if spec.dropout_p:
         return "dropout_p: these kernels have no dropout, got {spec.dropout_p:g}"
     if width not in (64, 128) or width != padded(value.shape[-1]):
         return _WIDTHS
-    if not all(_fetchable(x) for x in (query, key, value, *more)):
+    if not all(_fetchable(x, query.dtype) for x in (query, key, value, *more)):
         return _NOT_FETCHABLE
     return None
 
@@ -223,7 +224,7 @@ def hopper_refuses_decode(
         return "key, value: expected head dimensions from 65 to 128 in fp8, got {key.shape[3]} and {value.shape[3]}"
     if page % 64:
         return "block_table: expected pages of a multiple of 64 positions, got {page}"
-    if not (_fetchable(key) and _fetchable(value)):
+    if not (_fetchable(key, query.dtype) and _fetchable(value, query.dtype)):
         return _NOT_FETCHABLE
     return None
 
@@ -261,7 +262,7 @@ def sentence(
         facts["rows"] = heads // max(1, key.shape[1]) * tq
         facts["mask_shape"] = None if mask is None else tuple(mask.shape)
         facts["unfetchable"] = (
-            ", ".join(f"{name} {x.stride()}" for name, x in given.items() if not _fetchable(x)) or "output"
+            ", ".join(f"{name} {x.stride()}" for name, x in given.items() if not _fetchable(x, query.dtype)) or "output"
         )
     return choice.reason.format(
         spec=spec,
@@ -277,8 +278,13 @@ def sentence(
 
 
 def optimistic(dtype: torch.dtype, spec: AttentionSpec) -> bool:
-    """Whether a kernel first tries without a running maximum: not in fp16 (small range), nor in fp32 (``eps`` would show)."""
-    return dtype == torch.bfloat16 and spec.norm.exponential and spec.eps <= tuning.LARGEST_OPTIMISTIC_EPS
+    """Whether ``forward.py`` first tries without a maximum: not in fp16 (small range), nor in fp32 (``eps`` would show)."""
+    return dtype == torch.bfloat16 and _range_suffices(spec)
+
+
+def _range_suffices(spec: AttentionSpec) -> bool:
+    """Whether sums in fp32 may do without a running maximum."""
+    return spec.norm.exponential and spec.eps <= tuning.LARGEST_OPTIMISTIC_EPS
 
 
 def interpreted() -> bool:
@@ -314,11 +320,14 @@ def why_no_hopper() -> str | None:
     return None if _no_hopper is None else str(_no_hopper)
 
 
-def _fetchable(x: Tensor) -> bool:
-    """Whether the tensor memory accelerator takes this as 16 bits: multiples of 16 bytes, nothing empty, nothing expanded."""
+def _fetchable(x: Tensor, dtype: torch.dtype) -> bool:
+    """Whether the tensor memory accelerator takes this as ``dtype``, or as pairs of numbers in fp8.
+
+    It wants multiples of 16 bytes, nothing empty, nothing expanded.
+    """
     b, h, t, d = x.stride()
     pairs = x.dtype == torch.float8_e4m3fn and x.shape[-1] % 2 == 0
-    there = (x.dtype == torch.bfloat16 or pairs) and x.numel() > 0 and _aligned(x)
+    there = (x.dtype == dtype or pairs) and x.numel() > 0 and _aligned(x)
     return there and d == 1 and (b | h | t) * x.element_size() % 16 == 0 and 0 not in (b, h, t)
 
 

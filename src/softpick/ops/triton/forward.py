@@ -21,6 +21,7 @@ from softpick.ops.triton.base_functions import (
     POSITIVE,
     SINK,
     Constant,
+    anchored,
     exponential,
     kept_scores,
     numerators,
@@ -288,7 +289,7 @@ def attention_forward(
     Writes ``out``, ``lse`` (natural), with STATS mass and largest.
 
     With a mask those rows are not known before the launch: they are written a second time, in a launch of their own. With
-    ``redo``, an int32 a query tile, those with zero have nothing to do.
+    ``redo``, a counter and an int32 a query tile, those with zero have nothing to do.
 
     EARLY: may be launched while the kernel that writes ``redo`` runs.
     """
@@ -296,7 +297,7 @@ def attention_forward(
     if redo is not None and at >= 0:
         if EARLY:
             gdc_wait()
-        if tl.load(redo + at) == 0:
+        if tl.load(redo + 1 + at) == 0:
             return
     tile, h, b = tile_at(tl.maximum(at, 0), tiles, heads, pairs, together)
     if at < 0:
@@ -334,7 +335,7 @@ def attention_forward(
     seed = 0
     if DROPOUT:
         seed = tl.load(seed_at)
-    ANCHORED: tl.constexpr = BASE != EXP or RECTIFY != NONE or CONSTANT != 0
+    ANCHORED: tl.constexpr = anchored(BASE, RECTIFY, CONSTANT)
     anchor = 0.0 if ANCHORED else -INF
     logit = 0.0
     if CONSTANT == SINK:

@@ -17,6 +17,7 @@ from softpick.ops.triton.dispatch import PORTABLE_TAKES, capability
 from softpick.ops.triton.shapes import cdiv, padded
 
 __all__ = [
+    "capped_unit",
     "common_switches",
     "dependent_launch",
     "drop_probability",
@@ -39,6 +40,13 @@ def _precision(dtype: torch.dtype) -> str:
 def score_unit(spec: AttentionSpec) -> float:
     """Factor on the product ``q k``: to the tile's units, or to natural ones where the softcap is applied first."""
     return spec.scale if spec.softcap or not spec.norm.exponential else spec.scale * LOG2E.value
+
+
+def capped_unit(spec: AttentionSpec) -> tuple[float, float]:
+    """For ``hopper/``: the factor on the product ``q k``, and with a softcap the one on its tanh."""
+    if not spec.softcap:
+        return score_unit(spec), 0.0
+    return spec.scale / spec.softcap, spec.softcap * LOG2E.value
 
 
 def drop_probability(spec: AttentionSpec) -> float:

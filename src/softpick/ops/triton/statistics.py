@@ -141,7 +141,7 @@ def _few_tile(
 
 @triton.jit(do_not_specialize=["heads", "tq", "tk", "left", "right", "padded", "few_tiles"])
 def row_statistics(
-    query, key, value, out, grad_out, lse, statistics, mask, sink, cu_q, cu_k, seed_at,
+    query, key, value, out, grad_out, lse, statistics, least, mask, sink, cu_q, cu_k, seed_at,
     q_b, q_h, q_t, q_d, k_b, k_h, k_t, k_d, v_b, v_h, v_t, v_d, o_b, o_h, o_t, o_d, g_b, g_h, g_t, g_d, l_b, l_h, l_t,
     m_b, m_h, m_q, m_k, s_h, s_t, s_c,
     few_tiles, heads, groups, tq, tk, padded, width, v_width, left, right, unit, eps, softcap, dropout_p,
@@ -155,8 +155,8 @@ def row_statistics(
     ``(B, H, 4, padded)`` for :mod:`softpick.ops.triton.hopper`, where rows of no query come after the last one.
 
     The lse in the tiles' units (plus infinity for an empty row), ``1 / l``, ``delta = do . out``, and for inputs in 16 bits a
-    power of two that keeps ``ds`` of the row, which may reach ``dp / l``, in the range of fp16, for those in fp32 what is to be
-    added to ``delta``. Grid: (programs, heads, batch). The first ``few_tiles``
+    power of two that keeps ``ds`` of the row, which may reach ``dp / l``, in the range of fp16 (``least``: the least of every
+    BLOCK_M rows), for those in fp32 what is to be added to ``delta``. Grid: (programs, heads, batch). The first ``few_tiles``
     programs write ``delta`` of the rows that see few keys, the others take BLOCK_M rows each. With a mask and with packed
     sequences, where those do not know which rows the first write, the first come in a launch of their own. With ``PART`` the
     keys are some of those that ``out`` is of, so ``delta`` is ``do . out`` for every row, and there are no first programs.
@@ -177,7 +177,10 @@ def row_statistics(
         if query.dtype.element_ty != tl.float32:
             # at most 2^10: query times its inverse should fit as well; e of the plain exponential is at most 1
             excess = tl.zeros_like(level) if BASE == EXP else tl.minimum(tl.maximum(tl.ceil(-level), 0.0), 10.0)
-            tl.store(at + 3 * s_c, tl.exp2(-excess), mask=wanted)
+            shrink = tl.exp2(-excess)
+            tl.store(at + 3 * s_c, shrink, mask=wanted)
+            if least is not None and tile * BLOCK_M < tq:
+                tl.store(least + (b * heads + h) * tl.cdiv(tq, BLOCK_M) + tile, tl.min(shrink, 0))
         if MASK == 0 and not VARLEN and not PART:
             offset = 0
             if BOTTOM_RIGHT:

@@ -10,6 +10,8 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from softpick.ops.triton.device import narrow_gradient
+
 __all__ = ["row_tiles", "store", "tiles"]
 
 
@@ -43,10 +45,10 @@ def store(
     COLUMNS: gl.constexpr,
     num_warps: gl.constexpr,
 ):
-    """Rows ``first ...`` of one head, as far as there are rows and columns."""
+    """Rows ``first ...`` of a gradient of one head, as far as there are rows and columns."""
     layout: gl.constexpr = gl.BlockedLayout([1, 8], [32 // (COLUMNS // 8), COLUMNS // 8], [num_warps, 1], [1, 0])
     n = gl.arange(0, ROWS, layout=gl.SliceLayout(1, layout))
     d = gl.arange(0, COLUMNS, layout=gl.SliceLayout(0, layout))
     at = base + (first + n).to(gl.int64)[:, None] * stride_t + d[None, :] * stride_d
     inside = (first + n < length)[:, None] & (d < width)[None, :]
-    gl.store(at, gl.convert_layout(x.to(base.dtype.element_ty), layout), mask=inside)
+    gl.store(at, gl.convert_layout(narrow_gradient(x, base.dtype.element_ty, True), layout), mask=inside)

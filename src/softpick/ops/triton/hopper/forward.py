@@ -7,8 +7,9 @@ their values, or work for the other warpgroup, since the two take turns to start
 have barriers for "full" (the bytes have come) and "empty" (both warpgroups are done).
 
 The rows of a tile leave through shared memory, so that a warpgroup is soon at the next one: with stores of its own a fifth of
-its time went there (docs/kernels.md). There is no maximum: a tile in which a sum left its range is noted, and ``forward.py``
-computes it again.
+its time went there (docs/kernels.md). There is no running maximum: bf16 has none at all, and in fp16, whose range is small,
+weights are relative to the largest score of a row's first key tile. A tile in which a sum left its range is noted, and
+``forward.py`` computes it again.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from triton.language.extra.cuda import gdc_launch_dependents
 
 from softpick.ops.triton.base_functions import (
     EXP,
+    EXPM1,
     INF,
     LN2,
     LOG2E,
@@ -34,11 +36,12 @@ from softpick.ops.triton.base_functions import (
     POSITIVE,
     SINK,
     Constant,
+    anchored,
     kept_scores,
     numerators,
     zero_at_zero,
 )
-from softpick.ops.triton.device import narrow, tile_at
+from softpick.ops.triton.device import exp2_by_products, fast_tanh, narrow, opaque, tile_at
 from softpick.ops.triton.hopper.versions import barrier, load_tile, store_tile
 
 __all__ = ["forward_queries"]
@@ -47,6 +50,9 @@ ROWS = Constant(64)  # queries of a warpgroup
 _LARGEST = Constant(2.0**64)  # as in forward.py
 _SMALLEST = Constant(2.0**-64)
 _FINITE = Constant(3.0e38)
+_FP16_SMALLEST = Constant(1.0)  # a sum of weights that have all their bits in fp16
+_FP16_LARGEST_FIRST = Constant(2.0)
+"""log2 of the largest weight of a row's first key tile in fp16: weights 2^-16 to 2^14 times as large have all their bits."""
 
 
 @gluon.jit
@@ -162,20 +168,69 @@ def row_parts(x):
 
 
 @gluon.jit
+def _seen(at, i, tk, reach, KEYS: gl.constexpr, RIGHT: gl.constexpr, layout: gl.constexpr):
+    """Which keys from ``at`` on the queries see."""
+    j = at + gl.arange(0, KEYS, layout=gl.SliceLayout(0, layout))
+    seen = (j < tk)[None, :]
+    if RIGHT:
+        seen = seen & (j[None, :] <= i[:, None] + reach)
+    return seen
+
+
+@gluon.jit
+def anchors(
+    s, at, i, tk, reach, unit, HALF: gl.constexpr, ANCHORED: gl.constexpr, RIGHT: gl.constexpr, layout: gl.constexpr
+):  # fmt: skip
+    """What the exponents of a row are relative to, from the products ``s`` of its first key tile, and what 1 is then; bf16: 0
+    and 1.
+    """
+    top = gl.zeros([s.shape[0]], gl.float32, layout=gl.SliceLayout(1, layout))
+    if HALF:
+        seen = _seen(at, i, tk, reach, s.shape[1], RIGHT, layout)
+        top = gl.max(gl.where(seen, s, -INF), 1) * unit
+        if ANCHORED:
+            top = gl.maximum(top, 0.0)
+        else:
+            top = gl.where(top == -INF, 0.0, top)
+        top -= _FP16_LARGEST_FIRST
+        return top, opaque(
+            gl.exp2(-top)
+        )  # else it is computed on every way into a loop, and products wait (ptxas C7515)
+    else:
+        return top, top + 1.0
+
+
+@gluon.jit
+def _half_by_products(s, layout: gl.constexpr):
+    """``2^s``, every second of a row without the unit for exponentials, which also has the tanh to take."""
+    one, other = gl.split(gl.reshape(s, [s.shape[0], s.shape[1] // 2, 2]))
+    return gl.convert_layout(gl.reshape(gl.join(gl.exp2(one), exp2_by_products(other)), s.shape), layout)
+
+
+@gluon.jit
 def weights_of(
-    s, total, at, i, tk, reach, unit, like,
-    BASE: gl.constexpr, RECTIFY: gl.constexpr, ABSOLUTE: gl.constexpr, RIGHT: gl.constexpr, EDGE: gl.constexpr,
+    s, total, at, i, anchor, one, tk, reach, unit, cap, like,
+    BASE: gl.constexpr, RECTIFY: gl.constexpr, ABSOLUTE: gl.constexpr, RIGHT: gl.constexpr, SOFTCAP: gl.constexpr,
+    EDGE: gl.constexpr,
     s_layout: gl.constexpr, o_layout: gl.constexpr,
 ):  # fmt: skip
     """Products with the keys from ``at`` on as weights in 16 bits, and what they add to the denominator."""
     s *= unit
+    if SOFTCAP:
+        s = cap * fast_tanh(s)
     if EDGE:
-        j = at + gl.arange(0, s.shape[1], layout=gl.SliceLayout(0, s_layout))
-        seen = (j < tk)[None, :]
-        if RIGHT:
-            seen = seen & (j[None, :] <= i[:, None] + reach)
+        seen = _seen(at, i, tk, reach, s.shape[1], RIGHT, s_layout)
         s = gl.where(seen, s, 0.0 if zero_at_zero(BASE) else -INF)
-    p = numerators(s, 0.0, BASE, False, False)
+    if like.dtype == gl.float16:
+        p = gl.exp2(s - anchor[:, None])
+        if BASE == EXPM1:
+            p -= one[:, None]
+    elif SOFTCAP == 2 and not EDGE:
+        p = _half_by_products(s, s_layout)
+        if BASE == EXPM1:
+            p -= 1.0
+    else:
+        p = numerators(s, 0.0, BASE, False, False)
     if ABSOLUTE:
         total += row_parts(gl.abs(p))
     else:
@@ -187,8 +242,9 @@ def weights_of(
 
 @gluon.jit
 def _step(
-    n, at, p, acc, total, q, room, bars, i, tk, reach, unit, more,
-    BASE: gl.constexpr, RECTIFY: gl.constexpr, ABSOLUTE: gl.constexpr, RIGHT: gl.constexpr, EDGE: gl.constexpr,
+    n, at, p, acc, total, q, room, bars, i, anchor, one, tk, reach, unit, cap, more,
+    BASE: gl.constexpr, RECTIFY: gl.constexpr, ABSOLUTE: gl.constexpr, RIGHT: gl.constexpr, SOFTCAP: gl.constexpr,
+    EDGE: gl.constexpr,
     BLOCK_N: gl.constexpr, BLOCK_D: gl.constexpr, STAGES: gl.constexpr, VALUES: gl.constexpr,
     w: gl.constexpr, s_layout: gl.constexpr, o_layout: gl.constexpr,
 ):  # fmt: skip
@@ -204,7 +260,27 @@ def _step(
     _pass_turn(w)
     s = warpgroup_mma_wait(num_outstanding=1, deps=[s])
     mbarrier.arrive(k_empty.index(n % STAGES))
-    p, total = weights_of(s, total, at, i, tk, reach, unit, v, BASE, RECTIFY, ABSOLUTE, RIGHT, EDGE, s_layout, o_layout)
+    p, total = weights_of(
+        s,
+        total,
+        at,
+        i,
+        anchor,
+        one,
+        tk,
+        reach,
+        unit,
+        cap,
+        v,
+        BASE,
+        RECTIFY,
+        ABSOLUTE,
+        RIGHT,
+        SOFTCAP,
+        EDGE,
+        s_layout,
+        o_layout,
+    )
     # here, because ptxas moves no exponentials behind it, as it does behind the wait for the product
     mbarrier.wait(k_full.index((n + 1) % STAGES), ((n + 1) // STAGES) & 1, pred=more)
     acc = warpgroup_mma_wait(num_outstanding=0, deps=[acc])
@@ -214,9 +290,9 @@ def _step(
 
 @gluon.jit
 def _take(
-    w: gl.constexpr, room, bars, shape, outputs, turn, unit, eps,
+    w: gl.constexpr, room, bars, shape, outputs, turn, unit, cap, eps,
     BASE: gl.constexpr, RECTIFY: gl.constexpr, ABSOLUTE: gl.constexpr, CONSTANT: gl.constexpr, BLOCK_N: gl.constexpr,
-    BLOCK_D: gl.constexpr, STAGES: gl.constexpr, VALUES: gl.constexpr, RIGHT: gl.constexpr,
+    BLOCK_D: gl.constexpr, STAGES: gl.constexpr, VALUES: gl.constexpr, RIGHT: gl.constexpr, SOFTCAP: gl.constexpr,
 ):  # fmt: skip
     """Warpgroup ``w``: its 64 queries of one tile after the other."""
     queries, keys, values, next_tile, rows = room
@@ -225,6 +301,7 @@ def _take(
     s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
     o_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_D, 16])
     q = queries.index(w).reshape([ROWS, BLOCK_D])
+    HALF: gl.constexpr = q.dtype == gl.float16
     if w == 1:
         _pass_turn(1)
     n, loaded, end = 0, 0, shape[0] * shape[2]
@@ -247,19 +324,38 @@ def _take(
         _pass_turn(w)
         s = warpgroup_mma_wait(num_outstanding=0, deps=[s])
         mbarrier.arrive(k_empty.index(n % STAGES))
+        anchor, one = anchors(s, at, i, tk, reach, unit, HALF, anchored(BASE, RECTIFY, CONSTANT), RIGHT, s_layout)
         p, total = weights_of(
-            s, total, at, i, tk, reach, unit, q, BASE, RECTIFY, ABSOLUTE, RIGHT, True, s_layout, o_layout
+            s,
+            total,
+            at,
+            i,
+            anchor,
+            one,
+            tk,
+            reach,
+            unit,
+            cap,
+            q,
+            BASE,
+            RECTIFY,
+            ABSOLUTE,
+            RIGHT,
+            SOFTCAP,
+            True,
+            s_layout,
+            o_layout,
         )
         mbarrier.wait(k_full.index((n + 1) % STAGES), ((n + 1) // STAGES) & 1, pred=count > 1)
         for it in range(1, edges):
             p, acc, total = _step(
-                n + it, at - it * BLOCK_N, p, acc, total, q, room, bars, i, tk, reach, unit, it + 1 < count,
-                BASE, RECTIFY, ABSOLUTE, RIGHT, True, BLOCK_N, BLOCK_D, STAGES, VALUES, w, s_layout, o_layout,
+                n + it, at - it * BLOCK_N, p, acc, total, q, room, bars, i, anchor, one, tk, reach, unit, cap, it + 1 < count,
+                BASE, RECTIFY, ABSOLUTE, RIGHT, SOFTCAP, True, BLOCK_N, BLOCK_D, STAGES, VALUES, w, s_layout, o_layout,
             )  # fmt: skip
         for it in range(edges, count):
             p, acc, total = _step(
-                n + it, at - it * BLOCK_N, p, acc, total, q, room, bars, i, tk, reach, unit, it + 1 < count,
-                BASE, RECTIFY, ABSOLUTE, RIGHT, False, BLOCK_N, BLOCK_D, STAGES, VALUES, w, s_layout, o_layout,
+                n + it, at - it * BLOCK_N, p, acc, total, q, room, bars, i, anchor, one, tk, reach, unit, cap, it + 1 < count,
+                BASE, RECTIFY, ABSOLUTE, RIGHT, SOFTCAP, False, BLOCK_N, BLOCK_D, STAGES, VALUES, w, s_layout, o_layout,
             )  # fmt: skip
         n += count
         mbarrier.arrive(q_empty)
@@ -272,7 +368,8 @@ def _take(
         tma.store_wait(0)  # the rows before have left their room; for every warp once they have met
         barrier()
         finish(
-            acc, total, i0, head, row, tile, turn, eps, shape, outputs, rows.index(w), BASE, RECTIFY, CONSTANT, o_layout
+            acc, total, anchor, one, i0, head, row, tile, turn, eps, shape, outputs, rows.index(w), BASE, RECTIFY, CONSTANT,
+            o_layout,
         )  # fmt: skip
         tile = _wait_for_tile(loaded, next_tile, q_full)
     tma.store_wait(0)
@@ -282,7 +379,7 @@ def _take(
 
 @gluon.jit
 def finish(
-    acc, total, i0, head, row, tile, turn, eps, shape, outputs, room,
+    acc, total, anchor, one, i0, head, row, tile, turn, eps, shape, outputs, room,
     BASE: gl.constexpr, RECTIFY: gl.constexpr, CONSTANT: gl.constexpr, layout: gl.constexpr,
 ):  # fmt: skip
     """Normalize and write the rows of a warpgroup, or note that the tile has to be taken again.
@@ -292,26 +389,30 @@ def finish(
     out_tiles, lse, sink, l_b, l_h, l_t = outputs
     parts = row_parts(gl.abs(acc))  # each thread reduces what it holds: no exchange between threads
     total = gl.sum(total, 1)
+    HALF: gl.constexpr = room.dtype == gl.float16
+    smallest: gl.constexpr = _FP16_SMALLEST if HALF else _SMALLEST
+    anchor = gl.convert_layout(anchor, total.type.layout)
+    one = gl.convert_layout(one, total.type.layout)
     sound = total < _LARGEST
     if BASE == EXP and RECTIFY == NONE and CONSTANT == 0:
-        sound = sound & (total > _SMALLEST)  # rows without a key: the other kernel knows
+        sound = sound & (total > smallest)  # rows without a key: the other kernel knows
     if CONSTANT == ONE:
-        total += 1.0
+        total += one
     elif CONSTANT == SINK:
         logit = gl.load(sink + head).to(gl.float32) * LOG2E
-        total += gl.exp2(logit)
-        sound = sound & (logit < 64.0)
+        total += gl.exp2(logit - anchor)
+        sound = sound & (logit - anchor < 64.0)
         if BASE == EXP and RECTIFY == NONE:  # scores and sink may lie far below 0 together
-            sound = sound & ((total > _SMALLEST) | (eps > 0))
+            sound = sound & ((total > smallest) | (eps > 0))
     note = turn + 1 + tile
     gl.store(note + gl.zeros_like(total).to(gl.int32), 1, mask=~sound)
     gl.store(note + gl.zeros_like(parts).to(gl.int32), 1, mask=~(parts < _FINITE))
-    total += eps
+    total += eps * one
     i = i0 + gl.arange(0, ROWS, layout=total.type.layout)
     to = lse + row.to(gl.int64) * l_b + head.to(gl.int64) * l_h + i * l_t
-    gl.store(to, gl.log2(total) * LN2, mask=i < shape[5])
+    gl.store(to, (anchor + gl.log2(total)) * LN2, mask=i < shape[5])
     inverse = gl.convert_layout(gl.where(total == 0, 0.0, 1.0 / total), gl.SliceLayout(1, layout))
-    room.store((acc * inverse[:, None]).to(gl.bfloat16).reshape([1, 1, ROWS, acc.shape[1]]))
+    room.store((acc * inverse[:, None]).to(room.dtype).reshape([1, 1, ROWS, acc.shape[1]]))
     fence_async_shared()
     barrier()
     store_tile(out_tiles, [row, head, i0, 0], room)
@@ -328,24 +429,26 @@ def _barriers(COUNT: gl.constexpr, arrivals: gl.constexpr):
 @gluon.jit(do_not_specialize=["heads", "tiles", "pairs", "together", "groups", "tq", "tk", "right", "l_b", "l_h"])
 def forward_queries(
     query_tiles, key_tiles, value_tiles, out_tiles, lse, sink, turn, l_b, l_h, l_t,
-    tiles, heads, pairs, together, groups, tq, tk, right, unit, eps,
+    tiles, heads, pairs, together, groups, tq, tk, right, unit, cap, eps,
     BASE: gl.constexpr, RECTIFY: gl.constexpr, ABSOLUTE: gl.constexpr, CONSTANT: gl.constexpr,
     NEGATIVE_GRADIENT: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_D: gl.constexpr,
-    STAGES: gl.constexpr, VALUES: gl.constexpr, RIGHT: gl.constexpr, BOTTOM_RIGHT: gl.constexpr, num_warps: gl.constexpr,
+    STAGES: gl.constexpr, VALUES: gl.constexpr, RIGHT: gl.constexpr, BOTTOM_RIGHT: gl.constexpr, SOFTCAP: gl.constexpr,
+    num_warps: gl.constexpr,
 ):  # fmt: skip
     """``out`` and ``lse`` of all queries. Grid: as many programs as run at a time, or fewer.
 
     ``turn``: zeros; the first counts tiles of 128 queries in the order of ``forward.py``, the others note which of them have
-    to be taken again, with a running maximum.
+    to be taken again, with a running maximum. SOFTCAP: 2 with half of the exponentials by products.
     """
     gdc_launch_dependents()  # forward.py waits by itself
     reach = right
     if BOTTOM_RIGHT:
         reach += tk - tq
-    queries = gl.allocate_shared_memory(gl.bfloat16, [2] + query_tiles.block_type.shape, query_tiles.layout)  # noqa: RUF005 (no stars in Triton)
-    keys = gl.allocate_shared_memory(gl.bfloat16, [STAGES] + key_tiles.block_type.shape, key_tiles.layout)  # noqa: RUF005
-    values = gl.allocate_shared_memory(gl.bfloat16, [VALUES] + value_tiles.block_type.shape, value_tiles.layout)  # noqa: RUF005
-    rows = gl.allocate_shared_memory(gl.bfloat16, [2] + out_tiles.block_type.shape, out_tiles.layout)  # noqa: RUF005
+    dtype: gl.constexpr = query_tiles.block_type.element_ty
+    queries = gl.allocate_shared_memory(dtype, [2] + query_tiles.block_type.shape, query_tiles.layout)  # noqa: RUF005 (no stars in Triton)
+    keys = gl.allocate_shared_memory(dtype, [STAGES] + key_tiles.block_type.shape, key_tiles.layout)  # noqa: RUF005
+    values = gl.allocate_shared_memory(dtype, [VALUES] + value_tiles.block_type.shape, value_tiles.layout)  # noqa: RUF005
+    rows = gl.allocate_shared_memory(dtype, [2] + out_tiles.block_type.shape, out_tiles.layout)  # noqa: RUF005
     next_tile = gl.allocate_shared_memory(gl.int32, [32], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     descriptors = (query_tiles, key_tiles, value_tiles)
     room = (queries, keys, values, next_tile, rows)
@@ -358,12 +461,12 @@ def forward_queries(
     gl.warp_specialize(
         [
             (_take, (
-                0, room, bars, shape, outputs, turn, unit, eps, BASE, RECTIFY, ABSOLUTE, CONSTANT, BLOCK_N, BLOCK_D,
-                STAGES, VALUES, RIGHT,
+                0, room, bars, shape, outputs, turn, unit, cap, eps, BASE, RECTIFY, ABSOLUTE, CONSTANT, BLOCK_N, BLOCK_D,
+                STAGES, VALUES, RIGHT, SOFTCAP,
             )),
             (_take, (
-                1, room, bars, shape, outputs, turn, unit, eps, BASE, RECTIFY, ABSOLUTE, CONSTANT, BLOCK_N, BLOCK_D,
-                STAGES, VALUES, RIGHT,
+                1, room, bars, shape, outputs, turn, unit, cap, eps, BASE, RECTIFY, ABSOLUTE, CONSTANT, BLOCK_N, BLOCK_D,
+                STAGES, VALUES, RIGHT, SOFTCAP,
             )),
             (_fetch, (descriptors, room, bars, shape, turn, BLOCK_N, STAGES, VALUES, RIGHT)),
         ],

@@ -18,8 +18,9 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.language.extra.cuda import gdc_launch_dependents
 
+from softpick.ops.triton.base_functions import anchored
 from softpick.ops.triton.device import assignment
-from softpick.ops.triton.hopper.forward import ROWS, finish, row_parts, start_scores, weights_of
+from softpick.ops.triton.hopper.forward import ROWS, anchors, finish, row_parts, start_scores, weights_of
 from softpick.ops.triton.hopper.versions import barrier, load_tile
 
 __all__ = ["forward_narrow"]
@@ -41,8 +42,9 @@ def _fetch(
 @gluon.jit
 def _tile_of_keys(
     it, count, s, acc, other_acc, total, other_total, q, other_q, head, row, key_tiles, value_tiles, keys, values, ready,
-    i, other_i, tk, reach, unit,
-    BASE: gl.constexpr, RECTIFY: gl.constexpr, ABSOLUTE: gl.constexpr, RIGHT: gl.constexpr, BLOCK_N: gl.constexpr,
+    i, other_i, anchor, one, other_anchor, other_one, tk, reach, unit, cap,
+    BASE: gl.constexpr, RECTIFY: gl.constexpr, ABSOLUTE: gl.constexpr, RIGHT: gl.constexpr, SOFTCAP: gl.constexpr,
+    BLOCK_N: gl.constexpr,
     BLOCK_D: gl.constexpr, STAGES: gl.constexpr, EDGE: gl.constexpr, s_layout: gl.constexpr, o_layout: gl.constexpr,
 ):  # fmt: skip
     """A key tile into both query tiles. The scores ``s`` of the first are there; on return those of the next key tile are
@@ -54,7 +56,8 @@ def _tile_of_keys(
     v = values.index(it % STAGES).reshape([BLOCK_N, BLOCK_D])
     following = start_scores(it, other_q, keys, BLOCK_N, BLOCK_D, STAGES, s_layout)
     p, total = weights_of(
-        s, total, it * BLOCK_N, i, tk, reach, unit, v, BASE, RECTIFY, ABSOLUTE, RIGHT, EDGE, s_layout, o_layout
+        s, total, it * BLOCK_N, i, anchor, one, tk, reach, unit, cap, v, BASE, RECTIFY, ABSOLUTE, RIGHT, SOFTCAP, EDGE,
+        s_layout, o_layout
     )  # fmt: skip
     acc = warpgroup_mma(p, v, acc, is_async=True)
     s = warpgroup_mma_wait(num_outstanding=1, deps=[following])
@@ -64,8 +67,8 @@ def _tile_of_keys(
     mbarrier.wait(ready.index((it + 1) % STAGES), ((it + 1) // STAGES) & 1, pred=it + 1 < count)
     following = start_scores(it + 1, q, keys, BLOCK_N, BLOCK_D, STAGES, s_layout)
     p, other_total = weights_of(
-        s, other_total, it * BLOCK_N, other_i, tk, reach, unit, v,
-        BASE, RECTIFY, ABSOLUTE, RIGHT, EDGE, s_layout, o_layout,
+        s, other_total, it * BLOCK_N, other_i, other_anchor, other_one, tk, reach, unit, cap, v,
+        BASE, RECTIFY, ABSOLUTE, RIGHT, SOFTCAP, EDGE, s_layout, o_layout,
     )  # fmt: skip
     other_acc = warpgroup_mma(p, v, other_acc, is_async=True)
     s = warpgroup_mma_wait(num_outstanding=1, deps=[following])
@@ -75,10 +78,11 @@ def _tile_of_keys(
 @gluon.jit(do_not_specialize=["heads", "tiles", "pairs", "together", "groups", "tq", "tk", "right", "l_b", "l_h"])
 def forward_narrow(
     query_tiles, key_tiles, value_tiles, out_tiles, lse, sink, turn, l_b, l_h, l_t,
-    tiles, heads, pairs, together, groups, tq, tk, right, unit, eps,
+    tiles, heads, pairs, together, groups, tq, tk, right, unit, cap, eps,
     BASE: gl.constexpr, RECTIFY: gl.constexpr, ABSOLUTE: gl.constexpr, CONSTANT: gl.constexpr,
     NEGATIVE_GRADIENT: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_D: gl.constexpr,
-    STAGES: gl.constexpr, VALUES: gl.constexpr, RIGHT: gl.constexpr, BOTTOM_RIGHT: gl.constexpr, num_warps: gl.constexpr,
+    STAGES: gl.constexpr, VALUES: gl.constexpr, RIGHT: gl.constexpr, BOTTOM_RIGHT: gl.constexpr, SOFTCAP: gl.constexpr,
+    num_warps: gl.constexpr,
 ):  # fmt: skip
     """As ``forward_queries``, but a program has one tile of 128 queries, and key and value tiles share STAGES. Grid as in
     ``forward.py`` of the folder above.
@@ -98,9 +102,10 @@ def forward_narrow(
     count = gl.cdiv(hi, BLOCK_N)
     whole = gl.minimum(full // BLOCK_N, count)
     row, head, kv = b.to(gl.int32), h.to(gl.int32), (h // groups).to(gl.int32)
-    queries = gl.allocate_shared_memory(gl.bfloat16, [2] + query_tiles.block_type.shape, query_tiles.layout)  # noqa: RUF005 (no stars in Triton)
-    keys = gl.allocate_shared_memory(gl.bfloat16, [STAGES] + key_tiles.block_type.shape, key_tiles.layout)  # noqa: RUF005
-    values = gl.allocate_shared_memory(gl.bfloat16, [STAGES] + value_tiles.block_type.shape, value_tiles.layout)  # noqa: RUF005
+    dtype: gl.constexpr = query_tiles.block_type.element_ty
+    queries = gl.allocate_shared_memory(dtype, [2] + query_tiles.block_type.shape, query_tiles.layout)  # noqa: RUF005 (no stars in Triton)
+    keys = gl.allocate_shared_memory(dtype, [STAGES] + key_tiles.block_type.shape, key_tiles.layout)  # noqa: RUF005
+    values = gl.allocate_shared_memory(dtype, [STAGES] + value_tiles.block_type.shape, value_tiles.layout)  # noqa: RUF005
     ready = gl.allocate_shared_memory(gl.int64, [STAGES + 1, 1], mbarrier.MBarrierLayout())
     for stage in gl.static_range(STAGES + 1):
         mbarrier.init(ready.index(stage), count=1)
@@ -111,8 +116,6 @@ def forward_narrow(
     for it in gl.static_range(STAGES - 1):
         _fetch(it, count, kv, row, key_tiles, value_tiles, keys, values, ready, BLOCK_N, STAGES)
     i = i0 + gl.arange(0, ROWS, layout=gl.SliceLayout(1, s_layout))
-    zero = gl.zeros([ROWS, BLOCK_D], gl.float32, layout=o_layout)
-    acc, other_acc = warpgroup_mma_init(zero), warpgroup_mma_init(zero)
     total = row_parts(gl.zeros([ROWS, BLOCK_N], gl.float32, layout=s_layout))
     other_total = total
     mbarrier.wait(bar, 0)
@@ -120,17 +123,27 @@ def forward_narrow(
     mbarrier.wait(ready.index(0), 0, pred=count > 0)
     s = start_scores(0, q, keys, BLOCK_N, BLOCK_D, STAGES, s_layout)
     s = warpgroup_mma_wait(num_outstanding=0, deps=[s])
+    HALF: gl.constexpr = dtype == gl.float16
+    ANCHORED: gl.constexpr = anchored(BASE, RECTIFY, CONSTANT)
+    anchor, one = anchors(s, 0, i, tk, reach, unit, HALF, ANCHORED, RIGHT, s_layout)
+    other_anchor, other_one = anchor, one
+    if HALF:
+        other = start_scores(0, other_q, keys, BLOCK_N, BLOCK_D, STAGES, s_layout)
+        other = warpgroup_mma_wait(num_outstanding=0, deps=[other])
+        other_anchor, other_one = anchors(other, 0, i + ROWS, tk, reach, unit, HALF, ANCHORED, RIGHT, s_layout)
+    zero = gl.zeros([ROWS, BLOCK_D], gl.float32, layout=o_layout)
+    acc, other_acc = warpgroup_mma_init(zero), warpgroup_mma_init(zero)
     for it in range(0, whole):
         s, acc, other_acc, total, other_total = _tile_of_keys(
             it, count, s, acc, other_acc, total, other_total, q, other_q, kv, row, key_tiles, value_tiles, keys, values,
-            ready, i, i + ROWS, tk, reach, unit,
-            BASE, RECTIFY, ABSOLUTE, RIGHT, BLOCK_N, BLOCK_D, STAGES, False, s_layout, o_layout,
+            ready, i, i + ROWS, anchor, one, other_anchor, other_one, tk, reach, unit, cap,
+            BASE, RECTIFY, ABSOLUTE, RIGHT, SOFTCAP, BLOCK_N, BLOCK_D, STAGES, False, s_layout, o_layout,
         )  # fmt: skip
     for it in range(whole, count):
         s, acc, other_acc, total, other_total = _tile_of_keys(
             it, count, s, acc, other_acc, total, other_total, q, other_q, kv, row, key_tiles, value_tiles, keys, values,
-            ready, i, i + ROWS, tk, reach, unit,
-            BASE, RECTIFY, ABSOLUTE, RIGHT, BLOCK_N, BLOCK_D, STAGES, True, s_layout, o_layout,
+            ready, i, i + ROWS, anchor, one, other_anchor, other_one, tk, reach, unit, cap,
+            BASE, RECTIFY, ABSOLUTE, RIGHT, SOFTCAP, BLOCK_N, BLOCK_D, STAGES, True, s_layout, o_layout,
         )  # fmt: skip
     acc, other_acc = warpgroup_mma_wait(num_outstanding=0, deps=[acc, other_acc])
     for stage in gl.static_range(STAGES + 1):
@@ -140,10 +153,11 @@ def forward_narrow(
     at = gl.program_id(0)
     barrier()  # the queries are not read any more
     finish(
-        acc, total, i0, head, row, at, turn, eps, shape, outputs, queries.index(0), BASE, RECTIFY, CONSTANT, o_layout
+        acc, total, anchor, one, i0, head, row, at, turn, eps, shape, outputs, queries.index(0), BASE, RECTIFY, CONSTANT,
+        o_layout,
     )  # fmt: skip
     finish(
-        other_acc, other_total, i0 + ROWS, head, row, at, turn, eps, shape, outputs, queries.index(1),
+        other_acc, other_total, other_anchor, other_one, i0 + ROWS, head, row, at, turn, eps, shape, outputs, queries.index(1),
         BASE, RECTIFY, CONSTANT, o_layout,
     )  # fmt: skip
     tma.store_wait(0)

@@ -78,6 +78,7 @@ def build(case):
     name, d, dtype, extra = case.split(",")
     d, dtype, norm, extras = int(d), SHAPES[dtype], NORMALIZERS[name], set(extra.split("+"))
     compiled.clear()
+    launched.clear()
     reason = "not asked for"  # what the dispatcher says of windows, masks and packed sequences, but in decoding
     for_hopper = norm.exponential and "hopper" in extras and extras <= {"hopper", "full", "fp8", "softcap"}
     dispatch.hopper_refuses = lambda *_: None if for_hopper else reason

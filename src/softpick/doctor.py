@@ -151,8 +151,8 @@ def _calls(device: str) -> list[_Call]:
         calls += [
             _Call("training", (2, 8, 8, long, long, 64), torch.float16),
             _Call("softpick over rows", (rows, 131072), low, "rows"),
-            _Call("training, long sequences", (1, 4, 4, 16384, 16384, 64), low, reserve=True),
-            _Call("training, long sequences", (1, 4, 4, 16384, 16384, 128), low, reserve=True),
+            _Call("training, long sequences", (1, 2, 2, 16384, 16384, 64), low, reserve=True),
+            _Call("training, long sequences", (1, 2, 2, 16384, 16384, 128), low, reserve=True),
         ]
     return calls
 

@@ -95,7 +95,7 @@ class Rings(NamedTuple):
 # was 5 % slower. Decode: docs/kernels.md; more programs a multiprocessor than have room at a time only cost
 HOPPER_FORWARD = {64: Rings(64, 4, 4), 128: Rings(128, 2, 3)}
 HOPPER_DECODE = {64: Rings(64, 3, 3, programs=4), 128: Rings(64, 3, 3, programs=2)}
-# fp8, D 128: not tuned yet; the bytes under way are those of bf16
+# fp8, D 128: the only sizes that were tried on a GPU; the bytes under way are those of bf16
 HOPPER_DECODE_FP8 = Rings(64, 5, 5, programs=2)
 LONGEST_TILE = 128
 """Row statistics for ``hopper/backward.py`` are padded to a multiple of its query tiles."""
@@ -216,8 +216,8 @@ FEWEST_KEYS = {"decode": 128, "decode_skip": 256}
 
 FEWEST_SCORES = 2**22
 """Scores from which the kernels of ``hopper/`` pay: describing the tensors to the GPU takes as long as fewer scores."""
-FEWEST_FORWARD = 2**30
-"""Scores from which the forward pass of ``hopper/`` pays: it is launched twice (to be measured anew: hopper_gpu.py)."""
+FEWEST_FORWARD = 2**29
+"""Scores from which the forward pass of ``hopper/`` pays when called from Python: it is launched twice (hopper_gpu.py)."""
 FEWEST_CACHED = 2**16
 """Keys of all sequences and heads from which ``hopper/decode.py`` pays, for the same reason."""
 LARGEST_OPTIMISTIC_EPS = 1e-5

@@ -3,6 +3,7 @@
 import importlib.util
 import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -103,3 +104,18 @@ def test_how_tight_bounds_are(script):
         assert found[f"at most 0 by {name}"] == pytest.approx(25 * count)
     for name, x in over.items():
         assert found[f"{name} over score"] == pytest.approx(x, rel=1e-4)
+
+
+@pytest.mark.parametrize(("token", "expected"), [(0.01, 2 / 0.01), (0.0, None)], ids=["measurable", "noise"])
+def test_what_warms_up_is_not_in_the_rate(script, monkeypatch, token, expected):
+    clock, calls = [0.0], []
+
+    class Model:
+        def generate(self, tokens, max_new_tokens, **_):
+            clock[0] += 30.0 * (len(calls) < 2) + 1.0 + token * max_new_tokens
+            calls.append(max_new_tokens)
+
+    monkeypatch.setattr(script.time, "perf_counter", lambda: clock[0])
+    subject = SimpleNamespace(model=Model())
+    rate = script.generated(subject, torch.zeros(2, 5, dtype=torch.int64))
+    assert rate == pytest.approx(expected) if expected else math.isnan(rate)

@@ -244,3 +244,44 @@ def test_a_call_that_cannot_be_prepared_is_in_the_report(monkeypatch):
     done = run()
     assert done.exit_code == 1
     assert "RuntimeError: no such kernel" in done.output
+
+
+# Compiling ahead
+
+
+def test_shares_are_every_call_once(monkeypatch):
+    ran, real = [], doctor._prepare
+
+    def prepare(call, device):
+        ready = real(call, device)
+        return ready._replace(function=lambda *a, **k: (ran.append(id(call)), ready.function(*a, **k))[1])
+
+    monkeypatch.setattr(doctor, "_prepare", prepare)
+    for share in range(3):
+        doctor.run_share("cpu", share, 3)
+    assert sorted(ran) == sorted(map(id, doctor._calls("cpu")))
+
+
+def test_a_share_that_fails_says_nothing(monkeypatch, capsys):
+    failing(monkeypatch)
+    doctor.run_share("cpu", 0, 1)
+    assert capsys.readouterr() == ("", "")
+
+
+def test_processes_compile_ahead(monkeypatch):
+    """The command of the processes, which run on the CPU here; a slow one is waited for."""
+    monkeypatch.setattr(doctor.os, "cpu_count", lambda: 4)
+    real, started, said = doctor.subprocess.Popen, [], []
+
+    def popen(command, **options):
+        command = [*command[:3], "cpu", *command[4:]]
+        started.append(real(command, **options))
+        return started[-1]
+
+    monkeypatch.setattr(doctor.subprocess, "Popen", popen)
+    doctor._compile_ahead("cuda", said.append)
+    assert [run.returncode for run in started] == [0, 0]
+    assert said == ["all calls in 2 processes, to compile their kernels"]
+    monkeypatch.setattr(doctor.os, "cpu_count", lambda: 1)
+    doctor._compile_ahead("cuda", said.append)
+    assert len(started) == 2

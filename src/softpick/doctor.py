@@ -5,8 +5,12 @@ Results are compared with formulas in fp64 that stand here and share no code wit
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
+import os
+import subprocess
+import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -23,7 +27,7 @@ from softpick.ops import switch
 from softpick.ops.calling import HAS_TRITON
 from softpick.ops.key_bounds import key_bounds
 
-__all__ = ["Check", "Report", "examine"]
+__all__ = ["Check", "Report", "examine", "run_share"]
 
 LIMITS = {torch.float32: 2e-5, torch.bfloat16: 2e-2, torch.float16: 5e-3}
 """Largest relative error ``|x - truth| / |truth|`` of outputs and gradients; several times what rounding gives."""
@@ -206,10 +210,47 @@ def examine(device: str = "cpu", progress: Callable[[str], None] = lambda name: 
         progress: called with the name of each call before it runs.
     """
     report = Report(versions("triton"), hardware(device), device, _support(device), [])
+    if device.startswith("cuda") and HAS_TRITON:
+        _compile_ahead(device, progress)
     for call, ready in _chosen(device):
         progress(call.name)
         report.checks.append(_check(call, ready, device))
     return report
+
+
+def _compile_ahead(device: str, progress: Callable[[str], None]) -> None:
+    """Run the calls in processes side by side, which leave compiled kernels on disk: one after the other it takes minutes."""
+    processes = min(8, (os.cpu_count() or 1) // 2)
+    if processes < 2:
+        return
+    progress(f"all calls in {processes} processes, to compile their kernels")
+    code = (
+        "import sys; from softpick.doctor import run_share; run_share(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))"
+    )
+    runs = [
+        subprocess.Popen(
+            [sys.executable, "-c", code, device, str(share), str(processes)],
+            stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        )
+        for share in range(processes)
+    ]  # fmt: skip
+    try:
+        for run in runs:
+            run.wait()
+    finally:
+        for run in runs:  # after Ctrl-C
+            run.kill()
+
+
+def run_share(device: str, share: int, of: int) -> None:
+    """Run every ``of``-th call of a device, from number ``share`` on, and forget what comes: :func:`examine` runs all again."""
+    for number, (_, ready) in enumerate(_chosen(device)):
+        if number % of == share and isinstance(ready, _Ready):
+            with contextlib.suppress(Exception), warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                out: Any = ready.function(*ready.leaves, **ready.options)
+                if ready.trained:
+                    torch.autograd.grad(out, ready.leaves, torch.ones_like(out))
 
 
 def _support(device: str) -> list[str]:

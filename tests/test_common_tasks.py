@@ -108,7 +108,11 @@ def test_add_a_normalizer(copy):
 FAULTS = {
     "shared by kernels": ("device.py", "keep = keep & (j2 <= i2", "keep = keep & (j2 < i2"),
     "a base function": ("base_functions.py", "return tl.where(s < 0, -magnitude, magnitude)", "return magnitude"),
-    "a kernel": ("backward.py", "dq = tl.dot(narrow_gradient(ds, k)", "dq = tl.dot(narrow_gradient(-ds, k)"),
+    "a kernel": (
+        "backward.py",
+        "dq = tl.dot(narrow_gradient(ds, k.dtype)",
+        "dq = tl.dot(narrow_gradient(-ds, k.dtype)",
+    ),
     "statistics": ("statistics.py", "tl.sum(o.to(tl.float32) * g.to(tl.float32), 1)", "tl.sum(o.to(tl.float32), 1)"),
     "what a launch gives": (
         "launching.py",

@@ -83,7 +83,7 @@ def main() -> None:
         if step % max(1, options.steps // 10) == 0:
             spent = time.monotonic() - begin
             print(
-                f"step {step}: divergence {float(found):.3f}, held-out loss {loss(adapted):.4f}, {spent:.0f} s",
+                f"step {step}: divergence {found.item():.3f}, held-out loss {loss(adapted):.4f}, {spent:.0f} s",
                 flush=True,
             )
     print(f"{versions('peft')}; {hardware(settings.device)}; {time.strftime('%Y-%m-%d')}")

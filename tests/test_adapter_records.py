@@ -164,3 +164,13 @@ def test_names_are_told_from_texts():
     assert is_normalizer(f"somebody(base=exp,rectify=none,{switches})")
     with pytest.raises(ValueError, match="rectify: expected 'none' or 'positive' for base 'linear'"):
         is_normalizer(f"somebody(base=linear,rectify=nonnegative,{switches})")
+
+
+def test_names_that_transformers_takes_for_kernels_are_refused():
+    with pytest.raises(ValueError, match="expected another name for the record, got 'my_flash'"):
+        AutoModelForCausalLM.from_config(
+            LlamaConfig(
+                vocab_size=97, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32
+            ),
+            attn_implementation=Normalizer("my_flash", base="linear", rectify="positive", eps=1e-6),
+        )

@@ -209,3 +209,46 @@ def test_all_numbers_are_drawn():
     drawn = stored(100_000).float()
     assert drawn.isfinite().all()
     assert len(drawn.unique()) > 150
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("scale", [None, 0.7, 250.0])
+def test_what_is_stored_stays_within_the_range_of_its_dtype(dtype, scale):
+    top = torch.finfo(dtype).max
+    x = torch.tensor([top, -top, top * (1 - 2**-6), 1.0], dtype=dtype).view(1, 1, 1, 4)
+    if scale is not None:
+        scale = torch.tensor(scale * top / 65504 if dtype != torch.float64 else 1e35)
+    stored, scale = quantize_fp8(x, scale)
+    back = (stored.to(torch.float64) * scale.double()).to(dtype)
+    assert back.isfinite().all()
+    fits = (x.double() / scale.double()).abs() <= 448
+    assert ((back.double() - x.double()).abs() <= x.double().abs() / 16 + scale.double() / 1024)[fits].all()
+
+
+def test_numbers_beyond_fp32_have_the_scale_that_holds_them():
+    stored, scale = quantize_fp8(torch.full((1, 1, 2, 4), 1e39, dtype=torch.float64))
+    torch.testing.assert_close(
+        stored.double() * scale.double(), torch.full((1, 1, 2, 4), 1e39, dtype=torch.float64), rtol=1 / 16, atol=0
+    )
+
+
+@pytest.mark.parametrize("scale", [1e-50, 1e300])
+def test_scales_are_checked_as_fp32(scale):
+    scale = torch.tensor(scale, dtype=torch.float64)
+    with pytest.raises(ValueError, match="scale: expected finite numbers > 0"):
+        quantize_fp8(torch.zeros(1, 1, 2, 4), scale)
+    cache = torch.zeros(1, 1, 4, 16, dtype=torch.float8_e4m3fn)
+    if scale > 1:
+        with pytest.raises(ValueError, match="value_scale: expected finite numbers"):
+            decode_attention(torch.zeros(1, 1, 1, 16), cache, cache, key_scale=torch.ones(()), value_scale=scale)
+
+
+def test_scales_have_no_gradient():
+    cache, scale = torch.zeros(1, 1, 4, 16, dtype=torch.float8_e4m3fn), torch.ones((), requires_grad=True)
+    with pytest.raises(ValueError, match="key_scale: expected a scale that requires no gradient"):
+        decode_attention(torch.zeros(1, 1, 1, 16), cache, cache, key_scale=scale, value_scale=torch.ones(()))
+
+
+def test_flags_are_flags():
+    with pytest.raises(TypeError, match="paged: expected True or False, got 'no'"):
+        quantize_fp8(torch.zeros(1, 1, 2, 4), paged="no")

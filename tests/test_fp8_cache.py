@@ -231,3 +231,34 @@ def test_other_refusals():
     key = torch.zeros(1, 1, 1, 16).to(torch.float8_e4m3fn)
     with pytest.raises(ValueError, match="key: a cache in fp8 came without its scales"):
         transformers_fp8.dequantized(key, torch.float32)
+
+
+def test_largest_numbers_stay_finite_and_infinity_is_not_0():
+    half = torch.tensor([65504.0, 64000.0, 60000.0, 1.0]).half().view(1, 1, 1, 4)
+    assert transformers_fp8.through_fp8(half).isfinite().all()
+    endless = transformers_fp8.through_fp8(torch.full((1, 1, 3, 4), torch.inf))
+    assert (endless == 448).all()
+
+
+@pytest.mark.parametrize("kept", [0, 3])
+def test_a_page_forgets_the_scale_of_what_was_cropped(kept):
+    model = llama("softpick")
+    layer = Fp8Cache(model.config).layers[0]
+    one = torch.ones(1, 2, 1, 16)
+    large = torch.full((1, 2, 70, 16), 1e30)
+    if kept:
+        layer.update(torch.ones(1, 2, kept, 16), torch.ones(1, 2, kept, 16))
+    layer.update(large, large)
+    layer.crop(-70)
+    layer.update(torch.ones(1, 2, 64, 16), torch.ones(1, 2, 64, 16))
+    layer.update(one, one)
+    last = layer.dequantized(torch.float32)[0][:, :, -1]
+    assert (last == 1).all()
+
+
+def test_gradients_are_refused():
+    model, tokens = llama("softpick"), torch.randint(97, (2, 25))
+    cache = Fp8Cache(model.config)
+    model(tokens[:, :20], past_key_values=cache)
+    with pytest.raises(ValueError, match="has no gradient"):
+        model(tokens[:, 20:], past_key_values=cache)

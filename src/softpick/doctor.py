@@ -235,10 +235,12 @@ def _compile_ahead(device: str, progress: Callable[[str], None]) -> None:
         for share in range(processes)
     ]  # fmt: skip
     try:
+        end = time.monotonic() + 120
         for run in runs:
-            run.wait()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                run.wait(max(0.0, end - time.monotonic()))
     finally:
-        for run in runs:  # after Ctrl-C
+        for run in runs:  # one that hangs, and all after Ctrl-C
             run.kill()
 
 

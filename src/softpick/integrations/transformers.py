@@ -429,6 +429,11 @@ def _text(chosen: Any) -> Any:
     if isinstance(chosen, dict):
         return {key: _text(part) for key, part in chosen.items()}
     name = chosen.text if isinstance(chosen, Normalizer) else chosen
+    if isinstance(chosen, Normalizer) and "flash" in name:
+        raise ValueError(
+            "attn_implementation: transformers takes a name with 'flash' for one of its own kernels; expected another name for "
+            f"the record, got {chosen.name!r}"
+        )
     _ours(name)
     return name
 

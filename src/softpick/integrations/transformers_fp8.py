@@ -47,11 +47,13 @@ class _Pages:
         self.grow(length + x.shape[2])
         first, last = length // self.page_size, -(-(length + x.shape[2]) // self.page_size)
         begin, end = first * self.page_size, last * self.page_size
-        new = x.new_zeros(x.shape[0], end - begin, x.shape[1], x.shape[3], dtype=torch.float32)
+        new = x.new_zeros(x.shape[0], end - begin, x.shape[1], x.shape[3])
         new[:, length - begin : length - begin + x.shape[2]] = x.transpose(1, 2)
-        new, before = new.unflatten(1, (-1, self.page_size)), self.scale[:, first:last]
+        new, before = new.unflatten(1, (-1, self.page_size)), self.scale[:, first:last].clone()
+        before[:, 1 if length > begin else 0 :] = 0  # of positions that were cropped
         largest = torch.where(new.isfinite(), new, 0.0).abs().amax((2, 4))
-        scale = torch.where(largest > 0, torch.maximum(before, power_of_2(largest)), before)
+        endless = (new != 0).any(4).any(2) & (largest == 0) & (before == 0)  # nothing but infinity and NaN
+        scale = torch.where(largest > 0, torch.maximum(before, power_of_2(largest)), torch.where(endless, 1.0, before))
         divisor = torch.where(scale > 0, scale, 1.0)
         bits = quantize_fp8(new.flatten(0, 1), divisor.flatten(0, 1), paged=True)[0].view(torch.uint8).view(new.shape)
         bits = bits.flatten(1, 2)
@@ -111,6 +113,11 @@ class Fp8Layer(CacheLayerMixin):
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         before = self.length
+        if before and torch.is_grad_enabled() and (key_states.requires_grad or value_states.requires_grad):
+            raise ValueError(
+                "past_key_values: an Fp8Cache that holds positions has no gradient; call the model under torch.no_grad(), "
+                "or use transformers' DynamicCache"
+            )
         self._keys.write(key_states, before)
         self._values.write(value_states, before)
         self.length += key_states.shape[2]

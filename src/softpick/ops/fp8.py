@@ -43,6 +43,8 @@ def quantize_fp8(x: Tensor, scale: Tensor | None = None, *, paged: bool = False)
     """
     if not isinstance(x, Tensor):
         raise TypeError(f"x: expected a tensor, got {type(x).__name__}")
+    if not isinstance(paged, bool):
+        raise TypeError(f"paged: expected True or False, got {paged!r}")
     if x.dtype not in FLOATS:
         raise TypeError(f"x: expected a floating-point tensor (fp64, fp32, bf16, fp16), got {x.dtype}")
     if x.dim() != 4:
@@ -58,14 +60,22 @@ def quantize_fp8(x: Tensor, scale: Tensor | None = None, *, paged: bool = False)
         scale = scale.float()
     each = each[:, None, :, None] if paged else each[:, :, None, None]
     work = torch.float64 if x.dtype == torch.float64 else torch.float32
-    return (x.to(work) / each).clamp(-LARGEST, LARGEST).to(FP8), scale
+    limit = _largest_stored(torch.finfo(x.dtype).max / each.to(torch.float64)).to(work)
+    return (x.to(work) / each).clamp(-limit, limit).to(FP8), scale
+
+
+def _largest_stored(limit: Tensor) -> Tensor:
+    """The largest number of e4m3 that is at most ``limit``: times its scale it stays within the range of a dtype."""
+    rounded = limit.clamp(max=LARGEST).to(FP8)
+    down = (rounded.view(torch.uint8) - 1).view(FP8)
+    return torch.where(rounded.double() > limit, down.double(), rounded.double())
 
 
 def power_of_2(largest: Tensor) -> Tensor:
     """The smallest power of two (fp32, normal) that times 448 is at least ``largest``; 1 for 0."""
-    mantissa, exponent = torch.frexp(largest.float() / LARGEST)
+    mantissa, exponent = torch.frexp(largest.double() / LARGEST)
     exponent = torch.where(mantissa == 0.5, exponent - 1, exponent).clamp(-126, 127)
-    return torch.where(largest == 0, 1.0, torch.ldexp(torch.ones_like(mantissa), exponent))
+    return torch.where(largest == 0, 1.0, torch.ldexp(torch.ones_like(mantissa), exponent)).float()
 
 
 class Scales(NamedTuple):
@@ -131,9 +141,14 @@ def _check_scale(
         raise ValueError(f"{name}: expected shape (), ({heads},) or {every}; got {tuple(scale.shape)}")
     if scale.device != device:
         raise ValueError(f"{name}: expected the cache's device {device}, got {scale.device}")
+    if scale.requires_grad and torch.is_grad_enabled():
+        raise ValueError(
+            f"{name}: expected a scale that requires no gradient, which caches in fp8 do not have; call detach()"
+        )
+    scale = scale.float()
     if checkable(scale):
         least = float(scale.min()) if scale.numel() else 1.0
         if not (math.isfinite(least) and bool(scale.isfinite().all()) and (least > 0 or (zero and least == 0))):
             wrong = scale[~(scale.isfinite() & (scale >= 0 if zero else scale > 0))].flatten()[0]
             raise ValueError(f"{name}: expected finite numbers {'>= 0' if zero else '> 0'}, got {float(wrong)}")
-    return scale.float().expand(first, heads)
+    return scale.expand(first, heads)

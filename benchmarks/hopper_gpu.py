@@ -25,7 +25,6 @@ from attention_gpu import thresholds
 from peers_gpu import replay_times, times
 
 import softpick
-from softpick.ops.triton import tuning
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 KINDS = {  # dtype, softcap
@@ -113,7 +112,6 @@ def inputs(shape: tuple[int, int, int, int], dtype: torch.dtype) -> list[torch.T
 
 def time_kinds(passed: set[tuple[str, int]]) -> None:
     """Forward and backward of every kind, beside dense bf16."""
-    usual = tuning.LARGEST_BY_PRODUCTS
     for shape in SHAPES:
         base: tuple[float, float] | None = None
         for kind, (dtype, softcap) in KINDS.items():
@@ -121,11 +119,7 @@ def time_kinds(passed: set[tuple[str, int]]) -> None:
                 continue
             tensors = inputs(shape, DTYPES[dtype])
             line = []
-            ways = [("Hopper", FEWEST, usual), ("portable", NEVER, usual)]
-            if softcap:
-                ways.append(("Hopper, no exponentials by products", FEWEST, 0.0))
-            for name, fewest, largest in ways:
-                tuning.LARGEST_BY_PRODUCTS = largest
+            for name, fewest in (("Hopper", FEWEST), ("portable", NEVER)):
                 with thresholds(fewest):
                     found = replay_times(functools.partial(call, softcap), tensors[:3], tensors[3])
                 base = base or found
@@ -134,7 +128,6 @@ def time_kinds(passed: set[tuple[str, int]]) -> None:
                 line.append(
                     f"{name} {found[0]:.3f} / {found[1]:.3f} ({found[0] / base[0]:.2f} / {found[1] / base[1]:.2f})"
                 )
-            tuning.LARGEST_BY_PRODUCTS = usual
             print(f"{shape} {kind}: " + "; ".join(line), flush=True)
 
 

@@ -17,8 +17,6 @@ pytest.importorskip("triton")
 if not interpreted():
     pytest.skip("the kernels run on the GPU here", allow_module_level=True)
 
-import triton
-import triton.language as tl
 from test_triton import (
     _small_tiles,  # noqa: F401 - a fixture
     close,
@@ -26,7 +24,7 @@ from test_triton import (
     make,
 )
 
-from softpick.ops.triton import device, kernel_cache
+from softpick.ops.triton import kernel_cache
 
 # ----------------------------------------------------------------------------------------------- softpick over a vector
 
@@ -319,23 +317,6 @@ def test_without_the_interpreter_the_cpu_is_refused(monkeypatch):
     )
     with pytest.raises(ValueError, match="expected CUDA tensors for the 'triton' backend, got one on cpu"):
         compiled(q, k, v)
-
-
-@triton.jit
-def _exp2(x, y, length: tl.constexpr):
-    at = tl.arange(0, length)
-    tl.store(y + at, device.exp2_by_products(tl.load(x + at)))
-
-
-def test_exponentials_by_products():
-    """To 2e-5 of itself and 4e-5 of what it is away from 1, at both ends of the range, too."""
-    x = torch.cat([torch.linspace(-116, 116, 2**14), torch.logspace(-30, 0, 2**13), -torch.logspace(-30, 0, 2**13)])
-    y = torch.empty_like(x)
-    _exp2[(1,)](x, y, x.numel())
-    true = x.double().exp2()
-    assert ((y.double() - true).abs() <= 2e-5 * true).all()
-    assert ((y.double() - true).abs() <= 4e-5 * (true - 1).abs() + 2**-23).all()
-    assert (y[x.abs() < 1e-9] == 1).all()
 
 
 def _compiled(started, described):

@@ -121,16 +121,6 @@ def fast_tanh(x):
 
 
 @triton.jit
-def exp2_by_products(x):
-    """``2^x`` for ``abs(x) < 126`` without the unit for exponentials, to 2e-5, of which ``2^x - 1`` keeps as many digits."""
-    shifted = x + 12582912.0  # 1.5 2^23: the integer next to x is in the last bits
-    f = x - (shifted - 12582912.0)
-    y = 1.0 + f * (0.6931367517 + f * (0.2402234823 + f * (0.0558383428 + f * 0.0096663740)))
-    bits = y.to(tl.int32, bitcast=True) + (shifted.to(tl.int32, bitcast=True) << 23)
-    return bits.to(tl.float32, bitcast=True)
-
-
-@triton.jit
 def visible(i2, j2, offset, left, right, tk, LEFT: tl.constexpr, RIGHT: tl.constexpr):
     """Which keys of an edge tile the queries see: inside the sequence and the window."""
     keep = j2 < tk

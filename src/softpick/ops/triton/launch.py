@@ -76,7 +76,7 @@ def forward(
 def _call_key(spec: AttentionSpec, query: Tensor) -> tuple[Any, ...]:
     """What besides the tensors decides how a call is launched; tests and benchmarks change the thresholds."""
     precision = torch.get_float32_matmul_precision() if query.dtype == torch.float32 else None
-    thresholds = tuning.FEWEST_SCORES, tuning.FEWEST_FORWARD, tuning.LARGEST_BY_PRODUCTS, dispatch.hopper_refuses
+    thresholds = tuning.FEWEST_SCORES, tuning.FEWEST_FORWARD, dispatch.hopper_refuses
     return spec, query.get_device(), precision, *thresholds
 
 
@@ -184,7 +184,6 @@ def _hopper_forward(
     )  # fmt: skip
     constants = {
         **_for_hopper(spec, common),
-        "SOFTCAP": 0 if not spec.softcap else 2 if spec.softcap <= tuning.LARGEST_BY_PRODUCTS else 1,
         "BLOCK_N": ring.n,
         "STAGES": ring.stages,
         "VALUES": ring.values,

@@ -29,7 +29,6 @@ __all__ = [
     "HOPPER_QUERIES",
     "HOPPER_ROWS",
     "L2_SHARE",
-    "LARGEST_BY_PRODUCTS",
     "LARGEST_OPTIMISTIC_EPS",
     "LONGEST_TILE",
     "MASK_PROGRAMS",
@@ -222,8 +221,6 @@ FEWEST_CACHED = 2**16
 """Keys of all sequences and heads from which ``hopper/decode.py`` pays, for the same reason."""
 LARGEST_OPTIMISTIC_EPS = 1e-5
 """``eps`` is relative to e^m; without ``m`` it is off by a factor of at most ``1 + eps``."""
-LARGEST_BY_PRODUCTS = 80.0
-"""Softcap up to which the forward pass of ``hopper/`` takes half of the exponentials by products; 0: none."""
 HOPPER_QUERIES = 128
 """Queries of a tile in ``hopper/forward.py`` and ``hopper/forward_narrow.py``."""
 L2_SHARE = 2**24

@@ -41,7 +41,7 @@ from softpick.ops.triton.base_functions import (
     numerators,
     zero_at_zero,
 )
-from softpick.ops.triton.device import exp2_by_products, fast_tanh, narrow, opaque, tile_at
+from softpick.ops.triton.device import fast_tanh, narrow, opaque, tile_at
 from softpick.ops.triton.hopper.versions import barrier, load_tile, store_tile
 
 __all__ = ["forward_queries"]
@@ -201,13 +201,6 @@ def anchors(
 
 
 @gluon.jit
-def _half_by_products(s, layout: gl.constexpr):
-    """``2^s``, every second of a row without the unit for exponentials, which also has the tanh to take."""
-    one, other = gl.split(gl.reshape(s, [s.shape[0], s.shape[1] // 2, 2]))
-    return gl.convert_layout(gl.reshape(gl.join(gl.exp2(one), exp2_by_products(other)), s.shape), layout)
-
-
-@gluon.jit
 def weights_of(
     s, total, at, i, anchor, one, tk, reach, unit, cap, like,
     BASE: gl.constexpr, RECTIFY: gl.constexpr, ABSOLUTE: gl.constexpr, RIGHT: gl.constexpr, SOFTCAP: gl.constexpr,
@@ -225,10 +218,6 @@ def weights_of(
         p = gl.exp2(s - anchor[:, None])
         if BASE == EXPM1:
             p -= one[:, None]
-    elif SOFTCAP == 2 and not EDGE:
-        p = _half_by_products(s, s_layout)
-        if BASE == EXPM1:
-            p -= 1.0
     else:
         p = numerators(s, 0.0, BASE, False, False)
     if ABSOLUTE:
@@ -438,7 +427,7 @@ def forward_queries(
     """``out`` and ``lse`` of all queries. Grid: as many programs as run at a time, or fewer.
 
     ``turn``: zeros; the first counts tiles of 128 queries in the order of ``forward.py``, the others note which of them have
-    to be taken again, with a running maximum. SOFTCAP: 2 with half of the exponentials by products.
+    to be taken again, with a running maximum.
     """
     gdc_launch_dependents()  # forward.py waits by itself
     reach = right

@@ -45,7 +45,7 @@ test-real: $(VENV)/.ready
 mutants: $(VENV)/.ready
 	$(BIN)/python tests/mutants.py
 
-# all kernels with four Tritons for seven GPUs, without one: about half an hour; finished cells are kept in .matrix
+# all kernels with four Tritons for seven GPUs, without one: hours on two cores; what is finished is kept in .matrix
 matrix: $(VENV)/.ready
 	$(BIN)/python tests/matrix.py
 

@@ -1,12 +1,12 @@
 """Compiles the kernels with every supported Triton for every supported GPU, none of which has to be there: ``make matrix``.
 
-    python tests/matrix.py [--triton 3.9.0] [--target 120]
+    python tests/matrix.py [--triton 3.9.0] [--target 120] [--jobs 2]
 
-Each Triton is installed into a folder of its own below ``.matrix`` (200 MB each), where finished cells are kept, too; a cell is
-compiled again when the source of one of its kernels has changed, and when it failed. A cell of the table, which is printed in
-Markdown, has the number of kernels, the most shared memory that one takes (KiB), and the most that a thread of one spills
-(bytes). It fails if a kernel does not compile, or needs more shared memory or more registers than the chip has; then the exit
-code is 1.
+Each Triton is installed into a folder of its own below ``.matrix`` (200 MB each). What comes of a case is a row of
+``.matrix/results.jsonl`` (``--results``) as soon as it is compiled; it is compiled again when the source of the kernels has
+changed, and when it failed. A cell of the table, which is printed in Markdown, has the number of kernels of all cases, the most
+shared memory that one takes (KiB), and the most that a thread of one spills (bytes). A case fails if a kernel does not compile,
+or needs more shared memory or more registers than the chip has; then the exit code is 1.
 """
 
 from __future__ import annotations
@@ -19,13 +19,16 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
-from environments import ROOT, keep
+from environments import ROOT
 from kernel_resources import REGISTERS
 
 CACHE = ROOT / ".matrix"
+Key = tuple[str, str, str]
+MOST = ("shared", "registers", "spilled")
 TRITONS = ("3.9.0", "3.8.0", "3.7.1", "3.6.0")
 # KiB of shared memory a program may have
 TARGETS = {"80": 163, "86": 99, "89": 99, "90": 227, "100": 227, "120": 99, "gfx942": 64}
@@ -114,7 +117,7 @@ def source(target: str) -> str:
     files += [ROOT / "src/softpick/ops" / name for name in ("spec.py", "key_bounds.py", "fp8.py")]
     files += [Path(__file__).with_name(name) for name in ("compile_kernels.py", "kernel_resources.py")]
     files.append(ROOT / "benchmarks/without_gpu.py")
-    limits = json.dumps([cases_for(target), TARGETS[target], REGISTERS]).encode()
+    limits = json.dumps([TARGETS[target], REGISTERS]).encode()
     return hashlib.sha256(limits + b"".join(path.read_bytes() for path in files)).hexdigest()[:16]
 
 
@@ -127,29 +130,66 @@ def install(version: str) -> Path:
     return folder
 
 
-def cell(version: str, target: str) -> dict[str, Any]:
-    """Results of all cases: the most shared memory (KiB), the most that was spilled (bytes), and what failed."""
-    kept, of = CACHE / "cells" / f"{version}-{target}.json", source(target)
-    if kept.exists() and (found := json.loads(kept.read_text()))["of"] == of and not found["failed"]:
-        return dict(found)
+def compile_case(version: str, target: str, case: str) -> dict[str, Any]:
+    """The row of a case, compiled in a process of its own: numbers of kernels, the most that one takes, and what failed."""
     paths = [str(install(version)), str(ROOT / "src")]
     environment = {
         **os.environ, "PYTHONPATH": os.pathsep.join(paths), "TRITON_INTERPRET": "0", "OMP_NUM_THREADS": "1",
         "TRITON_CACHE_DIR": str(CACHE / f"built-{version}"),
     }  # fmt: skip
-    cases = cases_for(target)
     script = str(Path(__file__).with_name("compile_kernels.py"))
-    done = subprocess.run([sys.executable, script, target, *cases], env=environment, capture_output=True, text=True)
-    results = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
-    failed = [f"{one['case']}: {one['error']}" for one in results if "error" in one]
-    if len(results) < len(cases):
-        failed.append(done.stderr[-500:])
-    taken = [(one["case"], name, k) for one in results for name, k in one.get("kernels", {}).items()]
-    failed += [f"{case}: {name}: {problem}" for case, name, k in taken for problem in too_much(k, target)]
-    most = {key: max((k[key] for _, _, k in taken), default=0) for key in ("shared", "registers", "spilled")}
-    result = {"of": of, "date": time.strftime("%Y-%m-%d"), "kernels": len(taken), **most, "failed": failed}
-    keep(kept, result)
-    return result
+    done = subprocess.run([sys.executable, script, target, case], env=environment, capture_output=True, text=True)
+    (found,) = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")] or [
+        {"error": done.stderr[-500:] or f"exit code {done.returncode}"}
+    ]
+    kernels = found.get("kernels", {})
+    failed = [found["error"]] if "error" in found else []
+    failed += [f"{name}: {problem}" for name, taken in kernels.items() for problem in too_much(taken, target)]
+    most = {key: max((taken[key] for taken in kernels.values()), default=0) for key in MOST}
+    return {
+        "triton": version, "target": target, "case": case, "of": source(target), "date": time.strftime("%Y-%m-%d"),
+        "kernels": len(kernels), **most, "failed": failed,
+    }  # fmt: skip
+
+
+def read(results: Path) -> dict[Key, dict[str, Any]]:
+    """Rows by Triton, target and case."""
+    lines = results.read_text().splitlines() if results.exists() else []
+    return {(row["triton"], row["target"], row["case"]): row for row in map(json.loads, lines)}
+
+
+def fill(rows: dict[Key, dict[str, Any]], wanted: list[Key], results: Path, jobs: int) -> None:
+    """Compile the cases that have no row of today's kernels without a failure; the file is written after each."""
+    now = {target: source(target) for target in {target for _, target, _ in wanted}}
+    rest = [key for key in wanted if key not in rows or rows[key]["of"] != now[key[1]] or rows[key]["failed"]]
+    for version in {version for version, _, _ in rest}:
+        install(version)
+    started = time.monotonic()
+    with ThreadPoolExecutor(jobs) as pool:
+        running = {pool.submit(compile_case, *key): key for key in rest}
+        try:
+            for done, future in enumerate(as_completed(running), 1):
+                row = rows[running[future]] = future.result()
+                temporary = results.with_name(results.name + ".part")
+                temporary.write_text("".join(json.dumps(rows[key]) + "\n" for key in sorted(rows)))
+                temporary.replace(results)
+                what = "FAILED" if row["failed"] else f"{row['kernels']} kernels"
+                of = f"{done} of {len(rest)}, {time.monotonic() - started:.0f} s"
+                print(f"{of}: {row['triton']} {row['target']} {row['case']}: {what}", file=sys.stderr, flush=True)
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+
+
+def cell(rows: list[dict[str, Any]], cases: list[str]) -> str:
+    """Of one Triton and GPU: the number of kernels and the most that one takes, or what is wrong."""
+    if any(row["failed"] for row in rows):
+        return "**fails**"
+    if not rows:
+        return "not run"
+    most = {key: max(row[key] for row in rows) for key in MOST}
+    size = f"{sum(row['kernels'] for row in rows)} kernels, {most['shared'] / 1024:.0f} KiB, {most['spilled']} B"
+    return size if len(rows) == len(cases) else f"{size} ({len(rows)} of {len(cases)} cases)"
 
 
 def too_much(taken: dict[str, int], target: str) -> Iterator[str]:
@@ -164,20 +204,35 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--triton", choices=TRITONS, action="append", help="only this version; can be repeated")
     parser.add_argument("--target", choices=TARGETS, action="append", help="only this GPU; can be repeated")
+    parser.add_argument(
+        "--jobs", type=int, default=os.cpu_count(), help="cases that are compiled side by side (all CPUs)"
+    )
+    parser.add_argument(
+        "--results", type=Path, default=CACHE / "results.jsonl", help="where rows are kept and looked for"
+    )
+    parser.add_argument(
+        "--table", action="store_true", help="compile nothing: the rows there are, whatever kernels they are of"
+    )
     arguments = parser.parse_args()
-    targets, bad = arguments.target or list(TARGETS), 0
+    versions, targets = arguments.triton or TRITONS, arguments.target or list(TARGETS)
+    rows = read(arguments.results)
+    if not arguments.table:
+        arguments.results.parent.mkdir(parents=True, exist_ok=True)
+        wanted = [(version, target, case) for version in versions for target in targets for case in cases_for(target)]
+        fill(rows, wanted, arguments.results, arguments.jobs)
     print("| Triton | " + " | ".join(targets) + " |\n|---" * 1 + "|---" * len(targets) + "|", flush=True)
-    for version in arguments.triton or TRITONS:
-        row = []
-        for target in targets:
-            result = cell(version, target)
-            for problem in result["failed"]:
-                print(f"Triton {version}, {target}: {problem}", file=sys.stderr, flush=True)
-            bad += bool(result["failed"])
-            size = f"{result['kernels']} kernels, {result['shared'] / 1024:.0f} KiB, {result['spilled']} B"
-            row.append("**fails**" if result["failed"] else size)
-        print(f"| {version} | " + " | ".join(row) + " |", flush=True)
-    return int(bad > 0)
+    bad = False
+    for version in versions:
+        of_version = {
+            t: [row for (v, u, c), row in rows.items() if v == version and u == t and c in cases_for(t)]
+            for t in targets
+        }
+        print(f"| {version} | " + " | ".join(cell(of_version[t], cases_for(t)) for t in targets) + " |")
+        for row in (row for found in of_version.values() for row in found):
+            for problem in row["failed"]:
+                print(f"Triton {version}, {row['target']}, {row['case']}: {problem}", file=sys.stderr)
+                bad = True
+    return int(bad)
 
 
 if __name__ == "__main__":

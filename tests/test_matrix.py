@@ -69,32 +69,44 @@ def test_every_normalizer_mask_page_list_and_number_of_rows_is_compiled(launches
 
 
 @pytest.fixture
-def cells(tmp_path, monkeypatch):
-    """Cells in a folder of their own, whose kernels are not compiled: the answers are those that are put into a list."""
-    answers, asked = [], []
+def compiled(tmp_path, monkeypatch):
+    """``fill`` for one Triton, with a file of its own; nothing is compiled: the answers are those that are put into a list."""
+    answers, asked, results = [], [], tmp_path / "results.jsonl"
 
     def run(command, **_):
-        cases = command[3:]
-        asked.append(cases)
+        target, case = command[2:]
+        asked.append((target, case))
         kernel = {"shared": 1024, "registers": 100, "spilled": 4, "warps": 1, "cubin": 1}
-        lines = [{"case": case, "kernels": {"kernel": kernel}} for case in cases]
-        lines[0] |= answers.pop(0) if answers else {}
-        return subprocess.CompletedProcess(command, 0, "\n".join(map(json.dumps, lines)), "")
+        line = {"case": case, "kernels": {"kernel": kernel}} | (answers.pop(0) if answers else {})
+        return subprocess.CompletedProcess(command, 0, "" if "nothing" in line else json.dumps(line), "Killed")
 
-    monkeypatch.setattr(matrix, "CACHE", tmp_path)
+    def again(*targets):
+        """What is asked for, and the rows that a later call finds."""
+        asked.clear()
+        rows = matrix.read(results)
+        matrix.fill(rows, [("3.6.0", t, c) for t in targets for c in matrix.cases_for(t)], results, 1)
+        assert matrix.read(results) == rows
+        return list(asked), rows
+
     monkeypatch.setattr(matrix, "install", lambda version: tmp_path)
     monkeypatch.setattr(matrix.subprocess, "run", run)
-    return answers, asked
+    again.answers, again.results = answers, results
+    return again
 
 
-def test_a_finished_cell_is_kept(cells):
-    _, asked = cells
-    first = matrix.cell("3.6.0", "86")
-    assert first["failed"] == []
-    assert matrix.cell("3.6.0", "86") == first
-    assert asked == [matrix.CASES]
-    matrix.cell("3.6.0", "90")
-    assert asked[1:] == [matrix.cases_for("90")]
+def cases(*targets):
+    return [(target, case) for target in targets for case in matrix.cases_for(target)]
+
+
+def test_a_finished_case_is_kept(compiled):
+    asked, rows = compiled("86")
+    assert asked == cases("86")
+    found = list(rows.values())
+    assert matrix.cell(found, matrix.CASES) == f"{len(matrix.CASES)} kernels, 1 KiB, 4 B"
+    assert matrix.cell(found[:3], matrix.CASES) == f"3 kernels, 1 KiB, 4 B (3 of {len(matrix.CASES)} cases)"
+    assert matrix.cell([], matrix.CASES) == "not run"
+    assert compiled("86") == ([], rows)
+    assert compiled("86", "90")[0] == cases("90")
 
 
 @pytest.mark.parametrize(
@@ -103,37 +115,52 @@ def test_a_finished_cell_is_kept(cells):
         {"error": "ValueError: no"},
         {"kernels": {"kernel": {"shared": 200 * 1024, "registers": 100, "spilled": 0}}},
         {"kernels": {"kernel": {"shared": 0, "registers": 65537, "spilled": 0}}},
+        {"nothing": "a process that died"},
     ],
-    ids=["error", "shared memory", "registers"],
+    ids=["error", "shared memory", "registers", "killed"],
 )
-def test_a_cell_that_failed_runs_again(cells, answer):
-    answers, asked = cells
-    answers.append(answer)
-    assert len(matrix.cell("3.6.0", "86")["failed"]) == 1
-    assert matrix.cell("3.6.0", "86")["failed"] == []
-    assert len(asked) == 2
-    matrix.cell("3.6.0", "86")
-    assert len(asked) == 2
+def test_a_case_that_failed_runs_again(compiled, answer):
+    compiled.answers.append(answer)
+    _, rows = compiled("86")
+    (failed,) = [row for row in rows.values() if row["failed"]]
+    assert len(failed["failed"]) == 1
+    assert matrix.cell(list(rows.values()), matrix.CASES) == "**fails**"
+    asked, rows = compiled("86")
+    assert asked == [("86", failed["case"])]
+    assert not any(row["failed"] for row in rows.values())
+    assert compiled("86")[0] == []
 
 
-@pytest.mark.parametrize("changed", ["forward.py", "hopper/decode.py", "the cases", "the limit"])
-def test_a_cell_runs_again_where_what_is_compiled_has_changed(cells, changed, monkeypatch):
-    _, asked = cells
-    matrix.cell("3.6.0", "86")
-    matrix.cell("3.6.0", "90")
-    if changed == "the cases":
-        monkeypatch.setattr(matrix, "CASES", matrix.CASES[:3])
+def test_a_run_that_was_stopped_keeps_what_it_had(compiled, monkeypatch):
+    count, run = iter(range(9)), matrix.subprocess.run
+
+    def stopped(*args, **kwargs):
+        if next(count) == 3:
+            raise KeyboardInterrupt
+        return run(*args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(matrix.subprocess, "run", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            compiled("86")
+    done = [(target, case) for _, target, case in matrix.read(compiled.results)]
+    assert len(done) >= 3
+    assert compiled("86")[0] == [one for one in cases("86") if one not in done]
+
+
+@pytest.mark.parametrize("changed", ["forward.py", "hopper/decode.py", "a case", "the limit"])
+def test_what_is_compiled_has_changed(compiled, changed, monkeypatch):
+    compiled("86", "90")
+    if changed == "a case":
+        monkeypatch.setattr(matrix, "CASES", [*matrix.CASES, "softmax,80,bfloat16,none"])
+        expected = [(target, "softmax,80,bfloat16,none") for target in ("86", "90")]
     elif changed == "the limit":
         monkeypatch.setitem(matrix.TARGETS, "86", 98)
+        expected = cases("86")
     else:
         read = Path.read_bytes
         monkeypatch.setattr(
             Path, "read_bytes", lambda path: read(path) + b"#" * str(path).endswith(f"/triton/{changed}")
         )
-    again = {"forward.py": ["86", "90"], "hopper/decode.py": ["90"], "the cases": ["86", "90"], "the limit": ["86"]}[
-        changed
-    ]
-    for target in ("86", "90"):
-        before = len(asked)
-        matrix.cell("3.6.0", target)
-        assert (len(asked) > before) == (target in again), target
+        expected = cases("86", "90") if changed == "forward.py" else cases("90")
+    assert compiled("86", "90")[0] == expected

@@ -304,6 +304,7 @@ needs_fp8 = pytest.mark.skipif(
 @needs_fp8
 @pytest.mark.parametrize(("shape", "page"), LAYOUTS)
 @pytest.mark.parametrize("name", NAMES)
+@torch.no_grad()
 def test_decoding_from_fp8(name, shape, page, monkeypatch, poisoned):
     """Every dtype of queries and way to give scales, with and without values that are not read."""
     from softpick.ops.triton import launch_decode
@@ -358,6 +359,7 @@ FP8 = {
 @pytest.mark.parametrize("multiprocessors", [None, 2])
 @pytest.mark.parametrize("how", FP8)
 @pytest.mark.parametrize("name", NAMES)
+@torch.no_grad()
 def test_decoding_from_fp8_for_hopper(name, how, multiprocessors, monkeypatch, poisoned):
     """The kernel in Gluon, as the portable one; skipping changes no bit; what lies beyond the lengths may be anything."""
     from softpick.ops.triton import launch_decode, tuning

@@ -143,6 +143,10 @@ def test_the_folder_has_what_was_made_and_nothing_else(finished, home):
     written = result["generation"]
     assert written["teacher"]["teacher_log_probability"] < 0
     assert len(written["student"]["examples"]) == 2
+    assert written["difference"]["teacher_log_probability"] == pytest.approx(
+        written["student"]["teacher_log_probability"] - written["teacher"]["teacher_log_probability"]
+    )
+    assert all(written[name]["standard_error"] > 0 for name in ("teacher", "student"))
     again = convert(settings(home[0]), output)
     assert again["losses"] == result["losses"]
     with pytest.raises(ConvertError, match=r"other settings \(distil_steps: 20 there, 31 now\)"):
@@ -338,7 +342,35 @@ def test_generation_figures():
             total += float(logits.max(-1).values.sum())
             ids = torch.cat([ids, logits.argmax(-1, keepdim=True)], 1)
     assert torch.equal(made, ids[:, 6:])
-    assert generation.likelihood(model, prompts, made) == pytest.approx(total / 15, rel=1e-4)
+    found = generation.likelihood(model, prompts, made)
+    assert found.shape == (3,)
+    assert float(found.mean()) == pytest.approx(total / 15, rel=1e-4)
+    assert generation.standard_error(torch.tensor([1.0, 2.0, 4.0, 5.0])) == pytest.approx((10 / 3) ** 0.5 / 2)
+    assert generation.standard_error(torch.ones(1)) is None
+
+
+@pytest.mark.parametrize(
+    ("count", "length", "starts"),
+    [
+        (2, 4, [(0, 0), (1, 0)]),
+        (3, 4, [(0, 0), (1, 0), (2, 0)]),
+        (5, 4, [(0, 0), (1, 0), (2, 0), (0, 5), (1, 5)]),
+        (50, 4, [(row, at) for at in (0, 5) for row in range(3)]),
+        (7, 3, [(row, at) for at in (0, 3, 6) for row in range(3)][:7]),
+        (4, 10, [(0, 0), (1, 0), (2, 0)]),  # as long as a sequence: one token less
+        (0, 4, []),
+    ],
+)
+@pytest.mark.parametrize("bos", [True, False])
+def test_prompts_are_cut_from_the_whole_text(count, length, starts, bos):
+    sequences = torch.arange(30).view(3, 10)
+    if bos:
+        sequences[:, 0] = 99
+    prompts = generation.cut_prompts(sequences, count, length)
+    length = min(length, 9)
+    want = [[99 * bos or 10 * row + at, *range(10 * row + at + 1, 10 * row + at + length)] for row, at in starts]
+    assert prompts.tolist() == want
+    assert generation.cut_prompts(sequences[:0], count, length).shape[0] == 0
 
 
 # ---------------------------------------------------------------------------------------------------------------------

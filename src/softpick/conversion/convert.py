@@ -388,7 +388,7 @@ class _Run:
 
     def _generation(self, subject: Subject, student: Any, text: _Text) -> dict[str, Any]:
         settings = self.settings
-        prompts = text.validation[: settings.prompts, : min(settings.prompt_tokens, text.validation.shape[1] - 1)]
+        prompts = generation.cut_prompts(text.validation, settings.prompts, settings.prompt_tokens)
         texts: dict[str, Tensor] = {}
         for name, model in (("teacher", subject.model), ("student", student)):
 
@@ -396,7 +396,7 @@ class _Run:
                 self.reporter.say(f"{name}: continues {len(prompts)} prompts by {settings.continuation_tokens} tokens")
                 return generation.continuations(model, prompts, settings.continuation_tokens).tolist()
 
-            rows = self.ranks.cached(self.result_cache, [text.key, "continuations", name], make)
+            rows = self.ranks.cached(self.result_cache, [text.key, "continuations", name, len(prompts)], make)
             texts[name] = torch.tensor(rows)
         found: dict[str, Any] = {
             "prompts": len(prompts),
@@ -404,9 +404,16 @@ class _Run:
             "continuation_tokens": settings.continuation_tokens,
             "agreement_percent": generation.agreement(texts["student"], texts["teacher"]),
         }
+        likely = {name: generation.likelihood(subject.model, prompts, ids) for name, ids in texts.items()}
+        change = likely["student"] - likely["teacher"]
+        found["difference"] = {
+            "teacher_log_probability": float(change.mean()),
+            "standard_error": generation.standard_error(change),
+        }
         for name, ids in texts.items():
             found[name] = {
-                "teacher_log_probability": generation.likelihood(subject.model, prompts, ids),
+                "teacher_log_probability": float(likely[name].mean()),
+                "standard_error": generation.standard_error(likely[name]),
                 "repeated_4grams_percent": generation.repetition(ids),
                 "examples": subject.tokenizer.batch_decode(ids[:3]),
             }
@@ -561,10 +568,12 @@ def _notes(losses: dict[str, float], judged: dict[str, Any]) -> list[str]:
     parts = ", ".join(f"{words.get(name, name)} {loss:.4f}" for name, loss in losses.items())
     notes = [f"Held-out loss (nats a token): {parts}."]
     if written is not None:
-        ours, theirs = written["student"], written["teacher"]
+        ours, theirs, change = written["student"], written["teacher"], written["difference"]
+        error = "unknown" if change["standard_error"] is None else f"{change['standard_error']:.4f}"
         notes += [
             f"Greedy continuations of {written['prompts']} prompts: the teacher gives a token of the student's "
-            f"{ours['teacher_log_probability']:.4f} nats, of its own {theirs['teacher_log_probability']:.4f}; repeated 4-grams "
+            f"{ours['teacher_log_probability']:.4f} nats, of its own {theirs['teacher_log_probability']:.4f} (difference "
+            f"{change['teacher_log_probability']:.4f}, standard error {error}); repeated 4-grams "
             f"{ours['repeated_4grams_percent']:.1f} % ({theirs['repeated_4grams_percent']:.1f} %).",
             f"{written['agreement_percent']:.0f} % of the teacher's text stands before the first difference.",
         ]

@@ -7,9 +7,33 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["agreement", "continuations", "likelihood", "repetition"]
+__all__ = ["agreement", "continuations", "cut_prompts", "likelihood", "repetition", "standard_error"]
 
 _ROWS = 16  # prompts that are continued at once
+
+
+def cut_prompts(sequences: Tensor, count: int, length: int) -> Tensor:
+    """Prompts of held-out text: the beginnings of all sequences, then pieces at equal distances from those.
+
+    Args:
+        sequences: ``(S, T)`` token ids.
+        count: of prompts, at most.
+        length: of a prompt; shorter sequences give shorter ones.
+
+    Returns:
+        ``(N, P)``, ``N <= count``, ``P = min(length, T - 1)``; no token is in two prompts. Where all sequences begin with the
+        same token (BOS), so do the prompts.
+    """
+    rows, room = sequences.shape
+    length = min(length, room - 1)
+    if not rows or length < 1:
+        return sequences[:0, : max(length, 0)]
+    pieces = max(1, min(-(-count // rows), room // length))
+    step = room // pieces
+    prompts = torch.cat([sequences[:, i * step : i * step + length] for i in range(pieces)])[:count].clone()
+    if bool((sequences[:, 0] == sequences[0, 0]).all()):
+        prompts[:, 0] = sequences[0, 0]
+    return prompts
 
 
 @torch.no_grad()
@@ -44,15 +68,20 @@ def continuations(model: Any, prompts: Tensor, length: int) -> Tensor:
 
 
 @torch.no_grad()
-def likelihood(judge: Any, prompts: Tensor, texts: Tensor) -> float:
-    """Mean log-probability of a token of ``texts (N, G)`` after ``prompts (N, P)``, in nats, by another model."""
-    device, total = next(judge.parameters()).device, 0.0
+def likelihood(judge: Any, prompts: Tensor, texts: Tensor) -> Tensor:
+    """Mean log-probability (nats) of a token of ``texts (N, G)`` after ``prompts (N, P)``, by another model: ``(N,)``."""
+    device, found = next(judge.parameters()).device, []
     for before, after in zip(prompts.split(_ROWS), texts.split(_ROWS), strict=True):
         ids = torch.cat([before, after], 1).to(device)
         logits = judge(input_ids=ids, use_cache=False).logits[:, before.shape[1] - 1 : -1].float()
         chosen = logits.gather(-1, ids[:, before.shape[1] :, None])[..., 0]
-        total += float((chosen - logits.logsumexp(-1)).sum())
-    return total / texts.numel()
+        found.append((chosen - logits.logsumexp(-1)).double().mean(1).cpu())
+    return torch.cat(found)
+
+
+def standard_error(values: Tensor) -> float | None:
+    """Of the mean of ``values (N,)``; None for fewer than two, which have none."""
+    return float(values.std() / len(values) ** 0.5) if len(values) > 1 else None
 
 
 def repetition(texts: Tensor, size: int = 4) -> float:

@@ -12,6 +12,7 @@ or needs more shared memory or more registers than the chip has; then the exit c
 from __future__ import annotations
 
 import argparse
+import contextlib
 import hashlib
 import json
 import os
@@ -153,13 +154,17 @@ def compile_case(version: str, target: str, case: str) -> dict[str, Any]:
 
 
 def read(results: Path) -> dict[Key, dict[str, Any]]:
-    """Rows by Triton, target and case."""
-    lines = results.read_text().splitlines() if results.exists() else []
-    return {(row["triton"], row["target"], row["case"]): row for row in map(json.loads, lines)}
+    """Rows by Triton, target and case; of several the last one. A line that a crash cut short is none."""
+    rows = {}
+    for line in results.read_text().splitlines() if results.exists() else []:
+        with contextlib.suppress(json.JSONDecodeError):
+            row = json.loads(line)
+            rows[row["triton"], row["target"], row["case"]] = row
+    return rows
 
 
 def fill(rows: dict[Key, dict[str, Any]], wanted: list[Key], results: Path, jobs: int) -> None:
-    """Compile the cases that have no row of today's kernels without a failure; the file is written after each."""
+    """Compile the cases that have no row of today's kernels without a failure; each adds a row to the file at once."""
     now = {target: source(target) for target in {target for _, target, _ in wanted}}
     rest = [key for key in wanted if key not in rows or rows[key]["of"] != now[key[1]] or rows[key]["failed"]]
     for version in {version for version, _, _ in rest}:
@@ -170,9 +175,8 @@ def fill(rows: dict[Key, dict[str, Any]], wanted: list[Key], results: Path, jobs
         try:
             for done, future in enumerate(as_completed(running), 1):
                 row = rows[running[future]] = future.result()
-                temporary = results.with_name(results.name + ".part")
-                temporary.write_text("".join(json.dumps(rows[key]) + "\n" for key in sorted(rows)))
-                temporary.replace(results)
+                with results.open("a") as file:
+                    file.write("\n" + json.dumps(row) + "\n")  # not behind a line that was cut short
                 what = "FAILED" if row["failed"] else f"{row['kernels']} kernels"
                 of = f"{done} of {len(rest)}, {time.monotonic() - started:.0f} s"
                 print(f"{of}: {row['triton']} {row['target']} {row['case']}: {what}", file=sys.stderr, flush=True)

@@ -145,6 +145,11 @@ def test_a_run_that_was_stopped_keeps_what_it_had(compiled, monkeypatch):
             compiled("86")
     done = [(target, case) for _, target, case in matrix.read(compiled.results)]
     assert len(done) >= 3
+    cut = done.pop()
+    whole = compiled.results.read_text()
+    compiled.results.write_text(whole[:-9])  # a crash in the middle of a line
+    assert [(target, case) for _, target, case in matrix.read(compiled.results)] == done
+    assert cut not in done
     assert compiled("86")[0] == [one for one in cases("86") if one not in done]
 
 

@@ -218,13 +218,15 @@ def main() -> int:
         "--table", action="store_true", help="compile nothing: the rows there are, whatever kernels they are of"
     )
     arguments = parser.parse_args()
+    if arguments.jobs < 1:
+        parser.error(f"--jobs: expected at least 1, got {arguments.jobs}")
     versions, targets = arguments.triton or TRITONS, arguments.target or list(TARGETS)
     rows = read(arguments.results)
     if not arguments.table:
         arguments.results.parent.mkdir(parents=True, exist_ok=True)
         wanted = [(version, target, case) for version in versions for target in targets for case in cases_for(target)]
         fill(rows, wanted, arguments.results, arguments.jobs)
-    print("| Triton | " + " | ".join(targets) + " |\n|---" * 1 + "|---" * len(targets) + "|", flush=True)
+    print("| Triton | " + " | ".join(targets) + " |\n|---" + "|---" * len(targets) + "|", flush=True)
     bad = False
     for version in versions:
         of_version = {

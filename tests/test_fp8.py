@@ -49,6 +49,42 @@ def test_what_does_not_fit_saturates():
     assert got.isnan().flatten().tolist() == [False] * 6 + [True, False]
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    "scale", [2.0**-149, 1e-40, 2.0**-126, 1e-20, 0.7, 3.0, 200.0, 6e4, 2.0**20, 1e8, 1e30, 2.0**127, 3e38]
+)
+def test_ranges(dtype, scale):
+    """The nearest number of e4m3 that times the scale is in the range of the dtype; of infinity at least in that of fp32."""
+    scale, most = torch.tensor(scale), torch.finfo(dtype).max
+    x = torch.cat(
+        [torch.randn(400).double() * 2.0 ** torch.randint(-12, 12, (400,)) * scale, most * torch.rand(200).double()]
+    )
+    ends = torch.tensor([math.inf, most, most * 0.999, 3.4e38, float(scale) * 448, float(scale) * 500, 0.0]).double()
+    x = torch.cat([x, ends, -ends]).to(dtype)
+    got = quantize_fp8(x.view(1, 1, -1, 1), scale)[0].double().flatten() * scale.double()
+    every = EVERY.double()[EVERY.double().isfinite()] * scale.double()
+    wide, largest = x.double(), max(most, torch.finfo(torch.float32).max)
+    limit = torch.tensor([most, largest], dtype=torch.float64)[x.isinf().int()]
+    there = every.abs() <= limit[:, None]
+    distance = torch.where(there, (every - wide.clamp(-1e300, 1e300)[:, None]).abs(), math.inf)
+    best = torch.where(x.isinf(), every.amax() if every.amax() <= largest else every[every <= largest].amax(), 0)
+    error = (got - wide.clamp(-1e300, 1e300)).abs()
+    assert (got.abs() <= limit).all()
+    assert (error <= distance.amin(1) * (1 + 1e-6)).all()
+    assert (got.abs()[x.isinf()] == best[x.isinf()]).all()
+    assert got.to(dtype)[x.isfinite()].isfinite().all()
+    assert dtype == torch.float64 or got.float().isfinite().all()
+
+
+def test_scales_beyond_fp32_are_refused_as_they_came():
+    x = torch.ones(1, 1, 2, 2)
+    for scale in (1e-50, 1e300):
+        with pytest.raises(
+            ValueError, match=rf"scale: expected finite numbers > 0 in fp32, got {scale}".replace("+", r"\+")
+        ):
+            quantize_fp8(x, torch.tensor(scale, dtype=torch.float64))
+
+
 def test_scales_that_are_given_and_empty_ones():
     x = torch.randn(3, 2, 5, 4)
     for scale in (torch.tensor(0.1), torch.tensor([0.1, 3.0]), torch.rand(3, 2) + 0.1):

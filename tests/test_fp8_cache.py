@@ -5,7 +5,21 @@ import math
 
 import pytest
 import torch
-from transformers import GPT2Config, LlamaConfig, LlamaForCausalLM, MistralConfig, T5Config
+from transformers import (
+    CONFIG_MAPPING,
+    BertConfig,
+    DynamicCache,
+    GPT2Config,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MllamaConfig,
+    Qwen3NextConfig,
+    ReformerConfig,
+    RwkvConfig,
+    T5Config,
+    ViTConfig,
+)
 
 from softpick import functional
 from softpick.integrations import transformers_fp8
@@ -209,6 +223,23 @@ def test_steps_on_a_gpu(name, calls):
 
 REFUSED = {
     "no configuration": ("llama", TypeError, "config: expected the configuration of a model, got str"),
+    "nothing": (None, TypeError, "config: expected the configuration of a model, got NoneType"),
+    "a model": (torch.nn.Linear(1, 1), TypeError, "config: expected the configuration of a model, got Linear"),
+    "text encoder": (BertConfig(), ValueError, "config: expected that of a decoder.*is_decoder.*got BertConfig"),
+    "image encoder": (ViTConfig(), ValueError, "config: expected that of a decoder.*use_cache.*got ViTConfig"),
+    "cross-attention": (
+        MllamaConfig(),
+        ValueError,
+        "config: .*MllamaConfig with cross-attention .cross_attention_layers",
+    ),
+    "cross-attention of a kind": (
+        GPT2Config(add_cross_attention=True),
+        ValueError,
+        "config: .*got GPT2Config with cross-attention .add_cross_attention",
+    ),
+    "hybrid": (Qwen3NextConfig(), ValueError, "config: .*full_attention.*got linear_attention"),
+    "states instead of keys": (RwkvConfig(), ValueError, "config: .*DynamicCache, got RwkvConfig"),
+    "buckets": (ReformerConfig(is_decoder=True), ValueError, "config: .*DynamicCache, got ReformerConfig"),
     "windows": (MistralConfig(sliding_window=32), ValueError, "config: .*full_attention.*got sliding_attention"),
     "encoder": (T5Config(), ValueError, "config: expected a decoder alone, got T5Config"),
 }
@@ -218,6 +249,78 @@ REFUSED = {
 def test_refused(config, error, words):
     with pytest.raises(error, match=words):
         Fp8Cache(config)
+
+
+def test_every_configuration_is_taken_or_refused_in_a_sentence():
+    """No error of another kind, for any of the configurations that transformers has; as many layers as its own cache."""
+    taken, refusals = set(), {}
+    for name in CONFIG_MAPPING:
+        try:
+            config = CONFIG_MAPPING[name]()
+        except Exception:  # some need parts that are not installed, or have no defaults
+            continue
+        try:
+            cache = Fp8Cache(config)
+        except ValueError as refusal:
+            refusals[name] = str(refusal)
+        else:
+            taken.add(name)
+            assert len(cache.layers) == len(DynamicCache(config=config).layers), name
+    assert {words[:17] for words in refusals.values()} == {"config: expected "}
+    assert {"llama", "gpt2", "gpt_neox", "qwen3", "mixtral", "llava"} <= taken
+    assert not {"bert", "clip", "vit", "wav2vec2", "openai-gpt", "xlnet", "mamba", "blt"} & taken
+
+
+@pytest.mark.parametrize("name", ["softpick", "sdpa"])
+def test_another_batch_in_the_middle(name):
+    """More sequences, fewer, and one, which torch would repeat."""
+    model = llama(name)
+    for prompt, then in ((2, 3), (3, 2), (3, 1), (1, 2)):
+        for steps in (1, 4):
+            cache = Fp8Cache(model.config)
+            with torch.no_grad():
+                model(torch.randint(97, (prompt, 20)), past_key_values=cache)
+                words = f"past_key_values: expected key_states .* {prompt} sequences of 2 heads of 16 .* got {then} of"
+                with pytest.raises(ValueError, match=words):
+                    model(torch.randint(97, (then, steps)), past_key_values=cache)
+
+
+@pytest.mark.parametrize("shape", [(2, 1, 3, 8), (2, 2, 3, 4), (1, 2, 3, 8)])
+def test_other_heads_and_widths_in_the_middle(shape):
+    x, other = torch.randn(2, 2, 5, 8), torch.randn(shape)
+    for keys, values, name in ((other, other, "key_states"), (x, other, "value_states")):
+        layer = transformers_fp8.Fp8Layer(LlamaConfig(attn_implementation="eager"))
+        layer.update(x, x)
+        with pytest.raises(ValueError, match=f"(past_key_values: expected|^){'' if keys is x else ' '}{name}"):
+            layer.update(keys, values)
+    with pytest.raises(ValueError, match="value_states: expected the sequences, heads and positions of key_states"):
+        layer.update(x, x[:, :, :3])
+
+
+def test_other_numbers_of_layers():
+    model, tokens = llama("softpick"), torch.randint(97, (2, 20))
+    few, many = (Fp8Cache(LlamaConfig(**SIZES | {"num_hidden_layers": n})) for n in (1, 3))
+    with torch.no_grad():
+        with pytest.raises(
+            ValueError, match=r"config: expected as many layers as the model has, got 1, .* has layer 1"
+        ):
+            model(tokens, past_key_values=few)
+        model(tokens, past_key_values=many)
+        with pytest.raises(
+            ValueError, match=r"past_key_values: .*each of the 3 layers, got 0 to 20: the model has fewer"
+        ):
+            model(tokens[:, :1], past_key_values=many)
+
+
+@pytest.mark.parametrize("name", ["sdpa", "eager"])
+def test_the_configuration_of_another_attention(name):
+    """The model's attention is transformers', and the config says that it is ours: keys in fp8 would come to it."""
+    model, tokens = llama(name), torch.randint(97, (2, 20))
+    cache = Fp8Cache(LlamaConfig(**SIZES, attn_implementation="softpick"))
+    with torch.no_grad():
+        model(tokens, past_key_values=cache)
+        with pytest.raises(ValueError, match=r"config: expected model.config itself, .* in fp8"):
+            model(tokens[:, :1], past_key_values=cache)
 
 
 def test_other_refusals():

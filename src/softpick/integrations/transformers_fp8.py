@@ -8,12 +8,14 @@ call.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import Cache, PreTrainedConfig
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, Cache, PreTrainedConfig
 from transformers.cache_utils import CacheLayerMixin
+from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 from softpick.functional import decode_attention
 from softpick.nn.attention import scaled_by_length
@@ -87,6 +89,25 @@ def through_fp8(x: Tensor, page_size: int = 64) -> Tensor:
     return pages.dequantized(x.shape[2], x.dtype)
 
 
+class _Stored(Tensor):
+    """Keys or values in fp8 on their way to :func:`attend_fp8`, without which they are numbers without scales."""
+
+    layer: Fp8Layer
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Callable[..., Any], types: Iterable[type], args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        if getattr(func, "__name__", "") in ("__get__", "dim", "size", "__repr__"):
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(*args, **(kwargs or {}))
+        raise ValueError(
+            "config: expected model.config itself, from which Fp8Cache reads whose attention the model has, and "
+            f"layers that compute with keys before the cache; got {getattr(func, '__name__', func)} of keys or values in fp8. "
+            "Else use transformers' DynamicCache"
+        )
+
+
 class Fp8Layer(CacheLayerMixin):
     """One layer of :class:`Fp8Cache`."""
 
@@ -113,6 +134,7 @@ class Fp8Layer(CacheLayerMixin):
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         before = self.length
+        self._check(key_states, value_states)
         if before and torch.is_grad_enabled() and (key_states.requires_grad or value_states.requires_grad):
             raise ValueError(
                 "past_key_values: an Fp8Cache that holds positions has no gradient; call the model under torch.no_grad(), "
@@ -124,11 +146,29 @@ class Fp8Layer(CacheLayerMixin):
         if not before:
             return key_states, value_states
         if key_states.shape[2] == 1 and is_normalizer(self.config._attn_implementation):
-            key = self._keys.stored.view(FP8)[:, : self.length].transpose(1, 2)
-            value = self._values.stored.view(FP8)[:, : self.length].transpose(1, 2)
-            key._softpick_layer = self  # type: ignore[attr-defined]
+            key, value = (
+                x.stored.view(FP8)[:, : self.length].transpose(1, 2).as_subclass(_Stored)
+                for x in (self._keys, self._values)
+            )
+            key.layer = value.layer = self
             return key, value
         return self.dequantized(key_states.dtype)
+
+    def _check(self, key: Tensor, value: Tensor) -> None:
+        """Raise unless new keys and values continue what is stored."""
+        if key.shape[:3] != value.shape[:3]:
+            raise ValueError(
+                "value_states: expected the sequences, heads and positions of key_states "
+                f"{tuple(key.shape[:3])}, got {tuple(value.shape[:3])}"
+            )
+        for name, x, pages in (("key_states", key, self._keys), ("value_states", value, self._values)):
+            batch, _, heads, width = pages.stored.shape
+            if (x.shape[0], x.shape[1], x.shape[3]) != (batch, heads, width) or x.device != pages.stored.device:
+                raise ValueError(
+                    f"past_key_values: expected {name} as this Fp8Cache holds them, {batch} sequences of {heads} heads of "
+                    f"{width} on {pages.stored.device}, got {x.shape[0]} of {x.shape[1]} heads of {x.shape[3]} on {x.device}; "
+                    "make a new cache for another batch or model"
+                )
 
     def dequantized(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """All keys and values, ``(B, Hkv, length, D)``."""
@@ -193,7 +233,7 @@ class Fp8Cache(Cache):
     Raises:
         TypeError: ``config`` is not a transformers configuration.
         ValueError: a layer keeps something else than all its keys and values (sliding windows, chunks, linear attention, layers
-            that share a cache), or the model has an encoder.
+            that share a cache, cross-attention), or the model is or has an encoder, or has a cache of its own.
     """
 
     def __init__(self, config: PreTrainedConfig, page_size: int = 64) -> None:
@@ -201,24 +241,66 @@ class Fp8Cache(Cache):
             raise TypeError(f"config: expected the configuration of a model, got {type(config).__name__}")
         if not isinstance(page_size, int) or page_size < 16:
             raise ValueError(f"page_size: expected an integer of at least 16, got {page_size!r}")
-        if config.is_encoder_decoder:
-            raise ValueError(f"config: expected a decoder alone, got {type(config).__name__} with an encoder")
-        config = config.get_text_config(decoder=True)
-        kinds = getattr(config, "layer_types", None)
-        if kinds is None:
-            one = getattr(config, "sliding_window", None) or getattr(config, "attention_chunk_size", None)
-            kinds = ["sliding_attention" if one else "full_attention"] * config.num_hidden_layers
-        other = sorted({*kinds} - {"full_attention"})
-        if other:
+        config = _checked_decoder(config)
+        super().__init__(layers=[Fp8Layer(config, page_size) for _ in range(config.num_hidden_layers)])
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """:meth:`Fp8Layer.update` of a layer."""
+        lengths = [layer.get_seq_length() for layer in self.layers]
+        if layer_idx >= len(lengths):
             raise ValueError(
-                f"config: expected layers that keep all keys and values (full_attention), got {', '.join(other)} in "
-                f"{type(config).__name__}; use transformers' DynamicCache"
+                f"config: expected as many layers as the model has, got {len(lengths)}, and the model has layer {layer_idx}"
             )
-        if getattr(config, "num_kv_shared_layers", 0):
+        if layer_idx == 0 and min(lengths) != max(lengths):
             raise ValueError(
-                f"config: expected a cache of its own for each layer, got shared ones in {type(config).__name__}"
+                f"past_key_values: expected as many positions in each of the {len(lengths)} layers, got {min(lengths)} to "
+                f"{max(lengths)}: the model has fewer layers than the config of this Fp8Cache, or an earlier call ended within "
+                "the model; make a new cache"
             )
-        super().__init__(layers=[Fp8Layer(config, page_size) for _ in kinds])
+        return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+
+
+def _checked_decoder(config: PreTrainedConfig) -> PreTrainedConfig:
+    """The configuration of the decoder whose layers keep all their keys and values.
+
+    Raises:
+        ValueError: there is none.
+    """
+    name = type(config).__name__
+    if config.is_encoder_decoder:
+        raise ValueError(f"config: expected a decoder alone, got {name} with an encoder")
+    config = config.get_text_config(decoder=True)
+    encoder = config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(config, "is_decoder", True)
+    lacking = [x for x in ("use_cache", "num_hidden_layers") if not hasattr(config, x)] + ["is_decoder"] * encoder
+    if lacking:
+        raise ValueError(
+            f"config: expected that of a decoder whose layers keep keys and values ({', '.join(lacking)}), got {name}"
+        )
+    for attribute in ("add_cross_attention", "cross_attention_layers"):
+        if getattr(config, attribute, None):
+            raise ValueError(
+                f"config: expected layers that attend to their own sequence, got {name} with cross-attention ({attribute})"
+            )
+    kinds = getattr(config, "layer_types", None)
+    if kinds is None:
+        one = getattr(config, "sliding_window", None) or getattr(config, "attention_chunk_size", None)
+        kinds = ["sliding_attention" if one else "full_attention"]
+    other = sorted({*kinds} - {"full_attention"})
+    if other:
+        raise ValueError(
+            f"config: expected layers that keep all keys and values (full_attention), got {', '.join(other)} in "
+            f"{name}; use transformers' DynamicCache"
+        )
+    if getattr(config, "num_kv_shared_layers", 0):
+        raise ValueError(f"config: expected a cache of its own for each layer, got shared ones in {name}")
+    model = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    if model is not None and not (model._supports_default_dynamic_cache() and not model._is_stateful):
+        raise ValueError(
+            f"config: expected a model that takes transformers' DynamicCache, got {name}, which has a cache of its own"
+        )
+    return config
 
 
 def in_fp8(key: Tensor) -> bool:
@@ -227,13 +309,12 @@ def in_fp8(key: Tensor) -> bool:
 
 
 def _layer_of(key: Tensor) -> Fp8Layer:
-    layer = getattr(key, "_softpick_layer", None)
-    if layer is None:
+    if not isinstance(key, _Stored):
         raise ValueError(
             "key: a cache in fp8 came without its scales: expected what Fp8Cache returned. A layer that computes with its keys "
             "after the cache needs transformers' DynamicCache"
         )
-    return layer
+    return key.layer
 
 
 def dequantized(key: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

@@ -24,14 +24,16 @@ def quantize_fp8(x: Tensor, scale: Tensor | None = None, *, paged: bool = False)
     """Keys or values in e4m3, and the scale that :func:`softpick.decode_attention` takes beside them.
 
     What does not fit is the largest number of e4m3, 448 times the scale, with its sign (infinity, too); NaN stays NaN. Numbers
-    from ``scale / 64`` to ``448 * scale`` are off by a factor of ``2**-4`` at most, smaller ones by ``scale / 1024``.
+    from ``scale / 64`` to ``448 * scale`` are off by a factor of ``2**-4`` at most, smaller ones by ``scale / 1024``. A finite
+    number times its scale stays finite in the dtype of ``x``: near the end of that range it is rounded towards 0 (off by
+    ``2**-3`` or ``scale / 512`` then, unless the scale is a power of two). What is infinite stays finite in fp32.
 
     Args:
         x: ``(B, Hkv, T, D)``, fp64, fp32, bf16 or fp16; with ``paged`` ``(num_blocks, page_size, Hkv, D)``. A whole cache, or
             new keys of it.
         scale: ``(B, Hkv)`` (``paged``: ``(num_blocks, Hkv)``), ``(Hkv,)`` or ``()``, floating point and above 0. If None the
-            smallest power of two with which nothing finite saturates, one a sequence (or page) and head: multiplying with it
-            rounds nothing, also if the result is kept in bf16.
+            smallest power of two with which nothing up to ``448 * 2**127`` saturates, one a sequence (or page) and head:
+            multiplying with it rounds nothing, also if the result is kept in bf16.
         paged: the layout of ``x``.
 
     Returns:
@@ -60,7 +62,10 @@ def quantize_fp8(x: Tensor, scale: Tensor | None = None, *, paged: bool = False)
         scale = scale.float()
     each = each[:, None, :, None] if paged else each[:, :, None, None]
     work = torch.float64 if x.dtype == torch.float64 else torch.float32
-    limit = _largest_stored(torch.finfo(x.dtype).max / each.to(torch.float64)).to(work)
+    limit = _largest_stored(torch.finfo(work).max / each.double()).to(work)  # no limit in fp64, as scales are in fp32
+    if x.dtype != work:  # a finite number comes back finite in its own dtype; infinity need not
+        own = _largest_stored(torch.finfo(x.dtype).max / each.double()).to(work)
+        limit = torch.where(x.isinf(), limit, own)
     return (x.to(work) / each).clamp(-limit, limit).to(FP8), scale
 
 
@@ -145,10 +150,11 @@ def _check_scale(
         raise ValueError(
             f"{name}: expected a scale that requires no gradient, which caches in fp8 do not have; call detach()"
         )
-    scale = scale.float()
+    given, scale = scale, scale.float()
     if checkable(scale):
         least = float(scale.min()) if scale.numel() else 1.0
         if not (math.isfinite(least) and bool(scale.isfinite().all()) and (least > 0 or (zero and least == 0))):
-            wrong = scale[~(scale.isfinite() & (scale >= 0 if zero else scale > 0))].flatten()[0]
-            raise ValueError(f"{name}: expected finite numbers {'>= 0' if zero else '> 0'}, got {float(wrong)}")
+            wrong = given[~(scale.isfinite() & (scale >= 0 if zero else scale > 0))].flatten()[0]
+            kind = f"{'>= 0' if zero else '> 0'}{' in fp32' if given.dtype == torch.float64 else ''}"
+            raise ValueError(f"{name}: expected finite numbers {kind}, got {float(wrong)}")
     return scale.expand(first, heads)

@@ -131,7 +131,7 @@ def install(version: str) -> Path:
     return folder
 
 
-def compile_case(version: str, target: str, case: str) -> dict[str, Any]:
+def compile_case(version: str, target: str, case: str, of: str) -> dict[str, Any]:
     """The row of a case, compiled in a process of its own: numbers of kernels, the most that one takes, and what failed."""
     paths = [str(install(version)), str(ROOT / "src")]
     environment = {
@@ -148,7 +148,7 @@ def compile_case(version: str, target: str, case: str) -> dict[str, Any]:
     failed += [f"{name}: {problem}" for name, taken in kernels.items() for problem in too_much(taken, target)]
     most = {key: max((taken[key] for taken in kernels.values()), default=0) for key in MOST}
     return {
-        "triton": version, "target": target, "case": case, "of": source(target), "date": time.strftime("%Y-%m-%d"),
+        "triton": version, "target": target, "case": case, "of": of, "date": time.strftime("%Y-%m-%d"),
         "kernels": len(kernels), **most, "failed": failed,
     }  # fmt: skip
 
@@ -171,7 +171,7 @@ def fill(rows: dict[Key, dict[str, Any]], wanted: list[Key], results: Path, jobs
         install(version)
     started = time.monotonic()
     with ThreadPoolExecutor(jobs) as pool:
-        running = {pool.submit(compile_case, *key): key for key in rest}
+        running = {pool.submit(compile_case, *key, now[key[1]]): key for key in rest}
         try:
             for done, future in enumerate(as_completed(running), 1):
                 row = rows[running[future]] = future.result()

@@ -17,6 +17,7 @@ import softpick
 from softpick.conversion import generation, models, stages
 from softpick.conversion.convert import convert
 from softpick.conversion.recipes import RECIPES, ConvertError, ConvertSettings
+from softpick.experiment.perplexity import standard_error
 from softpick.integrations.transformers import normalizer_of
 from softpick.training import engine
 from softpick.training.data import SequenceDataset, make_sequences, train_tokenizer
@@ -345,8 +346,8 @@ def test_generation_figures():
     found = generation.likelihood(model, prompts, made)
     assert found.shape == (3,)
     assert float(found.mean()) == pytest.approx(total / 15, rel=1e-4)
-    assert generation.standard_error(torch.tensor([1.0, 2.0, 4.0, 5.0])) == pytest.approx((10 / 3) ** 0.5 / 2)
-    assert generation.standard_error(torch.ones(1)) is None
+    assert standard_error(torch.tensor([1.0, 2.0, 4.0, 5.0])) == pytest.approx((10 / 3) ** 0.5 / 2)
+    assert standard_error(torch.ones(1)) is None
 
 
 @pytest.mark.parametrize(

@@ -40,7 +40,7 @@ from softpick.experiment.corpus import get_corpus, split_documents
 from softpick.experiment.environment import command_line, device_line, hardware, peak_resident, versions
 from softpick.experiment.files import digest, json_text, read_json, text_digest, write_json, write_text, writing
 from softpick.experiment.models import Subject, identity
-from softpick.experiment.perplexity import perplexity
+from softpick.experiment.perplexity import perplexity, standard_error
 from softpick.experiment.progress import Reporter, Silent
 from softpick.experiment.reading import Corpus, read_corpus
 from softpick.experiment.result_cache import ResultCache
@@ -408,12 +408,12 @@ class _Run:
         change = likely["student"] - likely["teacher"]
         found["difference"] = {
             "teacher_log_probability": float(change.mean()),
-            "standard_error": generation.standard_error(change),
+            "standard_error": standard_error(change),
         }
         for name, ids in texts.items():
             found[name] = {
                 "teacher_log_probability": float(likely[name].mean()),
-                "standard_error": generation.standard_error(likely[name]),
+                "standard_error": standard_error(likely[name]),
                 "repeated_4grams_percent": generation.repetition(ids),
                 "examples": subject.tokenizer.batch_decode(ids[:3]),
             }

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["agreement", "continuations", "cut_prompts", "likelihood", "repetition", "standard_error"]
+__all__ = ["agreement", "continuations", "cut_prompts", "likelihood", "repetition"]
 
 _ROWS = 16  # prompts that are continued at once
 
@@ -77,11 +77,6 @@ def likelihood(judge: Any, prompts: Tensor, texts: Tensor) -> Tensor:
         chosen = logits.gather(-1, ids[:, before.shape[1] :, None])[..., 0]
         found.append((chosen - logits.logsumexp(-1)).double().mean(1).cpu())
     return torch.cat(found)
-
-
-def standard_error(values: Tensor) -> float | None:
-    """Of the mean of ``values (N,)``; None for fewer than two, which have none."""
-    return float(values.std() / len(values) ** 0.5) if len(values) > 1 else None
 
 
 def repetition(texts: Tensor, size: int = 4) -> float:

@@ -18,6 +18,7 @@ __all__ = [
     "perplexity",
     "perplexity_by_position",
     "position_edges",
+    "standard_error",
     "token_losses",
 ]
 
@@ -94,11 +95,16 @@ def perplexity_by_position(
                 "to": high - 1,
                 "tokens": len(values) * (high - low),
                 "loss": loss,
-                "loss_stderr": float(values.std() / math.sqrt(len(values))) if len(values) > 1 else None,
+                "loss_stderr": standard_error(values),
                 "perplexity": value if math.isfinite(value) else None,
             }
         )
     return found
+
+
+def standard_error(values: Tensor) -> float | None:
+    """Of the mean of ``values (N,)``; None for fewer than two, which have none."""
+    return float(values.std() / math.sqrt(len(values))) if len(values) > 1 else None
 
 
 def token_losses(logits: Tensor, targets: Tensor) -> Tensor:

@@ -248,17 +248,18 @@ class Fp8Cache(Cache):
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
         """:meth:`Fp8Layer.update` of a layer."""
-        lengths = [layer.get_seq_length() for layer in self.layers]
-        if layer_idx >= len(lengths):
+        if layer_idx >= len(self.layers):
             raise ValueError(
-                f"config: expected as many layers as the model has, got {len(lengths)}, and the model has layer {layer_idx}"
+                f"config: expected as many layers as the model has, got {len(self.layers)}, and the model has layer {layer_idx}"
             )
-        if layer_idx == 0 and min(lengths) != max(lengths):
-            raise ValueError(
-                f"past_key_values: expected as many positions in each of the {len(lengths)} layers, got {min(lengths)} to "
-                f"{max(lengths)}: the model has fewer layers than the config of this Fp8Cache, or an earlier call ended within "
-                "the model; make a new cache"
-            )
+        if layer_idx == 0:
+            lengths = [layer.get_seq_length() for layer in self.layers]
+            if min(lengths) != max(lengths):
+                raise ValueError(
+                    f"past_key_values: expected as many positions in each of the {len(lengths)} layers, got {min(lengths)} to "
+                    f"{max(lengths)}: the model has fewer layers than the config of this Fp8Cache, or an earlier call ended "
+                    "within the model; make a new cache"
+                )
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
 
 

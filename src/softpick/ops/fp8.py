@@ -62,10 +62,11 @@ def quantize_fp8(x: Tensor, scale: Tensor | None = None, *, paged: bool = False)
         scale = scale.float()
     each = each[:, None, :, None] if paged else each[:, :, None, None]
     work = torch.float64 if x.dtype == torch.float64 else torch.float32
-    limit = _largest_stored(torch.finfo(work).max / each.double()).to(work)  # no limit in fp64, as scales are in fp32
-    if x.dtype != work:  # a finite number comes back finite in its own dtype; infinity need not
-        own = _largest_stored(torch.finfo(x.dtype).max / each.double()).to(work)
-        limit = torch.where(x.isinf(), limit, own)
+    limit = _largest_stored(torch.finfo(x.dtype).max / each.double()).to(
+        work
+    )  # no limit in fp64, as scales are in fp32
+    if x.dtype == torch.float16:  # a finite number comes back finite in fp16; infinity need not
+        limit = torch.where(x.isinf(), _largest_stored(torch.finfo(work).max / each.double()).to(work), limit)
     return (x.to(work) / each).clamp(-limit, limit).to(FP8), scale
 
 
